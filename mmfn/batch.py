@@ -1,0 +1,208 @@
+"""Samples and packed batches: what a model is given.
+
+A `Sample` is one conversation after tokenization and preprocessing. `pack` lays samples end to end in one packed
+dimension of static size, the only layout inside a model. Legend: T tokens, P patches, F values of a patch, N segments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mmfn import tree
+
+IGNORE = -100  # label of a token that is not supervised
+TEXT, IMAGE, VIDEO = 0, 1, 2  # kinds of tokens, as in the `mm_token_type_ids` of transformers
+
+
+@tree.register
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Boundaries of independent rows in a packed dimension.
+
+    `offsets_N`: int32[N + 1], from 0, not decreasing; unused entries at the end repeat the last boundary. Positions
+    behind the last boundary are padding and belong to no segment. `spread` names the mesh axis over which each segment
+    is split ("" = whole on this rank).
+    """
+
+    offsets_N: Tensor
+    spread: str = field(default="", metadata={"static": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """The patches of one image or video: `patches_PF` float32[t*h*w, F] in merge-block order and its grid (t, h, w)."""
+
+    patches_PF: Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One tokenized conversation.
+
+    `tokens_T`: int64[T], every visual placeholder repeated once per merged feature. `labels_T`: int64[T], the token
+    itself where it is supervised and `IGNORE` elsewhere (not shifted). `kinds_T`: int64[T] of TEXT, IMAGE, VIDEO.
+    `images` and `videos` in the order of their placeholders.
+    """
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    kinds_T: Tensor
+    images: tuple[Media, ...] = ()
+    videos: tuple[Media, ...] = ()
+    id: str = ""
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of all images and videos."""
+        return sum(m.patches_PF.shape[0] for m in (*self.images, *self.videos))
+
+    @property
+    def num_frames(self) -> int:
+        """Attention segments of the vision tower: one per image and per temporal grid of a video."""
+        return sum(m.grid[0] for m in (*self.images, *self.videos))
+
+
+@tree.register
+@dataclass(frozen=True, kw_only=True)
+class Visual:
+    """Patches of all images and videos of a batch.
+
+    `patches_PF`: float[P, F]. `coords_P4`: int32[P, 4], each patch's row, column, and its grid's height and width, in
+    patches (padding: 0, 0, 1, 1). `segments`: one per frame. Consecutive merge-block patches form one feature.
+    """
+
+    patches_PF: Tensor
+    coords_P4: Tensor
+    segments: Segments
+
+
+@tree.register
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One packed batch. All shapes are static for given budgets.
+
+    `tokens_T`: int64[T]. `positions_3T`: int64[3, T], (temporal, height, width) rope positions. `segments`: one per
+    sample. `labels_T`: int64[T], the token to predict at each place (already shifted within its segment) or `IGNORE`.
+    `weights_T`: float32[T], the weight of each token's cross entropy (see `mmfn.train.objective`). `feature_index_T`:
+    int64[T], the row of the visual features that replaces the token's embedding, or P / merge_size**2 (one past the
+    last feature) for text.
+    """
+
+    tokens_T: Tensor
+    positions_3T: Tensor
+    segments: Segments
+    labels_T: Tensor
+    weights_T: Tensor
+    feature_index_T: Tensor
+    visual: Visual
+
+
+def pack(
+    samples: Sequence[Sample],
+    positions: Sequence[Tensor],
+    *,
+    merge_size: int,
+    patch_values: int,
+    num_tokens: int | None = None,
+    num_patches: int | None = None,
+    num_segments: int | None = None,
+    num_frames: int | None = None,
+) -> Batch:
+    """Lay samples end to end. The four `num_*` are static sizes to pad to; default: exactly what the samples need.
+
+    `positions[i]`: int64[3, T_i], the family's rope positions of sample i. `patch_values`: F. Weights are 1 where a
+    token is supervised. Raises ValueError when the samples exceed a size, or when a sample's placeholders do not match
+    its media.
+    """
+    for sample in samples:
+        _check_placeholders(sample, merge_size)
+    media = [m for s in samples for m in (*s.images, *s.videos)]
+    used_tokens = sum(s.tokens_T.numel() for s in samples)
+    T = _size("tokens", num_tokens, used_tokens)
+    P = _size("patches", num_patches, sum(s.num_patches for s in samples))
+    tail = T - used_tokens
+    labels_T = torch.cat([*(_shift(s.labels_T) for s in samples), torch.full((tail,), IGNORE)])
+    lengths = [s.tokens_T.numel() for s in samples]
+    frames = [h * w for m in media for t, h, w in [m.grid] for _ in range(t)]
+    return Batch(
+        tokens_T=torch.cat([*(s.tokens_T for s in samples), torch.zeros(tail, dtype=torch.int64)]),
+        positions_3T=torch.cat([*positions, torch.zeros(3, tail, dtype=torch.int64)], dim=1),
+        segments=Segments(offsets_N=_offsets(lengths, _size("segments", num_segments, len(lengths)))),
+        labels_T=labels_T,
+        weights_T=(labels_T != IGNORE).float(),
+        feature_index_T=_feature_index(samples, T, P // merge_size**2, merge_size),
+        visual=Visual(
+            patches_PF=_pad(torch.cat([torch.zeros(0, patch_values), *(m.patches_PF for m in media)]), P),
+            coords_P4=_coords(media, P, merge_size),
+            segments=Segments(offsets_N=_offsets(frames, _size("frames", num_frames, len(frames)))),
+        ),
+    )
+
+
+def to(batch: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+    """The batch on another device; with `dtype`, patches are cast too (weights stay float32 or wider)."""
+    moved: Batch = tree.map(lambda x: x.to(device), batch)
+    if dtype is None:
+        return moved
+    return replace(moved, visual=replace(moved.visual, patches_PF=moved.visual.patches_PF.to(dtype)))
+
+
+def _size(what: str, asked: int | None, used: int) -> int:
+    if asked is not None and used > asked:
+        raise ValueError(f"the samples hold {used} {what} but the batch has room for {asked}; raise the {what} budget")
+    return used if asked is None else asked
+
+
+def _shift(labels_T: Tensor) -> Tensor:
+    return torch.cat([labels_T[1:], labels_T.new_full((min(1, labels_T.numel()),), IGNORE)])
+
+
+def _offsets(lengths: Sequence[int], num: int) -> Tensor:
+    ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+    return torch.cat([ends, ends[-1:].expand(num - len(lengths))]).to(torch.int32)
+
+
+def _pad(x: Tensor, rows: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+
+
+def _check_placeholders(sample: Sample, merge_size: int) -> None:
+    for kind, name, media in ((IMAGE, "image", sample.images), (VIDEO, "video", sample.videos)):
+        places = int((sample.kinds_T == kind).sum())
+        features = sum(m.patches_PF.shape[0] for m in media) // merge_size**2
+        if places != features:
+            raise ValueError(
+                f"sample {sample.id!r} has {places} {name} placeholder tokens but its {len(media)} {name}s give "
+                f"{features} features; make the text and the media agree"
+            )
+
+
+def _coords(media: Sequence[Media], P: int, merge_size: int) -> Tensor:
+    """Row, column, height, width of every patch, in merge-block order (block row, block column, row, column)."""
+    parts = []
+    for m in media:
+        t, h, w = m.grid
+        row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        blocks = (h // merge_size, merge_size, w // merge_size, merge_size)
+        row, col = (x.reshape(blocks).transpose(1, 2).flatten() for x in (row, col))
+        size = torch.tensor([h, w]).expand(h * w, 2)
+        parts.append(torch.cat([row[:, None], col[:, None], size], dim=1).repeat(t, 1))
+    used = sum(x.shape[0] for x in parts)
+    return torch.cat([*parts, torch.tensor([[0, 0, 1, 1]]).expand(P - used, 4)]).to(torch.int32)
+
+
+def _feature_index(samples: Sequence[Sample], T: int, none: int, merge_size: int) -> Tensor:
+    """Features are numbered sample by sample, images before videos; `none` marks text."""
+    index_T = torch.full((T,), none, dtype=torch.int64)
+    start, first = 0, 0
+    for s in samples:
+        part = index_T[start : start + s.tokens_T.numel()]
+        for kind, media in ((IMAGE, s.images), (VIDEO, s.videos)):
+            count = sum(m.patches_PF.shape[0] for m in media) // merge_size**2
+            part[s.kinds_T == kind] = torch.arange(first, first + count)
+            first += count
+        start += s.tokens_T.numel()
+    return index_T

@@ -1,0 +1,49 @@
+"""Model families as pure functions. `family(model_type)` returns one as a record; `FAMILIES` lists them."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor
+
+from mmfn.tree import Tree
+
+if __name__ != "mmfn.models":
+    raise ImportError("the folder `models` is a link to the package mmfn.models; write `import mmfn.models`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What `apply` returns: `hidden_TD` before the head, `aux` additive statistics (routers), `cache` when generating."""
+
+    hidden_TD: Tensor
+    aux: Tree = None
+    cache: Tree = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The functions every family module defines, under the same names."""
+
+    name: str
+    config_from_hf: Callable[[Mapping[str, Any]], Any]  # config.json -> Config
+    specs: Callable[[Any], Tree]  # cfg -> tree of ParamSpec
+    apply: Callable[..., Output]  # (params, batch, cfg, ops, cache=None)
+    head: Callable[..., Tensor]  # (params, cfg, ops) -> weight_VD
+    positions: Callable[..., Tensor]  # (sample, cfg) -> int64[3, T]
+    key_map: Callable[[Any], Any]  # cfg -> KeyMap
+
+
+FAMILIES = {"qwen3_vl": "mmfn.models.qwen3_vl"}
+
+
+def family(model_type: str) -> Family:
+    """The family of a `model_type` in a Hugging Face config. Raises ValueError naming the nearest known one."""
+    if model_type not in FAMILIES:
+        near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)
+        raise ValueError(f"model_type {model_type!r} is not supported; nearest is {near[0]!r}, known: {sorted(FAMILIES)}")
+    module = importlib.import_module(FAMILIES[model_type])
+    names = ("config_from_hf", "specs", "apply", "head", "positions", "key_map")
+    return Family(name=model_type, **{n: getattr(module, n) for n in names})

@@ -1,0 +1,124 @@
+"""The ops table: every primitive and hook a model calls, as one frozen dataclass of pure functions.
+
+`reference()` is slow and obvious, for any dtype: the oracle. `portable()` is fast plain torch: the CPU default. Both
+have the same signatures; `dataclasses.replace(table, attention=...)` swaps one entry. Hooks (`gather`, `layer`,
+`stack`, `place_features`, `psum`) are what transforms of a program wrap; their base forms are here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mmfn.batch import Segments
+from mmfn.ops import activation, attention, cross_entropy, norm, rotary
+from mmfn.tree import Tree
+
+
+class Attention(Protocol):
+    """Packed self-attention within segments; see `mmfn.ops.attention.attention`."""
+
+    def __call__(
+        self, q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool
+    ) -> Tensor: ...
+
+
+class CrossEntropy(Protocol):
+    """Weighted sum of token cross entropies of a linear head; see `mmfn.ops.cross_entropy.linear_cross_entropy`."""
+
+    def __call__(self, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor: ...
+
+
+Block = Callable[..., tuple[Tensor, Any]]  # (params, x, *xs) -> (x, out)
+
+
+def call_layer(block: Block, params: Tree, *xs: Any) -> tuple[Tensor, Any]:
+    """Base of the `layer` hook: call the block. Transforms wrap it (remat, regional compile, offload)."""
+    return block(params, *xs)
+
+
+def run_stack(
+    run: Callable[..., tuple[Tensor, Any]],
+    block: Block,
+    layers: Sequence[Tree],
+    x: Tensor,
+    *xs: Any,
+    each: Sequence[Any] = (),
+    between: Callable[[int, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[Any]]:
+    """Base of the `stack` hook: a scan of `block` over `layers`; returns the last x and every layer's second output.
+
+    `run` is `ops.layer`. `xs` go to every layer; `each[i]`, if given, to layer i alone, last. `between(i, x)` runs
+    outside the block behind layer i and returns the next layer's x.
+    """
+    outs = []
+    for i, params in enumerate(layers):
+        own = (each[i],) if each else ()
+        x, out = run(block, params, x, *xs, *own)
+        outs.append(out)
+        if between is not None:
+            x = between(i, x)
+    return x, outs
+
+
+def place_features(features_ND: Tensor, index_T: Tensor) -> Tensor:
+    """`x_TD[t] = features_ND[index_T[t]]`, and zeros where `index_T[t] == N` (tokens without a feature)."""
+    zero = features_ND.new_zeros(1, features_ND.shape[1])
+    return torch.cat([features_ND, zero]).index_select(0, index_T)
+
+
+def identity(x: Any) -> Any:
+    """Base of the `gather` and `psum` hooks on one device."""
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops:
+    """The table. Signatures and shapes are in the docstrings of the functions the tables are built from."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attention: Attention
+    attention_cached: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    gelu: Callable[[Tensor], Tensor]
+    gelu_tanh: Callable[[Tensor], Tensor]
+    linear_cross_entropy: CrossEntropy
+    gather: Callable[[Tree], Tree] = identity
+    layer: Callable[..., tuple[Tensor, Any]] = call_layer
+    stack: Callable[..., tuple[Tensor, list[Any]]] = run_stack
+    place_features: Callable[[Tensor, Tensor], Tensor] = place_features
+    psum: Callable[[Tensor], Tensor] = identity
+
+
+def reference() -> Ops:
+    """Slow and obvious in any dtype: what every other table is tested against."""
+    return Ops(
+        rms_norm=norm.rms_norm_reference,
+        layer_norm=norm.layer_norm_reference,
+        rotary=rotary.rotary_reference,
+        attention=attention.attention_reference,
+        attention_cached=attention.attention_cached_reference,
+        swiglu=activation.swiglu_reference,
+        gelu=activation.gelu_reference,
+        gelu_tanh=activation.gelu_tanh_reference,
+        linear_cross_entropy=cross_entropy.linear_cross_entropy_reference,
+    )
+
+
+def portable() -> Ops:
+    """Fast plain torch, the CPU default."""
+    return Ops(
+        rms_norm=norm.rms_norm,
+        layer_norm=norm.layer_norm,
+        rotary=rotary.rotary,
+        attention=attention.attention,
+        attention_cached=attention.attention_cached,
+        swiglu=activation.swiglu,
+        gelu=activation.gelu,
+        gelu_tanh=activation.gelu_tanh,
+        linear_cross_entropy=cross_entropy.linear_cross_entropy,
+    )
