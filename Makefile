@@ -1,0 +1,54 @@
+# Everything runs in a private .venv, made on first use from the Python found here. Only Python >= 3.11 and make are needed.
+#
+#   make demo     train a small vision-language model on real images (a few minutes, 2 CPU cores are enough)
+#   make test     the fast test suite          make test-full   with the slow tests
+#   make check    format, lint, types, tests   make format      rewrite files in the project's format
+#
+# A machine with an accelerator: give its torch, for instance  make demo TORCH="torch==2.13.0 --index-url URL".
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+DEMO := build/demo
+
+BIN := .venv/bin
+STAMP := .venv/installed
+
+# Test processes share the cores: one thread each is faster than several that compete.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: demo test test-full check format clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no python3.11 or python3 found; give one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; give a newer one: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev,demo]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits.py $(DEMO)
+	$(BIN)/mmfn train configs/demo.yaml
+	$(BIN)/python examples/verify_export.py $(DEMO)
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+test-full: $(STAMP)
+	$(PYTEST)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
