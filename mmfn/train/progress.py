@@ -1,0 +1,76 @@
+"""How a run reports its progress: a bar on a terminal, otherwise one line of `key=value` pairs in a fixed order."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+def format_line(record: Mapping[str, Any], num_steps: int) -> str:
+    """One grep-able line from a record of metrics.jsonl: always the same keys in the same order.
+
+    `step=20/500 loss=1.5000 grad_norm=0.250 lr=1.00e-03 tokens/s=8000 supervised=64 image_tokens=128 padding=12.5%
+    wait=1.0ms eta=1:01`, on one line. `wait` is the time the step waited for data.
+    """
+    return (
+        f"step={record['step']}/{num_steps} loss={record['loss']:.4f} grad_norm={record['grad_norm']:.3f} "
+        f"lr={record['lr']:.2e} tokens/s={record['tokens_per_s']:.0f} supervised={record['supervised']} "
+        f"image_tokens={record['image_tokens']} padding={100 * record['padding']:.1f}% "
+        f"wait={1000 * record['wait_s']:.1f}ms eta={format_duration(record['eta_s'])}"
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """Minutes and seconds, with hours in front when there are any.
+
+    >>> format_duration(61.4), format_duration(3700)
+    ('1:01', '1:01:40')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@dataclass
+class Progress:
+    """Shows records as they come. A context manager, so that the bar is closed when a step fails.
+
+    `stream`: where to write; a terminal gets a bar, anything else a line every `log_every` steps and for the last one.
+    """
+
+    num_steps: int
+    log_every: int
+    stream: TextIO
+
+    def __enter__(self) -> "Progress":
+        layout = "{percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=self.num_steps, file=self.stream, bar_format=layout) if self.stream.isatty() else None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Advance by one step."""
+        step = record["step"]
+        if self.bar is not None:
+            text = f"loss={record['loss']:.4f} lr={record['lr']:.1e} {record['tokens_per_s']:.0f} tokens/s"
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif step % self.log_every == 0 or step == self.num_steps:
+            self.say(format_line(record, self.num_steps))
+
+    def say(self, text: str) -> None:
+        """Write one line without breaking the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+
+def standard(num_steps: int, log_every: int) -> Progress:
+    """Progress on standard output."""
+    return Progress(num_steps=num_steps, log_every=log_every, stream=sys.stdout)

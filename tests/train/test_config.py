@@ -1,0 +1,148 @@
+"""The configuration: precedence, origins, and one clear sentence for every mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmfn.train.config import describe, known_keys, load_config
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = """\
+model: {path: m}
+data:
+  train: train.json
+  token_buckets: [64, 128]
+  patch_buckets: [32]
+optimizer: {lr: 1e-3}
+train: {steps: 10}
+output: {path: out}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_values_defaults_and_overrides(config_file: Path) -> None:
+    loaded = load_config(config_file, ["train.steps=20", "train.steps=30", "optimizer.betas=[0.9, 0.95]"])
+    config = loaded.config
+    assert config.train.steps == 30  # the last override wins
+    assert config.optimizer.lr == 1e-3  # YAML 1.1 would read 1e-3 as text
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.data.token_buckets == (64, 128)
+    assert config.model.init == "load"
+    assert loaded.origins["train.steps"] == "override"
+    assert loaded.origins["data.train"] == f"{config_file}:3"
+    assert "train.seed" not in loaded.origins
+
+
+def test_config_is_frozen(config_file: Path) -> None:
+    config = load_config(config_file).config
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3  # type: ignore[misc]
+
+
+def test_describe_lists_every_value_with_its_origin_and_reads_back(config_file: Path, tmp_path: Path) -> None:
+    loaded = load_config(config_file, ["schedule.final_scale=1e-2"])
+    text = describe(loaded)
+    values = yaml.safe_load(text)
+    assert [f"{s}.{k}" for s, section in values.items() for k in section] == list(known_keys())
+    assert "# override" in text
+    assert "# default" in text
+    assert f"# {config_file}:1" in text
+    again = tmp_path / "again.yaml"
+    again.write_text(text)
+    assert load_config(again).config == loaded.config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lr=3", "override: unknown key 'lr'; the nearest known key is 'optimizer.lr'"),
+        ("optimizer.weigth_decay=0", "the nearest known key is 'optimizer.weight_decay'"),
+        ("optim.lr=3", "the nearest known key is 'optimizer.lr'"),
+        ("train=3", "unknown key 'train'"),
+        ("train.steps=many", "override: train.steps is 'many' but input should be a valid integer"),
+        ("train.steps=1.5", "train.steps is 1.5"),
+        ("train.steps=true", "train.steps is True"),
+        ("train.steps=", "train.steps is None"),
+        ("train.steps=0", "input should be greater than 0"),
+        ("optimizer.lr=.nan", "finite"),
+        ("train.compile=all", "train.compile is 'all' but input should be 'none', 'layer' or 'step'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]"),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas is [0.9, 1]"),
+        ("data.token_buckets=[128,64]", "token_buckets must increase, got [128, 64]"),
+        ("data.token_buckets=[]", "data.token_buckets is []"),
+        ("data.max_tokens=129", "max_tokens 129 is above the largest token bucket 128"),
+        ("schedule.warmup_steps=10", "schedule.warmup_steps 10 must be below train.steps 10"),
+        ("train.steps", "override 'train.steps' has no '='"),
+        ("model.path=[", "the value is no valid YAML"),
+    ],
+)
+def test_wrong_override_is_one_sentence(config_file: Path, override: str, expected: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole text is compared below)
+        load_config(config_file, [override])
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "optimizer: {lr: 1e-3}",
+            "optimiser: {lr: 1e-3}",
+            ":6: unknown key 'optimiser'; the nearest known key is 'optimizer'",
+        ),
+        (
+            "  train: train.json",
+            "  trian: train.json",
+            ":3: unknown key 'data.trian'; the nearest known key is 'data.train'",
+        ),
+        ("model: {path: m}", "model: m", ":1: section 'model' must be a mapping of settings, got 'm'"),
+        ("output: {path: out}\n", "", "output.path is required"),
+        ("train: {steps: 10}", "train: {steps: 10, steps: 11}", "key 'train.steps' was already set"),
+        ("model: {path: m}", "model: {path: m", "is no valid YAML"),
+        ("train: {steps: 10}", "train: {steps: ten}", ":7: train.steps is 'ten'"),
+    ],
+)
+def test_wrong_file_is_one_sentence(config_file: Path, old: str, new: str, expected: str) -> None:
+    assert old in MINIMAL
+    config_file.write_text(MINIMAL.replace(old, new))
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole text is compared below)
+        load_config(config_file)
+    assert expected in str(error.value)
+    assert "run.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "- a\n", "text\n"])
+def test_file_that_is_no_mapping(config_file: Path, content: str) -> None:
+    config_file.write_text(content)
+    with pytest.raises(ValueError, match="must be a mapping of sections"):
+        load_config(config_file)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read config '.*none.yaml': No such file or directory"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_final_scale_without_effect_is_refused(config_file: Path) -> None:
+    with pytest.raises(ValueError, match="final_scale has no effect with kind 'constant'"):
+        load_config(config_file, ["schedule.kind=constant", "schedule.final_scale=0.1"])
+
+
+def test_every_key_is_documented() -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    for key, meaning in known_keys().items():
+        assert meaning, f"{key} has no description"
+        assert f"`{key}`" in page, f"docs/config.md does not list {key}"
+
+
+def test_demo_config_is_valid() -> None:
+    assert load_config(ROOT / "configs" / "demo.yaml").config.train.compile == "none"
