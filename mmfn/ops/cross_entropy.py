@@ -1,20 +1,199 @@
-"""Cross entropy of a linear head. Legend: T tokens, D width, V vocabulary."""
+"""Cross entropy of a linear head whose logits are never held in full.
+
+Supervised rows go through in chunks: a chunk's logits are written into one reused buffer, become probabilities in
+place, and give their share of both gradients at once, in the forward; the backward only scales. So beside the
+gradients themselves the op holds one chunk of logits, and rows without a label cost nothing.
+
+Legend: T tokens, N supervised tokens (or those of one chunk), D width, V vocabulary.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mmfn.batch import IGNORE
+from mmfn.ops.eager import is_eager
+
+CHUNK_BYTES = 160 * 2**20  # of float32 logits; smaller chunks read and write the head's gradient more often
+MAX_CHUNK = 512  # rows; larger chunks are no faster
+STAGE_VALUES = 2**20  # bfloat16 logits are widened in pieces of this many values, which stay in the cache
 
 
-def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
-    """`sum_t weights_T[t] * cross_entropy(x_TD[t] @ weight_VD.T, labels_T[t])` over labels other than `IGNORE`."""
-    return linear_cross_entropy_reference(x_TD, weight_VD, labels_T, weights_T)
+def linear_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, *, chunk: int | None = None
+) -> Tensor:
+    """`sum_t weights_T[t] * cross_entropy(x_TD[t] @ weight_VD.T, labels_T[t])` over supervised tokens.
+
+    A token is supervised if its label is not `IGNORE` and its weight is not 0; with none the sum is 0 and so are the
+    gradients. `x_TD`, `weight_VD`: one floating dtype. `labels_T`: int64[T] in [0, V) or `IGNORE`. `weights_T`:
+    floating[T], a constant. `chunk`: rows of logits held at a time, by default `chunk_rows(V)`. Returns float32[]
+    (float64[] for float64). The gradient of the head is accumulated in float32 (or float64) and cast once, and not
+    computed for a head that needs none. On a GPU the number of supervised rows is read by the host.
+
+    Raises ValueError for shapes, dtypes or labels that do not fit. Source: chunked gradients in the forward as in
+    Hsu et al. 2024, "Liger kernel" (arXiv:2410.10989); oracle `torch.nn.functional.cross_entropy`.
+    """
+    _check(x_TD, weight_VD, labels_T, weights_T, chunk)
+    rows = chunk or chunk_rows(weight_VD.shape[0])
+    needs_dx, needs_dw = (torch.is_grad_enabled() and leaf.requires_grad for leaf in (x_TD, weight_VD))
+    if is_eager(x_TD):
+        loss: Tensor = _Eager.apply(  # type: ignore[no-untyped-call]
+            x_TD, weight_VD, labels_T, weights_T, rows, needs_dx, needs_dw
+        )
+    else:
+        loss, *_ = _traced(x_TD, weight_VD, labels_T, weights_T, rows, needs_dx, needs_dw)
+    return loss
 
 
 def linear_cross_entropy_reference(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
-    """`linear_cross_entropy` with all logits at once."""
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    logits_TV = F.linear(x_TD, weight_VD).to(wide)
+    """`linear_cross_entropy` with all logits at once, in float32 or float64 behind the head."""
+    logits_TV = F.linear(x_TD, weight_VD).to(_wide(x_TD))
     losses_T = logits_TV.logsumexp(-1) - logits_TV.gather(-1, labels_T.clamp(min=0)[:, None])[:, 0]
-    return torch.where(labels_T == IGNORE, 0.0, losses_T * weights_T).sum()
+    return torch.where((labels_T == IGNORE) | (weights_T == 0), 0.0, losses_T * weights_T).sum()
+
+
+def chunk_rows(num_vocabulary: int) -> int:
+    """Rows per chunk: the largest power of two whose float32 logits fit `CHUNK_BYTES`, in [1, `MAX_CHUNK`]."""
+    fit = max(1, CHUNK_BYTES // (4 * num_vocabulary))
+    return min(MAX_CHUNK, 1 << (fit.bit_length() - 1))
+
+
+def _check(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, chunk: int | None) -> None:
+    if x_TD.ndim != 2 or weight_VD.ndim != 2 or x_TD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"x_TD {tuple(x_TD.shape)} and weight_VD {tuple(weight_VD.shape)} must be [T, D] and [V, D] with one D"
+        )
+    if x_TD.dtype != weight_VD.dtype or not x_TD.is_floating_point():
+        raise ValueError(f"x_TD is {x_TD.dtype} and weight_VD {weight_VD.dtype}; cast both to one floating dtype")
+    for name, given in (("labels_T", labels_T), ("weights_T", weights_T)):
+        if given.shape != x_TD.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(given.shape)} but x_TD has {x_TD.shape[0]} rows; give one each")
+    if labels_T.dtype != torch.int64:
+        raise ValueError(f"labels_T is {labels_T.dtype} but must be int64; cast it")
+    if weights_T.requires_grad or not weights_T.is_floating_point():
+        raise ValueError(f"weights_T ({weights_T.dtype}) must be floating-point and a constant; cast or detach it")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk} but must be at least 1 row; leave it out for the default")
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _compute(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, rows: int, needs_dx: bool, needs_dw: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss and its gradients with respect to x and the head, those asked for."""
+    index_N = ((labels_T != IGNORE) & (weights_T != 0)).nonzero()[:, 0]
+    labels_N, weights_N = labels_T[index_N], weights_T[index_N].to(_wide(x_TD))
+    N, V = index_N.numel(), weight_VD.shape[0]
+    if N and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < V:
+        raise ValueError(
+            f"labels span {int(labels_N.min())} to {int(labels_N.max())} but the head has {V} rows; fix them"
+        )
+    rows = -(-N // max(1, -(-N // rows)))  # chunks of even size
+    logits_NV = x_TD.new_empty(rows, V)
+    losses_N = torch.empty_like(weights_N)
+    dx_TD = torch.zeros_like(x_TD) if needs_dx else None
+    dw_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD)) if needs_dw else None
+    for start in range(0, N, max(1, rows)):
+        part = slice(start, start + rows)
+        index, weight_N1 = index_N[part], weights_N[part, None]
+        x_ND, grad_NV = x_TD[index], logits_NV[: index.numel()]
+        torch.mm(x_ND, weight_VD.t(), out=grad_NV)
+        losses_N[part] = _differentiate_(grad_NV, labels_N[part])
+        if dx_TD is not None:
+            dx_TD[index] = (grad_NV @ weight_VD).mul_(weight_N1)
+        if dw_VD is not None:
+            _add_outer_(dw_VD, grad_NV, x_ND.mul_(weight_N1))
+    loss = (losses_N * weights_N).sum()
+    return loss, dx_TD, None if dw_VD is None else dw_VD.to(weight_VD.dtype)
+
+
+def _differentiate_(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Overwrite logits with their gradient, softmax - onehot; return the cross entropies, float32 or wider."""
+    N, V = logits_NV.shape
+    wide = _wide(logits_NV)
+    stage = N if logits_NV.dtype == wide else max(1, STAGE_VALUES // V)
+    losses_N = logits_NV.new_empty(N, dtype=wide)
+    for start in range(0, N, stage):
+        rows = slice(start, start + stage)
+        label_N1, values_NV = labels_N[rows, None], logits_NV[rows].to(wide)  # the logits themselves if they are wide
+        shifted_N = values_NV.gather(1, label_N1)[:, 0] - values_NV.amax(1)
+        torch.softmax(values_NV, 1, out=values_NV)
+        losses_N[rows] = -values_NV.amax(1).log_() - shifted_N  # the largest probability is 1 / sum(exp(shifted))
+        values_NV.scatter_(1, label_N1, values_NV.gather(1, label_N1) - 1)
+        if logits_NV.dtype != wide:
+            logits_NV[rows] = values_NV
+    return losses_N
+
+
+def _add_outer_(sum_VD: Tensor, grad_NV: Tensor, x_ND: Tensor) -> None:
+    """`sum_VD += grad_NV.T @ x_ND`, where the sum may be wider than the factors."""
+    if sum_VD.dtype == x_ND.dtype:
+        sum_VD.addmm_(grad_NV.t(), x_ND)
+        return
+    stage = max(1, 4 * STAGE_VALUES // x_ND.shape[1])  # so that the narrow product is small
+    for start in range(0, sum_VD.shape[0], stage):
+        sum_VD[start : start + stage] += grad_NV[:, start : start + stage].t() @ x_ND
+
+
+class _Eager(torch.autograd.Function):
+    """Gradients from the forward, scaled in place: a second copy of the head's gradient is never made."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        weights_T: Tensor,
+        rows: int,
+        needs_dx: bool,
+        needs_dw: bool,
+    ) -> Tensor:
+        loss, dx_TD, dw_VD = _compute(x_TD, weight_VD, labels_T, weights_T, rows, needs_dx, needs_dw)
+        ctx.save_for_backward(dx_TD, dw_VD)  # type: ignore[arg-type]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        # autograd itself refuses a second backward: the saved tensors were modified in place
+        saved: tuple[Tensor | None, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
+        dx_TD, dw_VD = (None if grad is None else grad.mul_(dloss) for grad in saved)
+        return dx_TD, dw_VD, None, None, None, None, None
+
+
+@torch.library.custom_op("mmfn::linear_cross_entropy", mutates_args=())
+def _traced(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, rows: int, needs_dx: bool, needs_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_compute` as one operator; a gradient that was not asked for comes back empty."""
+    loss, dx_TD, dw_VD = _compute(x_TD, weight_VD, labels_T, weights_T, rows, needs_dx, needs_dw)
+    none = x_TD.new_empty(0)
+    return loss, none if dx_TD is None else dx_TD, none.clone() if dw_VD is None else dw_VD
+
+
+@_traced.register_fake
+def _(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, rows: int, needs_dx: bool, needs_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = (torch.empty_like(x) if needs else x.new_empty(0) for x, needs in ((x_TD, needs_dx), (weight_VD, needs_dw)))
+    return x_TD.new_empty((), dtype=_wide(x_TD)), *grads  # type: ignore[return-value]
+
+
+def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.needs = inputs[-2:]  # type: ignore[attr-defined]
+
+
+def _backward(ctx: FunctionCtx, dloss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = zip(ctx.saved_tensors, ctx.needs, strict=True)  # type: ignore[attr-defined]
+    dx_TD, dw_VD = (grad * dloss if needs else None for grad, needs in saved)
+    return dx_TD, dw_VD, None, None, None, None, None
+
+
+_traced.register_autograd(_backward, setup_context=_setup)
