@@ -1,0 +1,110 @@
+"""The objective: one weight per token, computed once per global step from label counts alone.
+
+The loss is `sum_t weights_T[t] * cross_entropy_T[t]`, so values and gradients of micro-batches (and of ranks) are
+summed, never averaged. Legend: M micro-batches, N segments (samples) of a micro-batch, T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn.batch import IGNORE, Batch, Segments
+from mmfn.models import Family
+from mmfn.ops import Ops, portable
+from mmfn.tree import Tree
+
+Objective = Callable[[Tensor], Tensor]
+"""counts_MN: int64[M, N], supervised tokens per micro-batch and sample -> float64[M, N], weight of each such token."""
+
+
+def default(counts_MN: Tensor) -> Tensor:
+    """Mean over micro-batches of each one's mean over its supervised tokens. Depends on how samples are split.
+
+    A micro-batch without supervised tokens adds zero and still counts in the mean.
+    """
+    counts_M1 = counts_MN.sum(1, keepdim=True)
+    return _reciprocal(counts_M1 * counts_MN.shape[0]).expand(counts_MN.shape)
+
+
+def per_token_loss(counts_MN: Tensor) -> Tensor:
+    """Mean over all supervised tokens of the global batch. Any split of the same batch gives the same gradient."""
+    return _reciprocal(counts_MN.sum()).expand(counts_MN.shape)
+
+
+OBJECTIVES: dict[str, Objective] = {"default": default, "per_token_loss": per_token_loss}
+
+
+def resolve(objective: str | Objective) -> Objective:
+    """The function of a name in `OBJECTIVES`, or the function itself. Raises ValueError naming the nearest known."""
+    if not isinstance(objective, str):
+        return objective
+    if objective not in OBJECTIVES:
+        near = get_close_matches(objective, OBJECTIVES, n=1, cutoff=0.0)
+        raise ValueError(f"objective {objective!r} is unknown; nearest is {near[0]!r}, known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective]
+
+
+def weigh(microbatches: Sequence[Batch], objective: str | Objective) -> list[Batch]:
+    """All micro-batches of one global step with `weights_T` set; nothing else is read than labels and segments.
+
+    Weights are float32, or float64 where the batch's own `weights_T` are; zero where a token is not supervised. Raises
+    ValueError for an unknown objective or no micro-batch. Source: the loss types of MindSpeed-MM (`loss_cfg`).
+    """
+    if not microbatches:
+        raise ValueError("weigh received no micro-batch; a global step needs at least one")
+    counts = [_counts(b.labels_T, b.segments) for b in microbatches]
+    width = max(c.shape[0] for c in counts)
+    counts_MN = torch.stack([torch.nn.functional.pad(c, (0, width - c.shape[0])) for c in counts])
+    weights_MN = resolve(objective)(counts_MN)
+    return [_spread(b, w) for b, w in zip(microbatches, weights_MN.unbind(0), strict=True)]
+
+
+def loss_fn(params: Tree, batch: Batch, family: Family, cfg: Any, ops: Ops) -> tuple[Tensor, dict[str, Tensor]]:
+    """`(loss, metrics)` of one weighed micro-batch: its share of the global loss, a plain weighted sum.
+
+    `loss`: 0-D, float32 or wider. `metrics`: 0-D tensors to be summed over micro-batches: `loss` and `tokens`, the
+    number of supervised tokens.
+    """
+    out = family.apply(params, batch, cfg, ops)
+    weight_VD = family.head(params, cfg, ops)
+    value = ops.linear_cross_entropy(out.hidden_TD, weight_VD, batch.labels_T, batch.weights_T)
+    return value, {"loss": value.detach(), "tokens": (batch.labels_T != IGNORE).sum()}
+
+
+def loss(
+    params: Tree, batch: Batch, model: Any, *, objective: str | Objective = "per_token_loss", ops: Ops | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`(loss, metrics)` of one batch taken as the whole global step; differentiable with respect to `params`.
+
+    `params`: shaped like `model.params`. `model`: a `Model` (its `family` and `cfg` are used). `ops` defaults to
+    `ops.portable()`. Raises ValueError for an unknown objective.
+
+    >>> (value, metrics), grads = mmfn.value_and_grad(mmfn.loss, has_aux=True)(model.params, batch, model)
+    """
+    (weighed,) = weigh([batch], objective)
+    return loss_fn(params, weighed, model.family, model.cfg, ops or portable())
+
+
+def _reciprocal(counts: Tensor) -> Tensor:
+    """1 / counts in float64, and 0 where there is nothing to weigh."""
+    return torch.where(counts > 0, 1.0 / counts.clamp(min=1).to(torch.float64), 0.0)
+
+
+def _counts(labels_T: Tensor, segments: Segments) -> Tensor:
+    """Supervised tokens of every segment: int64[N]."""
+    sums = torch.nn.functional.pad((labels_T != IGNORE).cumsum(0), (1, 0))
+    return sums[segments.offsets_N.long()].diff()
+
+
+def _spread(batch: Batch, weights_N: Tensor) -> Batch:
+    """Give each supervised token the weight of its segment (padding behind the last one belongs to none)."""
+    ends_N = batch.segments.offsets_N[1:]
+    places_T = torch.arange(batch.labels_T.shape[0], dtype=ends_N.dtype, device=ends_N.device)
+    segment_T = torch.searchsorted(ends_N, places_T, right=True)
+    weights_T = torch.nn.functional.pad(weights_N, (0, 1))[segment_T]
+    weights_T = torch.where(batch.labels_T != IGNORE, weights_T, 0.0)
+    return replace(batch, weights_T=weights_T.to(batch.weights_T.dtype))

@@ -1,0 +1,126 @@
+"""The training step: `step(state, microbatches) -> (state, metrics)`, a pure function over a pytree of state.
+
+`state = {"params", "opt", "step"}`: the parameter tree, the optimizer's state and the number of steps taken, an int64
+0-D tensor on the host. Everything that is decided from values (clipping, skipping a non-finite step) is decided on the
+device, so a step never waits for it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn import tree
+from mmfn.batch import Batch
+from mmfn.grad import value_and_grad
+from mmfn.models import Family
+from mmfn.parallel.program import Program
+from mmfn.train import optim
+from mmfn.train.objective import Objective, loss_fn, resolve, weigh
+from mmfn.train.optim import Transform, Update
+from mmfn.train.schedule import Schedule
+from mmfn.tree import Tree
+
+State = dict[str, Any]
+Metrics = dict[str, Tensor]
+Step = Callable[[State, Sequence[Batch]], tuple[State, Metrics]]
+
+
+def init_state(params: Tree, optimizer: Transform) -> State:
+    """The state before the first step. It holds `params` themselves: a donating step overwrites them."""
+    leaves = dict(tree.items(params))
+    return {"params": params, "opt": optimizer.init(leaves), "step": torch.zeros((), dtype=torch.int64)}
+
+
+def make_step(
+    family: Family,
+    cfg: Any,
+    program: Program,
+    objective: str | Objective,
+    optimizer: Transform,
+    *,
+    schedule: Schedule,
+    donate: bool = True,
+) -> Step:
+    """Build `step(state, microbatches) -> (state, metrics)`.
+
+    Token weights are computed once over all micro-batches, their gradients are summed (several: in float32 or wider),
+    and the optimizer runs once. `metrics`, all 0-D tensors: `loss`, `tokens` (supervised), `grad_norm` (before
+    clipping), `lr`, `skipped` (1 where the gradient norm is not finite: then only `state["step"]` advances).
+
+    `donate`: the given state is consumed, its tensors overwritten and returned; with False it is left as it was. This
+    is the only place where that is decided. Under `compiled("layer")` the update is one graph beside those of the
+    blocks; under `compiled("step")` a step with one micro-batch is one graph, and one with several runs a graph per
+    micro-batch and one for the update (one graph can recompute activations for one backward pass only).
+
+    Raises ValueError for an unknown objective, for optimizer patterns that match no parameter, and, when called, for
+    an empty list of micro-batches.
+    """
+    paths = tree.paths(program.specs)
+    weights = resolve(objective)
+    update = optimizer.update(paths)
+    differentiate = value_and_grad(lambda p, b: loss_fn(p, b, family, cfg, program.ops), has_aux=True)
+
+    def gradients(params: Tree, batch: Batch) -> tuple[list[Tensor], Metrics]:
+        (_, metrics), grads = differentiate(params, batch)
+        return tree.leaves(grads), metrics
+
+    def apply_(state: State, grads: list[Tensor], lr: Tensor, sums: Metrics) -> tuple[State, Metrics]:
+        keyed = dict(zip(paths, grads, strict=True))
+        norm = optim.global_norm(keyed)
+        finite = torch.isfinite(norm)
+        given = Update(
+            params=dict(zip(paths, tree.leaves(state["params"]), strict=True)),
+            grads=keyed,
+            norm=norm,
+            finite=finite,
+            lr=lr,
+            fused=program.compile == "none",
+        )
+        _, opt = update(given, state["opt"])
+        metrics = {**sums, "grad_norm": norm, "lr": lr, "skipped": (~finite).to(torch.int64)}
+        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, metrics
+
+    def one(state: State, batch: Batch) -> tuple[State, Metrics]:
+        (weighed,) = weigh([batch], weights)
+        grads, sums = gradients(state["params"], weighed)
+        return apply_(state, grads, schedule(state["step"]), sums)
+
+    one_run = program.jit(one) if program.compile == "step" else one
+    gradients_run = program.jit(gradients) if program.compile == "step" else gradients
+    apply_run = program.jit(apply_) if program.compile != "none" else apply_
+
+    def many(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
+        grads, sums = scan_gradients(gradients_run, state["params"], weigh(microbatches, weights))
+        return apply_run(state, grads, schedule(state["step"]), sums)
+
+    @torch.no_grad()
+    def step(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
+        if not donate:
+            state = tree.map(torch.clone, state)
+        with program.compiling():
+            if program.compile == "step" and len(microbatches) == 1:
+                return one_run(state, microbatches[0])
+            return many(state, microbatches)
+
+    return step
+
+
+def scan_gradients(
+    gradients: Callable[[Tree, Batch], tuple[list[Tensor], Metrics]], params: Tree, microbatches: Sequence[Batch]
+) -> tuple[list[Tensor], Metrics]:
+    """Sum `gradients(params, batch) -> (leaves, metrics)` over micro-batches, in float32 or wider if there are several.
+
+    The running sum is built leaf by leaf, freeing each gradient behind it; out of place, since autograd may return one
+    tensor for two leaves.
+    """
+    total, sums = gradients(params, microbatches[0])
+    for batch in microbatches[1:]:
+        more, metrics = gradients(params, batch)
+        for i, grad in enumerate(total):
+            dtype = optim.wide(grad.dtype)
+            total[i] = grad.to(dtype) + more[i].to(dtype)
+            more[i] = grad.new_empty(0)
+        sums = {name: value + metrics[name] for name, value in sums.items()}
+    return total, sums
