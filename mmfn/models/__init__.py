@@ -16,7 +16,7 @@ if __name__ != "mmfn.models":
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What `apply` returns: `hidden_TD` before the head, `aux` additive statistics (routers), `cache` when generating."""
+    """What `apply` returns: `hidden_TD` before the head, `aux` additive router statistics, `cache` in generation."""
 
     hidden_TD: Tensor
     aux: Tree = None
@@ -34,6 +34,7 @@ class Family:
     head: Callable[..., Tensor]  # (params, cfg, ops) -> weight_VD
     positions: Callable[..., Tensor]  # (sample, cfg) -> int64[3, T]
     key_map: Callable[[Any], Any]  # cfg -> KeyMap
+    empty_cache: Callable[..., Any]  # (cfg, num_rows, num_columns, dtype, device) -> a tree per layer, for generation
 
 
 FAMILIES = {"qwen3_vl": "mmfn.models.qwen3_vl"}
@@ -43,7 +44,9 @@ def family(model_type: str) -> Family:
     """The family of a `model_type` in a Hugging Face config. Raises ValueError naming the nearest known one."""
     if model_type not in FAMILIES:
         near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)
-        raise ValueError(f"model_type {model_type!r} is not supported; nearest is {near[0]!r}, known: {sorted(FAMILIES)}")
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; nearest is {near[0]!r}, known: {sorted(FAMILIES)}"
+        )
     module = importlib.import_module(FAMILIES[model_type])
-    names = ("config_from_hf", "specs", "apply", "head", "positions", "key_map")
+    names = ("config_from_hf", "specs", "apply", "head", "positions", "key_map", "empty_cache")
     return Family(name=model_type, **{n: getattr(module, n) for n in names})

@@ -1,0 +1,201 @@
+"""Reading Hugging Face checkpoints: a folder with `config.json` and safetensors, sharded or not.
+
+Accounting is strict and two-way: every stored tensor is consumed once, every leaf is filled once, or the load refuses
+before it reads a value.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmfn import tree
+from mmfn.interop.keymap import KeyMap, Stored
+from mmfn.tree import Tree
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_KINDS = {"F64": "float", "F32": "float", "F16": "float", "BF16": "float", "BOOL": "bool"}  # safetensors dtype -> kind
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The dict in `folder/config.json`. Raises ValueError when it is missing or not a JSON object."""
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder} is not a folder; pass a folder with config.json and {SINGLE}")
+    return _read_json(folder / "config.json")
+
+
+def load_params(
+    folder: Path, specs: Tree, key_map: KeyMap, *, dtype: torch.dtype | None, device: torch.device | str
+) -> Tree:
+    """The parameters of a checkpoint folder in the structure of `specs`; `dtype` None keeps each tensor's own.
+
+    Raises ValueError naming tensor, file and nearest key for a missing or unexpected tensor, a wrong shape or kind of
+    dtype, a missing or truncated file, a copy (tied head) that differs from its original, and pickled weights.
+    """
+    wanted = key_map.stored(specs)
+    with ExitStack() as stack:
+        found = _scan(folder, stack)
+        _account(folder, wanted, found, key_map.copies)
+        paths = {stored.path: name for name, stored in wanted.items()}
+        _check_copies(paths, found, key_map.copies)
+
+        def read(path: str, spec: Any) -> Tensor:
+            # A copy, so that parameters never alias the mapped file.
+            stored = found[paths[path]].read()
+            return stored.reshape(spec.shape).to(device=device, dtype=dtype or stored.dtype, copy=True)
+
+        return tree.map_with_path(read, specs)
+
+
+def from_tensors(tensors: Mapping[str, Tensor], specs: Tree, key_map: KeyMap) -> Tree:
+    """The tree of `specs` from tensors under their Hugging Face names, with the same accounting as `load_params`."""
+    wanted = key_map.stored(specs)
+    found = {name: _Found.of(name, value) for name, value in tensors.items()}
+    _account("the given tensors", wanted, found, key_map.copies)
+    paths = {stored.path: name for name, stored in wanted.items()}
+    _check_copies(paths, found, key_map.copies)
+    return tree.map_with_path(lambda path, spec: tensors[paths[path]].reshape(spec.shape), specs)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; nearest is 'x'"`, or nothing when there is no candidate."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"; nearest is {near[0]!r}" if near else ""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One stored tensor: where it is, its shape and kind of dtype, and how to read it."""
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    source: Any  # an open safetensors file, or the tensor itself
+
+    @staticmethod
+    def of(name: str, value: Tensor) -> "_Found":
+        kind = "F32" if value.is_floating_point() else "BOOL" if value.dtype == torch.bool else "I64"
+        return _Found(name, "the given tensors", tuple(value.shape), kind, value)
+
+    def read(self) -> Tensor:
+        value: Tensor = self.source if isinstance(self.source, Tensor) else self.source.get_tensor(self.name)
+        return value
+
+
+def _scan(folder: Path, stack: ExitStack) -> dict[str, _Found]:
+    """Every stored tensor by name; opens all files, reads headers only."""
+    found: dict[str, _Found] = {}
+    for file, listed in _files(folder).items():
+        path = folder / file
+        try:
+            handle = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"weight file {path} cannot be read ({error}); it is damaged or cut short, fetch it again"
+            ) from error
+        names = set(handle.keys())
+        if listed is not None and (absent := sorted(listed - names)):
+            raise ValueError(f"weight file {path} lacks tensor {absent[0]!r} that {INDEX} lists; fetch the file again")
+        for name in sorted(names):
+            if name in found:
+                raise ValueError(
+                    f"tensor {name!r} is stored twice, in {found[name].file} and {file}; remove one of them"
+                )
+            view = handle.get_slice(name)
+            found[name] = _Found(name, file, tuple(view.get_shape()), view.get_dtype(), handle)
+    return found
+
+
+def _files(folder: Path) -> dict[str, set[str] | None]:
+    """Weight files of a folder, each with the tensor names the index lists for it (None without an index)."""
+    if (folder / SINGLE).is_file():
+        return {SINGLE: None}
+    if not (folder / INDEX).is_file():
+        if any(folder.glob("*.bin")):
+            raise ValueError(
+                f"checkpoint {folder} holds pickled *.bin weights, which can run code; convert them to {SINGLE}"
+            )
+        raise ValueError(f"checkpoint {folder} holds neither {SINGLE} nor {INDEX}; fetch its weights")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map of tensor names to files; fetch it again")
+    files: dict[str, set[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(
+                f"{folder / INDEX} puts tensor {name!r} into {file!r}; a file in the same folder is expected"
+            )
+        if not (folder / file).is_file():
+            raise ValueError(f"weight file {folder / file} is missing but {INDEX} lists it; fetch it")
+        names = files.setdefault(file, set())
+        assert names is not None
+        names.add(name)
+    return files
+
+
+def _account(
+    where: Path | str, wanted: Mapping[str, Stored], found: Mapping[str, _Found], copies: Mapping[str, str]
+) -> None:
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted and name not in copies]
+    if missing:
+        name = missing[0]
+        raise ValueError(
+            f"{where} lacks tensor {name!r} for parameter {wanted[name].path}{nearest(name, unexpected or found)}"
+            f"{_more(missing)}; config and weights must belong together"
+        )
+    if unexpected:
+        name = unexpected[0]
+        raise ValueError(
+            f"tensor {name!r} in {found[name].file} of {where} belongs to no parameter{nearest(name, wanted)}"
+            f"{_more(unexpected)}; config and weights must belong together"
+        )
+    for name, stored in wanted.items():
+        here = found[name]
+        if here.shape != stored.shape:
+            raise ValueError(
+                f"tensor {name!r} in {here.file} of {where} has shape {list(here.shape)} but the config needs "
+                f"{list(stored.shape)}; config and weights must belong together"
+            )
+        kind = "float" if stored.leaf.dtype.is_floating_point else "integer"
+        if _KINDS.get(here.dtype, "integer" if here.dtype[0] in "IU" else here.dtype) != kind:
+            raise ValueError(
+                f"tensor {name!r} in {here.file} of {where} has dtype {here.dtype} but a {kind} tensor is needed; "
+                "convert the checkpoint (quantized weights are not supported)"
+            )
+
+
+def _check_copies(paths: Mapping[str, str], found: Mapping[str, _Found], copies: Mapping[str, str]) -> None:
+    for name, path in copies.items():
+        if name not in found:
+            continue
+        copy, original = found[name], found[paths[path]]
+        if copy.shape != original.shape or not torch.equal(copy.read(), original.read()):
+            raise ValueError(
+                f"tensor {name!r} in {copy.file} differs from {original.name!r} although the config ties them; "
+                "set tie_word_embeddings to false or remove the tensor"
+            )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; pass a complete checkpoint folder") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} but must hold a JSON object; fetch it again")
+    return value

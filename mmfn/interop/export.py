@@ -1,0 +1,111 @@
+"""Writing Hugging Face checkpoints: sharded safetensors, config and asset files, published by one rename."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmfn.interop.checkpoint import INDEX, SINGLE
+
+# Files of a checkpoint folder that are neither weights nor config.json.
+ASSETS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    assets: Path | None,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> None:
+    """Write a checkpoint beside `folder` and rename it into place: a reader sees the old folder or the new one.
+
+    Raises ValueError when `folder` is not empty and `overwrite` is false, or `assets` is not a folder.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes} but must be positive; 5_000_000_000 is usual")
+    if assets is not None and not assets.is_dir():
+        raise ValueError(f"assets {assets} is not a folder; pass the folder that holds the tokenizer files")
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise ValueError(f"target {folder} exists and is not an empty folder; choose another or pass overwrite=True")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()  # not the temporary folder itself, whose mode is private
+        _write_weights(fresh, tensors, max_shard_bytes)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (fresh / "config.json").write_text(text, encoding="utf-8")
+        for source in _assets(assets):
+            shutil.copyfile(source, fresh / source.name)
+        _publish(fresh, folder, Path(scratch) / "old")
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    shards = _shards(tensors, max_shard_bytes)
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [SINGLE]
+    for file, names in zip(files, shards, strict=True):
+        save_file({n: tensors[n].detach().cpu().contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(_bytes(t) for t in tensors.values())
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut before a shard would exceed the size; a larger tensor is a shard of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, value in tensors.items():
+        size = _bytes(value)
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _assets(folder: Path | None) -> Sequence[Path]:
+    if folder is None:
+        return []
+    return sorted({path for pattern in ASSETS for path in folder.glob(pattern) if path.is_file()})
+
+
+def _publish(fresh: Path, folder: Path, old: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        os.rename(folder, old)
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
+    else:
+        os.rename(fresh, folder)

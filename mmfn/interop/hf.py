@@ -1,0 +1,116 @@
+"""Models from and to Hugging Face: whole checkpoints, configs, and trees under Hugging Face names."""
+
+import copy
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn import spec, tree
+from mmfn.interop import checkpoint, export
+from mmfn.model import Model
+from mmfn.models import Family, family
+from mmfn.tree import Tree
+
+
+def load_hf(path: str | PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Model:
+    """A model from a folder with `config.json` and safetensors, single or sharded.
+
+    `dtype` None keeps the stored dtypes. Raises ValueError, one sentence, for a config mmfn does not support and for
+    weights that do not fit it exactly (see `checkpoint.load_params`). No remote code, no pickle.
+    """
+    folder = Path(path)
+    hf_config = checkpoint.read_config(folder)
+    found, cfg = _resolve(hf_config)
+    params = checkpoint.load_params(folder, found.specs(cfg), found.key_map(cfg), dtype=dtype, device=device)
+    return Model(family=found, cfg=cfg, params=params, hf_config=hf_config)
+
+
+def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None = None) -> Model:
+    """A model with random parameters from the dict of a `config.json` alone; float32 unless `dtype` says otherwise.
+
+    The draws depend on `seed` and each parameter's path only. Raises ValueError for an unsupported config.
+    """
+    hf_config = copy.deepcopy(dict(hf_config))
+    found, cfg = _resolve(hf_config)
+    params = spec.init_params(found.specs(cfg), seed, dtype)
+    return Model(family=found, cfg=cfg, params=params, hf_config=hf_config)
+
+
+def to_hf(values: Tree, model: Model) -> dict[str, Tensor]:
+    """`{Hugging Face name: tensor}` of any tree shaped like the parameters (gradients, moments), as saved on disk.
+
+    A tied head is absent. Raises ValueError when the structure or a shape differs from the parameters'.
+    """
+    specs = model.family.specs(model.cfg)
+    leaves = dict(tree.items(values))
+    wanted = model.family.key_map(model.cfg).stored(specs)
+    if leaves.keys() != (paths := {s.path for s in wanted.values()}):
+        odd = sorted(leaves.keys() ^ paths)[0]
+        raise ValueError(
+            f"the tree has {len(leaves)} leaves and the model {len(paths)} parameters, {odd!r} is in one of them only; "
+            "pass a tree shaped like model.params"
+        )
+    for stored in wanted.values():
+        if tuple(leaves[stored.path].shape) != tuple(stored.leaf.shape):
+            raise ValueError(
+                f"leaf {stored.path!r} has shape {list(leaves[stored.path].shape)} but the parameter has "
+                f"{list(stored.leaf.shape)}; pass a tree shaped like model.params"
+            )
+    return {name: leaves[stored.path].reshape(stored.shape) for name, stored in wanted.items()}
+
+
+def from_hf(tensors: Mapping[str, Tensor], model: Model) -> Tree:
+    """Inverse of `to_hf`: a tree shaped like `model.params` from tensors under their Hugging Face names.
+
+    Raises ValueError for missing and unexpected names and wrong shapes, with the nearest name.
+    """
+    return checkpoint.from_tensors(tensors, model.family.specs(model.cfg), model.family.key_map(model.cfg))
+
+
+def save_hf(
+    path: str | PathLike[str],
+    model: Model,
+    assets: str | PathLike[str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Write the model as a Hugging Face checkpoint that transformers loads with no missing and no unexpected key.
+
+    `assets`: a folder whose tokenizer, processor, template and generation files are copied beside the weights. The
+    folder appears complete or not at all. Raises ValueError when it exists and is not empty, unless `overwrite`.
+    """
+    export.write(
+        Path(path),
+        to_hf(model.params, model),
+        _config_to_save(model),
+        assets=None if assets is None else Path(assets),
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+
+
+def _resolve(hf_config: Mapping[str, Any]) -> tuple[Family, Any]:
+    model_type = hf_config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError(f"model_type is {model_type!r} but must name a model family; pass the dict of a config.json")
+    found = family(model_type)
+    return found, found.config_from_hf(hf_config)
+
+
+def _config_to_save(model: Model) -> dict[str, Any]:
+    """The config with the dtype the weights are stored in, which transformers loads them as."""
+    config: dict[str, Any] = json.loads(json.dumps(dict(model.hf_config)))
+    dtypes = {leaf.dtype for leaf in tree.leaves(model.params)}
+    widest = max(dtypes, key=lambda d: (d.itemsize, d == torch.float32))
+    for section in (config, config.get("text_config"), config.get("vision_config")):
+        if isinstance(section, dict):
+            section.pop("torch_dtype", None)
+            section["dtype"] = str(widest).removeprefix("torch.")
+    if not config.get("architectures"):
+        config["architectures"] = [model.family.key_map(model.cfg).architecture]
+    return config

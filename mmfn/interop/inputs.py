@@ -1,0 +1,156 @@
+"""`batch_from_hf`: what a Hugging Face processor returns, packed. Legend: B rows, S columns, T tokens of a row."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, pack
+from mmfn.interop.checkpoint import nearest
+from mmfn.model import Model
+
+# Keys a processor of these families may return; `(pixels, grids)` of each kind of media.
+_MEDIA = {IMAGE: ("pixel_values", "image_grid_thw"), VIDEO: ("pixel_values_videos", "video_grid_thw")}
+_TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
+_KEYS = (*_TEXT_KEYS, *(key for pair in _MEDIA.values() for key in pair))
+_NAMES = {IMAGE: "image", VIDEO: "video"}
+
+
+def batch_from_hf(inputs: Mapping[str, Any], model: Model) -> Batch:
+    """The packed batch of what a Hugging Face processor returns; each row becomes one segment, padding is removed.
+
+    `input_ids`, and optionally `attention_mask`, `mm_token_type_ids`, `labels`: int[B, S], padded left or right.
+    `pixel_values` float[patches, F] with `image_grid_thw` int[N, 3] (temporal, height, width in patches); likewise
+    `pixel_values_videos` with `video_grid_thw`; images and videos in reading order over all rows. Kinds of tokens are
+    derived from the placeholder ids when `mm_token_type_ids` is absent. Without `labels` no token is supervised.
+
+    Raises ValueError for unknown keys, shapes that disagree, holes in the mask, supervised padding, and placeholders
+    that do not match the media.
+    """
+    for key in inputs:
+        if key not in _KEYS:
+            raise ValueError(f"input {key!r} is not used by {model.family.name}{nearest(key, _KEYS)}; remove it")
+    rows = _rows({k: v for k, v in inputs.items() if v is not None}, model)
+    cfg = model.cfg
+    samples = _attach_media(rows, inputs, cfg.vision.merge_size, cfg.vision.patch_values)
+    positions = [model.family.positions(sample, cfg) for sample in samples]
+    return pack(samples, positions, merge_size=cfg.vision.merge_size, patch_values=cfg.vision.patch_values)
+
+
+def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
+    """One sample per row, padding removed, without media."""
+    if "input_ids" not in inputs:
+        raise ValueError(
+            f"input_ids is missing from inputs with keys {sorted(inputs)}; pass all of a processor's result"
+        )
+    text = {key: torch.as_tensor(inputs[key]).to(torch.int64) for key in _TEXT_KEYS if key in inputs}
+    ids_BS = text["input_ids"]
+    for key, value in text.items():
+        if value.ndim != 2 or value.shape != ids_BS.shape:
+            raise ValueError(
+                f"{key} has shape {list(value.shape)} but [rows, columns] equal to input_ids {list(ids_BS.shape)} is "
+                "needed; pass return_tensors='pt' and padding=True to the processor"
+            )
+    if ids_BS.numel() and not 0 <= int(ids_BS.min()) <= int(ids_BS.max()) < model.cfg.vocab_size:
+        raise ValueError(
+            f"input_ids range over {int(ids_BS.min())}..{int(ids_BS.max())} but the vocabulary has "
+            f"{model.cfg.vocab_size} entries; use the tokenizer of this model"
+        )
+    mask_BS = text.get("attention_mask", torch.ones_like(ids_BS))
+    labels_BS = text.get("labels", torch.full_like(ids_BS, IGNORE))
+    kinds_BS = _kinds(text, model)
+    samples = []
+    for row, mask_S in enumerate(mask_BS):
+        kept_S = _kept(mask_S, row)
+        if bool((labels_BS[row][~kept_S] != IGNORE).any()):
+            raise ValueError(f"labels of row {row} supervise padding tokens; set them to {IGNORE}")
+        tokens_T, labels_T, kinds_T = (x[row][kept_S] for x in (ids_BS, labels_BS, kinds_BS))
+        samples.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, id=f"row {row}"))
+    return samples
+
+
+def _kept(mask_S: Tensor, row: int) -> Tensor:
+    """True where a token is kept: one run of ones."""
+    if not bool(((mask_S == 0) | (mask_S == 1)).all()):
+        raise ValueError(f"attention_mask of row {row} holds values other than 0 and 1; pass the processor's own mask")
+    runs = int((mask_S.diff(prepend=mask_S.new_zeros(1)) == 1).sum())
+    if runs != 1:
+        state = "is empty" if runs == 0 else "has holes"
+        raise ValueError(f"attention_mask of row {row} {state}; only padding on the left or right is supported")
+    return mask_S.bool()
+
+
+def _kinds(text: Mapping[str, Tensor], model: Model) -> Tensor:
+    """Kind of every token, from the placeholder ids; given kinds must agree with them."""
+    ids_BS = text["input_ids"]
+    kinds_BS = torch.full_like(ids_BS, TEXT)
+    kinds_BS[ids_BS == model.cfg.image_token_id] = IMAGE
+    kinds_BS[ids_BS == model.cfg.video_token_id] = VIDEO
+    given_BS = text.get("mm_token_type_ids", kinds_BS)
+    if bool((given_BS != kinds_BS).any()):
+        raise ValueError(
+            f"mm_token_type_ids disagree with input_ids at {int((given_BS != kinds_BS).sum())} tokens: {IMAGE} belongs "
+            f"to id {model.cfg.image_token_id}, {VIDEO} to id {model.cfg.video_token_id}, {TEXT} to all others; "
+            "leave the key out"
+        )
+    return kinds_BS
+
+
+def _attach_media(rows: list[Sample], inputs: Mapping[str, Any], merge_size: int, patch_values: int) -> list[Sample]:
+    """Hand images and videos to the rows in reading order, by their numbers of placeholder tokens."""
+    media = {kind: _media(inputs, kind, merge_size, patch_values) for kind in _MEDIA}
+    samples = []
+    for row in rows:
+        own = {kind: _take(row, kind, media[kind], merge_size) for kind in _MEDIA}
+        samples.append(replace(row, images=own[IMAGE], videos=own[VIDEO]))
+    for kind, left in media.items():
+        if left:
+            total = sum(int((row.kinds_T == kind).sum()) for row in rows)
+            raise ValueError(
+                f"{len(left)} {_NAMES[kind]}s are left over after all {total} {_NAMES[kind]} placeholder tokens were "
+                "filled; make the text and the media agree"
+            )
+    return samples
+
+
+def _media(inputs: Mapping[str, Any], kind: int, merge_size: int, patch_values: int) -> list[Media]:
+    pixels_key, grids_key = _MEDIA[kind]
+    pixels, grids = inputs.get(pixels_key), inputs.get(grids_key)
+    if pixels is None and grids is None:
+        return []
+    if pixels is None or grids is None:
+        absent, present = (pixels_key, grids_key) if pixels is None else (grids_key, pixels_key)
+        raise ValueError(f"{absent} is missing although {present} is given; pass both")
+    patches_PF, grids_N3 = torch.as_tensor(pixels), torch.as_tensor(grids).to(torch.int64)
+    if grids_N3.ndim != 2 or grids_N3.shape[1] != 3 or bool((grids_N3 < 1).any()):
+        raise ValueError(
+            f"{grids_key} has shape {list(grids_N3.shape)} or entries below 1; [media, 3] of counts is needed"
+        )
+    if bool((grids_N3[:, 1:] % merge_size).any()):
+        raise ValueError(f"{grids_key} holds heights or widths that are no multiple of {merge_size}; resize the media")
+    sizes = grids_N3.prod(1).tolist()
+    if list(patches_PF.shape) != [sum(sizes), patch_values]:
+        raise ValueError(
+            f"{pixels_key} has shape {list(patches_PF.shape)} but its grids and the model need "
+            f"[{sum(sizes)}, {patch_values}]; use the processor of this model"
+        )
+    ends = accumulate(sizes)
+    parts = [patches_PF[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return [Media(patches_PF=p, grid=(t, h, w)) for p, (t, h, w) in zip(parts, grids_N3.tolist(), strict=True)]
+
+
+def _take(row: Sample, kind: int, media: list[Media], merge_size: int) -> tuple[Media, ...]:
+    """The next media that fill the row's placeholders; removes them from `media`."""
+    places, filled, taken = int((row.kinds_T == kind).sum()), 0, []
+    while filled < places and media:
+        taken.append(media.pop(0))
+        filled += taken[-1].patches_PF.shape[0] // merge_size**2
+    if filled != places:
+        raise ValueError(
+            f"{row.id} has {places} {_NAMES[kind]} placeholder tokens but the next {len(taken)} {_NAMES[kind]}s give "
+            f"{filled} features; make the text and the media agree"
+        )
+    return tuple(taken)

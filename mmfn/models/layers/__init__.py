@@ -1,0 +1,1 @@
+"""Layers shared by the model families. Each file has `specs` beside `apply`; a family file composes them."""

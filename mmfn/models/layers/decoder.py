@@ -1,0 +1,126 @@
+"""The text decoder: grouped-query attention with normalised queries and keys, and a gated feed-forward layer.
+
+Legend: T tokens, D width, H query heads, K kv heads, C channels of a head, R = C / 2, F feed-forward width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmfn.batch import Segments
+from mmfn.models.layers import cache, linear, norm
+from mmfn.ops import Ops
+from mmfn.tree import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes of one decoder block. `has_bias`: the four attention projections carry a bias."""
+
+    d_model: int
+    d_ff: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    init_std: float
+    has_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_heads} but must be a multiple of num_key_value_heads "
+                f"{self.num_kv_heads}; correct one of them"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim} but rope turns pairs of channels; make it even")
+
+
+def specs(cfg: DecoderConfig) -> Tree:
+    """Parameters of one block."""
+    return {
+        "attention": attention_specs(cfg),
+        "attention_norm": norm.rms_specs(cfg.d_model, "embed"),
+        "mlp": mlp_specs(cfg),
+        "mlp_norm": norm.rms_specs(cfg.d_model, "embed"),
+    }
+
+
+def decoder_block(
+    params: Tree,
+    x_TD: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    segments: Segments,
+    slots: cache.Slots | None = None,
+    cached: Tree = None,
+    *,
+    cfg: DecoderConfig,
+    ops: Ops,
+) -> tuple[Tensor, Any]:
+    """`(x_TD, cached)`: one pre-norm block. With `slots` and `cached`, keys and values go through the cache."""
+    params = ops.gather(params)
+    normed_TD = norm.rms(params["attention_norm"], x_TD, cfg.norm_eps, ops)
+    xs = (cos_TR, sin_TR, segments, slots, cached)
+    out_TD, cached = attention(params["attention"], normed_TD, *xs, cfg=cfg, ops=ops)
+    x_TD = x_TD + out_TD
+    return x_TD + mlp(params["mlp"], norm.rms(params["mlp_norm"], x_TD, cfg.norm_eps, ops), ops), cached
+
+
+def attention_specs(cfg: DecoderConfig) -> Tree:
+    """Projections [out, in] and the per-head norms of queries and keys."""
+    q, kv, D = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.d_model
+    std, bias = cfg.init_std, cfg.has_bias
+    return {
+        "q": linear.specs(q, D, "q_heads embed", std=std, bias=bias),
+        "k": linear.specs(kv, D, "kv_heads embed", std=std, bias=bias),
+        "v": linear.specs(kv, D, "kv_heads embed", std=std, bias=bias),
+        "o": linear.specs(D, q, "embed q_heads", std=std, bias=bias),
+        "q_norm": norm.rms_specs(cfg.head_dim, "head_dim"),
+        "k_norm": norm.rms_specs(cfg.head_dim, "head_dim"),
+    }
+
+
+def attention(
+    params: Tree,
+    x_TD: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    segments: Segments,
+    slots: cache.Slots | None,
+    cached: Tree,
+    *,
+    cfg: DecoderConfig,
+    ops: Ops,
+) -> tuple[Tensor, Any]:
+    """Causal self-attention within segments, or of each token against its cached row. Rotation in x's dtype."""
+    T, C = x_TD.shape[0], cfg.head_dim
+    q_THC = linear.apply(params["q"], x_TD).view(T, cfg.num_heads, C)
+    k_TKC = linear.apply(params["k"], x_TD).view(T, cfg.num_kv_heads, C)
+    v_TKC = linear.apply(params["v"], x_TD).view(T, cfg.num_kv_heads, C)
+    q_THC = ops.rotary(norm.rms(params["q_norm"], q_THC, cfg.norm_eps, ops), cos_TR, sin_TR)
+    k_TKC = ops.rotary(norm.rms(params["k_norm"], k_TKC, cfg.norm_eps, ops), cos_TR, sin_TR)
+    if slots is not None:
+        cached = cache.write(cached, slots, k_TKC, v_TKC)
+    if slots is None or slots.is_prefill:
+        out_THC = ops.attention(q_THC, k_TKC, v_TKC, segments, is_causal=True)
+    else:
+        out_THC = ops.attention_cached(q_THC, cached["k"], cached["v"], slots.lengths_B)
+    return linear.apply(params["o"], out_THC.flatten(1)), cached
+
+
+def mlp_specs(cfg: DecoderConfig) -> Tree:
+    """Gate, up and down projections."""
+    D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
+    return {
+        "gate": linear.specs(F, D, "mlp embed", std=std),
+        "up": linear.specs(F, D, "mlp embed", std=std),
+        "down": linear.specs(D, F, "embed mlp", std=std),
+    }
+
+
+def mlp(params: Tree, x_TD: Tensor, ops: Ops) -> Tensor:
+    """`down(silu(gate(x)) * up(x))`."""
+    gate_TF, up_TF = linear.apply(params["gate"], x_TD), linear.apply(params["up"], x_TD)
+    return linear.apply(params["down"], ops.swiglu(gate_TF, up_TF))
