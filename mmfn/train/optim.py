@@ -177,7 +177,7 @@ def global_norm(grads: Leaves) -> Tensor:
     if not grads:
         return torch.zeros(())
     leaves = list(grads.values())
-    dtype = max((wide(g.dtype) for g in leaves), key=lambda d: d.itemsize)
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in leaves) else torch.float32
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype)))
     return norm
 
