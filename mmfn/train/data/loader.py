@@ -1,0 +1,201 @@
+"""`Loader`: which samples make up step s, and how they are packed.
+
+The order of data is a pure function of (seed, epoch, step): step s takes the global samples [s*B, (s+1)*B) of the
+concatenated permutations of all epochs. Nothing depends on workers, on time or on what was asked before.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Protocol
+
+from torch import Tensor
+
+from mmfn import rng
+from mmfn.batch import IGNORE, Batch, Sample, pack
+
+
+class Samples(Protocol):
+    """What a loader needs of a dataset; `sample` is called from several threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Counts over the micro-batches of a step. `frames`: images, plus the temporal grids of videos."""
+
+    samples: int
+    tokens: int
+    padded_tokens: int  # static size: tokens and padding
+    supervised_tokens: int
+    visual_tokens: int
+    patches: int
+    padded_patches: int
+    frames: int
+
+    @property
+    def padding_share(self) -> float:
+        """Part of the packed tokens that is padding, in [0, 1]."""
+        return 1.0 - self.tokens / self.padded_tokens
+
+
+class Loader:
+    """Micro-batches of every step, packed to static sizes."""
+
+    def __init__(
+        self,
+        dataset: Samples,
+        positions_fn: Callable[[Sample], Tensor],
+        *,
+        batch_samples: int,
+        token_buckets: Sequence[int],
+        patch_buckets: Sequence[int],
+        seed: int,
+        merge_size: int,
+        patch_values: int,
+    ) -> None:
+        """`batch_samples` samples per step; `token_buckets`, `patch_buckets`: static sizes a micro-batch may take.
+
+        `positions_fn(sample)`: int64[3, T], the family's rope positions. Raises ValueError for an empty dataset,
+        buckets that are not positive and strictly increasing, or patch buckets not divisible by merge_size**2.
+        """
+        if len(dataset) == 0:
+            raise ValueError("the dataset is empty; it must hold at least one sample")
+        if batch_samples < 1:
+            raise ValueError(f"batch_samples must be at least 1, got {batch_samples}")
+        _check_buckets("token_buckets", token_buckets, 1)
+        _check_buckets("patch_buckets", patch_buckets, merge_size**2)
+        self.dataset, self.positions_fn = dataset, positions_fn
+        self.batch_samples, self.seed = batch_samples, seed
+        self.token_buckets, self.patch_buckets = tuple(token_buckets), tuple(patch_buckets)
+        self.merge_size, self.patch_values = merge_size, patch_values
+
+    def indices(self, step: int) -> list[int]:
+        """Dataset indices of step `step` (from 0), in order. A step may span the end of an epoch."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        size = len(self.dataset)
+        places = range(step * self.batch_samples, (step + 1) * self.batch_samples)
+        return [_permutation(size, self.seed, place // size)[place % size] for place in places]
+
+    def microbatches(self, step: int) -> list[Batch]:
+        """The samples of a step in as few batches as first-fit finds, each padded to the smallest buckets it fits.
+
+        Every batch has room for `batch_samples` segments and `patches / merge_size**2` frames, so its shapes depend on
+        its two buckets only. Raises ValueError naming the sample when one is larger than the largest bucket.
+        """
+        return self.pack([self.dataset.sample(index) for index in self.indices(step)])
+
+    def pack(self, samples: Sequence[Sample]) -> list[Batch]:
+        """Samples -> micro-batches, as in `microbatches`."""
+        for sample in samples:
+            self._check_fits(sample)
+        return [self._pack_one([samples[i] for i in group]) for group in self._groups(samples)]
+
+    def _groups(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """First fit, longest first (it needs at most 11/9 of the fewest bins); a group keeps the order of the step."""
+        groups: list[list[int]] = []
+        room: list[list[int]] = []
+        for i in sorted(range(len(samples)), key=lambda i: -samples[i].tokens_T.numel()):
+            tokens, patches = samples[i].tokens_T.numel(), samples[i].num_patches
+            fitting = (g for g, (t, p) in enumerate(room) if tokens <= t and patches <= p)
+            group = next(fitting, len(groups))
+            if group == len(groups):
+                groups.append([])
+                room.append([self.token_buckets[-1], self.patch_buckets[-1]])
+            groups[group].append(i)
+            room[group] = [room[group][0] - tokens, room[group][1] - patches]
+        return sorted(sorted(group) for group in groups)
+
+    def _pack_one(self, samples: Sequence[Sample]) -> Batch:
+        num_patches = _bucket(self.patch_buckets, sum(s.num_patches for s in samples))
+        return pack(
+            samples,
+            [self.positions_fn(s) for s in samples],
+            merge_size=self.merge_size,
+            patch_values=self.patch_values,
+            num_tokens=_bucket(self.token_buckets, sum(s.tokens_T.numel() for s in samples)),
+            num_patches=num_patches,
+            num_segments=self.batch_samples,
+            num_frames=num_patches // self.merge_size**2,
+        )
+
+    def _check_fits(self, sample: Sample) -> None:
+        sizes = (
+            ("tokens", sample.tokens_T.numel(), self.token_buckets),
+            ("patches", sample.num_patches, self.patch_buckets),
+        )
+        for what, size, buckets in sizes:
+            if size > buckets[-1]:
+                raise ValueError(
+                    f"sample {sample.id!r} has {size} {what} but the largest bucket holds {buckets[-1]}; add a larger "
+                    f"{what} bucket or remove the sample"
+                )
+
+
+def stats(microbatches: Sequence[Batch]) -> Stats:
+    """Counts over micro-batches on the host."""
+    places = [b.visual.patches_PF.shape[0] for b in microbatches]
+    return Stats(
+        samples=sum(_num_segments(b.segments.offsets_N) for b in microbatches),
+        tokens=sum(int(b.segments.offsets_N[-1]) for b in microbatches),
+        padded_tokens=sum(b.tokens_T.numel() for b in microbatches),
+        supervised_tokens=sum(int((b.labels_T != IGNORE).sum()) for b in microbatches),
+        # the largest index marks text: no conversation is made of media alone
+        visual_tokens=sum(int((b.feature_index_T < b.feature_index_T.max()).sum()) for b in microbatches),
+        patches=sum(int(b.visual.segments.offsets_N[-1]) for b in microbatches),
+        padded_patches=sum(places),
+        frames=sum(_num_segments(b.visual.segments.offsets_N) for b in microbatches),
+    )
+
+
+def prefetch(loader: Loader, start: int, stop: int, *, workers: int = 1, ahead: int = 2) -> Iterator[list[Batch]]:
+    """`loader.microbatches(step)` for step in [start, stop), computed in `workers` threads up to `ahead` steps early.
+
+    The result does not depend on `workers` or `ahead`; 0 workers compute in the caller. An error of a step is raised
+    when that step is due. Closing the iterator (or leaving the loop) waits for the running steps and drops the rest.
+    """
+    if workers < 0 or ahead < 1:
+        raise ValueError(f"prefetch needs workers >= 0 and ahead >= 1, got {workers} and {ahead}")
+    return _threaded(loader, start, stop, workers, ahead) if workers else map(loader.microbatches, range(start, stop))
+
+
+def _threaded(loader: Loader, start: int, stop: int, workers: int, ahead: int) -> Iterator[list[Batch]]:
+    # threads, not processes: decoding, resizing and copying release the interpreter lock, and samples stay shared
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="mmfn-data")
+    pending: deque[Future[list[Batch]]] = deque()
+    try:
+        for step in range(start, stop):
+            for early in range(step + len(pending), min(step + ahead + 1, stop)):
+                pending.append(pool.submit(loader.microbatches, early))
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(rng.permutation(size, seed, "epoch", epoch))
+
+
+def _bucket(buckets: Sequence[int], size: int) -> int:
+    return next(bucket for bucket in buckets if bucket >= size)
+
+
+def _num_segments(offsets_N: Tensor) -> int:
+    return int((offsets_N[1:] > offsets_N[:-1]).sum())
+
+
+def _check_buckets(name: str, buckets: Sequence[int], multiple: int) -> None:
+    positive = bool(buckets) and all(bucket > 0 for bucket in buckets)
+    if not positive or any(b <= a for a, b in pairwise(buckets)):
+        raise ValueError(f"{name} must be positive and strictly increasing, got {list(buckets)}")
+    for bucket in buckets:
+        if bucket % multiple:
+            raise ValueError(f"{name} must be multiples of merge_size**2 = {multiple}, got {bucket}")

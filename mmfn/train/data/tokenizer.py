@@ -1,0 +1,54 @@
+"""Tokenizers: loaded from a local folder through transformers, never running code that came with a checkpoint."""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+Tokenizer = Any  # a transformers PreTrainedTokenizerFast; the library ships no types
+
+
+def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
+    """The tokenizer in folder `path`, with its chat template if one lies beside it.
+
+    Raises ValueError when the folder holds no tokenizer, or one without a fast (Rust) implementation: labels need the
+    character offsets that only those give.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"tokenizer folder {str(path)!r} does not exist; give the folder that holds tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # depending on what is broken the library raises OSError, KeyError, TypeError, ...
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"folder {str(path)!r} holds no tokenizer that loads ({first}); add its tokenizer.json"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer in {str(path)!r} has no fast implementation; convert it to tokenizer.json")
+    if not tokenizer.chat_template and (folder / "chat_template.json").exists():
+        tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
+    return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a single special token. Raises ValueError when the tokenizer does not know it."""
+    found = tokenizer.get_vocab().get(token)
+    if found is None:
+        raise ValueError(
+            f"the tokenizer has no token {token!r}, which stands for media; use the tokenizer of the model"
+        )
+    return int(found)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises ValueError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is not readable JSON ({error}); repair the file") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}")
+    return value
