@@ -95,7 +95,7 @@ def _sample(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _embed(path: Path) -> _Image:
+def _embed(path: str) -> _Image:
     """A data URL. Small PNG files are embedded as they are, anything else as a PNG thumbnail."""
     try:
         with Image.open(path) as image:

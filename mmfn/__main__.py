@@ -1,0 +1,8 @@
+"""`python -m mmfn`."""
+
+import sys
+
+from mmfn.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

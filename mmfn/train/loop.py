@@ -1,0 +1,228 @@
+"""The training loop: steps over prefetched data, a record of every step, then checkpoint, evaluation and report.
+
+Metrics are read one step late: a step is started before the numbers of the one before are asked for, so that an
+accelerator never waits for the host.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmfn import batch as packing
+from mmfn import tree
+from mmfn.interop.hf import save_hf
+from mmfn.model import Model
+from mmfn.train.config import describe
+from mmfn.train.data import Stats, prefetch, stats
+from mmfn.train.evaluate import Evaluation, evaluate, to_json
+from mmfn.train.progress import Progress, format_duration
+from mmfn.train.report import render_report
+from mmfn.train.setup import RUN_FILES, Run
+from mmfn.train.step import Metrics, State
+
+RATE_STEPS = 20  # tokens per second are measured over so many steps
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run left behind. `train_s`: time of all steps, without preparation and evaluation."""
+
+    folder: Path
+    model: Model
+    records: list[Record]
+    evaluation: Evaluation | None
+    train_s: float
+
+
+def run_training(run: Run, progress: Progress) -> Result:
+    """Make the run folder, train, then write checkpoint, evaluation and report into it.
+
+    Every file but the growing metrics.jsonl appears complete or not at all. The run's parameters are consumed. Raises
+    ValueError for data that turn out broken on the way (with `data.check: all` there are none) and OSError when the
+    folder cannot be written.
+    """
+    config = run.loaded.config
+    folder = Path(config.output.path)
+    _clear(folder)
+    write_text(folder / "config.yaml", describe(run.loaded))
+    records: list[Record] = []
+    start = time.perf_counter()
+    with progress, open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
+
+        def emit(record: Record) -> None:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            progress.show(record)
+            records.append(record)
+
+        state = train(run, emit)
+    train_s = time.perf_counter() - start
+    model = replace(run.model, params=state["params"])
+    save_hf(folder / "checkpoint", model, assets=config.model.path)
+    evaluation = _evaluate(run, model, folder, progress)
+    result = Result(folder=folder, model=model, records=records, evaluation=evaluation, train_s=train_s)
+    write_text(folder / "report.html", _report(run, result))
+    return result
+
+
+def train(run: Run, emit: Callable[[Record], None]) -> State:
+    """Take all steps and return the last state; the run's own is consumed. `emit(record)` is called once per step.
+
+    A record holds `step` (from 1), `loss`, `grad_norm`, `lr`, `skipped` (1: gradients were not finite, nothing
+    changed), the counts of its data (`tokens`, `supervised`, `image_tokens`, `samples`, `microbatches`, `padding` as a
+    share), `wait_s` (time it waited for data), `step_s`, `tokens_per_s` (no padding, over the last steps) and `eta_s`.
+    """
+    config = run.loaded.config
+    num_steps = config.train.steps
+    device = tree.leaves(run.model.params)[0].device
+    meter = _Meter(num_steps)
+    state, started = run.state, None
+    batches = prefetch(run.loader, 0, num_steps, workers=config.data.workers, ahead=config.data.ahead)
+    for step in range(1, num_steps + 1):
+        asked = time.perf_counter()
+        microbatches = next(batches)
+        facts = _facts(step, stats(microbatches), len(microbatches), time.perf_counter() - asked)
+        state, metrics = run.step(state, [packing.to(b, device) for b in microbatches])
+        if started is not None:
+            emit(meter.finish(*started))
+        started = facts, metrics
+    if started is not None:
+        emit(meter.finish(*started))
+    return state
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it appears complete or not at all: beside its place, then moved there."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.chmod(file.name, 0o644)  # temporary files are private
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+class _Meter:
+    """Turns a step's metrics into numbers (waiting for the device) and its time into rates."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.last = self.start = time.perf_counter()
+        self.window: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS)
+
+    def finish(self, facts: Record, metrics: Metrics) -> Record:
+        """The complete record of a step that was started earlier."""
+        numbers = {name: metrics[name].item() for name in ("loss", "grad_norm", "lr", "skipped")}
+        now = time.perf_counter()
+        step_s, self.last = now - self.last, now
+        self.window.append((facts["tokens"], step_s))
+        tokens, seconds = map(sum, zip(*self.window, strict=True))
+        left = self.num_steps - facts["step"]
+        return {
+            "step": facts["step"],
+            **numbers,
+            **facts,
+            "step_s": round(step_s, 6),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "eta_s": round(left * seconds / len(self.window), 1),
+        }
+
+
+def _facts(step: int, counts: Stats, num_microbatches: int, wait_s: float) -> Record:
+    return {
+        "step": step,
+        "samples": counts.samples,
+        "microbatches": num_microbatches,
+        "tokens": counts.tokens,
+        "supervised": counts.supervised_tokens,
+        "image_tokens": counts.visual_tokens,
+        "padding": round(counts.padding_share, 4),
+        "wait_s": round(wait_s, 6),
+    }
+
+
+def _clear(folder: Path) -> None:
+    """An empty run folder. `check_output` has made sure that only files of a run are in the way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _evaluate(run: Run, model: Model, folder: Path, progress: Progress) -> Evaluation | None:
+    if run.held_out is None:
+        return None
+    progress.say(f"evaluating {len(run.held_out)} held-out samples")
+    chosen = run.loaded.config.eval
+    evaluation = evaluate(
+        model,
+        run.held_out,
+        batch_samples=chosen.batch_samples,
+        max_new_tokens=chosen.max_new_tokens,
+        eos_token_ids=run.eos_token_ids,
+    )
+    write_text(folder / "eval.json", to_json(evaluation))
+    return evaluation
+
+
+def _report(run: Run, result: Result) -> str:
+    config = run.loaded.config
+    tokens = sum(r["tokens"] for r in result.records)
+    num_params = sum(leaf.numel() for leaf in tree.leaves(result.model.params))
+    last = result.records[-RATE_STEPS:]
+    tiles = [
+        ("training time", format_duration(result.train_s)),
+        ("tokens per second", f"{tokens / result.train_s:,.0f}"),
+        ("training loss", f"{sum(r['loss'] for r in last) / len(last):.4f}"),
+    ]
+    if result.evaluation is not None:
+        tiles = [
+            ("held-out accuracy", f"{100 * result.evaluation.accuracy:.1f} %"),
+            ("held-out loss", f"{result.evaluation.loss:.4f}"),
+            *tiles,
+        ]
+    return render_report(
+        title=f"{result.folder.name}: {Path(config.data.train).name}",
+        subtitle=f"{result.model.family.name}, {num_params:,} parameters, {config.train.steps:,} steps",
+        tiles=tiles,
+        facts=_report_facts(run, result, tokens, num_params),
+        metrics=result.records,
+        evaluation=result.evaluation,
+        config=describe(run.loaded),
+        num_images=config.output.report_images,
+    )
+
+
+def _report_facts(run: Run, result: Result, tokens: int, num_params: int) -> Sequence[tuple[str, str]]:
+    records = result.records
+    padding = sum(r["padding"] for r in records) / len(records)
+    facts = [
+        ("model", f"{run.loaded.config.model.path} ({result.model.family.name}, {run.loaded.config.model.init})"),
+        ("parameters", f"{num_params:,}"),
+        ("tokens seen", f"{tokens:,}, of these {sum(r['image_tokens'] for r in records):,} from images"),
+        ("supervised tokens", f"{sum(r['supervised'] for r in records):,}"),
+        ("samples seen", f"{sum(r['samples'] for r in records):,} of {len(run.loader.dataset):,} different ones"),
+        ("padding", f"{100 * padding:.1f} % of packed tokens"),
+        ("time waiting for data", format_duration(sum(r["wait_s"] for r in records))),
+        ("steps skipped (gradients not finite)", f"{sum(r['skipped'] for r in records)}"),
+        ("checkpoint", str(result.folder / "checkpoint")),
+    ]
+    if result.evaluation is not None:
+        correct = f"{result.evaluation.num_correct} of {len(result.evaluation.answers)} exactly right"
+        facts.insert(0, ("held-out answers", f"{correct}, in {result.evaluation.time_s:.1f} s"))
+    return facts
