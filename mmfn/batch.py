@@ -114,15 +114,18 @@ def pack(
     """Lay samples end to end. The four `num_*` are static sizes to pad to; default: exactly what the samples need.
 
     `positions[i]`: int64[3, T_i], the family's rope positions of sample i. `patch_values`: F. Weights are 1 where a
-    token is supervised. Raises ValueError when the samples exceed a size, or when a sample's placeholders do not match
-    its media.
+    token is supervised. Raises ValueError when the samples exceed a size, when a sample's placeholders do not match its
+    media, and for tensors whose shapes disagree.
     """
-    for sample in samples:
+    for sample, own in zip(samples, positions, strict=True):
+        _check_shapes(sample, own, merge_size, patch_values)
         _check_placeholders(sample, merge_size)
     media = [m for s in samples for m in (*s.images, *s.videos)]
     used_tokens = sum(s.tokens_T.numel() for s in samples)
     T = _size("tokens", num_tokens, used_tokens)
     P = _size("patches", num_patches, sum(s.num_patches for s in samples))
+    if P % merge_size**2:
+        raise ValueError(f"num_patches is {P} but must be a multiple of merge_size**2 = {merge_size**2}; round it up")
     tail = T - used_tokens
     labels_T = torch.cat([*(_shift(s.labels_T) for s in samples), torch.full((tail,), IGNORE)])
     lengths = [s.tokens_T.numel() for s in samples]
@@ -167,6 +170,26 @@ def _offsets(lengths: Sequence[int], num: int) -> Tensor:
 
 def _pad(x: Tensor, rows: int) -> Tensor:
     return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+
+
+def _check_shapes(sample: Sample, positions_3T: Tensor, merge_size: int, patch_values: int) -> None:
+    T = sample.tokens_T.numel()
+    for name, x, shape in (
+        ("labels_T", sample.labels_T, [T]),
+        ("kinds_T", sample.kinds_T, [T]),
+        ("positions", positions_3T, [3, T]),
+    ):
+        if list(x.shape) != shape:
+            raise ValueError(
+                f"sample {sample.id!r} has {T} tokens but {name} of shape {list(x.shape)}; make it {shape}"
+            )
+    for m in (*sample.images, *sample.videos):
+        t, h, w = m.grid
+        if list(m.patches_PF.shape) != [t * h * w, patch_values] or h % merge_size or w % merge_size:
+            raise ValueError(
+                f"sample {sample.id!r} has media with grid {m.grid} and patches of shape {list(m.patches_PF.shape)}, "
+                f"not [t * h * w, {patch_values}] with h and w multiples of {merge_size}; preprocess it for this model"
+            )
 
 
 def _check_placeholders(sample: Sample, merge_size: int) -> None:

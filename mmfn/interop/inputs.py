@@ -61,13 +61,18 @@ def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
         )
     mask_BS = text.get("attention_mask", torch.ones_like(ids_BS))
     labels_BS = text.get("labels", torch.full_like(ids_BS, IGNORE))
-    kinds_BS = _kinds(text, model)
     samples = []
     for row, mask_S in enumerate(mask_BS):
         kept_S = _kept(mask_S, row)
         if bool((labels_BS[row][~kept_S] != IGNORE).any()):
             raise ValueError(f"labels of row {row} supervise padding tokens; set them to {IGNORE}")
-        tokens_T, labels_T, kinds_T = (x[row][kept_S] for x in (ids_BS, labels_BS, kinds_BS))
+        tokens_T, labels_T = ids_BS[row][kept_S], labels_BS[row][kept_S]
+        kinds_T = _kinds(tokens_T, model)
+        if "mm_token_type_ids" in text and not torch.equal(text["mm_token_type_ids"][row][kept_S], kinds_T):
+            raise ValueError(
+                f"mm_token_type_ids of row {row} contradict input_ids: {IMAGE} is for id {model.cfg.image_token_id}, "
+                f"{VIDEO} for id {model.cfg.video_token_id}, {TEXT} for all others; leave the key out"
+            )
         samples.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, id=f"row {row}"))
     return samples
 
@@ -83,20 +88,12 @@ def _kept(mask_S: Tensor, row: int) -> Tensor:
     return mask_S.bool()
 
 
-def _kinds(text: Mapping[str, Tensor], model: Model) -> Tensor:
-    """Kind of every token, from the placeholder ids; given kinds must agree with them."""
-    ids_BS = text["input_ids"]
-    kinds_BS = torch.full_like(ids_BS, TEXT)
-    kinds_BS[ids_BS == model.cfg.image_token_id] = IMAGE
-    kinds_BS[ids_BS == model.cfg.video_token_id] = VIDEO
-    given_BS = text.get("mm_token_type_ids", kinds_BS)
-    if bool((given_BS != kinds_BS).any()):
-        raise ValueError(
-            f"mm_token_type_ids disagree with input_ids at {int((given_BS != kinds_BS).sum())} tokens: {IMAGE} belongs "
-            f"to id {model.cfg.image_token_id}, {VIDEO} to id {model.cfg.video_token_id}, {TEXT} to all others; "
-            "leave the key out"
-        )
-    return kinds_BS
+def _kinds(tokens_T: Tensor, model: Model) -> Tensor:
+    """int64[T]: kind of every token, from the placeholder ids."""
+    kinds_T = torch.full_like(tokens_T, TEXT)
+    kinds_T[tokens_T == model.cfg.image_token_id] = IMAGE
+    kinds_T[tokens_T == model.cfg.video_token_id] = VIDEO
+    return kinds_T
 
 
 def _attach_media(rows: list[Sample], inputs: Mapping[str, Any], merge_size: int, patch_values: int) -> list[Sample]:

@@ -1,0 +1,341 @@
+"""Qwen3-VL against transformers with the same weights, moved through real checkpoints: logits and every gradient."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmfn
+from mmfn import ops as op_tables
+from mmfn import tree
+from mmfn.batch import IMAGE, TEXT, VIDEO, Media, Sample, pack, to
+from mmfn.models import qwen3_vl
+from tests import oracles
+from tests.oracles import ATOL, RTOL
+
+SEEDS = range(28)
+
+
+def packed_logits(params, model, batch, ops=None):
+    return mmfn.logits(replace(model, params=params), batch, ops)
+
+
+def projected(params, model, batch, weights_TV, ops=None):
+    """A scalar in which every logit counts."""
+    return (packed_logits(params, model, batch, ops) * weights_TV).sum()
+
+
+def gradients(model, batch, weights_TV, ops=None):
+    """`{Hugging Face name: gradient}` of `projected`."""
+    _, grads = mmfn.value_and_grad(projected)(model.params, model, batch, weights_TV, ops)
+    return mmfn.to_hf(grads, model)
+
+
+def oracle_gradients(oracle, logits_TV, weights_TV):
+    oracle.zero_grad()
+    (logits_TV * weights_TV).sum().backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in oracle.named_parameters()}
+
+
+def projection(logits_TV: Tensor) -> Tensor:
+    return torch.randn(logits_TV.shape, generator=torch.Generator().manual_seed(7)) / logits_TV.shape[0]
+
+
+def assert_trees_close(got, want, rtol=RTOL, atol=ATOL):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """An oracle and the same model here, with 2 deepstack taps and 3 text layers."""
+    vision = {"depth": 3, "deepstack_visual_indexes": [0, 2]}
+    oracle = oracles.build(oracles.config(text={"num_hidden_layers": 3}, vision=vision))
+    return oracle, mmfn.load_hf(oracles.save(oracle, tmp_path_factory.mktemp("pair")))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logits_and_every_gradient_equal_transformers(seed, tmp_path):
+    oracle = oracles.build(oracles.random_config(seed), seed)
+    limits = [
+        {"images": 4, "videos": 0},
+        {"images": 2, "videos": 2},
+        {"images": 0, "videos": 0},
+        {"images": 1, "videos": 1},
+    ]
+    batch = oracles.inputs(
+        oracle.config, seed, rows=1 + seed % 3, pad=("right", "left")[seed // 3 % 2], **limits[seed % len(limits)]
+    )
+    model = mmfn.load_hf(oracles.save(oracle, tmp_path, max_shard_size="20KB" if seed % 5 == 0 else "5GB"))
+    packed = mmfn.batch_from_hf(batch, model)
+    if seed % 2:  # rows on their own, or one padded call
+        want_TV = torch.cat([oracles.real_logits(oracle, row) for row in oracles.rows_of(batch)])
+    else:
+        want_TV = oracles.real_logits(oracle, batch)
+    table = op_tables.reference() if seed % 7 == 0 else None
+    got_TV = mmfn.logits(model, packed, table)
+    torch.testing.assert_close(got_TV, want_TV.detach(), rtol=RTOL, atol=ATOL)
+    weights_TV = projection(got_TV)
+    want = oracle_gradients(oracle, want_TV, weights_TV)
+    assert_trees_close(gradients(model, packed, weights_TV, table), want)
+
+
+def test_random_cases_cover_what_they_claim():
+    configs = [oracles.random_config(seed) for seed in SEEDS]
+    ratios = {c.text_config.num_attention_heads // c.text_config.num_key_value_heads for c in configs}
+    assert ratios == {1, 2, 3}
+    assert {c.tie_word_embeddings for c in configs} == {True, False}
+    assert {c.text_config.attention_bias for c in configs} == {True, False}
+    assert {c.vision_config.spatial_merge_size for c in configs} == {1, 2, 3}
+    assert len({tuple(c.text_config.rope_parameters["mrope_section"]) for c in configs}) >= 5
+    taps = [c.vision_config.deepstack_visual_indexes for c in configs]
+    assert [] in taps
+    assert any(len(t) > 1 and list(t) != sorted(t) for t in taps)
+    assert any(max(t, default=0) >= c.vision_config.depth for t, c in zip(taps, configs, strict=True))
+
+
+def test_a_packed_call_of_transformers_agrees_too(pair):
+    oracle, model = pair
+    batch = oracles.inputs(oracle.config, 3, rows=3)
+    packed = mmfn.batch_from_hf(batch, model)
+    lengths = packed.segments.offsets_N.diff().tolist()
+    text_positions_T = torch.cat([torch.arange(n) for n in lengths])
+    positions_41T = torch.cat([text_positions_T[None], packed.positions_3T])[:, None]
+    media = {k: v for k, v in batch.items() if "grid" in k or "pixel" in k}
+    out = oracle(input_ids=packed.tokens_T[None], position_ids=positions_41T, use_cache=False, **media)
+    torch.testing.assert_close(mmfn.logits(model, packed), out.logits[0].detach(), rtol=RTOL, atol=ATOL)
+
+
+def test_positions_equal_transformers(pair):
+    oracle, model = pair
+    for seed in range(6):
+        batch = oracles.inputs(oracle.config, seed, rows=3, images=4, videos=2)
+        grids = {k: batch.get(k) for k in ("image_grid_thw", "video_grid_thw")}
+        mask = batch["attention_mask"]
+        positions, _ = oracle.model.get_rope_index(
+            batch["input_ids"], batch["mm_token_type_ids"], attention_mask=mask, **grids
+        )
+        want_3T = positions.flatten(1)[:, mask.flatten().bool()]
+        assert torch.equal(mmfn.batch_from_hf(batch, model).positions_3T, want_3T)
+
+
+def test_positions_of_adjacent_images_are_split_by_their_grids(pair):
+    _, model = pair
+    grids = [(1, 4, 2), (1, 2, 2)]
+    media = tuple(
+        Media(patches_PF=torch.zeros(h * w, model.cfg.vision.patch_values), grid=(t, h, w)) for t, h, w in grids
+    )
+    kinds_T = torch.tensor([TEXT, IMAGE, IMAGE, IMAGE, TEXT])
+    sample = Sample(tokens_T=torch.full((5,), 9), labels_T=torch.full((5,), -100), kinds_T=kinds_T, images=media)
+    positions_3T = qwen3_vl.positions(sample, model.cfg)
+    assert positions_3T.tolist() == [[0, 1, 1, 3, 4], [0, 1, 2, 3, 4], [0, 1, 1, 3, 4]]
+    for kinds in ([IMAGE, TEXT, IMAGE, IMAGE, TEXT], [IMAGE, IMAGE, TEXT, VIDEO, VIDEO]):
+        with pytest.raises(ValueError, match=r"tokens with \d left where the next image or frame gives"):
+            qwen3_vl.positions(replace(sample, kinds_T=torch.tensor(kinds)), model.cfg)
+
+
+def test_packed_equals_separate_rows(pair):
+    oracle, model = pair
+    batch = oracles.inputs(oracle.config, 5, rows=4)
+    packed = mmfn.batch_from_hf(batch, model)
+    alone = [mmfn.batch_from_hf(row, model) for row in oracles.rows_of(batch)]
+    want_TV = torch.cat([mmfn.logits(model, one) for one in alone])
+    torch.testing.assert_close(mmfn.logits(model, packed), want_TV, rtol=RTOL, atol=1e-5)
+    weights_TV = projection(want_TV)
+    parts, start = [], 0
+    for one in alone:
+        stop = start + one.tokens_T.numel()
+        parts.append(gradients(model, one, weights_TV[start:stop]))
+        start = stop
+    summed = {name: sum(part[name] for part in parts) for name in parts[0]}
+    assert_trees_close(gradients(model, packed, weights_TV), summed)
+
+
+def test_static_padding_changes_nothing(pair):
+    oracle, model = pair
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 6, rows=2), model)
+    samples, positions = samples_of(batch, model, oracle, 6)
+    size = {"merge_size": model.cfg.vision.merge_size, "patch_values": model.cfg.vision.patch_values}
+    exact = pack(samples, positions, **size)
+    assert torch.equal(exact.tokens_T, batch.tokens_T)
+    roomy = pack(
+        samples,
+        positions,
+        **size,
+        num_tokens=exact.tokens_T.numel() + 13,
+        num_patches=exact.visual.patches_PF.shape[0] + 8,
+        num_segments=5,
+        num_frames=16,
+    )
+    want_TV = mmfn.logits(model, exact)
+    torch.testing.assert_close(mmfn.logits(model, roomy), want_TV, rtol=RTOL, atol=1e-5)
+    weights_TV = projection(want_TV)
+    assert_trees_close(gradients(model, roomy, weights_TV), gradients(model, exact, weights_TV))
+
+
+def test_a_batch_without_images_runs_the_same_program(pair):
+    oracle, model = pair
+    batch = oracles.inputs(oracle.config, 8, rows=2, images=0, videos=0)
+    empty = mmfn.batch_from_hf(batch, model)
+    assert empty.visual.patches_PF.shape[0] == 0
+    samples, positions = samples_of(empty, model, oracle, 8)
+    size = {"merge_size": 2, "patch_values": model.cfg.vision.patch_values}
+    padded = pack(samples, positions, **size, num_patches=12, num_frames=3, num_tokens=empty.tokens_T.numel() + 4)
+    torch.testing.assert_close(mmfn.logits(model, padded), mmfn.logits(model, empty), rtol=RTOL, atol=1e-5)
+    weights_TV = projection(mmfn.logits(model, empty))
+    want = gradients(model, empty, weights_TV)
+    got = gradients(model, padded, weights_TV)
+    assert_trees_close(got, want)
+    vision = [name for name in want if ".visual." in name]
+    assert len(vision) > 50
+    assert all(not got[name].any() and not want[name].any() for name in vision)
+
+
+def samples_of(batch, model, oracle, seed):
+    """The samples `batch_from_hf` packed, taken out of the batch again."""
+    rows = oracles.rows_of(
+        oracles.inputs(oracle.config, seed, rows=batch.segments.offsets_N.numel() - 1, **_limits(batch))
+    )
+    samples = []
+    for row in rows:
+        media = {
+            key: tuple(
+                Media(patches_PF=p, grid=tuple(g))
+                for p, g in zip(row[pixels].split(row[grids].prod(-1).tolist()), row[grids].tolist(), strict=True)
+            )
+            if grids in row
+            else ()
+            for key, pixels, grids in (
+                ("images", "pixel_values", "image_grid_thw"),
+                ("videos", "pixel_values_videos", "video_grid_thw"),
+            )
+        }
+        tokens_T = row["input_ids"][0]
+        labels_T = torch.full_like(tokens_T, -100)
+        samples.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=row["mm_token_type_ids"][0], **media))
+    return samples, [qwen3_vl.positions(sample, model.cfg) for sample in samples]
+
+
+def _limits(batch):
+    return {} if batch.visual.patches_PF.shape[0] else {"images": 0, "videos": 0}
+
+
+def test_segments_are_isolated_and_attention_is_causal(pair):
+    oracle, model = pair
+    packed = mmfn.batch_from_hf(oracles.inputs(oracle.config, 9, rows=3, images=0, videos=0), model)
+    T, V = packed.tokens_T.numel(), model.cfg.vocab_size
+    # Each token gets a vocabulary entry of its own, so the gradient of an embedding row is that of one token.
+    assert T <= V
+    alone = replace(packed, tokens_T=torch.arange(T))
+    untied = mmfn.init(oracles.config(tie_word_embeddings=False).to_dict())
+    segment_T = torch.searchsorted(alone.segments.offsets_N, torch.arange(T), right=True)
+    for t in (0, T // 2, T - 1):
+        _, grads = mmfn.value_and_grad(lambda p, t=t: packed_logits(p, untied, alone)[t].square().sum())(untied.params)
+        influences_T = grads["text"]["embed"]["weight"][:T].abs().sum(1) > 0
+        assert torch.equal(influences_T, (segment_T == segment_T[t]) & (torch.arange(T) <= t))
+
+
+def test_patches_reach_only_tokens_of_their_own_row(pair):
+    oracle, model = pair
+    batch = oracles.inputs(oracle.config, 11, rows=3, images=2, videos=1)
+    packed = mmfn.batch_from_hf(batch, model)
+    patches = packed.visual.patches_PF.clone().requires_grad_()
+    logits_TV = mmfn.logits(model, replace(packed, visual=replace(packed.visual, patches_PF=patches)))
+    owner_N = torch.searchsorted(packed.segments.offsets_N, torch.arange(packed.tokens_T.numel()), right=True) - 1
+    is_visual_T = packed.feature_index_T < patches.shape[0] // 4
+    owner_P = torch.full((patches.shape[0],), -1)
+    for token in is_visual_T.nonzero()[:, 0].tolist():
+        first = 4 * int(packed.feature_index_T[token])
+        owner_P[first : first + 4] = owner_N[token]
+    assert (owner_P >= 0).all()
+    for row in owner_P.unique().tolist():
+        last = int(packed.segments.offsets_N[row + 1]) - 1
+        (grad,) = torch.autograd.grad(logits_TV[last].square().sum(), patches, retain_graph=True)
+        assert torch.equal(grad.abs().sum(1) > 0, owner_P == row)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tables_agree_in_float64(pair, seed):
+    oracle, model = pair
+    wide = replace(model, params=tree.map(lambda p: p.double(), model.params))
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=3), wide)
+    want_TV = mmfn.logits(wide, batch, op_tables.reference())
+    torch.testing.assert_close(mmfn.logits(wide, batch, op_tables.portable()), want_TV, rtol=1e-10, atol=1e-11)
+    weights_TV = projection(want_TV).double()
+    want = gradients(wide, batch, weights_TV, op_tables.reference())
+    assert_trees_close(gradients(wide, batch, weights_TV, op_tables.portable()), want, rtol=1e-9, atol=1e-11)
+
+
+def test_bfloat16_follows_transformers(pair):
+    oracle, model = pair
+    narrow_oracle = copy.deepcopy(oracle).bfloat16()
+    narrow = replace(model, params=tree.map(lambda p: p.bfloat16(), model.params))
+    batch = oracles.inputs(oracle.config, 2, rows=1, images=1, videos=0)
+    got_TV = mmfn.logits(narrow, mmfn.batch_from_hf(batch, narrow))
+    assert got_TV.dtype == torch.bfloat16
+    want_TV = oracles.real_logits(narrow_oracle, batch).detach()
+    exact_TV = oracles.real_logits(oracle, batch).detach()
+    # Both round in other places; neither may be further from the exact logits than bfloat16 explains.
+    own_error, their_error = ((x.float() - exact_TV).abs().mean() for x in (got_TV, want_TV))
+    assert own_error < 1.5 * their_error + 1e-3
+
+
+def test_the_same_call_twice_is_bitwise_equal_and_changes_no_input(pair):
+    oracle, model = pair
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 1, rows=2), model)
+    before = [x.clone() for x in tree.leaves((model.params, batch))]
+    weights_TV = projection(mmfn.logits(model, batch))
+    first, second = gradients(model, batch, weights_TV), gradients(model, batch, weights_TV)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(a, b) for a, b in zip(before, tree.leaves((model.params, batch)), strict=True))
+
+
+def test_every_block_gathers_its_parameters_once(pair):
+    _, model = pair
+    seen = []
+
+    def gather(params):
+        seen.extend(id(leaf) for leaf in tree.leaves(params))
+        return params
+
+    batch = mmfn.batch_from_hf(oracles.inputs(oracles.config(), 0, rows=1), model)
+    ops = replace(op_tables.portable(), gather=gather)
+    model.family.apply(model.params, batch, model.cfg, ops)
+    assert sorted(seen) == sorted(id(leaf) for leaf in tree.leaves(model.params))
+    seen.clear()
+    model.family.head(model.params, model.cfg, ops)
+    assert len(seen) == 1
+
+
+def test_one_graph_serves_all_blocks_of_a_stack(pair):
+    oracle, model = pair
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    table = op_tables.portable()
+    ops = replace(table, layer=torch.compile(op_tables.call_layer, backend=backend, fullgraph=True, dynamic=False))
+    size = {"merge_size": 2, "patch_values": model.cfg.vision.patch_values}
+    budget = {"num_tokens": 192, "num_patches": 512, "num_segments": 4, "num_frames": 24}
+    for seed in range(3):
+        packed = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=2), model)
+        samples, positions = samples_of(packed, model, oracle, seed)
+        batch = pack(samples, positions, **size, **budget)
+        torch.testing.assert_close(mmfn.logits(model, batch, ops), mmfn.logits(model, batch), rtol=RTOL, atol=1e-5)
+    assert len(graphs) == 2  # one for the vision blocks, one for the text blocks
+    torch._dynamo.reset()
+
+
+def test_batches_move_and_cast(pair):
+    oracle, model = pair
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 1, rows=2), model)
+    moved = to(batch, "cpu", torch.float64)
+    assert moved.visual.patches_PF.dtype == torch.float64
+    assert moved.weights_T.dtype == torch.float32
+    torch.testing.assert_close(mmfn.logits(model, moved), mmfn.logits(model, batch), rtol=0, atol=0)

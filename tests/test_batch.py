@@ -1,0 +1,148 @@
+"""Packing of samples into static shapes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmfn import tree
+from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Media, Sample, Segments, pack, to
+
+F = 5
+
+
+def media(t, h, w, start=0.0):
+    return Media(patches_PF=start + torch.arange(t * h * w * F).reshape(-1, F).float(), grid=(t, h, w))
+
+
+def sample(kinds, *, images=(), videos=(), first=10, id="s"):
+    T = len(kinds)
+    tokens_T = torch.arange(first, first + T)
+    labels_T = torch.where(torch.arange(T) < 2, IGNORE, tokens_T)
+    return Sample(
+        tokens_T=tokens_T, labels_T=labels_T, kinds_T=torch.tensor(kinds), images=images, videos=videos, id=id
+    )
+
+
+def packed(*samples, **sizes):
+    positions = [torch.arange(s.tokens_T.numel()).expand(3, -1) + 100 * i for i, s in enumerate(samples)]
+    return pack(samples, positions, merge_size=2, patch_values=F, **sizes)
+
+
+@pytest.fixture
+def two():
+    """A text sample, and one with a video of two frames before an image."""
+    mixed = [TEXT, VIDEO, TEXT, VIDEO, TEXT, IMAGE, IMAGE, TEXT]
+    return sample([TEXT] * 3), sample(mixed, images=(media(1, 2, 4),), videos=(media(2, 2, 2, 1000.0),), first=50)
+
+
+def test_everything_lies_end_to_end(two):
+    batch = packed(*two)
+    assert batch.tokens_T.tolist() == [10, 11, 12, *range(50, 58)]
+    assert batch.positions_3T[0].tolist() == [0, 1, 2, *range(100, 108)]
+    assert batch.segments.offsets_N.tolist() == [0, 3, 11]
+    assert batch.segments.offsets_N.dtype == torch.int32
+    assert batch.visual.patches_PF.shape == (16, F)
+
+
+def test_labels_are_shifted_within_their_segment(two):
+    batch = packed(*two)
+    assert batch.labels_T.tolist() == [IGNORE, 12, IGNORE, IGNORE, *range(52, 58), IGNORE]
+    assert batch.weights_T.tolist() == [0, 1, 0, 0, 1, 1, 1, 1, 1, 1, 0]
+
+
+def test_features_are_numbered_images_before_videos(two):
+    batch = packed(*two)
+    none = 4  # 16 patches form 4 features: the image has 0 and 1, the frames 2 and 3
+    assert batch.feature_index_T.tolist() == [none, none, none, none, 2, none, 3, none, 0, 1, none]
+    assert batch.visual.patches_PF[0, 0] == 0.0
+    assert batch.visual.patches_PF[8, 0] == 1000.0
+    assert batch.visual.segments.offsets_N.tolist() == [0, 8, 12, 16]
+
+
+def test_coordinates_follow_merge_blocks(two):
+    coords = packed(*two).visual.coords_P4.tolist()
+    assert [c[:2] for c in coords[:8]] == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    assert {tuple(c[2:]) for c in coords[:8]} == {(2, 4)}
+    assert coords[8:12] == coords[12:] == [[0, 0, 2, 2], [0, 1, 2, 2], [1, 0, 2, 2], [1, 1, 2, 2]]
+
+
+def test_sizes_pad_at_the_end(two):
+    exact = packed(*two)
+    roomy = packed(*two, num_tokens=20, num_patches=24, num_segments=4, num_frames=5)
+    assert torch.equal(roomy.tokens_T[:11], exact.tokens_T)
+    assert roomy.tokens_T.shape == (20,)
+    assert roomy.labels_T[11:].tolist() == [IGNORE] * 9
+    assert roomy.weights_T.sum() == exact.weights_T.sum()
+    assert roomy.segments.offsets_N.tolist() == [0, 3, 11, 11, 11]
+    assert roomy.visual.segments.offsets_N.tolist() == [0, 8, 12, 16, 16, 16]
+    assert roomy.visual.coords_P4[16:].tolist() == [[0, 0, 1, 1]] * 8
+    assert not roomy.visual.patches_PF[16:].any()
+    assert set(roomy.feature_index_T[11:].tolist()) == {6}
+    assert [
+        x.shape for x in tree.leaves(packed(two[0], num_tokens=20, num_patches=24, num_segments=4, num_frames=5))
+    ] == [x.shape for x in tree.leaves(roomy)]
+
+
+def test_no_sample_is_all_padding():
+    batch = packed(num_tokens=4, num_patches=4)
+    assert batch.segments.offsets_N.tolist() == [0]
+    assert batch.weights_T.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_tokens": 10}, "hold 11 tokens but the batch has room for 10"),
+        ({"num_patches": 12}, "hold 16 patches but the batch has room for 12"),
+        ({"num_segments": 1}, "hold 2 segments but the batch has room for 1"),
+        ({"num_frames": 2}, "hold 3 frames but the batch has room for 2"),
+        ({"num_patches": 18}, "num_patches is 18 but must be a multiple of merge_size"),
+    ],
+)
+def test_sizes_too_small_are_refused(two, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        packed(*two, **sizes)
+
+
+def test_media_must_match_placeholders(two):
+    text, mixed = two
+    with pytest.raises(ValueError, match="'s' has 2 image placeholder tokens but its 0 images give 0 features"):
+        packed(text, replace(mixed, images=()))
+    with pytest.raises(ValueError, match="0 video placeholder tokens but its 1 videos give 2 features"):
+        packed(replace(text, videos=mixed.videos))
+
+
+def test_shapes_must_agree(two):
+    text, mixed = two
+    with pytest.raises(ValueError, match=r"3 tokens but labels_T of shape \[2\]"):
+        packed(replace(text, labels_T=torch.zeros(2)))
+    with pytest.raises(ValueError, match=r"positions of shape \[3, 4\]"):
+        pack([text], [torch.zeros(3, 4)], merge_size=2, patch_values=F)
+    narrow = replace(mixed.images[0], patches_PF=torch.zeros(8, F - 1))
+    with pytest.raises(ValueError, match=r"grid \(1, 2, 4\) and patches of shape \[8, 4\]"):
+        packed(replace(mixed, images=(narrow,)))
+    uneven = Media(patches_PF=torch.zeros(3, F), grid=(1, 1, 3))
+    with pytest.raises(ValueError, match="h and w multiples of 2"):
+        packed(replace(mixed, images=(uneven,)))
+
+
+def test_counts_of_a_sample(two):
+    assert (two[1].num_patches, two[1].num_frames) == (16, 3)
+    assert (two[0].num_patches, two[0].num_frames) == (0, 0)
+
+
+def test_a_batch_is_a_pytree(two):
+    batch = packed(*two)
+    doubled = tree.map(lambda x: 2 * x, batch)
+    assert torch.equal(doubled.visual.coords_P4, 2 * batch.visual.coords_P4)
+    assert "visual/segments/offsets_N" in tree.paths(batch)
+    spread = tree.map(lambda x: x, Segments(offsets_N=torch.zeros(2), spread="cp"))
+    assert spread.spread == "cp"
+
+
+def test_moving_casts_patches_only(two):
+    moved = to(packed(*two), "cpu", torch.bfloat16)
+    assert moved.visual.patches_PF.dtype == torch.bfloat16
+    assert moved.weights_T.dtype == torch.float32
+    assert to(packed(*two), "meta").tokens_T.device.type == "meta"
