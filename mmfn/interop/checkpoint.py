@@ -58,7 +58,7 @@ def from_tensors(tensors: Mapping[str, Tensor], specs: Tree, key_map: KeyMap) ->
     """The tree of `specs` from tensors under their Hugging Face names, with the same accounting as `load_params`."""
     wanted = key_map.stored(specs)
     found = {name: _Found.of(name, value) for name, value in tensors.items()}
-    _account("the given tensors", wanted, found, key_map.copies)
+    _account("the mapping", wanted, found, key_map.copies)
     paths = {stored.path: name for name, stored in wanted.items()}
     _check_copies(paths, found, key_map.copies)
     return tree.map_with_path(lambda path, spec: tensors[paths[path]].reshape(spec.shape), specs)
@@ -83,7 +83,7 @@ class _Found:
     @staticmethod
     def of(name: str, value: Tensor) -> "_Found":
         kind = "F32" if value.is_floating_point() else "BOOL" if value.dtype == torch.bool else "I64"
-        return _Found(name, "the given tensors", tuple(value.shape), kind, value)
+        return _Found(name, "it", tuple(value.shape), kind, value)
 
     def read(self) -> Tensor:
         value: Tensor = self.source if isinstance(self.source, Tensor) else self.source.get_tensor(self.name)
@@ -98,9 +98,7 @@ def _scan(folder: Path, stack: ExitStack) -> dict[str, _Found]:
         try:
             handle = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"weight file {path} cannot be read ({error}); it is damaged or cut short, fetch it again"
-            ) from error
+            raise ValueError(f"weight file {path} is damaged or cut short ({error}); fetch it again") from error
         names = set(handle.keys())
         if listed is not None and (absent := sorted(listed - names)):
             raise ValueError(f"weight file {path} lacks tensor {absent[0]!r} that {INDEX} lists; fetch the file again")
@@ -130,9 +128,7 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(
-                f"{folder / INDEX} puts tensor {name!r} into {file!r}; a file in the same folder is expected"
-            )
+            raise ValueError(f"{folder / INDEX} puts tensor {name!r} into {file!r}; a file beside it is expected")
         if not (folder / file).is_file():
             raise ValueError(f"weight file {folder / file} is missing but {INDEX} lists it; fetch it")
         names = files.setdefault(file, set())
