@@ -123,9 +123,7 @@ def _media(inputs: Mapping[str, Any], kind: int, merge_size: int, patch_values: 
         raise ValueError(f"{absent} is missing although {present} is given; pass both")
     patches_PF, grids_N3 = torch.as_tensor(pixels), torch.as_tensor(grids).to(torch.int64)
     if grids_N3.ndim != 2 or grids_N3.shape[1] != 3 or bool((grids_N3 < 1).any()):
-        raise ValueError(
-            f"{grids_key} has shape {list(grids_N3.shape)} or entries below 1; [media, 3] of counts is needed"
-        )
+        raise ValueError(f"{grids_key} of shape {list(grids_N3.shape)} must be [media, 3] with entries of at least 1")
     if bool((grids_N3[:, 1:] % merge_size).any()):
         raise ValueError(f"{grids_key} holds heights or widths that are no multiple of {merge_size}; resize the media")
     sizes = grids_N3.prod(1).tolist()

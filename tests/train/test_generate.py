@@ -1,0 +1,125 @@
+"""Greedy generation against transformers, and the cached steps against the whole sequence."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mmfn
+from mmfn import ops as op_tables
+from mmfn import tree
+from mmfn.batch import Segments
+from tests import oracles
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    oracle = oracles.build(oracles.config(vision={"depth": 3, "deepstack_visual_indexes": [0, 1]}), 2)
+    return oracle, mmfn.load_hf(oracles.save(oracle, tmp_path_factory.mktemp("pair")))
+
+
+def continued(oracle, inputs, count, **kwargs):
+    """New ids of every row as transformers generates them from left-padded rows."""
+    ids = oracle.generate(**inputs, do_sample=False, max_new_tokens=count, pad_token_id=oracles.PAD_ID, **kwargs)
+    return ids[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ids_equal_transformers(seed, tmp_path):
+    oracle = oracles.build(oracles.random_config(seed + 100), seed)
+    limits = [{}, {"images": 3, "videos": 0}, {"images": 0, "videos": 0}][seed % 3]
+    inputs = oracles.inputs(oracle.config, seed, rows=1 + seed % 4, pad="left", **limits)
+    model = mmfn.load_hf(oracles.save(oracle, tmp_path))
+    got = mmfn.generate(model, mmfn.batch_from_hf(inputs, model), max_new_tokens=10)
+    assert got == continued(oracle, inputs, 10)
+
+
+def test_rows_stop_at_an_end_token(pair):
+    oracle, model = pair
+    inputs = oracles.inputs(oracle.config, 5, rows=4, pad="left")
+    batch = mmfn.batch_from_hf(inputs, model)
+    free = mmfn.generate(model, batch, 12)
+    stops = [free[0][3], free[1][1]]
+    got = mmfn.generate(model, batch, 12, eos_token_ids=stops)
+    for row, whole in zip(got, free, strict=True):
+        ends = [i for i, token in enumerate(whole) if token in stops]
+        assert row == (whole[: ends[0] + 1] if ends else whole)
+    assert len({len(row) for row in got}) > 1
+    padded = continued(oracle, inputs, 12, eos_token_id=stops)
+    assert [row[: len(own)] for row, own in zip(padded, got, strict=True)] == got
+
+
+def test_generation_stops_when_every_row_is_done(pair):
+    _, model = pair
+    calls = []
+
+    def counted(params, batch, cfg, ops, cache=None):
+        calls.append(cache.slots.is_prefill)
+        return model.family.apply(params, batch, cfg, ops, cache)
+
+    counting = replace(model, family=replace(model.family, apply=counted))
+    batch = mmfn.batch_from_hf(oracles.inputs(oracles.config(), 5, rows=2), model)
+    everything = range(model.cfg.vocab_size)
+    assert [len(row) for row in mmfn.generate(counting, batch, 12, eos_token_ids=everything)] == [1, 1]
+    assert calls == [True]
+    calls.clear()
+    mmfn.generate(counting, batch, 4)
+    assert calls == [True, False, False, False]
+
+
+def test_cached_steps_equal_the_whole_sequence(pair):
+    oracle, model = pair
+    row = oracles.inputs(oracle.config, 7, rows=1, images=2, videos=0)
+    new = mmfn.generate(model, mmfn.batch_from_hf(row, model), 6)[0]
+    for count in range(6):
+        ids = torch.cat([row["input_ids"], torch.tensor([new[:count]], dtype=torch.int64)], dim=1)
+        grown = {"input_ids": ids, **{k: v for k, v in row.items() if "pixel" in k or "grid" in k}}
+        assert mmfn.logits(model, mmfn.batch_from_hf(grown, model))[-1].argmax().item() == new[count]
+
+
+def test_rows_do_not_depend_on_their_neighbours(pair):
+    oracle, model = pair
+    inputs = oracles.inputs(oracle.config, 8, rows=4)
+    together = mmfn.generate(model, mmfn.batch_from_hf(inputs, model), 8)
+    alone = [mmfn.generate(model, mmfn.batch_from_hf(row, model), 8)[0] for row in oracles.rows_of(inputs)]
+    assert together == alone
+
+
+def test_padding_and_empty_segments_are_left_out(pair):
+    oracle, model = pair
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 9, rows=2, images=0, videos=0), model)
+    tail = 5
+    offsets_N = torch.cat([batch.segments.offsets_N, batch.segments.offsets_N[-1:].expand(2)])
+    padded = replace(
+        batch,
+        tokens_T=torch.cat([batch.tokens_T, torch.zeros(tail, dtype=torch.int64)]),
+        positions_3T=torch.cat([batch.positions_3T, torch.full((3, tail), 999)], dim=1),
+        feature_index_T=torch.cat([batch.feature_index_T, torch.zeros(tail, dtype=torch.int64)]),
+        segments=Segments(offsets_N=offsets_N),
+    )
+    assert mmfn.generate(model, padded, 6) == mmfn.generate(model, batch, 6)
+
+
+def test_tables_agree_and_inputs_are_unchanged(pair):
+    oracle, model = pair
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 3, rows=3), model)
+    before = [x.clone() for x in tree.leaves((model.params, batch))]
+    got = mmfn.generate(model, batch, 5)
+    assert got == mmfn.generate(model, batch, 5, ops=op_tables.reference())
+    assert all(torch.equal(a, b) for a, b in zip(before, tree.leaves((model.params, batch)), strict=True))
+
+
+def test_bfloat16_runs(pair):
+    oracle, model = pair
+    narrow = replace(model, params=tree.map(lambda p: p.bfloat16(), model.params))
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 3, rows=2), narrow)
+    assert [len(row) for row in mmfn.generate(narrow, batch, 3)] == [3, 3]
+
+
+def test_bad_arguments_are_refused(pair):
+    oracle, model = pair
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 3, rows=2), model)
+    with pytest.raises(ValueError, match="max_new_tokens is 0 but must be at least 1"):
+        mmfn.generate(model, batch, 0)
+    with pytest.raises(ValueError, match="no row to continue"):
+        mmfn.generate(model, replace(batch, segments=Segments(offsets_N=torch.zeros(3, dtype=torch.int32))))
