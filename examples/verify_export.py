@@ -1,0 +1,68 @@
+"""Does transformers read what mmfn wrote, and give the same answers?
+
+    python examples/verify_export.py build/demo
+
+Loads the exported checkpoint of a demo run with transformers' own model, tokenizer, chat template and image processor
+(no mmfn code), answers every held-out question by its greedy `generate`, and compares with the run's eval.json. Exits 1
+on any missing or unexpected weight and on any answer that differs.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
+from transformers.utils import logging
+
+BATCH_SAMPLES = 120
+
+
+def main(folder: Path) -> int:
+    """Compare the run in `folder`/run with transformers; returns the exit code."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    checkpoint, root = folder / "run" / "checkpoint", folder
+    model, info = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
+    problems = {name: keys for name, keys in info.items() if keys}
+    if problems:
+        print(f"verify: transformers does not load {checkpoint} cleanly: {problems}")
+        return 1
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+    entries = json.loads((root / "eval.json").read_text(encoding="utf-8"))
+    ours = json.loads((folder / "run" / "eval.json").read_text(encoding="utf-8"))["answers"]
+    theirs: list[str] = []
+    for first in range(0, len(entries), BATCH_SAMPLES):
+        theirs += answers(entries[first : first + BATCH_SAMPLES], root, model, tokenizer, processor)
+    different = [(a["id"], a["prediction"], b) for a, b in zip(ours, theirs, strict=True) if a["prediction"] != b]
+    for identity, mine, other in different:
+        print(f"verify: sample {identity}: mmfn answered {mine!r}, transformers {other!r}")
+    print(f"verify: {len(ours) - len(different)} of {len(ours)} greedy answers of transformers are the same")
+    return 1 if different else 0
+
+
+@torch.no_grad()
+def answers(entries: list[dict], root: Path, model, tokenizer, processor) -> list[str]:
+    """Greedy answers of transformers to the first user message of each entry."""
+    images = [Image.open(root / entry["images"][0]).convert("RGB") for entry in entries]
+    pixels = processor(images=images, return_tensors="pt")
+    texts = []
+    for entry, grid in zip(entries, pixels["image_grid_thw"], strict=True):
+        question = entry["messages"][0]["content"].removeprefix("<image>")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        num_features = int(grid.prod()) // processor.merge_size**2
+        texts.append(text.replace("<|image_pad|>", "<|image_pad|>" * num_features))
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    is_image = (inputs["input_ids"] == model.config.image_token_id).int()
+    ids = model.generate(**inputs, **pixels, mm_token_type_ids=is_image, max_new_tokens=4, do_sample=False)
+    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/verify_export.py DEMO_FOLDER")
+    sys.exit(main(Path(sys.argv[1])))
