@@ -1,51 +1,375 @@
-"""Packed self-attention within segments. Legend: T queries, S keys (S == T), H heads, K kv heads, C channels, B rows."""
+"""Packed attention within segments, and attention of single queries against a cache.
+
+The CPU kernel of torch is run segment by segment. Lengths are data: the loop is inside one operator, so that a graph
+sees static shapes and other lengths never recompile it. What costs time with many short segments is the number of
+kernel calls, hence `_plan`: a run of segments of equal length is one call on a view, and short segments of similar
+length are gathered into one padded call. Right padding needs no mask under causality: a real query never sees a padded
+key, and the gradient of a padded query's output is zero.
+
+Legend: T queries, S keys, H query heads, K kv heads, C channels, N segments, B rows, L tokens of a row.
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mmfn.batch import Segments
+from mmfn.ops.eager import is_eager
+
+# When a segment joins a padded call: the padding and the copies it costs, in scores times channels, against one more
+# kernel call forward and backward (about 0.3 ms). Copying one token costs about as much as 16 scores.
+MERGE_BUDGET = 2**20
+COPY_SCORES = 16
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_grad = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def attention(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool) -> Tensor:
-    """Softmax attention of every token within its segment."""
-    outs = []
-    offsets = segments.offsets_N.tolist()
-    for a, b in zip(offsets, offsets[1:], strict=False):
-        if a == b:
-            continue
-        q, k, v = (x[a:b].transpose(0, 1)[None] for x in (q_THC, k_SKC, v_SKC))
-        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)[0].transpose(0, 1))
-    outs.append(torch.zeros_like(q_THC[offsets[-1] :]))
-    return torch.cat(outs)
+    """Softmax attention of every token to the tokens of its segment, scaled by `C**-0.5`; o_THC.
+
+    `q_THC`: floating[T, H, C]. `k_SKC`, `v_SKC`: the same dtype, [S, K, C] with S == T and K dividing H (query head h
+    uses kv head h // (H / K)). With `is_causal` a token sees itself and those before it. Behind the last offset the
+    output and all gradients are zero. CPU tensors use the kernel described above, in eager and in compiled graphs
+    alike; tensors of other devices one `scaled_dot_product_attention` per segment, a portable fallback that reads the
+    offsets on the host. Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Dao 2023 (arXiv:2307.08691), packed
+    form; oracle `torch.nn.functional.scaled_dot_product_attention` with a block mask.
+    """
+    _check(q_THC, k_SKC, v_SKC, segments)
+    if q_THC.device.type not in ("cpu", "meta"):
+        return _per_segment(q_THC, k_SKC, v_SKC, segments, is_causal)
+    if is_eager(q_THC):
+        o_THC: Tensor = _Eager.apply(  # type: ignore[no-untyped-call]
+            q_THC, k_SKC, v_SKC, segments.offsets_N, is_causal
+        )
+    else:
+        o_THC, _ = _traced(q_THC, k_SKC, v_SKC, segments.offsets_N, is_causal)
+    return o_THC
 
 
 def attention_reference(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool) -> Tensor:
-    """`attention` as a dense masked softmax over all pairs of tokens."""
-    T, H, C = q_THC.shape
-    G = H // k_SKC.shape[1]
-    index_T = torch.arange(T, device=q_THC.device)
-    segment_T = torch.searchsorted(segments.offsets_N, index_T, right=True)
-    mask_TS = (segment_T[:, None] == segment_T) & (index_T < segments.offsets_N[-1])
-    if is_causal:
-        mask_TS = mask_TS & (index_T[:, None] >= index_T)
-    k_SHC, v_SHC = k_SKC.repeat_interleave(G, 1), v_SKC.repeat_interleave(G, 1)
-    scores_HTS = torch.einsum("thc,shc->hts", q_THC, k_SHC) * C**-0.5
-    scores_HTS = scores_HTS.masked_fill(~mask_TS, torch.finfo(scores_HTS.dtype).min)
-    probs_HTS = scores_HTS.softmax(-1) * mask_TS
-    return torch.einsum("hts,shc->thc", probs_HTS, v_SHC)
+    """`attention` as a masked softmax over all pairs of tokens."""
+    return _dense(q_THC, k_SKC, v_SKC, segments, is_causal)[0]
+
+
+def attention_block(
+    q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`attention` with the log-sum-exp of the scores, `(o_THC, lse_TH)`; not differentiable by autograd.
+
+    `lse_TH`: float32 (float64 for float64), 0 behind the last offset. Two blocks of the same queries over different
+    keys merge by `logaddexp` of their `lse`: ring attention is made of this and of `attention_block_grad`. CPU only.
+    Raises ValueError as `attention` does, and for tensors of another device.
+    """
+    _check(q_THC, k_SKC, v_SKC, segments)
+    _check_cpu(q_THC)
+    o_THC, lse_TH = _traced(q_THC.detach(), k_SKC.detach(), v_SKC.detach(), segments.offsets_N, is_causal)
+    return o_THC, lse_TH
+
+
+def attention_block_reference(
+    q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`attention_block` as a masked softmax over all pairs of tokens."""
+    return _dense(q_THC, k_SKC, v_SKC, segments, is_causal)
+
+
+def attention_block_grad(
+    do_THC: Tensor,
+    q_THC: Tensor,
+    k_SKC: Tensor,
+    v_SKC: Tensor,
+    o_THC: Tensor,
+    lse_TH: Tensor,
+    segments: Segments,
+    *,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients `(dq_THC, dk_SKC, dv_SKC)` of `attention_block`'s output.
+
+    With the `o_THC` and `lse_TH` of all keys (not of this block alone) the gradients of blocks add up to those of the
+    whole. CPU only. Raises ValueError as `attention_block` does.
+    """
+    _check(q_THC, k_SKC, v_SKC, segments)
+    _check_cpu(q_THC)
+    dq_THC, dk_SKC, dv_SKC = _traced_grad(do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, segments.offsets_N, is_causal)
+    return dq_THC, dk_SKC, dv_SKC
 
 
 def attention_cached(q_BHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, lengths_B: Tensor) -> Tensor:
-    """One query per row against its first `lengths_B[b]` cached keys."""
-    return attention_cached_reference(q_BHC, k_BSKC, v_BSKC, lengths_B)
+    """Attention of one query per row to the first `lengths_B[b]` cached keys of its row; o_BHC.
+
+    `q_BHC`: floating[B, H, C]. `k_BSKC`, `v_BSKC`: [B, S, K, C] of the same dtype, K dividing H. `lengths_B`:
+    integer[B] in [1, S]. Raises ValueError for shapes that do not fit. Oracle: `attention_cached_reference`.
+    """
+    (B, H, C), (S, K) = q_BHC.shape, k_BSKC.shape[1:3]
+    if k_BSKC.shape != (B, S, K, C) or v_BSKC.shape != k_BSKC.shape or H % K or lengths_B.shape != (B,):
+        raise ValueError(
+            f"q_BHC {(B, H, C)}, k_BSKC {tuple(k_BSKC.shape)}, v_BSKC {tuple(v_BSKC.shape)} and lengths_B "
+            f"{tuple(lengths_B.shape)} must agree in B and C, with K dividing H"
+        )
+    mask_BS = torch.arange(S, device=q_BHC.device) < lengths_B[:, None]
+    k_BKSC, v_BKSC = k_BSKC.transpose(1, 2), v_BSKC.transpose(1, 2)
+    mask_B11S = mask_BS[:, None, None]
+    return F.scaled_dot_product_attention(q_BHC[:, :, None], k_BKSC, v_BKSC, mask_B11S, enable_gqa=True)[:, :, 0]
 
 
 def attention_cached_reference(q_BHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, lengths_B: Tensor) -> Tensor:
-    """`attention_cached` as a masked softmax."""
-    B, H, C = q_BHC.shape
-    q_BKGC = q_BHC.unflatten(1, (k_BSKC.shape[2], -1))
-    scores_BKGS = torch.einsum("bkgc,bskc->bkgs", q_BKGC, k_BSKC) * C**-0.5
-    mask_BS = torch.arange(k_BSKC.shape[1], device=q_BHC.device) < lengths_B[:, None]
-    scores_BKGS = scores_BKGS.masked_fill(~mask_BS[:, None, None], -torch.inf)
-    return torch.einsum("bkgs,bskc->bkgc", scores_BKGS.softmax(-1), v_BSKC).reshape(B, H, C)
+    """`attention_cached` row by row, each against its own keys only."""
+    G = q_BHC.shape[1] // k_BSKC.shape[2]
+    outs = []
+    for q_HC, k_SKC, v_SKC, length in zip(q_BHC, k_BSKC, v_BSKC, lengths_B.tolist(), strict=True):
+        k_SHC, v_SHC = (x[:length].repeat_interleave(G, 1) for x in (k_SKC, v_SKC))
+        scores_HS = torch.einsum("hc,shc->hs", q_HC, k_SHC) * q_HC.shape[1] ** -0.5
+        outs.append(torch.einsum("hs,shc->hc", scores_HS.softmax(-1), v_SHC))
+    return torch.stack(outs)
+
+
+def _dense(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by a T x S mask; scores and softmax in float32 or wider."""
+    T, H, C = q_THC.shape
+    wide = torch.promote_types(q_THC.dtype, torch.float32)
+    index_T = torch.arange(T, device=q_THC.device)
+    segment_T = torch.searchsorted(segments.offsets_N, index_T, right=True)
+    real_T = index_T < segments.offsets_N[-1]
+    mask_TS = (segment_T[:, None] == segment_T) & real_T
+    if is_causal:
+        mask_TS = mask_TS & (index_T[:, None] >= index_T)
+    k_SHC, v_SHC = (x.to(wide).repeat_interleave(H // x.shape[1], 1) for x in (k_SKC, v_SKC))
+    scores_HTS = torch.einsum("thc,shc->hts", q_THC.to(wide), k_SHC) * C**-0.5
+    scores_HTS = scores_HTS.masked_fill(~mask_TS, torch.finfo(wide).min)
+    lse_HT = scores_HTS.logsumexp(-1)
+    probs_HTS = (scores_HTS - lse_HT[..., None]).exp() * mask_TS
+    o_THC = torch.einsum("hts,shc->thc", probs_HTS, v_SHC).to(q_THC.dtype)
+    return o_THC, lse_HT.T.where(real_T[:, None], 0.0)
+
+
+def _per_segment(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, is_causal: bool) -> Tensor:
+    """Any device: one call of the device's own kernel per segment, differentiated by autograd."""
+    offsets = _read(segments.offsets_N, q_THC)
+    parts = [q_THC[:0]]
+    for start, end in itertools.pairwise(offsets):
+        q_1HLC, k_1KLC, v_1KLC = (x[start:end].transpose(0, 1)[None] for x in (q_THC, k_SKC, v_SKC))
+        if end > start:
+            o_1HLC = F.scaled_dot_product_attention(q_1HLC, k_1KLC, v_1KLC, is_causal=is_causal, enable_gqa=True)
+            parts.append(o_1HLC[0].transpose(0, 1))
+    return torch.cat([*parts, torch.zeros_like(q_THC[offsets[-1] :])])
+
+
+def _check(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments) -> None:
+    shapes = f"q_THC {tuple(q_THC.shape)}, k_SKC {tuple(k_SKC.shape)}, v_SKC {tuple(v_SKC.shape)}"
+    if q_THC.ndim != 3 or k_SKC.ndim != 3 or k_SKC.shape != v_SKC.shape or q_THC.shape[::2] != k_SKC.shape[::2]:
+        raise ValueError(f"{shapes} must be [T, H, C], [T, K, C], [T, K, C]; make T and C agree")
+    if k_SKC.shape[1] == 0 or q_THC.shape[1] % k_SKC.shape[1]:
+        raise ValueError(f"{shapes}: the number of kv heads must divide the number of query heads; correct the heads")
+    if not q_THC.dtype == k_SKC.dtype == v_SKC.dtype or not q_THC.is_floating_point():
+        raise ValueError(f"q, k, v are {q_THC.dtype}, {k_SKC.dtype}, {v_SKC.dtype}; cast them to one floating dtype")
+    if segments.offsets_N.ndim != 1 or segments.offsets_N.numel() < 1:
+        raise ValueError(f"offsets_N has shape {tuple(segments.offsets_N.shape)} but must be [N + 1]; start it with 0")
+
+
+def _check_cpu(q_THC: Tensor) -> None:
+    if q_THC.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"attention_block is made for CPU tensors but got q on {q_THC.device}; use that device's table"
+        )
+
+
+def _read(offsets_N: Tensor, x_T: Tensor) -> tuple[int, ...]:
+    """The offsets on the host, checked."""
+    offsets = tuple(offsets_N.tolist())
+    if offsets[0] != 0 or offsets[-1] > x_T.shape[0] or any(a > b for a, b in itertools.pairwise(offsets)):
+        raise ValueError(
+            f"offsets {offsets} must rise from 0 to at most the {x_T.shape[0]} tokens; correct the packing"
+        )
+    return offsets
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One kernel call: `count` rows of `length` tokens. Without an index they lie end to end from `start`.
+
+    `index` holds the token of every slot of the padded rows, where padding repeats the segment's last token (so that
+    its probabilities stay finite); `slots` are the real slots and `pads` the others.
+    """
+
+    start: int
+    count: int
+    length: int
+    index: Tensor | None = None
+    slots: Tensor | None = None
+    pads: Tensor | None = None
+
+    def rows(self, x_THC: Tensor, *, zero: bool = False) -> Tensor:
+        """[T, H, ...] -> [B, H, L, ...]: a view, or a padded copy (padding set to zero on demand)."""
+        if self.index is None:
+            x_THC = x_THC[self.start : self.start + self.count * self.length]
+        else:
+            x_THC = x_THC.index_select(0, self.index)
+            if zero:
+                x_THC.index_fill_(0, self.pads, 0)  # type: ignore[arg-type]
+        return x_THC.view(self.count, self.length, *x_THC.shape[1:]).transpose(1, 2)
+
+    def put_(self, out_THC: Tensor, x_BHLC: Tensor) -> None:
+        """Write rows back to their tokens."""
+        x_THC = x_BHLC.transpose(1, 2).flatten(0, 1)
+        if self.index is None:
+            out_THC[self.start : self.start + self.count * self.length] = x_THC
+        else:
+            out_THC.index_copy_(0, self.index[self.slots], x_THC.index_select(0, self.slots))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=64)
+def _plan(offsets: tuple[int, ...], is_causal: bool, width: int) -> tuple[_Call, ...]:
+    """Kernel calls that cover all segments; `width` is H * C. Cached, so that every layer is spared the work."""
+    runs: list[_Call] = []
+    for start, end in itertools.pairwise(offsets):
+        last = runs[-1] if runs else None
+        if last and end - start == last.length:
+            runs[-1] = _Call(start=last.start, count=last.count + 1, length=last.length)
+        elif end > start:
+            runs.append(_Call(start=start, count=1, length=end - start))
+    groups: list[list[_Call]] = []
+    for run in sorted(runs, key=lambda r: -r.length):
+        longest = groups[-1][0].length if groups else 0
+        extra = longest**2 - run.length**2 + COPY_SCORES * run.length
+        fits = is_causal or run.length == longest
+        if groups and fits and extra * run.count * width <= MERGE_BUDGET:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return tuple(group[0] if len(group) == 1 else _padded(group) for group in groups)
+
+
+def _padded(group: list[_Call]) -> _Call:
+    length = group[0].length
+    spans = [(run.start + i * run.length, run.length) for run in group for i in range(run.count)]
+    slot_BL = torch.arange(length)[None]
+    start_B1, size_B1 = torch.tensor(spans)[:, :, None].unbind(1)
+    index = (start_B1 + slot_BL.minimum(size_B1 - 1)).flatten()
+    is_real = (slot_BL < size_B1).flatten()
+    slots, pads = is_real.nonzero()[:, 0], (~is_real).nonzero()[:, 0]
+    return _Call(start=0, count=len(spans), length=length, index=index, slots=slots, pads=pads)
+
+
+def _forward(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    T, H, C = q_THC.shape
+    offsets = _read(offsets_N, q_THC)
+    calls = _plan(offsets, is_causal, H * C)
+    q_THC, k_SKC, v_SKC = (_dense_channels(x) for x in (q_THC, k_SKC, v_SKC))
+    o_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)
+    lse_TH = q_THC.new_empty(T, H, dtype=torch.promote_types(q_THC.dtype, torch.float32))
+    for call in calls:
+        o_BHLC, lse_BHL = _flash(call.rows(q_THC), call.rows(k_SKC), call.rows(v_SKC), 0.0, is_causal)
+        if call.index is None and call.count * call.length == T:
+            return o_BHLC.transpose(1, 2).reshape(T, H, C), lse_BHL.transpose(1, 2).reshape(T, H)
+        call.put_(o_THC, o_BHLC)
+        call.put_(lse_TH, lse_BHL)
+    o_THC[offsets[-1] :] = 0
+    lse_TH[offsets[-1] :] = 0
+    return o_THC, lse_TH
+
+
+def _backward(
+    do_THC: Tensor,
+    q_THC: Tensor,
+    k_SKC: Tensor,
+    v_SKC: Tensor,
+    o_THC: Tensor,
+    lse_TH: Tensor,
+    offsets_N: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, H, C = q_THC.shape
+    offsets = _read(offsets_N, q_THC)
+    calls = _plan(offsets, is_causal, H * C)
+    do_THC, q_THC, k_SKC, v_SKC, o_THC = (_dense_channels(x) for x in (do_THC, q_THC, k_SKC, v_SKC, o_THC))
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THC, k_SKC, v_SKC)]
+    for call in calls:
+        q_BHLC, k_BKLC, v_BKLC = call.rows(q_THC), call.rows(k_SKC), call.rows(v_SKC)
+        do_BHLC, o_BHLC, lse_BHL = call.rows(do_THC, zero=True), call.rows(o_THC), call.rows(lse_TH)
+        parts = _flash_grad(do_BHLC, q_BHLC, k_BKLC, v_BKLC, o_BHLC, lse_BHL, 0.0, is_causal)
+        if call.index is None and call.count * call.length == T:
+            dq_THC, dk_SKC, dv_SKC = (part.transpose(1, 2).reshape(T, -1, C) for part in parts)
+            return dq_THC, dk_SKC, dv_SKC
+        for grad, part in zip(grads, parts, strict=True):
+            call.put_(grad, part)
+    for grad in grads:
+        grad[offsets[-1] :] = 0
+    return grads[0], grads[1], grads[2]
+
+
+def _dense_channels(x_THC: Tensor) -> Tensor:
+    """The kernel wants neighbouring channels; other strides are free."""
+    return x_THC if x_THC.stride(-1) == 1 else x_THC.contiguous()
+
+
+class _Eager(torch.autograd.Function):
+    """Eager entry: the same numbers as the operator below without its dispatch."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool
+    ) -> Tensor:
+        o_THC, lse_TH = _forward(q_THC, k_SKC, v_SKC, offsets_N, is_causal)
+        ctx.save_for_backward(q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N)
+        ctx.is_causal = is_causal  # type: ignore[attr-defined]
+        return o_THC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, do_THC: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _backward(do_THC, *ctx.saved_tensors, ctx.is_causal)  # type: ignore[attr-defined, call-arg]
+        return *grads, None, None
+
+
+@torch.library.custom_op("mmfn::attention", mutates_args=())
+def _traced(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """`_forward` as one operator."""
+    return _forward(q_THC, k_SKC, v_SKC, offsets_N, is_causal)
+
+
+@torch.library.custom_op("mmfn::attention_grad", mutates_args=())
+def _traced_grad(
+    do_THC: Tensor,
+    q_THC: Tensor,
+    k_SKC: Tensor,
+    v_SKC: Tensor,
+    o_THC: Tensor,
+    lse_TH: Tensor,
+    offsets_N: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_backward` as one operator."""
+    return _backward(do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N, is_causal)
+
+
+@_traced.register_fake
+def _(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q_THC.dtype, torch.float32)
+    return q_THC.new_empty(q_THC.shape), q_THC.new_empty(q_THC.shape[:2], dtype=wide)
+
+
+@_traced_grad.register_fake
+def _(do_THC: Tensor, q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    return q_THC.new_empty(q_THC.shape), k_SKC.new_empty(k_SKC.shape), v_SKC.new_empty(v_SKC.shape)
+
+
+def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, is_causal = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors[:3], *output, tensors[3])  # type: ignore[arg-type]
+    ctx.is_causal = is_causal  # type: ignore[attr-defined]
+
+
+def _traced_backward(ctx: FunctionCtx, do_THC: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = _traced_grad(do_THC, *ctx.saved_tensors, ctx.is_causal)  # type: ignore[attr-defined]
+    return *grads, None, None
+
+
+_traced.register_autograd(_traced_backward, setup_context=_setup)

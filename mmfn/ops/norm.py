@@ -1,39 +1,93 @@
-"""RMS and layer normalisation over the last dim. Legend: D width, `...` any leading dims."""
+"""RMS and layer normalisation over the last dim.
+
+`rms_norm` has no fused CPU kernel in torch, so eager execution enters a hand-written Function: 0.3 to 0.8 of the plain
+formula's time forward and backward, and one saved tensor besides x. A compiler fuses the plain formula better than
+that. `layer_norm` has a fused kernel. Legend: D width, behind any leading dims.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from mmfn.ops.eager import is_eager
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x**2) + eps)`, cast to x's dtype, then times the weight."""
+    """`x / sqrt(mean(x**2) + eps)` in float32 or wider, cast to x's dtype, then times the weight.
+
+    `x_D`: floating[..., D]. `weight_D`: floating[D]. Returns the shape of x in the common dtype of x and weight.
+    Raises ValueError when the weight is not [D]. Source: Zhang and Sennrich 2019 (arXiv:1910.07467), with the casts of
+    `Qwen3RMSNorm` in transformers 5.23.
+    """
     _check(x_D, weight_D)
+    if is_eager(x_D):
+        y_D: Tensor = _RmsNorm.apply(x_D, weight_D, eps)  # type: ignore[no-untyped-call]
+        return y_D
     return rms_norm_reference(x_D, weight_D, eps)
 
 
 def rms_norm_reference(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`rms_norm` as it is written in the paper."""
-    wide_D = x_D.to(torch.promote_types(x_D.dtype, torch.float32))
+    wide_D = x_D.to(_wide(x_D))
     normed_D = wide_D * torch.rsqrt(wide_D.square().mean(-1, keepdim=True) + eps)
     return normed_D.to(x_D.dtype) * weight_D
 
 
 def layer_norm(x_D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """`(x - mean) / sqrt(var + eps) * weight + bias` with biased variance."""
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` with the biased variance, in float32 or wider.
+
+    `x_D`: floating[..., D]. `weight_D`, `bias_D`: [D] of x's dtype. Returns x's shape and dtype. Raises ValueError when
+    weight or bias is not [D]. Source: Ba et al. 2016 (arXiv:1607.06450); `torch.nn.LayerNorm`.
+    """
     _check(x_D, weight_D)
+    _check(x_D, bias_D)
     return F.layer_norm(x_D, weight_D.shape, weight_D, bias_D, eps)
 
 
 def layer_norm_reference(x_D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """`layer_norm` as it is written in the paper."""
-    wide_D = x_D.to(torch.promote_types(x_D.dtype, torch.float32))
+    wide_D = x_D.to(_wide(x_D))
     centred_D = wide_D - wide_D.mean(-1, keepdim=True)
     normed_D = centred_D * torch.rsqrt(centred_D.square().mean(-1, keepdim=True) + eps)
     return (normed_D * weight_D + bias_D).to(x_D.dtype)
 
 
 def _check(x_D: Tensor, weight_D: Tensor) -> None:
-    if weight_D.shape != x_D.shape[-1:]:
+    if x_D.ndim < 1 or weight_D.shape != x_D.shape[-1:]:
         raise ValueError(
-            f"weight has shape {tuple(weight_D.shape)} but x ends in {tuple(x_D.shape[-1:])}; make them equal"
+            f"weight or bias has shape {tuple(weight_D.shape)} but x has {tuple(x_D.shape)}; give it x's last dim"
         )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """With n = x * rstd: dx = (dy * w - n * mean(dy * w * n)) * rstd and dw = sum(dy * n)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        wide_D = x_D.to(_wide(x_D))
+        norm_1 = torch.linalg.vector_norm(wide_D, dim=-1, keepdim=True)
+        rstd_1 = norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_D, weight_D, rstd_1)
+        normed_D = (wide_D * rstd_1).to(x_D.dtype)
+        return normed_D.mul_(weight_D) if weight_D.dtype == x_D.dtype else normed_D * weight_D
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy_D: Tensor) -> tuple[Tensor | None, ...]:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
+        x_D, weight_D, rstd_1 = saved
+        needs_dx, needs_dw, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        normed_D = x_D * rstd_1
+        product_D = dy_D * normed_D
+        weight_wide_D = weight_D.to(product_D.dtype)
+        dw_D = product_D.flatten(0, -2).sum(0).to(weight_D.dtype) if needs_dw else None
+        if not needs_dx:
+            return None, dw_D, None
+        mean_1 = torch.matmul(product_D, weight_wide_D).div_(-x_D.shape[-1])[..., None]
+        dx_D = torch.mul(dy_D, weight_wide_D, out=product_D).addcmul_(normed_D, mean_1).mul_(rstd_1)
+        return dx_D.to(x_D.dtype), dw_D, None
