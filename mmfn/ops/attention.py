@@ -37,8 +37,8 @@ def attention(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *
     uses kv head h // (H / K)). With `is_causal` a token sees itself and those before it. Behind the last offset the
     output and all gradients are zero. CPU tensors use the kernel described above, in eager and in compiled graphs
     alike; tensors of other devices one `scaled_dot_product_attention` per segment, a portable fallback that reads the
-    offsets on the host. Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Dao 2023 (arXiv:2307.08691), packed
-    form; oracle `torch.nn.functional.scaled_dot_product_attention` with a block mask.
+    offsets on the host. Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Dao 2023
+    (arXiv:2307.08691), packed form; oracle `torch.nn.functional.scaled_dot_product_attention` with a block mask.
     """
     _check(q_THC, k_SKC, v_SKC, segments)
     if q_THC.device.type not in ("cpu", "meta"):

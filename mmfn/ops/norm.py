@@ -74,7 +74,8 @@ class _RmsNorm(torch.autograd.Function):
         rstd_1 = norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_D, weight_D, rstd_1)
         normed_D = (wide_D * rstd_1).to(x_D.dtype)
-        return normed_D.mul_(weight_D) if weight_D.dtype == x_D.dtype else normed_D * weight_D
+        y_D: Tensor = normed_D.mul_(weight_D) if weight_D.dtype == x_D.dtype else normed_D * weight_D
+        return y_D
 
     @staticmethod
     @once_differentiable
@@ -85,7 +86,7 @@ class _RmsNorm(torch.autograd.Function):
         normed_D = x_D * rstd_1
         product_D = dy_D * normed_D
         weight_wide_D = weight_D.to(product_D.dtype)
-        dw_D = product_D.flatten(0, -2).sum(0).to(weight_D.dtype) if needs_dw else None
+        dw_D = product_D.reshape(-1, x_D.shape[-1]).sum(0).to(weight_D.dtype) if needs_dw else None
         if not needs_dx:
             return None, dw_D, None
         mean_1 = torch.matmul(product_D, weight_wide_D).div_(-x_D.shape[-1])[..., None]

@@ -15,9 +15,9 @@ from mmfn.ops.eager import is_eager
 def rotary(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Turn the pairs (i, i + R) of the first 2R channels by each token's angles; channels behind 2R pass through.
 
-    `x_THC`: floating[T, H, C]. `cos_TR`, `sin_TR`: floating[T, R] with 2R <= C, constants. Computed in the wider dtype of x
-    and cos; returns x's shape and dtype. Raises ValueError for shapes that do not fit, or angles that need a gradient.
-    Source: Su et al. 2021 (arXiv:2104.09864); `apply_rotary_pos_emb` in transformers 5.23.
+    `x_THC`: floating[T, H, C]. `cos_TR`, `sin_TR`: floating[T, R] with 2R <= C, constants. Computed in the wider dtype of
+    x and cos; returns x's shape and dtype. Raises ValueError for shapes that do not fit, or angles that need a
+    gradient. Source: Su et al. 2021 (arXiv:2104.09864); `apply_rotary_pos_emb` in transformers 5.23.
     """
     T, _, C = x_THC.shape
     if cos_TR.ndim != 2 or cos_TR.shape != sin_TR.shape or cos_TR.shape[0] != T or 2 * cos_TR.shape[1] > C:
@@ -59,7 +59,7 @@ def _turn(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: float) -> Tensor:
     y_TH2R[:, :, 0].addcmul_(x_TH2R[:, :, 1], sin_TR[:, None], value=-sign)
     y_TH2R[:, :, 1].addcmul_(x_TH2R[:, :, 0], sin_TR[:, None], value=sign)
     y_THC = y_TH2R.flatten(-2).to(x_THC.dtype)
-    return y_THC if 2 * R == x_THC.shape[-1] else torch.cat([y_THC, x_THC[..., 2 * R :]], dim=-1)
+    return y_THC if x_THC.shape[-1] == 2 * R else torch.cat([y_THC, x_THC[..., 2 * R :]], dim=-1)
 
 
 class _Rotary(torch.autograd.Function):

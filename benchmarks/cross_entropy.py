@@ -1,0 +1,144 @@
+"""Time and peak memory of `linear_cross_entropy` against full logits, forward and backward, printed as a table.
+
+    python benchmarks/cross_entropy.py                     # the small sizes, 5 rounds, both allocators
+    python benchmarks/cross_entropy.py --sizes 2048x151936x1024 --rounds 3
+
+Each size and allocator gets a process of its own; within it the two variants alternate, and the ratio is the median
+over rounds of time / time of full logits. Memory is the resident high-water mark above the level before a call, in
+calls of their own. `beyond` leaves the head's gradient, which both must hold, out of both sides. The "retained"
+allocator keeps freed memory (glibc mallopt: M_MMAP_MAX 0, huge M_TRIM_THRESHOLD), which takes page faults out of the
+comparison. Linux with glibc only.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfn.ops.cross_entropy import chunk_rows, linear_cross_entropy
+
+SIZES = ("4096x16384x512/3", "4096x16384x512", "4096x32768x512")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+MIB = 2**20
+
+
+def full_logits(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+    """The usual loss: all logits, in float32."""
+    losses_T = F.cross_entropy((x_TD @ weight_VD.T).float(), labels_T, ignore_index=-100, reduction="none")
+    return (losses_T * weights_T).sum()
+
+
+def main() -> None:
+    """Run every size under every allocator, each in a process of its own, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="TxVxD, or TxVxD/n for one token in n supervised")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--allocators", nargs="+", choices=("default", "retained"), default=("default", "retained"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunk", type=int, help="rows of logits held at a time; default: chunk_rows(V)")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(args.sizes[0], args.dtype, args.allocators[0], args.rounds, args.chunk)))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}, {args.rounds} rounds")
+    print("| size/one in | allocator | chunk | full s | mmfn s | time | full MiB | mmfn MiB | beyond head's gradient |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for size in args.sizes:
+        for allocator in args.allocators:
+            print(row(size, allocator, args), flush=True)
+
+
+def row(size: str, allocator: str, args: argparse.Namespace) -> str:
+    """One line of the table, measured in a new process."""
+    command = [sys.executable, __file__, "--child", "--sizes", size, "--allocators", allocator]
+    command += ["--dtype", args.dtype, "--rounds", str(args.rounds)]
+    command += ["--chunk", str(args.chunk)] if args.chunk else []
+    r = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    beyond = (r["mmfn_mib"] - r["head_mib"]) / (r["full_mib"] - r["head_mib"])
+    return (
+        f"| {size} | {allocator} | {r['chunk']} | {r['full_s']:.3f} | {r['mmfn_s']:.3f} | **{r['ratio']:.2f}** "
+        f"| {r['full_mib']:.0f} | {r['mmfn_mib']:.0f} | **{beyond:.3f}** |"
+    )
+
+
+def measure(size: str, dtype: str, allocator: str, rounds: int, chunk: int | None) -> dict[str, float]:
+    """Times in seconds and memory in MiB of both variants, and the median ratio of times."""
+    libc = ctypes.CDLL("libc.so.6")
+    if allocator == "retained":
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    leaves, labels_T, weights_T = inputs(size, getattr(torch, dtype))
+    chunk = chunk or chunk_rows(leaves[1].shape[0])
+
+    def full() -> None:
+        torch.autograd.grad(full_logits(*leaves, labels_T, weights_T), leaves)
+
+    def mmfn() -> None:
+        torch.autograd.grad(linear_cross_entropy(*leaves, labels_T, weights_T, chunk=chunk), leaves)
+
+    memory = {fn.__name__: peak_mib(fn, libc) for fn in (full, mmfn)}
+    times = [(seconds(full), seconds(mmfn)) for _ in range(rounds)]
+    return {
+        "chunk": chunk,
+        "full_s": statistics.median(a for a, _ in times),
+        "mmfn_s": statistics.median(b for _, b in times),
+        "ratio": statistics.median(b / a for a, b in times),
+        "full_mib": memory["full"],
+        "mmfn_mib": memory["mmfn"],
+        "head_mib": leaves[1].numel() * leaves[1].element_size() / MIB,
+    }
+
+
+def inputs(size: str, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Hidden states and head as leaves, labels and weights."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", size)
+    if match is None:
+        raise SystemExit(f"size {size!r} is not TxVxD or TxVxD/n, such as 4096x16384x512/3")
+    T, V, D, every = (int(x or 1) for x in match.groups())
+    draw = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(T, D, generator=draw).to(dtype).requires_grad_()
+    weight_VD = (torch.randn(V, D, generator=draw) * D**-0.5).to(dtype).requires_grad_()
+    labels_T = torch.randint(V, (T,), generator=draw)
+    labels_T[torch.arange(T) % every != 0] = -100
+    return (x_TD, weight_VD), labels_T, torch.rand(T, generator=draw)
+
+
+def seconds(fn: Callable[[], None]) -> float:
+    """Wall-clock time of one call."""
+    gc.collect()
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def peak_mib(fn: Callable[[], None], libc: ctypes.CDLL) -> float:
+    """Resident high-water mark of a second call (the first loads code) above the level before it."""
+    fn()
+    gc.collect()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    before = status_mib("VmRSS")
+    fn()
+    return status_mib("VmHWM") - before
+
+
+def status_mib(field: str) -> float:
+    """A field of /proc/self/status in MiB."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    main()
