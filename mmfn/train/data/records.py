@@ -198,7 +198,7 @@ def _media_path(path: Any, kind: str) -> str | tuple[str, ...]:
         return path
     if kind == "video" and isinstance(path, list) and path and all(isinstance(p, str) and p for p in path):
         return tuple(path)
-    raise ValueError(f"the path of a {kind} must be a non-empty string, got {path!r}")
+    raise ValueError(f"a path of '{kind}s' must be a non-empty string, got {path!r}")
 
 
 def _tools(raw: Any) -> tuple[Mapping[str, Any], ...]:

@@ -1,0 +1,181 @@
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmfn.batch import IGNORE, IMAGE, VIDEO, pack
+from mmfn.train.data import Dataset, dataset, decode_image, preprocess_image, preprocess_video
+from mmfn.train.data.video import decode_frames
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Frames of two sizes and a dataset with an image, a video of frames, several turns, and text alone."""
+    (tmp_path / "media").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(tmp_path / "media" / f"{index}.png")
+    frames = [f"media/{i}.png" for i in range(5)]
+    entries = [
+        {
+            "messages": [
+                {"role": "user", "content": "<image>One?"},
+                {"role": "assistant", "content": "One."},
+                {"role": "user", "content": "<video>And <image>?"},
+                {"role": "assistant", "content": "Two."},
+            ],
+            "images": ["media/0.png", "media/1.png"],
+            "videos": [frames],
+        },
+        {"id": "text", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho."}]},
+        {"id": "asked", "messages": [{"role": "user", "content": "Hi"}]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def _write(folder, **change):
+    entry = {"id": "x", "messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}
+    path = folder / "one.jsonl"
+    path.write_text(json.dumps({**entry, **change}))
+    return path
+
+
+def test_sample_of_images_and_video(folder, processor):
+    sample = Dataset(folder / "data.json", processor).sample(0)
+    tokenizer = processor.chat.tokenizer
+    supervised = sample.labels_T != IGNORE
+    assert torch.equal(sample.labels_T[supervised], sample.tokens_T[supervised])
+    assert tokenizer.decode(sample.tokens_T[supervised]) == "One.<|im_end|>\nTwo.<|im_end|>\n"
+    first = preprocess_image(decode_image(folder / "media" / "0.png"), processor.image)
+    assert torch.equal(sample.images[0].patches_PF, first.patches_PF)
+    frames, _ = decode_frames([folder / "media" / f"{i}.png" for i in range(5)], processor.video)
+    assert torch.equal(sample.videos[0].patches_PF, preprocess_video(frames, processor.video.pixels).patches_PF)
+    assert sample.videos[0].grid[0] == 3
+    assert "<0.2 seconds>" in tokenizer.decode(sample.tokens_T)  # mean of 0.0 and 0.5, as printed by %.1f
+    assert "<2.0 seconds>" in tokenizer.decode(sample.tokens_T)
+    T = sample.tokens_T.numel()
+    batch = pack([sample], [torch.zeros(3, T, dtype=torch.int64)], merge_size=2, patch_values=96)
+    assert int(batch.visual.segments.offsets_N[-1]) == sample.num_patches
+    assert int((sample.kinds_T == VIDEO).sum()) * 4 == sample.videos[0].patches_PF.shape[0]
+
+
+def test_text_alone(folder, processor):
+    data = Dataset(folder / "data.json", processor)
+    assert len(data) == 3
+    assert data.sample(1).images == data.sample(1).videos == ()
+    assert not data.sample(1).kinds_T.any()
+    assert not (data.sample(2).labels_T != IGNORE).any()
+
+
+def test_prompt_is_the_beginning_of_its_sample(folder, processor, digits):
+    for data, index in ((Dataset(folder / "data.json", processor), 0), (Dataset(digits / "eval.json", processor), 5)):
+        sample, (prompt, truth) = data.sample(index), data.prompt(index)
+        T = prompt.tokens_T.numel()
+        assert torch.equal(prompt.tokens_T, sample.tokens_T[:T])
+        assert torch.equal(prompt.kinds_T, sample.kinds_T[:T])
+        assert (prompt.labels_T == IGNORE).all()
+        assert processor.chat.tokenizer.decode(sample.tokens_T[T:]) == truth + "<|im_end|>\n"
+        assert prompt.id == sample.id
+
+
+def test_prompt_drops_media_after_it(folder, processor):
+    messages = [
+        {"role": "user", "content": "<image>One?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "O"}, {"type": "text", "text": "ne."}]},
+        {"role": "user", "content": "<image>Late"},
+    ]
+    data = Dataset(_write(folder, messages=messages, images=["media/0.png", "media/1.png"]), processor)
+    prompt, truth = data.prompt(0)
+    assert truth == "One."
+    assert len(prompt.images) == 1
+    assert int((prompt.kinds_T == IMAGE).sum()) == 2
+
+
+def test_prompt_needs_an_answer(folder, processor):
+    with pytest.raises(ValueError, match="sample 'asked' has no assistant turn after a prompt"):
+        Dataset(folder / "data.json", processor).prompt(2)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../out.png", "media/../../out.png"])
+def test_paths_outside_are_refused_at_open(folder, processor, name):
+    with pytest.raises(ValueError, match=r"one\.jsonl', entry 0: media path .* leaves the media root"):
+        Dataset(_write(folder, images=[name]), processor)
+    video = _write(folder, messages=[{"role": "user", "content": "<video>"}], videos=[["media/0.png", name]])
+    with pytest.raises(ValueError, match="leaves the media root"):
+        Dataset(video, processor)
+
+
+def test_links_that_lead_outside_are_refused(folder, processor, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "a.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(outside)
+    os.symlink(outside, folder / "media" / "link.png")
+    data = Dataset(_write(folder, images=["media/link.png"]), processor)
+    with pytest.raises(ValueError, match=r"sample 'x' of .*media path 'media/link\.png' leaves the media root"):
+        data.sample(0)
+
+
+def test_media_root(folder, processor):
+    data = Dataset(_write(folder, images=["0.png"]), processor, media_root=folder / "media")
+    assert len(data.sample(0).images) == 1
+
+
+def test_media_that_fail_name_the_sample(folder, processor):
+    (folder / "broken.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"sample 'x' of .*one\.jsonl': image .*broken\.png' could not be decoded"):
+        Dataset(_write(folder, images=["broken.png"]), processor).sample(0)
+    without = processor.__class__(chat=processor.chat, image=processor.image)
+    with pytest.raises(ValueError, match=r"sample '0' of .*no video_preprocessor_config\.json"):
+        Dataset(folder / "data.json", without).sample(0)
+
+
+def test_placeholder_tokens_in_the_text_are_refused(folder, processor):
+    messages = [{"role": "user", "content": "<|image_pad|>"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(ValueError, match=r"sample 'x' of .*1 image placeholders for 0 images"):
+        Dataset(_write(folder, messages=messages), processor).sample(0)
+
+
+def test_long_samples_are_refused_not_cut(folder, processor):
+    path = _write(folder, images=["media/0.png"])
+    length = Dataset(path, processor).sample(0).tokens_T.numel()
+    assert Dataset(path, processor, max_tokens=length).sample(0).tokens_T.numel() == length
+    with pytest.raises(ValueError, match=f"sample 'x' has {length} tokens but max_tokens is {length - 1}"):
+        Dataset(path, processor, max_tokens=length - 1).sample(0)
+
+
+def test_cache_is_bounded_and_changes_nothing(digits, processor, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(dataset, "decode_image", lambda path: decoded.append(path) or decode_image(path))
+    size = 16 * 96 * 4 + 3 * 48 * 8  # patches in float32, three rows of 48 int64
+    data, bare = (Dataset(digits / "eval.json", processor, cache_bytes=n) for n in (2 * size + 1, 0))
+    first = [data.sample(i) for i in range(4)]
+    assert len(decoded) == 4
+    again = [data.sample(i) for i in range(4)]
+    assert len(decoded) == 6  # samples 0 and 1 were kept
+    for one, two, three in zip(first, again, [bare.sample(i) for i in range(4)], strict=True):
+        assert torch.equal(one.tokens_T, two.tokens_T)
+        assert torch.equal(one.labels_T, three.labels_T)
+        assert torch.equal(one.images[0].patches_PF, three.images[0].patches_PF)
+
+
+def test_samples_from_threads_equal_samples_in_turn(digits, processor):
+    data = Dataset(digits / "eval.json", processor, cache_bytes=200_000)
+    gate = threading.Barrier(4)
+
+    def work(_):
+        gate.wait()
+        return [data.sample(i) for i in range(60)]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(work, range(4)))
+    bare = Dataset(digits / "eval.json", processor, cache_bytes=0)
+    for index in range(60):
+        expected = bare.sample(index)
+        for result in results:
+            assert torch.equal(result[index].labels_T, expected.labels_T)
+            assert torch.equal(result[index].images[0].patches_PF, expected.images[0].patches_PF)

@@ -1,0 +1,38 @@
+import json
+import shutil
+
+import pytest
+
+from mmfn.train.data import ImageSpec, Processor, VideoSpec, load_processor
+
+
+def test_sections_of_newer_libraries(tmp_path, digits, processor):
+    shutil.copytree(digits / "model", tmp_path / "model")
+    both = {}
+    for name, file in (("image_processor", "preprocessor_config"), ("video_processor", "video_preprocessor_config")):
+        path = tmp_path / "model" / f"{file}.json"
+        both[name] = json.loads(path.read_text())
+        path.unlink()
+    (tmp_path / "model" / "processor_config.json").write_text(json.dumps({"processor_class": "X", **both}))
+    loaded = load_processor(tmp_path / "model")
+    assert (loaded.image, loaded.video) == (processor.image, processor.video)
+
+
+def test_template_is_overridden(digits):
+    template = "{% generation %}x{% endgeneration %}"
+    assert load_processor(digits / "model", template=template).chat.templates == (template,)
+
+
+def test_video_is_optional(tmp_path, digits):
+    shutil.copytree(digits / "model", tmp_path / "model")
+    (tmp_path / "model" / "video_preprocessor_config.json").unlink()
+    assert load_processor(tmp_path / "model").video is None
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json; copy it"):
+        load_processor(tmp_path / "model")
+
+
+def test_one_patch_size(processor):
+    image = ImageSpec.from_hf({"patch_size": 8})
+    with pytest.raises(ValueError, match="patch_size is 8 for images but 16 for videos"):
+        Processor(chat=processor.chat, image=image, video=VideoSpec.from_hf({}))

@@ -1,0 +1,213 @@
+import json
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import trainers
+
+from mmfn.batch import IMAGE, TEXT, VIDEO
+from mmfn.train.data.template import Chat, VideoText, encode, make_chat, render
+
+CHATS = json.loads((Path(__file__).parents[2] / "goldens" / "chats.json").read_text(encoding="utf-8"))
+# the ChatML core of the format, written apart from the template under test, without generation blocks
+PLAIN = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{% if p.type == 'image' %}\
+<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(digits_module):
+    """The tokenizer of the example, with merges: words, runs of line ends and punctuation join across borders."""
+    made = digits_module.make_tokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=420, show_progress=False)
+    corpus = ["a:<0.5 seconds> b:<1.0 seconds> What is this? Two.\n\n\nHello there\n\n"] * 50
+    return made.train_new_from_iterator(corpus, 700, initial_alphabet=trainer.initial_alphabet)
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer):
+    return make_chat(tokenizer)
+
+
+def conversations(num, with_media):
+    """Random conversations with awkward borders."""
+    rand = random.Random(0)
+    words = ["hi", "\n", "  x ", "汉字", "e\u0301", "a: <b>", "{{ y }}", "Straße\n\n", "What is this?", ""]
+
+    def text():
+        return "".join(rand.choice(words) for _ in range(rand.randint(0, 4)))
+
+    for _ in range(num):
+        messages = [{"role": "system", "content": text()}] if rand.random() < 0.4 else []
+        for _ in range(rand.randint(1, 3)):
+            parts = [{"type": "text", "text": text()} for _ in range(rand.randint(1, 3))]
+            if with_media:
+                parts.insert(rand.randint(0, len(parts)), {"type": "image"})
+            messages += [
+                {"role": "user", "content": parts if with_media or rand.random() < 0.5 else text()},
+                {"role": "assistant", "content": text()},
+            ]
+        yield messages
+
+
+@pytest.mark.parametrize("index", range(len(CHATS)))
+def test_text_of_the_published_template(tokenizer, chat, index):
+    case = {**CHATS[index]}
+    expected = case.pop("text")
+    assert chat.own == ""
+    assert tokenizer.apply_chat_template(case.pop("messages"), tokenize=False, **case) == expected
+
+
+@pytest.mark.parametrize("with_media", [False, True])
+def test_tokens_and_mask_of_the_library(tokenizer, chat, with_media):
+    """One token per image, so that the library's own mask covers the same tokens."""
+    for messages in conversations(60, with_media):
+        expected = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        num_images = expected["input_ids"].count(chat.image_id)
+        ours = encode(messages, chat, images=[1] * num_images)
+        assert ours.tokens_T.tolist() == expected["input_ids"]
+        assert ours.supervised_T.tolist() == [bool(m) for m in expected["assistant_masks"]]
+
+
+def test_supervised_text_is_the_answer_and_its_end(tokenizer, chat):
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    out = encode(messages, chat, images=[3])
+    assert tokenizer.decode(out.tokens_T[out.supervised_T]) == "Two.<|im_end|>\nYes.<|im_end|>\n"
+    assert tokenizer.decode(out.tokens_T[~out.supervised_T]) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|>"
+        "<|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n<|im_start|>user\nSure?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert out.kinds_T.tolist() == [IMAGE if t == chat.image_id else TEXT for t in out.tokens_T.tolist()]
+
+
+def test_repeated_pads_equal_tokenizing_the_expanded_text(tokenizer, chat):
+    for messages in conversations(20, True):
+        text, _ = render(messages, chat)
+        num_images = text.count("<|image_pad|>")
+        counts = list(range(2, 2 + num_images))
+        pieces = text.split("<|image_pad|>")
+        expanded = "".join(p + "<|image_pad|>" * n for p, n in zip(pieces, [*counts, 0], strict=True))
+        out = encode(messages, chat, images=counts)
+        assert out.tokens_T.tolist() == tokenizer(expanded)["input_ids"]
+        assert int((out.kinds_T == IMAGE).sum()) == sum(counts)
+
+
+def test_videos_are_timed_groups(processor, media_goldens):
+    """The library of the goldens keeps the outer pair of marks around all groups; the published models never saw it."""
+    prompt = media_goldens["prompt"]
+    times = (0.5, 2.5, 4.5)
+    out = encode(prompt["messages"], processor.chat, images=[8], videos=[VideoText(times=times, tokens_per_group=6)])
+    text = (
+        prompt["text"].replace("<|vision_start|><0.5", "<0.5").replace("<|vision_end|><|vision_end|>", "<|vision_end|>")
+    )
+    assert processor.chat.tokenizer.decode(out.tokens_T) == text
+    outer = len(prompt["input_ids"]) - out.tokens_T.numel()
+    assert outer == 2
+    assert [k for k in out.kinds_T.tolist() if k] == [k for k in prompt["kinds"] if k]
+    assert int((out.kinds_T == VIDEO).sum()) == 18
+    assert processor.chat.tokenizer.decode(out.tokens_T[out.supervised_T]) == "Two.<|im_end|>\n"
+
+
+def test_times_join_the_text_before_them(tokenizer, chat):
+    """A merge over the border of a video's text needs the text expanded before it is tokenized."""
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a:"}, {"type": "video"}]},
+        {"role": "assistant", "content": "ok"},
+    ]
+    out = encode(messages, chat, videos=[VideoText(times=(0.5, 1.0), tokens_per_group=1)])
+    pad = "<|vision_start|><|video_pad|><|vision_end|>"
+    text = f"<|im_start|>user\na:<0.5 seconds>{pad}<1.0 seconds>{pad}<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
+    expected = tokenizer(text)["input_ids"]
+    assert out.tokens_T.tolist() == expected
+    assert (
+        expected
+        != tokenizer("<|im_start|>user\na:")["input_ids"] + tokenizer(text[len("<|im_start|>user\na:") :])["input_ids"]
+    )
+    assert tokenizer.decode(out.tokens_T[out.supervised_T]) == "ok<|im_end|>\n"
+
+
+def test_template_without_blocks_is_followed_to_the_letter(tokenizer):
+    copy = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, chat_template=PLAIN)
+    chat = make_chat(copy)
+    assert chat.own == PLAIN
+    for messages in conversations(20, True):
+        out = encode(messages, chat, images=[1] * sum(m["role"] == "user" for m in messages))
+        assert out.tokens_T.tolist() == copy.apply_chat_template(messages)["input_ids"]
+        assert bool(out.supervised_T.any())
+    prompt = encode([{"role": "user", "content": "Hi"}], chat, is_prompt=True)
+    assert copy.decode(prompt.tokens_T) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_template_that_differs_is_refused(tokenizer):
+    other = "<|im_start|>system\nYou are helpful.<|im_end|>\n" + PLAIN
+    chat = make_chat(tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, chat_template=other))
+    with pytest.raises(ValueError, match=r"renders these messages unlike the training templates of mmfn \(qwen3_vl\)"):
+        encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], chat)
+
+
+def test_template_given_wins(tokenizer):
+    template = "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    out = encode([{"role": "user", "content": "Hi"}], make_chat(tokenizer, template))
+    assert tokenizer.decode(out.tokens_T) == "user:Hi"
+    assert tokenizer.decode(out.tokens_T[out.supervised_T]) == "Hi"
+
+
+def test_bad_templates(tokenizer):
+    with pytest.raises(ValueError, match=r"given has no \{% generation %\} block"):
+        make_chat(tokenizer, PLAIN)
+    bare = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        make_chat(bare)
+    strict = "{% generation %}{% endgeneration %}{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"rejects these messages \(roles must alternate\)"):
+        encode([{"role": "user", "content": "Hi"}], make_chat(tokenizer, strict))
+
+
+@pytest.mark.parametrize(
+    ("content", "images", "message"),
+    [
+        ([{"type": "image"}], [], "1 image placeholders for 0 images"),
+        ("Hi", [4], "0 image placeholders for 1 images"),
+        ("<|image_pad|>", [], "1 image placeholders for 0 images; .* keep the placeholder token itself out"),
+        ([{"type": "video"}], [], "1 video placeholders for 0 videos"),
+    ],
+)
+def test_placeholders_match_media(chat, content, images, message):
+    with pytest.raises(ValueError, match=message):
+        encode([{"role": "user", "content": content}], chat, images=images)
+
+
+def test_threads_do_not_mix_spans(chat):
+    """The renderer of the library is one shared object; encode may be called from several threads."""
+    texts = ["x" * n for n in range(40)]
+    gate = threading.Barrier(4)
+
+    def work(chat: Chat, offset: int) -> list[int]:
+        gate.wait()
+        order = texts[offset:] + texts[:offset]
+        return [int(encode([{"role": "assistant", "content": t}], chat).supervised_T.sum()) - len(t) for t in order]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: work(chat, i), range(4)))
+    assert {extra for result in results for extra in result} == {2}
+
+
+def test_inputs_are_not_modified(chat):
+    messages = [{"role": "user", "content": [{"type": "image"}], "name": None}, {"role": "assistant", "content": "a"}]
+    before = json.dumps(messages)
+    out = encode(messages, chat, images=[2])
+    assert json.dumps(messages) == before
+    assert out.tokens_T.dtype == out.kinds_T.dtype == torch.int64
+    assert out.supervised_T.dtype == torch.bool
