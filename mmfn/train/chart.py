@@ -66,14 +66,18 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, is_log: boo
     return "".join([*parts, "</svg>"])
 
 
-def smooth(points: Sequence[Point], share: float = 0.05) -> list[Point]:
-    """Exponential moving average over about `share` of the points, without the usual bias towards the first value."""
+def smooth(points: Sequence[Point], share: float = 0.03, is_log: bool = False) -> list[Point]:
+    """Exponential moving average over about `share` of the points, without the usual bias towards the first value.
+
+    `is_log` averages logarithms (for a log axis); points that cannot be drawn on such an axis are left out.
+    """
     keep = 1 - 1 / max(1.0, share * len(points))
     total, weight, out = 0.0, 0.0, []
     for x, y in points:
-        if math.isfinite(y):
-            total, weight = keep * total + y, keep * weight + 1
-            out.append((x, total / weight))
+        if _drawable((x, y), is_log):
+            total, weight = keep * total + (math.log(y) if is_log else y), keep * weight + 1
+            mean = total / weight
+            out.append((x, math.exp(mean) if is_log else mean))
     return out
 
 

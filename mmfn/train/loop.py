@@ -129,14 +129,14 @@ class _Meter:
         step_s, self.last = now - self.last, now
         self.window.append((facts["tokens"], step_s))
         tokens, seconds = map(sum, zip(*self.window, strict=True))
-        left = self.num_steps - facts["step"]
+        left_s = (self.num_steps - facts["step"]) * (now - self.start) / facts["step"]
         return {
             "step": facts["step"],
             **numbers,
             **facts,
             "step_s": round(step_s, 6),
             "tokens_per_s": round(tokens / seconds, 1),
-            "eta_s": round(left * seconds / len(self.window), 1),
+            "eta_s": round(left_s, 1),
         }
 
 
@@ -197,7 +197,7 @@ def _report(run: Run, result: Result) -> str:
             *tiles,
         ]
     return render_report(
-        title=f"{result.folder.name}: {Path(config.data.train).name}",
+        title=str(result.folder),
         subtitle=f"{result.model.family.name}, {num_params:,} parameters, {config.train.steps:,} steps",
         tiles=tiles,
         facts=_report_facts(run, result, tokens, num_params),

@@ -70,11 +70,11 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     if not loss:
         return []
     rate = [(m["step"], m["lr"]) for m in metrics]
+    is_log = all(y > 0 for _, y in loss)
     curves = [
         Line(points=loss, style="raw", name="loss of each step"),
-        Line(points=smooth(loss), style="main", name="moving average"),
+        Line(points=smooth(loss, is_log=is_log), style="main", name="moving average"),
     ]
-    is_log = all(y > 0 for _, y in loss)
     return [
         (
             f"loss per supervised token{' (log scale)' if is_log else ''}",

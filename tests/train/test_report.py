@@ -168,7 +168,9 @@ def test_chart_of_one_point_and_of_a_flat_line() -> None:
 def test_smooth_is_an_unbiased_moving_average() -> None:
     assert smooth([(float(i), 2.0) for i in range(50)]) == [(float(i), pytest.approx(2.0)) for i in range(50)]
     noisy = [(float(i), float(i % 2)) for i in range(400)]
-    assert smooth(noisy)[-1][1] == pytest.approx(0.5, abs=0.05)
+    assert smooth(noisy, share=0.05)[-1][1] == pytest.approx(0.5, abs=0.05)
+    powers = [(float(i), 10.0 if i % 2 else 0.1) for i in range(400)] + [(400.0, 0.0)]
+    assert smooth(powers, share=0.1, is_log=True)[-1] == (399.0, pytest.approx(1.0, abs=0.15))
 
 
 RECORD = {
