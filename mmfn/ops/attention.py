@@ -191,37 +191,45 @@ def _read(offsets_N: Tensor, x_T: Tensor) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Call:
-    """One kernel call: `count` rows of `length` tokens. Without an index they lie end to end from `start`.
+class _Padding:
+    """Where the tokens of a padded call lie among its slots; all int64.
 
-    `index` holds the token of every slot of the padded rows, where padding repeats the segment's last token (so that
-    its probabilities stay finite); `slots` are the real slots and `pads` the others.
+    `index`: the token of every slot, padding repeating its segment's last token so that probabilities stay finite.
+    `tokens`, `slots`: the real tokens and their slots, in pairs. `pads`: the other slots.
     """
+
+    index: Tensor
+    tokens: Tensor
+    slots: Tensor
+    pads: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One kernel call: `count` rows of `length` tokens, end to end from token `start` unless they are padded."""
 
     start: int
     count: int
     length: int
-    index: Tensor | None = None
-    slots: Tensor | None = None
-    pads: Tensor | None = None
+    padding: _Padding | None = None
 
-    def rows(self, x_THC: Tensor, *, zero: bool = False) -> Tensor:
-        """[T, H, ...] -> [B, H, L, ...]: a view, or a padded copy (padding set to zero on demand)."""
-        if self.index is None:
+    def rows(self, x_THC: Tensor, *, zero_pads: bool = False) -> Tensor:
+        """[T, H, ...] -> [B, H, L, ...]: a view, or a padded copy."""
+        if self.padding is None:
             x_THC = x_THC[self.start : self.start + self.count * self.length]
         else:
-            x_THC = x_THC.index_select(0, self.index)
-            if zero:
-                x_THC.index_fill_(0, self.pads, 0)  # type: ignore[arg-type]
+            x_THC = x_THC.index_select(0, self.padding.index)
+            if zero_pads:
+                x_THC.index_fill_(0, self.padding.pads, 0)
         return x_THC.view(self.count, self.length, *x_THC.shape[1:]).transpose(1, 2)
 
     def put_(self, out_THC: Tensor, x_BHLC: Tensor) -> None:
         """Write rows back to their tokens."""
         x_THC = x_BHLC.transpose(1, 2).flatten(0, 1)
-        if self.index is None:
+        if self.padding is None:
             out_THC[self.start : self.start + self.count * self.length] = x_THC
         else:
-            out_THC.index_copy_(0, self.index[self.slots], x_THC.index_select(0, self.slots))  # type: ignore[arg-type]
+            out_THC.index_copy_(0, self.padding.tokens, x_THC.index_select(0, self.padding.slots))
 
 
 @lru_cache(maxsize=64)
@@ -254,7 +262,8 @@ def _padded(group: list[_Call]) -> _Call:
     index = (start_B1 + slot_BL.minimum(size_B1 - 1)).flatten()
     is_real = (slot_BL < size_B1).flatten()
     slots, pads = is_real.nonzero()[:, 0], (~is_real).nonzero()[:, 0]
-    return _Call(start=0, count=len(spans), length=length, index=index, slots=slots, pads=pads)
+    padding = _Padding(index=index, tokens=index[slots], slots=slots, pads=pads)
+    return _Call(start=spans[0][0], count=len(spans), length=length, padding=padding)
 
 
 def _forward(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -266,7 +275,7 @@ def _forward(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_
     lse_TH = q_THC.new_empty(T, H, dtype=torch.promote_types(q_THC.dtype, torch.float32))
     for call in calls:
         o_BHLC, lse_BHL = _flash(call.rows(q_THC), call.rows(k_SKC), call.rows(v_SKC), 0.0, is_causal)
-        if call.index is None and call.count * call.length == T:
+        if call.padding is None and call.count * call.length == T:
             return o_BHLC.transpose(1, 2).reshape(T, H, C), lse_BHL.transpose(1, 2).reshape(T, H)
         call.put_(o_THC, o_BHLC)
         call.put_(lse_TH, lse_BHL)
@@ -292,9 +301,9 @@ def _backward(
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THC, k_SKC, v_SKC)]
     for call in calls:
         q_BHLC, k_BKLC, v_BKLC = call.rows(q_THC), call.rows(k_SKC), call.rows(v_SKC)
-        do_BHLC, o_BHLC, lse_BHL = call.rows(do_THC, zero=True), call.rows(o_THC), call.rows(lse_TH)
+        do_BHLC, o_BHLC, lse_BHL = call.rows(do_THC, zero_pads=True), call.rows(o_THC), call.rows(lse_TH)
         parts = _flash_grad(do_BHLC, q_BHLC, k_BKLC, v_BKLC, o_BHLC, lse_BHL, 0.0, is_causal)
-        if call.index is None and call.count * call.length == T:
+        if call.padding is None and call.count * call.length == T:
             dq_THC, dk_SKC, dv_SKC = (part.transpose(1, 2).reshape(T, -1, C) for part in parts)
             return dq_THC, dk_SKC, dv_SKC
         for grad, part in zip(grads, parts, strict=True):

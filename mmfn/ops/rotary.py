@@ -15,8 +15,8 @@ from mmfn.ops.eager import is_eager
 def rotary(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Turn the pairs (i, i + R) of the first 2R channels by each token's angles; channels behind 2R pass through.
 
-    `x_THC`: floating[T, H, C]. `cos_TR`, `sin_TR`: floating[T, R] with 2R <= C, constants. Computed in the wider dtype of
-    x and cos; returns x's shape and dtype. Raises ValueError for shapes that do not fit, or angles that need a
+    `x_THC`: floating[T, H, C]. `cos_TR`, `sin_TR`: floating[T, R] with 2R <= C, constants. Computed in the wider dtype
+    of x and cos; returns x's shape and dtype. Raises ValueError for shapes that do not fit, or angles that need a
     gradient. Source: Su et al. 2021 (arXiv:2104.09864); `apply_rotary_pos_emb` in transformers 5.23.
     """
     T, _, C = x_THC.shape
