@@ -21,6 +21,7 @@ from mmfn.batch import Media
 
 MAX_ASPECT_RATIO = 200  # the library refuses longer strips, and so does a vision tower trained with it
 BICUBIC = 3  # PIL's number of the filter, as written in preprocessor_config.json
+DEFAULT_SIZE = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -61,17 +62,19 @@ class ImageSpec:
     def from_hf(cls, config: Mapping[str, Any]) -> "ImageSpec":
         """The spec of a `preprocessor_config.json` (or of the video processor's), with the library's defaults.
 
-        Raises ValueError for a missing pair of sizes half given, a wrong type, or a switch that asks for other maths
-        (`do_resize: false`, another `resample`, ...): nothing is ignored silently.
+        Raises ValueError for half a pixel budget, a wrong type, or a switch that asks for other maths (`do_resize:
+        false`, another `resample`, ...): nothing is ignored silently.
         """
         for name, only in _FIXED.items():
             if config.get(name, only) != only:
                 raise ValueError(f"image processor option {name!r} is {config[name]!r}, only {only!r} is supported")
-        size = config.get("size") or {}
+        size = config.get("size") or DEFAULT_SIZE
         if not isinstance(size, Mapping):
             raise ValueError(f"image processor option 'size' must be a dict, got {size!r}")
-        low = _first(config.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"), 56 * 56)
-        high = _first(config.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), 28 * 28 * 1280)
+        low = _first(config.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"))
+        high = _first(config.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"))
+        if low is None or high is None:
+            raise ValueError(f"image processor option 'size' needs shortest_edge and longest_edge, got {dict(size)!r}")
         return cls(
             patch_size=config.get("patch_size", 14),
             temporal_patch_size=config.get("temporal_patch_size", 2),
@@ -189,4 +192,4 @@ def _channels(name: str, values: Any) -> tuple[float, float, float]:
 
 
 def _first(*values: Any) -> Any:
-    return next(v for v in values if v is not None)
+    return next((v for v in values if v is not None), None)

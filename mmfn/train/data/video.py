@@ -46,10 +46,10 @@ class VideoSpec:
             if config.get(name) not in (None, neutral):
                 raise ValueError(f"video processor option {name!r} is {config[name]!r}, only {neutral!r} is supported")
         half = (0.5, 0.5, 0.5)
+        size = config.get("size") or {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768}
         defaults = {"patch_size": 16, "image_mean": half, "image_std": half}
-        size = {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768}
         return cls(
-            pixels=ImageSpec.from_hf({**defaults, **config, "size": {**size, **(config.get("size") or {})}}),
+            pixels=ImageSpec.from_hf({**defaults, **config, "size": size}),
             **{name: config[name] for name in ("fps", "min_frames", "max_frames") if config.get(name) is not None},
         )
 

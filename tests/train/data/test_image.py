@@ -136,6 +136,7 @@ def test_spec_reads_both_generations_of_configs():
         ({"resample": 2}, "'resample' is 2, only 3"),
         ({"rescale_factor": 1.0}, "'rescale_factor' is 1.0"),
         ({"size": 224}, "'size' must be a dict, got 224"),
+        ({"size": {"shortest_edge": 100}}, "'size' needs shortest_edge and longest_edge, got {'shortest_edge': 100}"),
         ({"patch_size": 0}, "patch_size of an image processor must be a positive integer, got 0"),
         ({"merge_size": "2"}, "merge_size .* got '2'"),
         ({"min_pixels": 10, "max_pixels": 5}, "min_pixels 10 above max_pixels 5"),

@@ -42,6 +42,15 @@ def test_sampling_of_the_library(case):
     assert indices[:12] == case["indices"]
 
 
+def test_spec_has_the_defaults_of_the_library():
+    spec = VideoSpec.from_hf({})
+    assert (spec.fps, spec.min_frames, spec.max_frames) == (2.0, 4, 768)
+    assert (spec.pixels.patch_size, spec.pixels.min_pixels, spec.pixels.max_pixels) == (16, 131072, 786432)
+    assert spec.pixels.mean == spec.pixels.std == (0.5, 0.5, 0.5)
+    older = VideoSpec.from_hf({"size": {"min_pixels": 64, "max_pixels": 128}}).pixels
+    assert (older.min_pixels, older.max_pixels) == (64, 128)
+
+
 def test_group_times_are_means_of_first_and_last():
     assert group_times([0.0, 1.0, 2.0], 2) == [0.5, 2.0]
     assert group_times([0.0, 1.0, 4.0], 3) == [2.0]
