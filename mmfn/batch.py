@@ -6,6 +6,7 @@ dimension of static size, the only layout inside a model. Legend: T tokens, P pa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -204,28 +205,33 @@ def _check_placeholders(sample: Sample, merge_size: int) -> None:
 
 
 def _coords(media: Sequence[Media], P: int, merge_size: int) -> Tensor:
-    """Row, column, height, width of every patch, in merge-block order (block row, block column, row, column)."""
-    parts = []
-    for m in media:
-        t, h, w = m.grid
-        row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        blocks = (h // merge_size, merge_size, w // merge_size, merge_size)
-        row, col = (x.reshape(blocks).transpose(1, 2).flatten() for x in (row, col))
-        size = torch.tensor([h, w]).expand(h * w, 2)
-        parts.append(torch.cat([row[:, None], col[:, None], size], dim=1).repeat(t, 1))
+    """Row, column, height and width of every patch: int32[P, 4]."""
+    parts = [_grid_coords(m.grid, merge_size) for m in media]
     used = sum(x.shape[0] for x in parts)
-    return torch.cat([*parts, torch.tensor([[0, 0, 1, 1]]).expand(P - used, 4)]).to(torch.int32)
+    return torch.cat([*parts, torch.tensor([[0, 0, 1, 1]], dtype=torch.int32).expand(P - used, 4)])
+
+
+@lru_cache(maxsize=256)
+def _grid_coords(grid: tuple[int, int, int], merge_size: int) -> Tensor:
+    """Of one grid, in merge-block order (block row, block column, row, column). Shared between calls: never written."""
+    t, h, w = grid
+    row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    blocks = (h // merge_size, merge_size, w // merge_size, merge_size)
+    row, col = (x.reshape(blocks).transpose(1, 2).flatten() for x in (row, col))
+    size = torch.tensor([h, w]).expand(h * w, 2)
+    return torch.cat([row[:, None], col[:, None], size], dim=1).repeat(t, 1).to(torch.int32)
 
 
 def _feature_index(samples: Sequence[Sample], T: int, none: int, merge_size: int) -> Tensor:
     """Features are numbered sample by sample, images before videos; `none` marks text."""
-    index_T = torch.full((T,), none, dtype=torch.int64)
-    start, first = 0, 0
+    parts, first = [], 0
     for s in samples:
-        part = index_T[start : start + s.tokens_T.numel()]
+        index_T = torch.where(s.kinds_T == TEXT, none, 0)
         for kind, media in ((IMAGE, s.images), (VIDEO, s.videos)):
-            count = sum(m.patches_PF.shape[0] for m in media) // merge_size**2
-            part[s.kinds_T == kind] = torch.arange(first, first + count)
-            first += count
-        start += s.tokens_T.numel()
-    return index_T
+            if media:
+                is_kind_T = s.kinds_T == kind
+                index_T = torch.where(is_kind_T, is_kind_T.cumsum(0) + (first - 1), index_T)
+                first += sum(m.patches_PF.shape[0] for m in media) // merge_size**2
+        parts.append(index_T)
+    used = sum(x.shape[0] for x in parts)
+    return torch.cat([*parts, torch.full((T - used,), none, dtype=torch.int64)])
