@@ -1,0 +1,85 @@
+"""Evaluation: answers against one-by-one generation, the loss against torch's cross entropy, the totals by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmfn
+from mmfn.ops import portable
+from mmfn.train import setup
+from mmfn.train.config import load_config
+from mmfn.train.evaluate import Answer, Evaluation, answer, evaluate, loss_pair, to_json
+
+
+@pytest.fixture
+def run(make_config: Callable[..., Path]) -> setup.Run:
+    return setup.prepare(load_config(make_config()), say=lambda text: None)
+
+
+def test_totals() -> None:
+    answers = tuple(
+        Answer(id=str(i), question="q", prediction=p, truth=t)
+        for i, (p, t) in enumerate([("7", "7"), (" 7\n", "7"), ("7.", "7"), ("", "")])
+    )
+    evaluation = Evaluation(answers=answers, loss_sum=6.0, num_tokens=4, time_s=1.0)
+    assert [a.is_correct for a in answers] == [True, True, False, True]
+    assert (evaluation.num_correct, evaluation.accuracy, evaluation.loss) == (3, 0.75, 1.5)
+    stored = json.loads(to_json(evaluation))
+    assert (stored["accuracy"], stored["num_answers"], stored["answers"][2]["is_correct"]) == (0.75, 4, False)
+
+
+def test_answers_do_not_depend_on_the_batch(run: setup.Run) -> None:
+    done: list[int] = []
+    args = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
+    together = evaluate(run.model, run.held_out, batch_samples=24, **args)
+    apart = evaluate(run.model, run.held_out, batch_samples=7, on_batch=done.append, **args)
+    assert done == [7, 14, 21, 24]
+    assert together.answers == apart.answers
+    assert together.loss_sum == pytest.approx(apart.loss_sum, rel=1e-5)
+    assert together.num_tokens == apart.num_tokens
+    assert [a.id for a in together.answers] == [record.id for record in run.held_out.records]
+    first = together.answers[0]
+    assert first.question == "Which digit is this?"
+    assert first.truth in "0123456789"
+    assert Path(first.images[0]).is_file()
+
+
+def test_single_answer_equals_evaluation(run: setup.Run) -> None:
+    args = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
+    evaluation = evaluate(run.model, run.held_out, batch_samples=24, **args)
+    for expected in evaluation.answers[:3]:
+        for prompt in (expected.question, "<image>" + expected.question):
+            text = answer(run.model, run.processor, prompt, list(expected.images), **args)
+            assert text == expected.prediction.strip()
+
+
+def test_answer_refuses_wrong_counts(run: setup.Run) -> None:
+    path = str(run.held_out.media_root / run.held_out.records[0].images[0])
+    with pytest.raises(ValueError, match="2 image placeholders for 1 image"):
+        answer(run.model, run.processor, "<image><image>?", [path], max_new_tokens=1, eos_token_ids=())
+
+
+def test_loss_equals_cross_entropy_of_the_logits(run: setup.Run) -> None:
+    samples = [run.held_out.sample(i) for i in range(5)]
+    value, weight = loss_pair(run.model, samples, portable())
+    expected, count = 0.0, 0
+    for sample in samples:
+        (batch,) = run.loader.pack([sample])
+        logits_TV = mmfn.logits(run.model, batch)
+        labels_T = sample.labels_T[1:]
+        expected += torch.nn.functional.cross_entropy(logits_TV[:-1], labels_T, reduction="sum").item()
+        count += int((labels_T != -100).sum())
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert weight == count
+
+
+def test_eos_ids_come_from_the_generation_config(run: setup.Run, tmp_path: Path) -> None:
+    tokenizer = run.processor.chat.tokenizer
+    both = tuple(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    assert run.eos_token_ids == both
+    assert setup.eos_token_ids(tmp_path, run.processor) == (both[0],)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert setup.eos_token_ids(tmp_path, run.processor) == (5,)
