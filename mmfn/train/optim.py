@@ -12,6 +12,7 @@ tensors are given away.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class Update:
 
     `params`, `grads`: tensors by path; gradients have the dtype of their parameter or wider. `norm`: 0-D, the global
     gradient norm. `finite`: 0-D bool; where false, parameters and state stay as they are. `lr`: 0-D learning rate.
-    `scale`: 0-D factor the gradients are still to be multiplied with (None: 1). `fused`: use the fused in-place
-    kernels; otherwise plain formulas, which `torch.compile` traces and fuses.
+    `scale`: 0-D factor the gradients are still to be multiplied with (None: 1). `kernel`: how leaves are written, a
+    name in `KERNELS`; the caller's choice, never found out here.
     """
 
     params: Leaves
@@ -39,8 +40,12 @@ class Update:
     finite: Tensor
     lr: Tensor
     scale: Tensor | None = None
-    fused: bool = True
+    kernel: str = "fused"
 
+
+PIECE = 65_536  # values per partial sum of the gradient norm
+KERNELS = ("fused", "traced", "reference")
+"""Fused in-place kernels; the same as operators `torch.compile` can put into a graph; the written formulas."""
 
 UpdateFn = Callable[[Update, Tree], tuple[Update, Tree]]  # (update, state) -> (update, state)
 
@@ -162,9 +167,8 @@ def adamw(
 
         def run(u: Update, state: Tree) -> tuple[Update, Tree]:
             state = {**state, "count": state["count"] + u.finite}
-            kernel = _adamw_fused_ if u.fused else _adamw_plain_
             for hyper, members in groups.items():
-                kernel(u, state, members, hyper)
+                _adamw_(u, state, members, hyper)
             return u, state
 
         return run
@@ -173,12 +177,25 @@ def adamw(
 
 
 def global_norm(grads: Leaves) -> Tensor:
-    """0-D norm of all leaves together, accumulated in float32 or wider, in one pass over the gradients."""
-    if not grads:
-        return torch.zeros(())
-    leaves = list(grads.values())
-    dtype = torch.float64 if any(g.dtype == torch.float64 for g in leaves) else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype)))
+    """0-D norm of all leaves together, float32 or wider, in one pass over the gradients.
+
+    Large leaves are summed in pieces: torch adds up a whole float32 tensor in a handful of lanes on the CPU, which is
+    off by 2e-4 at 8 million values and grows with the size.
+    """
+    is_double = any(g.dtype == torch.float64 for g in grads.values())
+    dtype = torch.float64 if is_double else torch.float32
+    norms: list[Tensor] = []
+    rest: list[Tensor] = []
+    for grad in grads.values():
+        flat = grad.reshape(-1)
+        whole = flat.numel() // PIECE * PIECE
+        if whole:
+            norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, PIECE), dim=1, dtype=dtype))
+        if whole < flat.numel():
+            rest.append(flat[whole:])
+    if rest:
+        norms.append(torch.stack(torch._foreach_norm(rest, 2, dtype=dtype)))
+    norm: Tensor = torch.linalg.vector_norm(torch.cat(norms)) if norms else torch.zeros((), dtype=dtype)
     return norm
 
 
@@ -187,63 +204,116 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _adamw_fused_(u: Update, state: Tree, paths: Sequence[str], hyper: _AdamW) -> None:
+def own(grads: Sequence[Tensor]) -> list[Tensor]:
+    """`grads`, each dense in its own memory, copied where needed: kernels walk raw memory and overwrite it.
+
+    Autograd may return one tensor for two leaves, an expanded one, or a transposed one.
+    """
+    seen: set[int] = set()
+    out = []
+    for grad in grads:
+        owned = grad.clone(memory_format=torch.contiguous_format) if grad.data_ptr() in seen else grad.contiguous()
+        seen.add(owned.data_ptr())
+        out.append(owned)
+    return out
+
+
+def _adamw_(u: Update, state: Tree, paths: Sequence[str], hyper: _AdamW) -> None:
+    """Update the leaves of one group by the kernel the caller asked for."""
+    kernels: dict[str, Callable[..., None]] = {
+        "fused": _adamw_fused_,
+        "traced": _adamw_traced_,
+        "reference": _adamw_reference_,
+    }
+    kernel_ = kernels[u.kernel]
+    kernel_(
+        [u.params[p] for p in paths],
+        [u.grads[p] for p in paths],
+        [state["m"][p] for p in paths],
+        [state["v"][p] for p in paths],
+        state["count"],
+        u.lr * hyper.lr_scale,
+        u.scale,
+        u.finite,
+        *hyper.betas,
+        hyper.eps,
+        hyper.decay,
+    )
+
+
+def _adamw_fused_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    count: Tensor,
+    lr: Tensor,
+    scale: Tensor | None,
+    finite: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
     """torch's fused kernel with the clip folded in: it divides by `grad_scale`, overwrites the gradients, and writes
     nothing where `found_inf` is 1."""
-    params = [u.params[p] for p in paths]
-    m, v = [state["m"][p] for p in paths], [state["v"][p] for p in paths]
-    grads = _own(m, [u.grads[p] for p in paths])
-    inverse = None
-    if u.scale is not None and u.scale.dtype == torch.float64:  # the kernel reads its scale as float32
-        torch._foreach_mul_(grads, u.scale)
-    elif u.scale is not None:
-        inverse = u.scale.float().reciprocal()
-
-    def kernel_(params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
-        torch._fused_adamw_(
-            params,
-            grads,
-            m,
-            v,
-            [],
-            [state["count"]] * len(params),
-            lr=u.lr * hyper.lr_scale,
-            beta1=hyper.betas[0],
-            beta2=hyper.betas[1],
-            weight_decay=hyper.decay,
-            eps=hyper.eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=inverse,
-            found_inf=(~u.finite).float(),
-        )
-
-    if all(p.dtype == x.dtype and p.is_contiguous() for p, x in zip(params, m, strict=True)):
-        return kernel_(params, grads, m, v)
-    for param, *rest in zip(params, grads, m, v, strict=True):  # one dtype and layout only: widen leaf by leaf
-        widened = torch.empty_like(rest[1]).copy_(param)
-        kernel_([widened], *([x] for x in rest))
+    grads, inverse = own(grads), None
+    if scale is not None and scale.dtype == torch.float64:  # the kernel reads its scale as float32
+        torch._foreach_mul_(grads, scale)
+    elif scale is not None:
+        inverse = scale.float().reciprocal()
+    fused_ = partial(
+        torch._fused_adamw_,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=inverse,
+        found_inf=(~finite).float(),
+    )
+    if all(p.dtype == g.dtype == x.dtype and p.is_contiguous() for p, g, x in zip(params, grads, m, strict=True)):
+        fused_(params, grads, m, v, [], [count] * len(params))
+        return
+    for param, grad, *moments in zip(params, grads, m, v, strict=True):  # the kernel takes one dtype: widen by leaf
+        widened = torch.empty_like(moments[0]).copy_(param)
+        fused_([widened], [grad.to(widened.dtype)], *([x] for x in moments), [], [count])
         param.copy_(widened)
-    return None
 
 
-def _adamw_plain_(u: Update, state: Tree, paths: Sequence[str], hyper: _AdamW) -> None:
-    """The written formula; under `torch.compile` one pass, the copies being stores into the donated inputs."""
-    beta1, beta2 = hyper.betas
-    for path in paths:
-        param, m, v = u.params[path], state["m"][path], state["v"][path]
-        p, g = param.to(m.dtype), u.grads[path].to(m.dtype)
-        if u.scale is not None:
-            g = g * u.scale.to(m.dtype)
-        lr = (u.lr * hyper.lr_scale).to(device=param.device, dtype=m.dtype)
-        new_m = m + (g - m) * (1 - beta1)
-        new_v = v * beta2 + g * g * (1 - beta2)
-        m_hat = new_m / _correction(beta1, state["count"], m.dtype)
-        v_hat = new_v / _correction(beta2, state["count"], m.dtype)
-        new_p = p - lr * hyper.decay * p - lr * m_hat / (v_hat.sqrt() + hyper.eps)
-        param.copy_(torch.where(u.finite, new_p, p))
-        m.copy_(torch.where(u.finite, new_m, m))
-        v.copy_(torch.where(u.finite, new_v, v))
+_adamw_traced_ = torch.library.custom_op(
+    "mmfn::adamw_", _adamw_fused_, mutates_args=("params", "grads", "m", "v")
+)  # one node per group: the written formula takes minutes to compile for a few hundred leaves and runs no faster
+
+
+def _adamw_reference_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    count: Tensor,
+    lr: Tensor,
+    scale: Tensor | None,
+    finite: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """The written formula."""
+    for param, grad, old_m, old_v in zip(params, grads, m, v, strict=True):
+        dtype = old_m.dtype
+        p, g = param.to(dtype), grad.to(dtype)
+        if scale is not None:
+            g = g * scale.to(dtype)
+        new_m = beta1 * old_m + (1 - beta1) * g
+        new_v = beta2 * old_v + (1 - beta2) * g * g
+        m_hat, v_hat = new_m / _correction(beta1, count, dtype), new_v / _correction(beta2, count, dtype)
+        new_p = p - lr.to(device=p.device, dtype=dtype) * (m_hat / (v_hat.sqrt() + eps) + decay * p)
+        for old, new in ((param, new_p), (old_m, new_m), (old_v, new_v)):
+            old.copy_(torch.where(finite, new, old))
 
 
 def _correction(beta: float, count: Tensor, dtype: torch.dtype) -> Tensor:
@@ -251,21 +321,6 @@ def _correction(beta: float, count: Tensor, dtype: torch.dtype) -> Tensor:
     if beta == 0.0:
         return torch.ones((), dtype=dtype, device=count.device)
     return -torch.expm1(count.to(dtype) * math.log(beta))
-
-
-def _own(like: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Gradients with the dtype and layout of `like`, no two sharing memory: the kernel walks raw memory and overwrites.
-
-    Autograd may return one tensor for two leaves, an expanded one, or a transposed one.
-    """
-    seen: set[int] = set()
-    out = []
-    for x, g in zip(like, grads, strict=True):
-        if g.dtype != x.dtype or g.stride() != x.stride() or g.data_ptr() in seen:
-            g = torch.empty_like(x).copy_(g)
-        seen.add(g.data_ptr())
-        out.append(g)
-    return out
 
 
 def _select(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:

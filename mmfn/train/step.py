@@ -15,16 +15,18 @@ from mmfn import tree
 from mmfn.batch import Batch
 from mmfn.grad import value_and_grad
 from mmfn.models import Family
+from mmfn.ops import Ops
 from mmfn.parallel.program import Program
 from mmfn.train import optim
 from mmfn.train.objective import Objective, loss_fn, resolve, weigh
-from mmfn.train.optim import Transform, Update
+from mmfn.train.optim import Transform, Update, UpdateFn
 from mmfn.train.schedule import Schedule
 from mmfn.tree import Tree
 
 State = dict[str, Any]
 Metrics = dict[str, Tensor]
 Step = Callable[[State, Sequence[Batch]], tuple[State, Metrics]]
+Gradients = Callable[[Tree, Batch], tuple[list[Tensor], Metrics]]
 
 
 def init_state(params: Tree, optimizer: Transform) -> State:
@@ -59,41 +61,16 @@ def make_step(
     """
     paths = tree.paths(program.specs)
     weights = resolve(objective)
-    update = optimizer.update(paths)
-    differentiate = value_and_grad(lambda p, b: loss_fn(p, b, family, cfg, program.ops), has_aux=True)
-
-    def gradients(params: Tree, batch: Batch) -> tuple[list[Tensor], Metrics]:
-        (_, metrics), grads = differentiate(params, batch)
-        return tree.leaves(grads), metrics
-
-    def apply_(state: State, grads: list[Tensor], lr: Tensor, sums: Metrics) -> tuple[State, Metrics]:
-        keyed = dict(zip(paths, grads, strict=True))
-        norm = optim.global_norm(keyed)
-        finite = torch.isfinite(norm)
-        given = Update(
-            params=dict(zip(paths, tree.leaves(state["params"]), strict=True)),
-            grads=keyed,
-            norm=norm,
-            finite=finite,
-            lr=lr,
-            fused=program.compile == "none",
-        )
-        _, opt = update(given, state["opt"])
-        metrics = {**sums, "grad_norm": norm, "lr": lr, "skipped": (~finite).to(torch.int64)}
-        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, metrics
+    gradients = _gradients(family, cfg, program.ops)
+    apply_ = _apply(paths, optimizer.update(paths), schedule, "fused" if program.compile == "none" else "traced")
 
     def one(state: State, batch: Batch) -> tuple[State, Metrics]:
         (weighed,) = weigh([batch], weights)
-        grads, sums = gradients(state["params"], weighed)
-        return apply_(state, grads, schedule(state["step"]), sums)
+        return apply_(state, *gradients(state["params"], weighed))
 
-    one_run = program.jit(one) if program.compile == "step" else one
-    gradients_run = program.jit(gradients) if program.compile == "step" else gradients
-    apply_run = program.jit(apply_) if program.compile != "none" else apply_
-
-    def many(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
-        grads, sums = scan_gradients(gradients_run, state["params"], weigh(microbatches, weights))
-        return apply_run(state, grads, schedule(state["step"]), sums)
+    run_one: Callable[..., tuple[State, Metrics]] = program.jit(one)
+    run_gradients: Gradients = program.jit(gradients) if program.compile == "step" else gradients
+    run_apply: Callable[..., tuple[State, Metrics]] = apply_ if program.compile == "none" else program.jit(apply_)
 
     @torch.no_grad()
     def step(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
@@ -101,15 +78,42 @@ def make_step(
             state = tree.map(torch.clone, state)
         with program.compiling():
             if program.compile == "step" and len(microbatches) == 1:
-                return one_run(state, microbatches[0])
-            return many(state, microbatches)
+                return run_one(state, microbatches[0])
+            grads, sums = scan_gradients(run_gradients, state["params"], weigh(microbatches, weights))
+            return run_apply(state, optim.own(grads), sums)
 
     return step
 
 
-def scan_gradients(
-    gradients: Callable[[Tree, Batch], tuple[list[Tensor], Metrics]], params: Tree, microbatches: Sequence[Batch]
-) -> tuple[list[Tensor], Metrics]:
+def _gradients(family: Family, cfg: Any, ops: Ops) -> Gradients:
+    differentiate = value_and_grad(lambda params, batch: loss_fn(params, batch, family, cfg, ops), has_aux=True)
+
+    def gradients(params: Tree, batch: Batch) -> tuple[list[Tensor], Metrics]:
+        (_, metrics), grads = differentiate(params, batch)
+        return tree.leaves(grads), metrics
+
+    return gradients
+
+
+def _apply(
+    paths: Sequence[str], update: UpdateFn, schedule: Schedule, kernel: str
+) -> Callable[..., tuple[State, Metrics]]:
+    """`apply(state, grads, sums) -> (state, metrics)`: one optimizer update; everything given is consumed."""
+
+    def apply_(state: State, grads: list[Tensor], sums: Metrics) -> tuple[State, Metrics]:
+        keyed = dict(zip(paths, grads, strict=True))
+        params = dict(zip(paths, tree.leaves(state["params"]), strict=True))
+        lr, norm = schedule(state["step"]), optim.global_norm(keyed)
+        finite = torch.isfinite(norm)
+        given = Update(params=params, grads=keyed, norm=norm, finite=finite, lr=lr, kernel=kernel)
+        _, opt = update(given, state["opt"])
+        metrics = {**sums, "grad_norm": norm, "lr": lr, "skipped": (~finite).to(torch.int64)}
+        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, metrics
+
+    return apply_
+
+
+def scan_gradients(gradients: Gradients, params: Tree, microbatches: Sequence[Batch]) -> tuple[list[Tensor], Metrics]:
     """Sum `gradients(params, batch) -> (leaves, metrics)` over micro-batches, in float32 or wider if there are several.
 
     The running sum is built leaf by leaf, freeing each gradient behind it; out of place, since autograd may return one
