@@ -53,9 +53,9 @@ def write(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir()  # not the temporary folder itself, whose mode is private
-        _write_weights(fresh, tensors, max_shard_bytes)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (fresh / "config.json").write_text(text, encoding="utf-8")
+        _write_weights(fresh, tensors, max_shard_bytes)
         for source in _assets(assets):
             shutil.copyfile(source, fresh / source.name)
         _publish(fresh, folder, Path(scratch) / "old")
@@ -68,6 +68,7 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes:
         files = [SINGLE]
     for file, names in zip(files, shards, strict=True):
         save_file({n: tensors[n].detach().cpu().contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files only the owner can read
     if len(shards) > 1:
         total = sum(_bytes(t) for t in tensors.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}

@@ -30,7 +30,10 @@ from mmfn.tree import Tree
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A Qwen3-VL model. `rope_sections`: rotated pairs that follow time, height and width."""
+    """A Qwen3-VL model. `rope_sections`: rotated pairs that follow time, height and width.
+
+    `pad_token_id`: the embedding row that gets no gradient as an input (None: every row does), as in transformers.
+    """
 
     vocab_size: int
     num_layers: int
@@ -41,12 +44,18 @@ class Config:
     is_tied: bool
     image_token_id: int
     video_token_id: int
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.rope_sections) != 3 or 2 * sum(self.rope_sections) != self.decoder.head_dim:
             raise ValueError(
                 f"mrope_section is {list(self.rope_sections)} but must be three numbers that add up to half of "
                 f"head_dim {self.decoder.head_dim}; correct the model's config.json"
+            )
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"text_config.pad_token_id is {self.pad_token_id} but must be below vocab_size {self.vocab_size}; "
+                "correct the model's config.json"
             )
         if self.vision.d_out != self.decoder.d_model:
             raise ValueError(
@@ -91,6 +100,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
         is_tied=outer.boolean("tie_word_embeddings", False),
         image_token_id=outer.integer("image_token_id", 151_655, 0),
         video_token_id=outer.integer("video_token_id", 151_656, 0),
+        pad_token_id=None if text.get("pad_token_id") is None else text.integer("pad_token_id", minimum=0),
     )
 
 
@@ -148,7 +158,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None
     (one token per row, `cache.slots.is_prefill` false) has no visual input and skips the tower.
     """
     table = ops.gather(params["text"]["embed"])["weight"]
-    x_TD = embedding(batch.tokens_T, table)
+    x_TD = embedding(batch.tokens_T, table, padding_idx=cfg.pad_token_id)
     deepstack: list[Tensor] = []
     if cache is None or cache.slots.is_prefill:
         features_ND, deepstack = encode(params["vision"], batch.visual, cfg.vision, ops)

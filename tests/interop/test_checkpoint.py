@@ -202,6 +202,8 @@ def test_assets_are_copied_and_weights_are_not(folder, tmp_path):
     written = {p.name for p in (tmp_path / "out").iterdir()}
     assert written == {*names, "generation_config.json", "config.json", "model.safetensors"}
     assert (tmp_path / "out" / "merges.txt").read_text() == "merges.txt"
+    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    assert modes == {(folder / "README.md").stat().st_mode & 0o777}  # readable as any new file is
 
 
 def test_the_target_is_complete_or_untouched(folder, tmp_path, monkeypatch):

@@ -61,6 +61,7 @@ def test_the_outer_setting_rules_tying(hf):
         ("text_config", {"attention_dropout": 0.1}, "text_config.attention_dropout is 0.1 but must be 0.0"),
         ("text_config", {"num_key_value_heads": 3}, "num_attention_heads is 4 but must be a multiple of"),
         ("text_config", {"head_dim": 12}, r"mrope_section is \[4, 2, 2\] but must be three numbers that add up"),
+        ("text_config", {"pad_token_id": 97}, "text_config.pad_token_id is 97 but must be below vocab_size 97"),
         ("text_config", {"rope_parameters": 3}, "text_config.rope_parameters is 3 but must be a mapping"),
         ("vision_config", {"hidden_act": "relu"}, "vision_config.hidden_act is 'relu' but must be one of"),
         ("vision_config", {"hidden_size": 20}, r"vision hidden_size is 20 but must be a multiple of 4 \* num_heads"),

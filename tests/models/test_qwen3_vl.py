@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import mmfn
 from mmfn import ops as op_tables
@@ -330,6 +331,55 @@ def test_one_graph_serves_all_blocks_of_a_stack(pair):
         torch.testing.assert_close(mmfn.logits(model, batch, ops), mmfn.logits(model, batch), rtol=RTOL, atol=1e-5)
     assert len(graphs) == 2  # one for the vision blocks, one for the text blocks
     torch._dynamo.reset()
+
+
+def test_the_whole_forward_is_one_graph(pair):
+    oracle, model = pair
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def hidden(params, batch):
+        return model.family.apply(params, batch, model.cfg, op_tables.portable()).hidden_TD
+
+    torch._dynamo.reset()
+    run = torch.compile(hidden, backend=backend, fullgraph=True, dynamic=False)
+    size = {"merge_size": 2, "patch_values": model.cfg.vision.patch_values}
+    for seed in range(2):
+        packed = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=2), model)
+        samples, positions = samples_of(packed, model, oracle, seed)
+        batch = pack(samples, positions, **size, num_tokens=192, num_patches=512, num_segments=4, num_frames=24)
+        torch.testing.assert_close(run(model.params, batch), hidden(model.params, batch), rtol=RTOL, atol=1e-5)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_blocks_may_be_recomputed(pair):
+    oracle, model = pair
+
+    def recomputed(block, params, *xs):
+        return checkpoint(op_tables.call_layer, block, params, *xs, use_reentrant=False)
+
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 2, rows=2), model)
+    weights_TV = projection(mmfn.logits(model, batch))
+    want = gradients(model, batch, weights_TV)
+    got = gradients(model, batch, weights_TV, replace(op_tables.portable(), layer=recomputed))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_padding_token_gets_no_input_gradient(tmp_path):
+    oracle = oracles.build(oracles.config(text={"pad_token_id": 9}, tie_word_embeddings=False))
+    model = mmfn.load_hf(oracles.save(oracle, tmp_path))
+    batch = oracles.inputs(oracle.config, 0, rows=1)
+    batch["input_ids"][0, 0] = 9
+    want_TV = oracles.real_logits(oracle, batch)
+    weights_TV = projection(want_TV)
+    want = oracle_gradients(oracle, want_TV, weights_TV)
+    got = gradients(model, mmfn.batch_from_hf(batch, model), weights_TV)
+    assert_trees_close(got, want)
+    assert not got["model.language_model.embed_tokens.weight"][9].any()
 
 
 def test_batches_move_and_cast(pair):

@@ -1,0 +1,86 @@
+"""Layers on their own: rotary tables, interpolated positions, cache and position ids."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionRotaryEmbedding
+
+from mmfn import ops as op_tables
+from mmfn.batch import Media, Sample, pack
+from mmfn.models.layers import cache, positions, rope, vision
+from mmfn.models.layers.decoder import DecoderConfig
+from mmfn.models.qwen3_vl import config_from_hf
+from tests import oracles
+
+
+@pytest.mark.parametrize("sections", [(4, 2, 2), (5, 3, 3), (0, 2, 3), (24, 20, 20)])
+def test_text_tables_are_bitwise_those_of_transformers(sections):
+    cfg = oracles.config(sections=sections)
+    positions_3T = torch.randint(0, 200_000, (3, 40), generator=torch.Generator().manual_seed(0))
+    cos, sin = Qwen3VLTextRotaryEmbedding(cfg.text_config)(torch.zeros(1), positions_3T[:, None])
+    R = sum(sections)
+    cos_TR, sin_TR = rope.interleaved(positions_3T, sections, 10_000.0)
+    assert torch.equal(torch.cat([cos_TR, cos_TR], 1), cos[0])
+    assert torch.equal(torch.cat([sin_TR, sin_TR], 1), sin[0])
+    assert cos_TR.shape == (40, R)
+
+
+def test_vision_tables_are_bitwise_those_of_transformers():
+    cfg = oracles.config().vision_config
+    coords_P4 = torch.randint(0, 90, (30, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    cos, sin = Qwen3VLVisionRotaryEmbedding(cfg)(torch.zeros(1), coords_P4[:, :2])
+    cos_PR, sin_PR = rope.axial(coords_P4, cfg.hidden_size // cfg.num_heads // 2, 10_000.0)
+    assert torch.equal(torch.cat([cos_PR, cos_PR], 1), cos)
+    assert torch.equal(torch.cat([sin_PR, sin_PR], 1), sin)
+
+
+@pytest.mark.parametrize("num_positions", [1, 4, 25, 30])
+@pytest.mark.parametrize("grid", [(1, 2, 2), (1, 4, 10), (2, 12, 6)])
+def test_positions_are_a_bilinear_resize_of_the_table(num_positions, grid):
+    hf = oracles.config(vision={"num_position_embeddings": num_positions}).to_dict()
+    cfg = config_from_hf(hf).vision
+    t, h, w = grid
+    weight = torch.randn(num_positions, cfg.d_model, generator=torch.Generator().manual_seed(0))
+    media = Media(patches_PF=torch.zeros(t * h * w, cfg.patch_values), grid=grid)
+    kinds_T = torch.full((t * h * w // 4,), 2)
+    sample = Sample(tokens_T=kinds_T, labels_T=kinds_T, kinds_T=kinds_T, videos=(media,))
+    batch = pack([sample], [positions.mrope(sample, 2)], merge_size=2, patch_values=cfg.patch_values)
+    got_PD = vision.position_embed({"weight": weight}, batch.visual.coords_P4, cfg, op_tables.portable())
+    side = int(num_positions**0.5)
+    table = weight[: side * side].view(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(table, (h, w), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
+    blocks = resized.view(h // 2, 2, w // 2, 2, -1).transpose(1, 2).reshape(h * w, -1)
+    torch.testing.assert_close(got_PD, blocks.repeat(t, 1), rtol=1e-5, atol=2e-6)
+
+
+def test_a_patch_embedding_is_the_convolution():
+    cfg = config_from_hf(oracles.config().to_dict()).vision
+    weight = torch.randn(cfg.d_model, 3, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bias = torch.arange(cfg.d_model, dtype=torch.float64)
+    patches = torch.randn(7, 3, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got_PD = vision.patch_embed({"weight": weight.flatten(1), "bias": bias}, patches.flatten(1), op_tables.portable())
+    torch.testing.assert_close(got_PD, F.conv3d(patches, weight, bias).flatten(1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_cache_is_written_out_of_place():
+    (layer,) = cache.empty(1, (2, 4, 1, 3), torch.float32, torch.device("cpu"))
+    slots = cache.Slots(
+        rows_T=torch.tensor([0, 0, 1, 0]),
+        columns_T=torch.tensor([0, 1, 0, 3]),
+        lengths_B=torch.tensor([2, 1]),
+        is_prefill=True,
+    )
+    k_TKC = torch.arange(1.0, 13).view(4, 1, 3)
+    written = cache.write(layer, slots, k_TKC, -k_TKC)
+    assert not layer["k"].any()
+    assert torch.equal(written["k"][0, :2], k_TKC[:2])
+    assert torch.equal(written["k"][1, 0], k_TKC[2])
+    assert torch.equal(written["k"][0, 3], k_TKC[3])  # padding, in the spare column
+    assert torch.equal(written["v"], -written["k"])
+    assert not written["k"][1, 1:].any()
+
+
+def test_odd_heads_are_refused():
+    sizes = {"d_model": 8, "d_ff": 8, "num_heads": 2, "num_kv_heads": 2, "norm_eps": 1e-6, "init_std": 0.02}
+    with pytest.raises(ValueError, match="head_dim is 3 but rope turns pairs of channels; make it even"):
+        DecoderConfig(head_dim=3, **sizes)
