@@ -105,7 +105,8 @@ def attention_cached(q_BHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, lengths_B: T
     """Attention of one query per row to the first `lengths_B[b]` cached keys of its row; o_BHC.
 
     `q_BHC`: floating[B, H, C]. `k_BSKC`, `v_BSKC`: [B, S, K, C] of the same dtype, K dividing H. `lengths_B`:
-    integer[B] in [1, S]. Raises ValueError for shapes that do not fit. Oracle: `attention_cached_reference`.
+    integer[B] in [1, S]; behind it the cache must hold finite numbers, which do not count. Raises ValueError for shapes
+    that do not fit. Oracle: `attention_cached_reference`.
     """
     (B, H, C), (S, K) = q_BHC.shape, k_BSKC.shape[1:3]
     if k_BSKC.shape != (B, S, K, C) or v_BSKC.shape != k_BSKC.shape or H % K or lengths_B.shape != (B,):

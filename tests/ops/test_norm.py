@@ -1,0 +1,121 @@
+"""rms_norm and layer_norm against torch's own functions: values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmfn.ops import norm
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+SHAPES = [(7, 3, 16), (5, 1), (1, 33), (0, 4), (8,), (64, 2, 64)]
+EPS = 1e-6
+
+
+def draw(shape, dtype, *, offset=0.0):
+    generator = torch.Generator().manual_seed(sum(shape) + len(shape))
+    x = torch.randn(shape, dtype=torch.float64, generator=generator) + offset
+    return x.to(dtype).requires_grad_()
+
+
+def torch_rms_norm(x, weight, eps):
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def torch_layer_norm(x, weight, bias, eps):
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fn", [norm.rms_norm, norm.rms_norm_reference])
+def test_rms_norm_equals_torch(fn, shape, dtype):
+    x, weight, dy = draw(shape, dtype), draw(shape[-1:], dtype, offset=1.0), draw(shape, dtype).detach()
+    before = x.detach().clone()
+    actual, expected = fn(x, weight, EPS), torch_rms_norm(x, weight, EPS)
+    tol = TOLERANCE[dtype]
+    torch.testing.assert_close(actual, expected, atol=tol, rtol=tol)
+    grads = [torch.autograd.grad(y, (x, weight), dy) for y in (actual, expected)]
+    torch.testing.assert_close(grads[0], grads[1], atol=10 * tol, rtol=10 * tol)  # sums over rows
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fn", [norm.layer_norm, norm.layer_norm_reference])
+def test_layer_norm_equals_the_definition(fn, shape, dtype):
+    x, weight, bias = draw(shape, dtype, offset=2.0), draw(shape[-1:], dtype), draw(shape[-1:], dtype, offset=1.0)
+    dy, tol = draw(shape, dtype).detach(), TOLERANCE[dtype]
+    eps = 1e-2  # a single channel has no variance at all: eps decides
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    expected = (centred / (centred.pow(2).mean(-1, keepdim=True) + eps) ** 0.5 * weight.double() + bias.double()).to(
+        dtype
+    )
+    actual = fn(x, weight, bias, eps)
+    torch.testing.assert_close(actual, expected, atol=10 * tol, rtol=10 * tol)
+    grads = [torch.autograd.grad(y, (x, weight, bias), dy) for y in (actual, expected)]
+    torch.testing.assert_close(grads[0], grads[1], atol=100 * tol, rtol=10 * tol)  # float32 cancels where D = 1
+
+
+def test_layer_norm_reference_equals_torch():
+    x, weight, bias = draw((9, 24), torch.float64), draw((24,), torch.float64), draw((24,), torch.float64)
+    torch.testing.assert_close(norm.layer_norm_reference(x, weight, bias, EPS), torch_layer_norm(x, weight, bias, EPS))
+
+
+def test_rms_norm_gradcheck():
+    x, weight = draw((4, 2, 6), torch.float64), draw((6,), torch.float64)
+    assert torch.autograd.gradcheck(lambda x, weight: norm.rms_norm(x, weight, EPS), (x, weight))
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_rms_norm_with_one_frozen_input(frozen):
+    x, weight = draw((6, 8), torch.float64), draw((8,), torch.float64)
+    (x if frozen == "x" else weight).requires_grad_(False)
+    leaf = weight if frozen == "x" else x
+    grads = [torch.autograd.grad(fn(x, weight, EPS).square().sum(), leaf) for fn in (norm.rms_norm, torch_rms_norm)]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_rms_norm_bfloat16_has_float32_statistics_and_casts_like_the_reference():
+    x, weight = draw((16, 64), torch.bfloat16), draw((64,), torch.bfloat16, offset=1.0)
+    actual, expected = norm.rms_norm(x, weight, EPS), norm.rms_norm_reference(x, weight, EPS)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, atol=0, rtol=2**-7)  # one unit in the last place
+    exact = torch_rms_norm(x.detach().double(), weight.detach().double(), EPS)
+    assert (actual.double() - exact).abs().max() <= (expected.double() - exact).abs().max() + 2**-8
+    dy = draw((16, 64), torch.bfloat16).detach()
+    grads = [torch.autograd.grad(y, (x, weight), dy) for y in (actual, expected)]
+    torch.testing.assert_close(grads[0], grads[1], atol=0.06, rtol=0.03)  # bfloat16 roundings of plain autograd
+
+
+def test_rms_norm_of_bfloat16_by_a_float32_weight_is_float32():
+    x, weight = draw((3, 8), torch.bfloat16), draw((8,), torch.float32)
+    actual, expected = norm.rms_norm(x, weight, EPS), norm.rms_norm_reference(x, weight, EPS)
+    assert actual.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.01)
+    grads = torch.autograd.grad(actual.sum(), (x, weight))
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
+
+
+# torch itself uses what it deprecates when inductor is imported
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_equals_eager(backend):
+    x, weight, bias = (draw(s, torch.float32) for s in ((5, 8), (8,), (8,)))
+
+    def both(x, weight, bias):
+        return norm.rms_norm(x, weight, EPS), norm.layer_norm(x, weight, bias, EPS)
+
+    run = torch.compile(both, fullgraph=True, dynamic=False, backend=backend)
+    actual, expected = run(x, weight, bias), both(x, weight, bias)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+    grads = [torch.autograd.grad([y.square().sum() for y in ys], (x, weight, bias)) for ys in (actual, expected)]
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_weight_of_another_width_is_refused():
+    x, weight, other = draw((5, 8), torch.float32), draw((8,), torch.float32), draw((4,), torch.float32)
+    with pytest.raises(ValueError, match=r"\(4,\) but x has \(5, 8\)"):
+        norm.rms_norm(x, other, EPS)
+    with pytest.raises(ValueError, match=r"\(4,\) but x has \(5, 8\)"):
+        norm.layer_norm(x, weight, other, EPS)

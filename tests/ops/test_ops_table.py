@@ -1,0 +1,30 @@
+"""The tables: the same entries with the same signatures."""
+
+import dataclasses
+import inspect
+
+import torch
+
+from mmfn import ops
+
+
+def signature(fn):
+    """Parameter names and kinds of what every table must accept (an entry may add keywords with defaults)."""
+    parameters = inspect.signature(fn).parameters.values()
+    return [(p.name, p.kind) for p in parameters if p.kind != p.KEYWORD_ONLY or p.default is p.empty]
+
+
+def test_tables_agree_in_signatures():
+    reference, portable = ops.reference(), ops.portable()
+    for field in dataclasses.fields(ops.Ops):
+        assert signature(getattr(reference, field.name)) == signature(getattr(portable, field.name)), field.name
+
+
+def test_place_features_leaves_zeros_where_there_is_no_feature():
+    features_ND = torch.arange(6.0).reshape(3, 2).requires_grad_()
+    placed_TD = ops.place_features(features_ND, torch.tensor([3, 1, 3, 0]))
+    assert placed_TD.tolist() == [[0, 0], [2, 3], [0, 0], [0, 1]]
+    assert torch.autograd.grad(placed_TD.sum(), features_ND)[0].tolist() == [[1, 1], [1, 1], [0, 0]]
+    none = ops.place_features(features_ND[:0], torch.zeros(4, dtype=torch.int64))
+    assert none.shape == (4, 2)
+    assert not none.any()
