@@ -31,18 +31,20 @@ def register(cls: type[T]) -> type[T]:
     def unflatten(meta: tuple[Any, ...], children: Iterable[Any]) -> Any:
         return cls(**dict(zip(dynamic, children, strict=True)), **dict(zip(static, meta, strict=True)))
 
-    optree.register_pytree_node(cls, flatten, unflatten, namespace=NAMESPACE)  # type: ignore[arg-type]
+    optree.register_pytree_node(cls, flatten, unflatten, namespace=NAMESPACE)
     return cls
 
 
 def leaves(tree: Tree) -> list[Any]:
     """The leaves in path order. None is no leaf."""
-    return optree.tree_leaves(tree, namespace=NAMESPACE)
+    found: list[Any] = optree.tree_leaves(tree, namespace=NAMESPACE)
+    return found
 
 
 def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
     """`(leaves, structure)`; `unflatten(structure, leaves)` is the inverse."""
-    return optree.tree_flatten(tree, namespace=NAMESPACE)
+    found, structure = optree.tree_flatten(tree, namespace=NAMESPACE)
+    return found, structure
 
 
 def unflatten(structure: optree.PyTreeSpec, new_leaves: Iterable[Any]) -> Tree:
@@ -66,10 +68,8 @@ def items(tree: Tree) -> list[tuple[str, Any]]:
 
 
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """`fn(path, leaf, *leaves_of_rest)` for every leaf."""
-    flat, structure = flatten(tree)
-    others = [flatten(r)[0] for r in rest]
-    return unflatten(structure, [fn(p, *xs) for p, *xs in zip(paths(tree), flat, *others, strict=True)])
+    """`fn(path, leaf, *leaves_of_rest)` for every leaf; all trees have the structure of the first."""
+    return map(fn, unflatten(flatten(tree)[1], paths(tree)), tree, *rest)
 
 
 def mask(tree: Tree, rules: Sequence[tuple[str, T]], default: T) -> Tree:
@@ -85,6 +85,6 @@ def mask(tree: Tree, rules: Sequence[tuple[str, T]], default: T) -> Tree:
     for regex, _ in compiled:
         if not any(regex.fullmatch(name) for name in names):
             shown = ", ".join(names[:3])
-            raise ValueError(f"pattern {regex.pattern!r} matches none of {len(names)} paths (such as {shown}); correct it")
+            raise ValueError(f"pattern {regex.pattern!r} matches none of {len(names)} paths (such as {shown}); fix it")
     values = [next((v for regex, v in compiled if regex.fullmatch(name)), default) for name in names]
     return unflatten(flatten(tree)[1], values)

@@ -1,0 +1,67 @@
+"""What is derived from a tree of specs."""
+
+import pytest
+import torch
+
+from mmfn import spec, tree
+from mmfn.spec import ONES, ZEROS, Init, ParamSpec, init_params, meta_params, normal, num_params
+
+SPECS = {
+    "embed": spec.spec((300, 40), "vocab embed", normal(0.5)),
+    "layers": [
+        {"w": spec.spec((7, 5), "mlp embed", normal(2.0)), "b": spec.spec((7,), "mlp", ZEROS)} for _ in range(2)
+    ],
+    "norm": spec.spec((40,), "embed", ONES),
+    "scale": spec.spec((), "", ONES),
+}
+
+
+def test_init_follows_the_specs() -> None:
+    params = init_params(SPECS, seed=0)
+    assert tree.paths(params) == tree.paths(SPECS)
+    for path, leaf in tree.items(params):
+        want = dict(tree.items(SPECS))[path]
+        assert leaf.shape == want.shape
+        assert leaf.dtype == torch.float32
+    assert params["embed"].std().item() == pytest.approx(0.5, rel=0.03)
+    assert params["embed"].mean().item() == pytest.approx(0.0, abs=0.02)
+    assert torch.equal(params["norm"], torch.ones(40))
+    assert torch.equal(params["layers"][0]["b"], torch.zeros(7))
+    assert not torch.equal(params["layers"][0]["w"], params["layers"][1]["w"])
+
+
+def test_a_leaf_depends_on_seed_and_path_only() -> None:
+    whole, part = init_params(SPECS, seed=3), init_params({"layers": SPECS["layers"], "other": SPECS["norm"]}, seed=3)
+    assert torch.equal(whole["layers"][1]["w"], part["layers"][1]["w"])
+    assert not torch.equal(whole["embed"], init_params(SPECS, seed=4)["embed"])
+    before = torch.get_rng_state()
+    init_params(SPECS, seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_dtype_is_a_cast_of_the_same_draw() -> None:
+    full, half = init_params(SPECS, seed=0), init_params(SPECS, seed=0, dtype=torch.bfloat16)
+    assert torch.equal(full["embed"].bfloat16(), half["embed"])
+    own = init_params({"x": ParamSpec(shape=(3,), axes=("embed",), init=ONES, dtype=torch.float64)}, seed=0)
+    assert own["x"].dtype == torch.float64
+
+
+def test_meta_params_hold_no_memory() -> None:
+    huge = {"w": spec.spec((10**6, 10**6), "vocab embed", normal(1.0))}
+    leaf = meta_params(huge, torch.bfloat16)["w"]
+    assert leaf.device.type == "meta"
+    assert leaf.shape == (10**6, 10**6)
+    assert leaf.dtype == torch.bfloat16
+    assert num_params(huge) == 10**12
+
+
+def test_num_params_counts_init() -> None:
+    assert num_params(SPECS) == sum(x.numel() for x in tree.leaves(init_params(SPECS, seed=0))) == 300 * 40 + 84 + 41
+    assert num_params({}) == 0
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) has 2 dims but axes \('embed',\) name 1"):
+        spec.spec((2, 3), "embed", ZEROS)
+    with pytest.raises(ValueError, match="Init kind 'uniform' is unknown"):
+        Init(kind="uniform")
