@@ -377,7 +377,9 @@ def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, T
     ctx.is_causal = is_causal  # type: ignore[attr-defined]
 
 
-def _traced_backward(ctx: FunctionCtx, do_THC: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _traced_backward(ctx: FunctionCtx, do_THC: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do_THC is None:
+        return (None,) * 5
     grads = _traced_grad(do_THC, *ctx.saved_tensors, ctx.is_causal)  # type: ignore[attr-defined]
     return *grads, None, None
 

@@ -190,7 +190,9 @@ def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, T
     ctx.needs = inputs[-2:]  # type: ignore[attr-defined]
 
 
-def _backward(ctx: FunctionCtx, dloss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: FunctionCtx, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 7
     saved = zip(ctx.saved_tensors, ctx.needs, strict=True)  # type: ignore[attr-defined]
     dx_TD, dw_VD = (grad * dloss if needs else None for grad, needs in saved)
     return dx_TD, dw_VD, None, None, None, None, None
