@@ -5,10 +5,12 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, pack
+from mmfn import tree
+from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, pack, to
 from mmfn.interop.checkpoint import nearest
 from mmfn.model import Model
 
@@ -25,7 +27,8 @@ def batch_from_hf(inputs: Mapping[str, Any], model: Model) -> Batch:
     `input_ids`, and optionally `attention_mask`, `mm_token_type_ids`, `labels`: int[B, S], padded left or right.
     `pixel_values` float[patches, F] with `image_grid_thw` int[N, 3] (temporal, height, width in patches); likewise
     `pixel_values_videos` with `video_grid_thw`; images and videos in reading order over all rows. Kinds of tokens are
-    derived from the placeholder ids when `mm_token_type_ids` is absent. Without `labels` no token is supervised.
+    derived from the placeholder ids when `mm_token_type_ids` is absent. Without `labels` no token is supervised. The
+    inputs may be on any device; the batch is on the model's.
 
     Raises ValueError for unknown keys, shapes that disagree, holes in the mask, supervised padding, and placeholders
     that do not match the media.
@@ -37,7 +40,8 @@ def batch_from_hf(inputs: Mapping[str, Any], model: Model) -> Batch:
     cfg = model.cfg
     samples = _attach_media(rows, inputs, cfg.vision.merge_size, cfg.vision.patch_values)
     positions = [model.family.positions(sample, cfg) for sample in samples]
-    return pack(samples, positions, merge_size=cfg.vision.merge_size, patch_values=cfg.vision.patch_values)
+    batch = pack(samples, positions, merge_size=cfg.vision.merge_size, patch_values=cfg.vision.patch_values)
+    return to(batch, tree.leaves(model.params)[0].device)
 
 
 def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
@@ -46,7 +50,7 @@ def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
         raise ValueError(
             f"input_ids is missing from inputs with keys {sorted(inputs)}; pass all of a processor's result"
         )
-    text = {key: torch.as_tensor(inputs[key]).to(torch.int64) for key in _TEXT_KEYS if key in inputs}
+    text = {key: _tensor(key, inputs[key]).to(torch.int64) for key in _TEXT_KEYS if key in inputs}
     ids_BS = text["input_ids"]
     for key, value in text.items():
         if value.ndim != 2 or value.shape != ids_BS.shape:
@@ -75,6 +79,19 @@ def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
             )
         samples.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, id=f"row {row}"))
     return samples
+
+
+def _tensor(key: str, value: Any) -> Tensor:
+    """A tensor on the CPU from a tensor, an array or nested lists."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    try:
+        return torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{key} of type {type(value).__name__} is no rectangular array of numbers; pass return_tensors='pt' and "
+            "padding=True to the processor"
+        ) from error
 
 
 def _kept(mask_S: Tensor, row: int) -> Tensor:
@@ -121,7 +138,7 @@ def _media(inputs: Mapping[str, Any], kind: int, merge_size: int, patch_values: 
     if pixels is None or grids is None:
         absent, present = (pixels_key, grids_key) if pixels is None else (grids_key, pixels_key)
         raise ValueError(f"{absent} is missing although {present} is given; pass both")
-    patches_PF, grids_N3 = torch.as_tensor(pixels), torch.as_tensor(grids).to(torch.int64)
+    patches_PF, grids_N3 = _tensor(pixels_key, pixels), _tensor(grids_key, grids).to(torch.int64)
     if grids_N3.ndim != 2 or grids_N3.shape[1] != 3 or bool((grids_N3 < 1).any()):
         raise ValueError(f"{grids_key} of shape {list(grids_N3.shape)} must be [media, 3] with entries of at least 1")
     if bool((grids_N3[:, 1:] % merge_size).any()):

@@ -64,6 +64,12 @@ def test_lists_none_and_a_missing_mask_are_accepted(model):
     assert same(mmfn.batch_from_hf(plain, model), mmfn.batch_from_hf(row, model))
 
 
+def test_arrays_are_accepted(model, inputs):
+    arrays = {key: value.numpy() for key, value in inputs.items()}
+    arrays["pixel_values"] = list(arrays["pixel_values"])
+    assert same(mmfn.batch_from_hf(arrays, model), mmfn.batch_from_hf(inputs, model))
+
+
 def test_labels_are_shifted_within_rows(model, inputs):
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)
     batch = mmfn.batch_from_hf(inputs | {"labels": labels}, model)
@@ -93,6 +99,8 @@ def edited(inputs, key, edit):
     [
         (lambda i: i | {"input_ids": i["input_ids"][0]}, r"input_ids has shape \[\d+\] but \[rows, columns\]"),
         (lambda i: i | {"attention_mask": i["attention_mask"][:, 1:]}, "attention_mask has shape"),
+        (lambda i: i | {"input_ids": [[1, 2], [3]]}, "input_ids of type list is no rectangular array of numbers"),
+        (lambda i: i | {"pixel_values": "an image"}, "pixel_values of type str is no rectangular array of numbers"),
         (lambda i: edited(i, "input_ids", lambda x: x.__setitem__((0, 0), 97)), r"range over \d+..97 but .* has 97"),
         (lambda i: edited(i, "input_ids", lambda x: x.__setitem__((0, 0), -1)), "range over -1"),
         (lambda i: edited(i, "attention_mask", lambda x: x.__setitem__((0, 2), 0)), "mask of row 0 has holes"),
@@ -135,6 +143,11 @@ def test_more_or_fewer_images_than_placeholders_are_refused(model, inputs):
         del inputs[key]
     with pytest.raises(ValueError, match=r"has \d+ image placeholder tokens but the next 0 images give 0 features"):
         mmfn.batch_from_hf(inputs, model)
+
+
+def test_the_batch_is_on_the_models_device(model, inputs):
+    elsewhere = replace(model, params=tree.map(lambda p: p.to("meta"), model.params))
+    assert {x.device.type for x in tree.leaves(mmfn.batch_from_hf(inputs, elsewhere))} == {"meta"}
 
 
 def test_inputs_are_not_changed(model, inputs):
