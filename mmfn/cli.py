@@ -77,7 +77,7 @@ def evaluate(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else None
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {str(out)!r} lies in a folder that does not exist; make the folder first")
-    processor = setup.load_model_processor(config)
+    processor = setup.load_model_processor(config.model.path, config.data.template)
     held_out = setup.open_dataset(config, config.data.eval, processor)
     model = setup.load_model(config.model, config.train.seed)
     setup.check_match(model, processor)
@@ -97,10 +97,9 @@ def generate(args: argparse.Namespace) -> None:
     """`mmfn generate`: one greedy answer."""
     from mmfn.train import setup
     from mmfn.train.config import ModelSection
-    from mmfn.train.data import load_processor
     from mmfn.train.evaluate import answer
 
-    processor = load_processor(args.checkpoint)
+    processor = setup.load_model_processor(args.checkpoint)
     section = ModelSection(path=args.checkpoint, dtype=args.dtype, device=args.device)
     model = setup.load_model(section, seed=0)
     setup.check_match(model, processor)

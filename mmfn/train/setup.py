@@ -50,7 +50,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None]) -> Run:
     config = loaded.config
     check_output(config)
     resolve(config.objective.name)
-    processor = load_model_processor(config)
+    processor = load_model_processor(config.model.path, config.data.template)
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
     model = load_model(config.model, config.train.seed)
@@ -95,19 +95,22 @@ def load_model(section: ModelSection, seed: int) -> Model:
     return replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
 
 
-def load_model_processor(config: Config) -> Processor:
-    """Tokenizer, template and image settings of the model's folder, with `data.template` if it is set."""
-    if not Path(config.model.path).is_dir():
-        raise ValueError(f"model.path {config.model.path!r} is no folder; give the folder of a Hugging Face checkpoint")
-    template = ""
-    if config.data.template is not None:
-        try:
-            template = Path(config.data.template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"data.template {config.data.template!r} cannot be read ({error}); give a text file"
-            ) from error
-    return load_processor(config.model.path, template)
+def load_model_processor(path: str, template: str | None = None) -> Processor:
+    """Tokenizer, chat template and image settings of a model's folder; `template` names a jinja file to use instead.
+
+    Raises ValueError for a folder that is missing or incomplete, first of all one without a readable config.json.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"model.path {path!r} is no folder; give the folder of a Hugging Face checkpoint")
+    read_config(folder)  # before the tokenizer, whose loader reads the file too and blames itself
+    if template is None:
+        return load_processor(folder)
+    try:
+        source = Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.template {template!r} cannot be read ({error}); give a text file") from error
+    return load_processor(folder, source)
 
 
 def open_dataset(config: Config, path: str, processor: Processor) -> Dataset:

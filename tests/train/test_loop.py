@@ -222,6 +222,6 @@ def test_processor_of_another_model_is_refused(make_config: MakeConfig) -> None:
     other = replace(run.model, cfg=replace(run.model.cfg, vision=vision))
     with pytest.raises(ValueError, match=r"patch_size is 8 in config.json but 4 in preprocessor_config.json"):
         setup.check_match(other, run.processor)
-    small = replace(run.model, cfg=replace(run.model.cfg, vocab_size=100))
-    with pytest.raises(ValueError, match="but the model's vocab_size is 100"):
+    small = replace(run.model, cfg=replace(run.model.cfg, vocab_size=281))
+    with pytest.raises(ValueError, match="token id 281 but the model's vocab_size is 281"):
         setup.check_match(small, run.processor)

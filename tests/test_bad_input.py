@@ -1,0 +1,218 @@
+"""Whatever a user gets wrong ends in one clear sentence, exit code 2, and nothing written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import mmfn
+from mmfn import cli
+
+Change = Callable[[Path], None]
+WEIGHTS = "model.safetensors"
+NORM = "model.language_model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(full_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model with weights. Do not change it."""
+    model = mmfn.init(json.loads((full_demo / "model" / "config.json").read_text()))
+    folder = tmp_path_factory.mktemp("stored") / "model"
+    mmfn.save_hf(folder, model, assets=full_demo / "model")
+    return folder
+
+
+@pytest.fixture
+def complaint(
+    make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run `mmfn train` with changed settings; it must fail as it should. Returns the sentence."""
+
+    def run(changes: dict[str, Any], *overrides: str) -> str:
+        config = make_config(changes)
+        before = sorted(tmp_path.rglob("*"))
+        assert cli.main(["train", str(config), *overrides]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("mmfn: error: ")
+        assert captured.err.count("\n") == 1
+        assert "Traceback" not in captured.err
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return captured.err.removeprefix("mmfn: error: ")
+
+    return run
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BROKEN_MODELS: dict[str, tuple[Change, list[str]]] = {
+    "no weights": (lambda m: (m / WEIGHTS).unlink(), [WEIGHTS]),
+    "truncated weights": (lambda m: truncate(m / WEIGHTS), [WEIGHTS]),
+    "text for weights": (lambda m: (m / WEIGHTS).write_text("no"), [WEIGHTS]),
+    "wrong shape": (
+        lambda m: edit_weights(m / WEIGHTS, lambda t: t.update({NORM: torch.ones(7)})),
+        [NORM, "7", "96"],
+    ),
+    "missing tensor": (lambda m: edit_weights(m / WEIGHTS, lambda t: t.pop(NORM)), [NORM]),
+    "unexpected tensor": (
+        lambda m: edit_weights(m / WEIGHTS, lambda t: t.update({NORM + "s": torch.ones(96)})),
+        [NORM + "s", NORM],
+    ),
+    "integer tensor": (
+        lambda m: edit_weights(m / WEIGHTS, lambda t: t.update({NORM: torch.ones(96, dtype=torch.int64)})),
+        [NORM, "int"],
+    ),
+    "no config": (lambda m: (m / "config.json").unlink(), ["config.json"]),
+    "broken config": (lambda m: (m / "config.json").write_text("{"), ["config.json", "JSON"]),
+    "unknown family": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(model_type="qwen3_vk")),
+        ["'qwen3_vk'", "'qwen3_vl'"],
+    ),
+    "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), ["tokenizer"]),
+    "no image settings": (lambda m: (m / "preprocessor_config.json").unlink(), ["preprocessor_config.json"]),
+    "other patches": (
+        lambda m: edit_json(m / "preprocessor_config.json", lambda c: c.update(patch_size=8)),
+        ["patch_size"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_MODELS)
+def test_broken_model(name: str, checkpoint: Path, tmp_path: Path, complaint: Callable[..., str]) -> None:
+    change, expected = BROKEN_MODELS[name]
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    change(model)
+    sentence = complaint({"model.path": str(model), "model.init": "load"})
+    for text in expected:
+        assert text in sentence
+
+
+def user(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": "7"}]
+
+
+GOOD = {"id": "good", "messages": user("<image>Which?"), "images": ["good.png"]}
+BROKEN_DATA: dict[str, tuple[Any, list[str]]] = {
+    "image that does not decode": ({**GOOD, "id": "bad", "images": ["broken.png"]}, ["'bad'", "broken.png"]),
+    "truncated image": ({**GOOD, "id": "bad", "images": ["half.png"]}, ["'bad'", "half.png"]),
+    "missing image": ({**GOOD, "id": "bad", "images": ["none.png"]}, ["'bad'", "none.png"]),
+    "more placeholders than images": (
+        {"id": "bad", "messages": user("<image><image>?"), "images": ["good.png"]},
+        ["'bad'", "2 image placeholders for 1 image"],
+    ),
+    "fewer placeholders than images": (
+        {"id": "bad", "messages": user("?"), "images": ["good.png"]},
+        ["'bad'", "0 image placeholders for 1 image"],
+    ),
+    "path outside the folder": ({**GOOD, "id": "bad", "images": ["../good.png"]}, ["entry 1", "'../good.png'"]),
+    "unknown role": ({"id": "bad", "messages": [{"role": "human", "content": "?"}]}, ["entry 1", "'human'"]),
+    "no messages": ({"id": "bad", "text": "?"}, ["entry 1", "'messages'"]),
+    "no object": (7, ["entry 1", "int"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_DATA)
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_broken_data(name: str, which: str, tmp_path: Path, complaint: Callable[..., str]) -> None:
+    entry, expected = BROKEN_DATA[name]
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.effect_noise((64, 64), 50).save(data / "good.png")
+    (data / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
+    shutil.copy(data / "good.png", data / "half.png")
+    truncate(data / "half.png")
+    (data / "set.json").write_text(json.dumps([GOOD, entry]))
+    (data / "good.json").write_text(json.dumps([GOOD]))
+    paths = {"data.train": str(data / "good.json"), "data.eval": str(data / "good.json"), "data.root": None}
+    sentence = complaint({**paths, f"data.{which}": str(data / "set.json")})
+    for text in expected:
+        assert text in sentence
+
+
+def test_sample_longer_than_the_largest_bucket(tmp_path: Path, complaint: Callable[..., str]) -> None:
+    (tmp_path / "set.json").write_text(json.dumps([{"id": "long", "messages": user("long " * 200)}]))
+    sentence = complaint({"data.train": str(tmp_path / "set.json")})
+    assert "'long'" in sentence
+    assert "the largest bucket holds 384" in sentence
+    sentence = complaint({"data.train": str(tmp_path / "set.json"), "data.max_tokens": 100})
+    assert "max_tokens is 100" in sentence
+
+
+@pytest.mark.parametrize(("content", "expected"), [("[", "not valid JSON"), ("[]", "is empty"), ("", "is empty")])
+def test_broken_data_file(content: str, expected: str, tmp_path: Path, complaint: Callable[..., str]) -> None:
+    (tmp_path / "set.json").write_text(content)
+    sentence = complaint({"data.train": str(tmp_path / "set.json")})
+    assert "set.json" in sentence
+    assert expected in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data.train": "nowhere/train.json"}, ["'nowhere/train.json'"]),
+        ({"model.path": "nowhere"}, ["model.path 'nowhere' is no folder"]),
+        ({"model.device": "gpu"}, ["model.device 'gpu' cannot be used"]),
+        ({"objective.name": "per_token"}, ["'per_token'", "'per_token_loss'"]),
+        ({"optimizer.no_decay": [".*nrom.*"]}, ["'.*nrom.*' matches none"]),
+        ({"data.patch_buckets": [126]}, ["multiples of merge_size**2 = 4, got 126"]),
+        ({"data.template": "nowhere.jinja"}, ["data.template 'nowhere.jinja' cannot be read"]),
+        ({"optimizer.rate": 1.0}, [":", "'optimizer.rate'", "'optimizer.lr'"]),
+    ],
+    ids=str,
+)
+def test_wrong_setting(changes: dict[str, Any], expected: list[str], complaint: Callable[..., str]) -> None:
+    sentence = complaint(changes)
+    for text in expected:
+        assert text in sentence
+
+
+def test_unknown_override_names_the_nearest(complaint: Callable[..., str]) -> None:
+    assert (
+        complaint({}, "train.step=3") == "override: unknown key 'train.step'; the nearest known key is 'train.steps'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--image", "none.png"], "image 'none.png' could not be decoded"),
+        (["--device", "gpu"], "model.device 'gpu' cannot be used"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+    ],
+)
+def test_generate(args: list[str], expected: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", str(checkpoint), "Which?", *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mmfn: error: ")
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+
+
+def test_eval_needs_a_set_and_a_place(
+    make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", str(make_config({"data.eval": None}))]) == 2
+    assert "needs data.eval" in capsys.readouterr().err
+    assert cli.main(["eval", str(make_config()), "--out", str(tmp_path / "no" / "a.json")]) == 2
+    assert "lies in a folder that does not exist" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""The command line end to end: a short run, its checkpoint in transformers, and how commands end."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmfn import cli
+from mmfn.train import setup
+
+ROOT = Path(__file__).parents[1]
+SLOW_SECONDS = 300
+
+
+def call(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=SLOW_SECONDS
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(small_demo: Path, full_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder laid out like build/demo, with a run of 30 steps made by `python -m mmfn train`."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name in ("images", "model", "train.json", "eval.json"):
+        (folder / name).symlink_to(small_demo / name)
+    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    config["model"]["path"] = str(folder / "model")
+    config["data"] |= {"train": str(folder / "train.json"), "eval": str(folder / "eval.json"), "root": str(full_demo)}
+    config["schedule"]["warmup_steps"] = 5
+    config["output"]["path"] = str(folder / "run")
+    (folder / "demo.yaml").write_text(yaml.safe_dump(config))
+    done = call("-m", "mmfn", "train", str(folder / "demo.yaml"), "train.steps=30", "train.log_every=10")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def test_train_prints_lines_and_where_things_are(demo: Path) -> None:
+    lines = (demo / "stdout.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("step=")] == ["step=10/30", "step=20/30", "step=30/30"]
+    evaluation = json.loads((demo / "run" / "eval.json").read_text())
+    right = f"{evaluation['num_correct']} of 24"
+    assert lines[-2] == f"held-out accuracy: {evaluation['accuracy']:.4f} ({right}), loss {evaluation['loss']:.4f}"
+    assert lines[-1] == f"report: {demo / 'run' / 'report.html'}"
+    assert (demo / "run" / "report.html").is_file()
+
+
+def test_training_learns(demo: Path) -> None:
+    records = [json.loads(line) for line in (demo / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["loss"] > 5
+    assert records[-1]["loss"] < 1.5
+
+
+def test_exported_checkpoint_answers_the_same_in_transformers(demo: Path) -> None:
+    done = call(str(ROOT / "examples" / "verify_export.py"), str(demo))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "24 of 24 greedy answers of transformers are the same" in done.stdout
+
+
+def test_eval_of_the_checkpoint_repeats_the_evaluation(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = demo / "again.json"
+    changes = [f"model.path={demo / 'run' / 'checkpoint'}", "model.init=load"]
+    assert cli.main(["eval", str(demo / "demo.yaml"), *changes, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    first, second = (json.loads(p.read_text()) for p in (demo / "run" / "eval.json", out))
+    assert second["answers"] == first["answers"]
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert printed == [(demo / "stdout.txt").read_text().splitlines()[-2]]
+
+
+def test_generate_answers_like_the_evaluation(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = json.loads((demo / "run" / "eval.json").read_text())["answers"][0]
+    checkpoint = str(demo / "run" / "checkpoint")
+    args = ["generate", checkpoint, "Which digit is this?", "--image", expected["images"][0], "--max-new-tokens", "4"]
+    assert cli.main(args) == 0
+    assert capsys.readouterr().out == expected["prediction"].strip() + "\n"
+
+
+def test_print_config_writes_nothing(make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_config()
+    assert cli.main(["train", str(path), "train.seed=3", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["train"]["seed"] == 3
+    assert "# override" in printed
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_interrupt_ends_with_130(
+    make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup, "prepare", interrupted)
+    assert cli.main(["train", str(make_config())]) == 130
+    assert capsys.readouterr().err == "mmfn: error: interrupted\n"
+
+
+def test_debug_keeps_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot read config"):
+        cli.main(["train", str(tmp_path / "none.yaml"), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "the following arguments are required: COMMAND; see mmfn --help"),
+        (["fit"], "invalid choice: 'fit'"),
+        (["train"], "the following arguments are required: CONFIG"),
+        (["train", "a.yaml", "--fast"], "unrecognized arguments: --fast"),
+        (["generate", "c", "p", "--max-new-tokens", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(args: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.startswith("mmfn: error: ")
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"]])
+def test_help_needs_no_torch(command: list[str]) -> None:
+    code = (
+        f"import sys\nfrom mmfn import cli\ntry: cli.main({[*command, '--help']!r})\n"
+        "except SystemExit as stop: assert stop.code == 0\nassert 'torch' not in sys.modules"
+    )
+    done = call("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: mmfn")
