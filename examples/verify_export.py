@@ -32,14 +32,18 @@ def main(folder: Path) -> int:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
     entries = json.loads((root / "eval.json").read_text(encoding="utf-8"))
-    ours = json.loads((folder / "run" / "eval.json").read_text(encoding="utf-8"))["answers"]
+    evaluation = json.loads((folder / "run" / "eval.json").read_text(encoding="utf-8"))
+    ours = evaluation["answers"]
     theirs: list[str] = []
     for first in range(0, len(entries), BATCH_SAMPLES):
         theirs += answers(entries[first : first + BATCH_SAMPLES], root, model, tokenizer, processor)
     different = [(a["id"], a["prediction"], b) for a, b in zip(ours, theirs, strict=True) if a["prediction"] != b]
     for identity, mine, other in different:
         print(f"verify: sample {identity}: mmfn answered {mine!r}, transformers {other!r}")
-    print(f"verify: {len(ours) - len(different)} of {len(ours)} greedy answers of transformers are the same")
+    same = len(ours) - len(different)
+    print(f"transformers loads the checkpoint; {same} of {len(ours)} of its greedy answers are the same as mmfn's")
+    print(f"held-out accuracy: {evaluation['accuracy']:.4f}")
+    print(f"report: {folder / 'run' / 'report.html'}")
     return 1 if different else 0
 
 
