@@ -15,7 +15,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 # Test processes share the cores: one thread each is faster than several that compete.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .PHONY: demo test test-full check format clean
 .DEFAULT_GOAL := test

@@ -16,6 +16,7 @@ from mmfn.train import setup
 
 ROOT = Path(__file__).parents[1]
 SLOW_SECONDS = 300
+pytestmark = pytest.mark.xdist_group("cli")  # one process, so that the run is made once
 
 
 def call(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
