@@ -39,16 +39,24 @@ def write(
     max_shard_bytes: int,
     overwrite: bool,
 ) -> None:
-    """Write a checkpoint beside `folder` and rename it into place: a reader sees the old folder or the new one.
+    """Write a checkpoint beside `folder` and rename it into place: a reader never sees half of one.
 
-    Raises ValueError when `folder` is not empty and `overwrite` is false, or `assets` is not a folder.
+    With `overwrite` the whole old checkpoint is replaced; between two renames there is none for a moment, and an
+    interrupt puts the old one back. A link is followed. Raises ValueError when `folder` exists and is neither empty
+    nor, with `overwrite`, a checkpoint, or `assets` is not a folder.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes} but must be positive; 5_000_000_000 is usual")
     if assets is not None and not assets.is_dir():
         raise ValueError(f"assets {assets} is not a folder; pass the folder that holds the tokenizer files")
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise ValueError(f"target {folder} exists and is not an empty folder; choose another or pass overwrite=True")
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise ValueError(
+                f"target {folder} exists and is not an empty folder; choose another or pass overwrite=True"
+            )
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"target {folder} is no checkpoint (no config.json) and stays as it is; choose another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         fresh = Path(scratch) / "new"
@@ -101,12 +109,11 @@ def _assets(folder: Path | None) -> Sequence[Path]:
 
 
 def _publish(fresh: Path, folder: Path, old: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        os.rename(folder, old)
-        try:
-            os.rename(fresh, folder)
-        except OSError:
-            os.rename(old, folder)
-            raise
-    else:
+    try:
+        if folder.exists():
+            os.rename(folder, old)
         os.rename(fresh, folder)
+    except BaseException:  # an interrupt too: the scratch folder, and the old checkpoint in it, is about to be deleted
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise

@@ -1,6 +1,7 @@
 """Reading and writing Hugging Face checkpoints: round trips with transformers, and what is refused."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -229,6 +230,52 @@ def test_the_target_is_complete_or_untouched(folder, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hub", "out"]  # no temporary folder is left
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_while_publishing_keeps_the_old_checkpoint(at, folder, tmp_path, monkeypatch):
+    model = mmfn.load_hf(folder)
+    target = tmp_path / "out"
+    mmfn.save_hf(target, model)
+    renames = []
+
+    def interrupted(source, destination, rename=os.rename):
+        renames.append(source)
+        if len(renames) == at:
+            raise KeyboardInterrupt
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mmfn.save_hf(target, replace(model, params=tree.map(lambda p: p + 1, model.params)), overwrite=True)
+    monkeypatch.undo()
+    assert_params_equal(mmfn.load_hf(target).params, model.params)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub", "out"]
+
+
+def test_links_are_followed(folder, tmp_path):
+    model = mmfn.load_hf(folder)
+    changed = replace(model, params=tree.map(lambda p: p + 1, model.params))
+    disk = tmp_path / "disk"
+    for name in ("empty", "absent"):
+        if name == "empty":
+            (disk / name).mkdir(parents=True)
+        link = tmp_path / name
+        link.symlink_to(disk / name)
+        for written in (model, changed):
+            mmfn.save_hf(link, written, overwrite=True)
+            assert link.is_symlink()
+            assert_params_equal(mmfn.load_hf(disk / name).params, written.params)
+    mmfn.save_hf(tmp_path / "copy", mmfn.load_hf(tmp_path / "absent"), assets=tmp_path / "absent")
+    assert_params_equal(mmfn.load_hf(tmp_path / "copy").params, changed.params)
+
+
+def test_only_a_checkpoint_is_overwritten(folder, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"work is no checkpoint \(no config.json\) and stays as it is"):
+        mmfn.save_hf(tmp_path / "work", mmfn.load_hf(folder), overwrite=True)
+    assert (tmp_path / "work" / "notes.txt").read_text() == "keep"
+
+
 def test_saving_refuses_bad_arguments(folder, tmp_path):
     model = mmfn.load_hf(folder)
     with pytest.raises(ValueError, match="max_shard_bytes is 0 but must be positive"):
@@ -236,8 +283,9 @@ def test_saving_refuses_bad_arguments(folder, tmp_path):
     with pytest.raises(ValueError, match="is not a folder; pass the folder that holds the tokenizer"):
         mmfn.save_hf(tmp_path / "out", model, assets=tmp_path / "none")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="is not an empty folder"):
-        mmfn.save_hf(tmp_path / "file", model, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"file exists and is not an empty folder|file is no checkpoint"):
+            mmfn.save_hf(tmp_path / "file", model, overwrite=overwrite)
     assert not (tmp_path / "out").exists()
 
 
