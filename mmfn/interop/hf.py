@@ -35,10 +35,9 @@ def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None 
 
     The draws depend on `seed` and each parameter's path only. Raises ValueError for an unsupported config.
     """
-    hf_config = copy.deepcopy(dict(hf_config))
     found, cfg = _resolve(hf_config)
     params = spec.init_params(found.specs(cfg), seed, dtype)
-    return Model(family=found, cfg=cfg, params=params, hf_config=hf_config)
+    return Model(family=found, cfg=cfg, params=params, hf_config=copy.deepcopy(dict(hf_config)))
 
 
 def to_hf(values: Tree, model: Model) -> dict[str, Tensor]:
@@ -82,7 +81,8 @@ def save_hf(
     """Write the model as a Hugging Face checkpoint that transformers loads with no missing and no unexpected key.
 
     `assets`: a folder whose tokenizer, processor, template and generation files are copied beside the weights. The
-    folder appears complete or not at all. Raises ValueError when it exists and is not empty, unless `overwrite`.
+    folder appears complete or not at all. `overwrite` replaces a checkpoint with all that is in its folder. Raises
+    ValueError when the folder exists and is neither empty nor a checkpoint to overwrite.
     """
     export.write(
         Path(path),
@@ -95,6 +95,11 @@ def save_hf(
 
 
 def _resolve(hf_config: Mapping[str, Any]) -> tuple[Family, Any]:
+    if not isinstance(hf_config, Mapping):
+        raise ValueError(
+            f"hf_config is a {type(hf_config).__name__} but must be the dict of a config.json; pass its to_dict() "
+            "if it is a config object of transformers"
+        )
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str):
         raise ValueError(f"model_type is {model_type!r} but must name a model family; pass the dict of a config.json")

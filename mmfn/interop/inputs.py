@@ -50,7 +50,7 @@ def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
         raise ValueError(
             f"input_ids is missing from inputs with keys {sorted(inputs)}; pass all of a processor's result"
         )
-    text = {key: _tensor(key, inputs[key]).to(torch.int64) for key in _TEXT_KEYS if key in inputs}
+    text = {key: _integers(key, inputs[key]) for key in _TEXT_KEYS if key in inputs}
     ids_BS = text["input_ids"]
     for key, value in text.items():
         if value.ndim != 2 or value.shape != ids_BS.shape:
@@ -92,6 +92,14 @@ def _tensor(key: str, value: Any) -> Tensor:
             f"{key} of type {type(value).__name__} is no rectangular array of numbers; pass return_tensors='pt' and "
             "padding=True to the processor"
         ) from error
+
+
+def _integers(key: str, value: Any) -> Tensor:
+    """int64 on the CPU."""
+    tensor = _tensor(key, value)
+    if tensor.is_floating_point() and tensor.numel():  # an empty list is an array of floats
+        raise ValueError(f"{key} is of {tensor.dtype} but integers are needed; pass the processor's own result")
+    return tensor.to(torch.int64)
 
 
 def _kept(mask_S: Tensor, row: int) -> Tensor:
@@ -138,7 +146,7 @@ def _media(inputs: Mapping[str, Any], kind: int, merge_size: int, patch_values: 
     if pixels is None or grids is None:
         absent, present = (pixels_key, grids_key) if pixels is None else (grids_key, pixels_key)
         raise ValueError(f"{absent} is missing although {present} is given; pass both")
-    patches_PF, grids_N3 = _tensor(pixels_key, pixels), _tensor(grids_key, grids).to(torch.int64)
+    patches_PF, grids_N3 = _tensor(pixels_key, pixels), _integers(grids_key, grids)
     if grids_N3.ndim != 2 or grids_N3.shape[1] != 3 or bool((grids_N3 < 1).any()):
         raise ValueError(f"{grids_key} of shape {list(grids_N3.shape)} must be [media, 3] with entries of at least 1")
     if bool((grids_N3[:, 1:] % merge_size).any()):

@@ -109,6 +109,8 @@ def test_quantized_and_unknown_models_are_refused(hf):
         mmfn.init(hf | {"model_type": "qwen3vl"})
     with pytest.raises(ValueError, match="model_type is None but must name a model family"):
         mmfn.init({})
+    with pytest.raises(ValueError, match=r"hf_config is a Qwen3VLConfig but must be the dict .* pass its to_dict\(\)"):
+        mmfn.init(oracles.config())
 
 
 def test_init_draws_as_transformers_does(hf):

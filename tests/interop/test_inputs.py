@@ -100,6 +100,11 @@ def edited(inputs, key, edit):
         (lambda i: i | {"input_ids": i["input_ids"][0]}, r"input_ids has shape \[\d+\] but \[rows, columns\]"),
         (lambda i: i | {"attention_mask": i["attention_mask"][:, 1:]}, "attention_mask has shape"),
         (lambda i: i | {"input_ids": [[1, 2], [3]]}, "input_ids of type list is no rectangular array of numbers"),
+        (lambda i: i | {"input_ids": i["input_ids"] + 0.5}, "input_ids is of torch.float32 but integers are needed"),
+        (
+            lambda i: i | {"image_grid_thw": i["image_grid_thw"].double()},
+            "image_grid_thw is of torch.float64 but integers",
+        ),
         (lambda i: i | {"pixel_values": "an image"}, "pixel_values of type str is no rectangular array of numbers"),
         (lambda i: edited(i, "input_ids", lambda x: x.__setitem__((0, 0), 97)), r"range over \d+..97 but .* has 97"),
         (lambda i: edited(i, "input_ids", lambda x: x.__setitem__((0, 0), -1)), "range over -1"),
