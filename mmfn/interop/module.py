@@ -23,13 +23,12 @@ class ModelModule(nn.Module):
         super().__init__()
         self._model = replace(model, params=None)
         self._ops = ops
-        for name, child in model.params.items():
-            self.add_module(name, _wrap(child))
+        _register(self, model.params)
 
     @property
     def params(self) -> Tree:
         """The parameters as a tree, the module's own `nn.Parameter`s as leaves."""
-        return {name: _unwrap(child) for name, child in self.named_children()}
+        return _unwrap(self)
 
     def forward(self, batch: Batch, objective: str | None = None) -> Any:
         """`logits_TV` of the real tokens, or `(loss, metrics)` when an objective is named (see `mmfn.loss`)."""
@@ -62,19 +61,20 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
     return fn, {name: value.detach() for name, value in module.named_parameters()}
 
 
-def _wrap(node: Tree) -> nn.Module:
+def _register(module: nn.Module, node: Tree) -> None:
     """A module per inner node of the tree; the children of a list are named by their index."""
-    module = nn.ModuleList() if isinstance(node, list) else nn.Module()
     for name, child in enumerate(node) if isinstance(node, list) else node.items():
         if isinstance(child, Tensor):
             module.register_parameter(str(name), nn.Parameter(child.detach()))
         else:
-            module.add_module(str(name), _wrap(child))
-    return module
+            inner = nn.ModuleList() if isinstance(child, list) else nn.Module()
+            _register(inner, child)
+            module.add_module(str(name), inner)
 
 
 def _unwrap(module: nn.Module) -> Tree:
     children = {name: _unwrap(child) for name, child in module.named_children()}
+    children |= dict(module.named_parameters(recurse=False))
     if isinstance(module, nn.ModuleList):
-        return list(children.values())
-    return {**children, **dict(module.named_parameters(recurse=False))}
+        return [children[str(i)] for i in range(len(children))]
+    return children

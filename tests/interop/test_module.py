@@ -50,6 +50,14 @@ def test_forward_is_logits_or_loss_and_gradients_flow(model, batch):
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(got), tree.leaves(grads), strict=True))
 
 
+def test_a_tree_of_any_nesting_becomes_a_module_and_back(model):
+    params = {"scale": torch.ones(2), "layers": [{"w": torch.zeros(1)}, torch.ones(3)] + [{}] * 10, "none": []}
+    module = as_module(replace(model, params=params))
+    assert tree.paths(module.params) == tree.paths(params)
+    assert torch.equal(module.params["layers"][1], params["layers"][1])
+    assert (len(module.params["layers"]), module.params["none"]) == (12, [])
+
+
 def test_a_torch_optimizer_can_step_it(model, batch):
     own = replace(model, params=tree.map(torch.clone, model.params))
     module = as_module(own)
