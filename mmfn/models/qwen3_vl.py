@@ -167,7 +167,9 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None
         x_TD = torch.where(is_visual_T[:, None], placed_TD, x_TD)
 
     def add_deepstack(i: int, x_TD: Tensor) -> Tensor:
-        return x_TD + ops.place_features(deepstack[i], batch.feature_index_T) if i < len(deepstack) else x_TD
+        if i >= len(deepstack):
+            return x_TD
+        return x_TD + ops.place_features(deepstack[i].to(x_TD.dtype), batch.feature_index_T)
 
     cos_TR, sin_TR = rope.interleaved(batch.positions_3T, cfg.rope_sections, cfg.rope_theta)
     xs = (cos_TR.to(x_TD.dtype), sin_TR.to(x_TD.dtype), batch.segments)

@@ -284,6 +284,25 @@ def test_bfloat16_follows_transformers(pair):
     assert own_error < 1.5 * their_error + 1e-3
 
 
+@pytest.mark.parametrize(("text", "vision"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float64")])
+def test_tower_and_text_may_differ_in_dtype(pair, text, vision):
+    oracle, model = pair
+    dtypes = {"text": getattr(torch, text), "vision": getattr(torch, vision)}
+    params = {key: tree.map(lambda p, key=key: p.to(dtypes[key]), value) for key, value in model.params.items()}
+    mixed_oracle = copy.deepcopy(oracle)
+    mixed_oracle.model.language_model.to(dtypes["text"])
+    mixed_oracle.model.visual.to(dtypes["vision"])
+    mixed_oracle.tie_weights()
+    inputs = oracles.inputs(oracle.config, 2, rows=1, images=1, videos=0)
+    got_TV = mmfn.logits(replace(model, params=params), mmfn.batch_from_hf(inputs, model))
+    want_TV = oracles.real_logits(mixed_oracle, inputs).detach()
+    assert got_TV.dtype == want_TV.dtype == dtypes["text"]
+    tolerance = (
+        {"rtol": RTOL, "atol": ATOL} if vision == "float64" else {"rtol": 0.05, "atol": 0.08}
+    )  # rounding of bf16
+    torch.testing.assert_close(got_TV, want_TV, **tolerance)
+
+
 def test_the_same_call_twice_is_bitwise_equal_and_changes_no_input(pair):
     oracle, model = pair
     batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 1, rows=2), model)
