@@ -226,7 +226,7 @@ def _feature_index(samples: Sequence[Sample], T: int, none: int, merge_size: int
     """Features are numbered sample by sample, images before videos; `none` marks text."""
     parts, first = [], 0
     for s in samples:
-        index_T = torch.where(s.kinds_T == TEXT, none, 0)
+        index_T = torch.full_like(s.kinds_T, none)
         for kind, media in ((IMAGE, s.images), (VIDEO, s.videos)):
             if media:
                 is_kind_T = s.kinds_T == kind

@@ -60,6 +60,11 @@ def test_features_are_numbered_images_before_videos(two):
     assert batch.visual.segments.offsets_N.tolist() == [0, 8, 12, 16]
 
 
+def test_only_images_and_videos_take_features():
+    batch = packed(sample([TEXT, 3, IMAGE, TEXT], images=(media(1, 2, 2),)))
+    assert batch.feature_index_T.tolist() == [1, 1, 0, 1]
+
+
 def test_coordinates_follow_merge_blocks(two):
     coords = packed(*two).visual.coords_P4.tolist()
     assert [c[:2] for c in coords[:8]] == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
