@@ -2,12 +2,13 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
 
+from mmfn.interop.keymap import KeyMap
 from mmfn.tree import Tree
 
 if __name__ != "mmfn.models":
@@ -25,7 +26,12 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The functions every family module defines, under the same names."""
+    """The functions every family module defines, under the same names.
+
+    Code shared by the families reads these fields of a Config: `vocab_size`, `image_token_id`, `video_token_id`, and of
+    `vision` (a `layers.vision.VisionConfig`, or one like it) `merge_size`, `patch_values`, `patch_size` and
+    `temporal_patch_size`. A new family is one module with these functions and one line in `FAMILIES`.
+    """
 
     name: str
     config_from_hf: Callable[[Mapping[str, Any]], Any]  # config.json -> Config
@@ -33,7 +39,7 @@ class Family:
     apply: Callable[..., Output]  # (params, batch, cfg, ops, cache=None)
     head: Callable[..., Tensor]  # (params, cfg, ops) -> weight_VD
     positions: Callable[..., Tensor]  # (sample, cfg) -> int64[3, T]
-    key_map: Callable[[Any], Any]  # cfg -> KeyMap
+    key_map: Callable[[Any], KeyMap]
     empty_cache: Callable[..., Any]  # (cfg, num_rows, num_columns, dtype, device) -> a tree per layer, for generation
 
 
@@ -48,5 +54,5 @@ def family(model_type: str) -> Family:
             f"model_type {model_type!r} is not supported; nearest is {near[0]!r}, known: {sorted(FAMILIES)}"
         )
     module = importlib.import_module(FAMILIES[model_type])
-    names = ("config_from_hf", "specs", "apply", "head", "positions", "key_map", "empty_cache")
-    return Family(name=model_type, **{n: getattr(module, n) for n in names})
+    functions = {f.name: getattr(module, f.name) for f in fields(Family) if f.name != "name"}
+    return Family(name=model_type, **functions)
