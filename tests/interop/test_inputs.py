@@ -4,10 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature, Qwen3VLConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import mmfn
 from mmfn import tree
 from mmfn.batch import IGNORE
+from mmfn.interop.checkpoint import read_config
+from mmfn.interop.hf import from_hf
 from tests import oracles
 
 F = 3 * 2 * 3 * 3
@@ -148,6 +153,31 @@ def test_more_or_fewer_images_than_placeholders_are_refused(model, inputs):
         del inputs[key]
     with pytest.raises(ValueError, match=r"has \d+ image placeholder tokens but the next 0 images give 0 features"):
         mmfn.batch_from_hf(inputs, model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_the_librarys_tokenizer_and_image_processor_return_is_read(side, full_demo):
+    folder = full_demo / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    files = sorted((full_demo / "images").rglob("*.png"))
+    images = [Image.open(file).resize(size) for file, size in zip(files, [(8, 8), (20, 9), (12, 30)], strict=False)]
+    media = processor(images=images, return_tensors="pt")
+    counts = (media["image_grid_thw"].prod(-1) // processor.merge_size**2).tolist()
+    pads = ["<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in counts]
+    texts = [f"{pads[0]}{pads[1]} Which digits are these?", "No image.", f"Look: {pads[2]}."]
+    inputs = {**tokenizer(texts, return_tensors="pt", padding=True), **media}
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).long()
+
+    model = mmfn.init(read_config(folder))
+    batch = mmfn.batch_from_hf(BatchFeature(inputs), model)
+    oracle = oracles.build(Qwen3VLConfig.from_pretrained(folder))
+    named = {name: p.detach() for name, p in oracle.named_parameters()}
+    model = replace(model, params=from_hf(named, model))
+    want_TV = oracles.real_logits(oracle, inputs).detach()
+    torch.testing.assert_close(mmfn.logits(model, batch), want_TV, rtol=oracles.RTOL, atol=oracles.ATOL)
+    arrays = {**tokenizer(texts, return_tensors="np", padding=True), **processor(images=images, return_tensors="np")}
+    assert same(mmfn.batch_from_hf(arrays, model), batch)
 
 
 def test_the_batch_is_on_the_models_device(model, inputs):
