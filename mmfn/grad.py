@@ -29,7 +29,7 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
             out = fn(tree.unflatten(structure, inputs), *args, **kwargs)
             value, aux = out if has_aux else (out, None)
             if not isinstance(value, Tensor) or value.ndim != 0:
-                raise ValueError(f"value_and_grad needs a function that returns a scalar tensor, got {_describe(value)}")
+                raise ValueError(f"value_and_grad needs a function that returns a scalar tensor; got {_name(value)}")
             grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
         detached = value.detach()
         result = (detached, tree.map(_detach, aux)) if has_aux else detached
@@ -42,5 +42,5 @@ def _detach(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
-def _describe(value: Any) -> str:
+def _name(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -81,5 +81,5 @@ def test_checkpoint_and_custom_function_inside() -> None:
 
 @pytest.mark.parametrize(("result", "shown"), [(torch.ones(2), r"shape \(2,\)"), (3.0, "float"), (None, "NoneType")])
 def test_refuses_what_is_no_scalar(result: object, shown: str) -> None:
-    with pytest.raises(ValueError, match=f"returns a scalar tensor, got {shown}"):
+    with pytest.raises(ValueError, match=f"returns a scalar tensor; got {shown}"):
         value_and_grad(lambda p: result)({"a": torch.ones(1)})

@@ -257,6 +257,8 @@ def _adamw_fused_(
 ) -> None:
     """torch's fused kernel with the clip folded in: it divides by `grad_scale`, overwrites the gradients, and writes
     nothing where `found_inf` is 1."""
+    for param, grad, moment in zip(params, grads, m, strict=True):
+        assert param.shape == grad.shape == moment.shape, f"{param.shape}, {grad.shape}, {moment.shape}"
     grads, inverse = own(grads), None
     if scale is not None and scale.dtype == torch.float64:  # the kernel reads its scale as float32
         torch._foreach_mul_(grads, scale)

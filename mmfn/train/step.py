@@ -19,14 +19,14 @@ from mmfn.ops import Ops
 from mmfn.parallel.program import Program
 from mmfn.train import optim
 from mmfn.train.objective import Objective, loss_fn, resolve, weigh
-from mmfn.train.optim import Transform, Update, UpdateFn
+from mmfn.train.optim import Leaves, Transform, Update, UpdateFn
 from mmfn.train.schedule import Schedule
 from mmfn.tree import Tree
 
 State = dict[str, Any]
 Metrics = dict[str, Tensor]
 Step = Callable[[State, Sequence[Batch]], tuple[State, Metrics]]
-Gradients = Callable[[Tree, Batch], tuple[list[Tensor], Metrics]]
+Gradients = Callable[[Tree, Batch], tuple[Leaves, Metrics]]
 
 
 def init_state(params: Tree, optimizer: Transform) -> State:
@@ -61,16 +61,21 @@ def make_step(
     """
     paths = tree.paths(program.specs)
     weights = resolve(objective)
-    gradients = _gradients(family, cfg, program.ops)
-    apply_ = _apply(paths, optimizer.update(paths), schedule, "fused" if program.compile == "none" else "traced")
+    gradients = _gradients(paths, family, cfg, program.ops)
+    apply_ = _apply(optimizer.update(paths), schedule, "fused" if program.compile == "none" else "traced")
 
     def one(state: State, batch: Batch) -> tuple[State, Metrics]:
         (weighed,) = weigh([batch], weights)
-        return apply_(state, *gradients(state["params"], weighed))
+        return finish(state, apply_, *gradients(state["params"], weighed))
+
+    def finish(state: State, run: Callable[..., Any], grads: Leaves, sums: Metrics) -> tuple[State, Metrics]:
+        leaves = dict(zip(paths, tree.leaves(state["params"]), strict=True))
+        opt, metrics = run(leaves, grads, state["opt"], state["step"])
+        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, {**sums, **metrics}
 
     run_one: Callable[..., tuple[State, Metrics]] = program.jit(one)
-    run_gradients: Gradients = program.jit(gradients) if program.compile == "step" else gradients
-    run_apply: Callable[..., tuple[State, Metrics]] = apply_ if program.compile == "none" else program.jit(apply_)
+    run_gradients = program.jit(gradients) if program.compile == "step" else gradients
+    run_apply = apply_ if program.compile == "none" else program.jit(apply_)
 
     @torch.no_grad()
     def step(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
@@ -80,40 +85,35 @@ def make_step(
             if program.compile == "step" and len(microbatches) == 1:
                 return run_one(state, microbatches[0])
             grads, sums = scan_gradients(run_gradients, state["params"], weigh(microbatches, weights))
-            return run_apply(state, optim.own(grads), sums)
+            return finish(state, run_apply, dict(zip(grads, optim.own(list(grads.values())), strict=True)), sums)
 
     return step
 
 
-def _gradients(family: Family, cfg: Any, ops: Ops) -> Gradients:
+def _gradients(paths: Sequence[str], family: Family, cfg: Any, ops: Ops) -> Gradients:
     differentiate = value_and_grad(lambda params, batch: loss_fn(params, batch, family, cfg, ops), has_aux=True)
 
-    def gradients(params: Tree, batch: Batch) -> tuple[list[Tensor], Metrics]:
+    def gradients(params: Tree, batch: Batch) -> tuple[Leaves, Metrics]:
         (_, metrics), grads = differentiate(params, batch)
-        return tree.leaves(grads), metrics
+        return dict(zip(paths, tree.leaves(grads), strict=True)), metrics
 
     return gradients
 
 
-def _apply(
-    paths: Sequence[str], update: UpdateFn, schedule: Schedule, kernel: str
-) -> Callable[..., tuple[State, Metrics]]:
-    """`apply(state, grads, sums) -> (state, metrics)`: one optimizer update; everything given is consumed."""
+def _apply(update: UpdateFn, schedule: Schedule, kernel: str) -> Callable[..., tuple[Tree, Metrics]]:
+    """`apply_(params, grads, opt, step) -> (opt, metrics)`: one optimizer update; parameters are written in place."""
 
-    def apply_(state: State, grads: list[Tensor], sums: Metrics) -> tuple[State, Metrics]:
-        keyed = dict(zip(paths, grads, strict=True))
-        params = dict(zip(paths, tree.leaves(state["params"]), strict=True))
-        lr, norm = schedule(state["step"]), optim.global_norm(keyed)
+    def apply_(params: Leaves, grads: Leaves, opt: Tree, step: Tensor) -> tuple[Tree, Metrics]:
+        lr, norm = schedule(step), optim.global_norm(grads)
         finite = torch.isfinite(norm)
-        given = Update(params=params, grads=keyed, norm=norm, finite=finite, lr=lr, kernel=kernel)
-        _, opt = update(given, state["opt"])
-        metrics = {**sums, "grad_norm": norm, "lr": lr, "skipped": (~finite).to(torch.int64)}
-        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, metrics
+        given = Update(params=params, grads=grads, norm=norm, finite=finite, lr=lr, kernel=kernel)
+        _, opt = update(given, opt)
+        return opt, {"grad_norm": norm, "lr": lr, "skipped": (~finite).to(torch.int64)}
 
     return apply_
 
 
-def scan_gradients(gradients: Gradients, params: Tree, microbatches: Sequence[Batch]) -> tuple[list[Tensor], Metrics]:
+def scan_gradients(gradients: Gradients, params: Tree, microbatches: Sequence[Batch]) -> tuple[Leaves, Metrics]:
     """Sum `gradients(params, batch) -> (leaves, metrics)` over micro-batches, in float32 or wider if there are several.
 
     The running sum is built leaf by leaf, freeing each gradient behind it; out of place, since autograd may return one
@@ -122,9 +122,8 @@ def scan_gradients(gradients: Gradients, params: Tree, microbatches: Sequence[Ba
     total, sums = gradients(params, microbatches[0])
     for batch in microbatches[1:]:
         more, metrics = gradients(params, batch)
-        for i, grad in enumerate(total):
+        for path, grad in total.items():
             dtype = optim.wide(grad.dtype)
-            total[i] = grad.to(dtype) + more[i].to(dtype)
-            more[i] = grad.new_empty(0)
+            total[path] = grad.to(dtype) + more.pop(path).to(dtype)
         sums = {name: value + metrics[name] for name, value in sums.items()}
     return total, sums
