@@ -119,7 +119,8 @@ class _Meter:
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
-        self.last = self.start = time.perf_counter()
+        self.last = time.perf_counter()
+        self.first = 0.0  # when the first step was done: it may have compiled, so it says nothing about the rest
         self.window: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS)
 
     def finish(self, facts: Record, metrics: Metrics) -> Record:
@@ -127,16 +128,18 @@ class _Meter:
         numbers = {name: metrics[name].item() for name in ("loss", "grad_norm", "lr", "skipped")}
         now = time.perf_counter()
         step_s, self.last = now - self.last, now
+        self.first = self.first or now
         self.window.append((facts["tokens"], step_s))
         tokens, seconds = map(sum, zip(*self.window, strict=True))
-        left_s = (self.num_steps - facts["step"]) * (now - self.start) / facts["step"]
+        done = facts["step"] - 1
+        per_step_s = (now - self.first) / done if done else step_s
         return {
             "step": facts["step"],
             **numbers,
             **facts,
             "step_s": round(step_s, 6),
             "tokens_per_s": round(tokens / seconds, 1),
-            "eta_s": round(left_s, 1),
+            "eta_s": round((self.num_steps - facts["step"]) * per_step_s, 1),
         }
 
 
