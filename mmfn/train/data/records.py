@@ -56,12 +56,13 @@ def parse_record(entry: Any, default_id: str) -> Record:
     """One decoded entry -> `Record`. Raises ValueError with one sentence (the caller adds the file and index)."""
     if not isinstance(entry, dict):
         raise ValueError(f"an entry must be an object, got {type(entry).__name__}")
+    _check_text(entry)
     if ("messages" in entry) == ("conversations" in entry):
         raise ValueError("an entry needs exactly one of 'messages' and 'conversations'")
     if entry.get("audios"):
         raise ValueError("'audios' are not supported; remove them from the entry")
     identity = entry.get("id", default_id)
-    if not isinstance(identity, str | int):
+    if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise ValueError(f"'id' must be a string or an integer, got {identity!r}")
     listed: dict[str, list[Any]] = {kind: _media_list(entry, kind) for kind in MEDIA}
     media: dict[str, list[Any]] = {kind: [] for kind in MEDIA}
@@ -113,15 +114,26 @@ def _entries(path: Path) -> Iterator[Any]:
     if text.lstrip()[:1] == "[":
         try:
             yield from json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"dataset {str(path)!r} is not valid JSON ({error}); repair the file") from None
         return
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold U+2028
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"dataset {str(path)!r}, line {number}: not valid JSON ({error}); repair it") from None
+
+
+def _check_text(entry: Mapping[str, Any]) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise ValueError(f"the text holds {half!r}, which is half a character; remove it or write it whole") from None
+    except RecursionError:
+        raise ValueError("the entry is nested too deeply; flatten it") from None
 
 
 def _raw_messages(entry: Mapping[str, Any]) -> list[Any]:
@@ -135,9 +147,10 @@ def _raw_messages(entry: Mapping[str, Any]) -> list[Any]:
 def _from_llava(place: int, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise ValueError(f"message {place}: a turn of 'conversations' needs 'from' and 'value', got {turn!r}")
-    if turn["from"] not in LLAVA_ROLES:
-        raise ValueError(f"message {place}: 'from' must be one of {sorted(LLAVA_ROLES)}, got {turn['from']!r}")
-    return {"role": LLAVA_ROLES[turn["from"]], "content": turn["value"]}
+    speaker = turn["from"]
+    if not isinstance(speaker, str) or speaker not in LLAVA_ROLES:
+        raise ValueError(f"message {place}: 'from' must be one of {sorted(LLAVA_ROLES)}, got {speaker!r}")
+    return {"role": LLAVA_ROLES[speaker], "content": turn["value"]}
 
 
 def _parse_message(message: Any, place: int) -> dict[str, Any]:
@@ -194,18 +207,17 @@ def _media_list(entry: Mapping[str, Any], kind: str) -> list[Any]:
 
 
 def _media_path(path: Any, kind: str) -> str | tuple[str, ...]:
-    if isinstance(path, str) and path:
-        return path
-    if kind == "video" and isinstance(path, list) and path and all(isinstance(p, str) and p for p in path):
-        return tuple(path)
-    raise ValueError(f"a path of '{kind}s' must be a non-empty string, got {path!r}")
+    frames = path if kind == "video" and isinstance(path, list) else [path]
+    if frames and all(isinstance(frame, str) and frame and "\0" not in frame for frame in frames):
+        return tuple(frames) if frames is path else frames[0]
+    raise ValueError(f"a path of '{kind}s' must be a non-empty string without null characters, got {path!r}")
 
 
 def _tools(raw: Any) -> tuple[Mapping[str, Any], ...]:
     if isinstance(raw, str) and raw.strip():
         try:
             raw = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"'tools' is a string but not JSON ({error})") from None
     if not raw:
         return ()
