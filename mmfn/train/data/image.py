@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,15 +105,27 @@ _FIXED = {
 def decode_image(source: str | PathLike[str] | bytes) -> Tensor:
     """An image file (path) or its bytes -> uint8[3, H, W], RGB, turned upright by its EXIF orientation.
 
-    Raises ValueError naming the file when it is missing, truncated, or no image. Source: `load_image` of transformers.
+    Raises ValueError naming the file when it is missing, truncated, no image, or holds values that 8 bits do not.
+    Source: `load_image` of transformers, which clips such values at 255: a 16-bit image turns white.
     """
     name = "image bytes" if isinstance(source, bytes) else f"image {str(source)!r}"
     try:
+        if not isinstance(source, bytes):
+            check_regular(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            array = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+            image = ImageOps.exif_transpose(opened)
+            if image.mode[0] in "IF" and not np.array_equal(np.asarray(image), np.asarray(image.convert("L"))):
+                raise ValueError(f"its {image.mode} values do not fit 8 bits, scale them to 0 ... 255")
+            array = np.array(image.convert("RGB"))
     except Exception as error:  # decoders raise about anything: OSError, SyntaxError, struct.error, zlib.error
         raise ValueError(f"{name} could not be decoded ({error}); replace the file or remove its sample") from error
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def check_regular(source: str | PathLike[str]) -> None:
+    """Raise ValueError for a folder, pipe or device: it may never end. Missing files are left to the reader."""
+    if Path(source).exists() and not Path(source).is_file():
+        raise ValueError("it is no regular file")
 
 
 def preprocess_image(image_u8: Tensor, spec: ImageSpec) -> Media:

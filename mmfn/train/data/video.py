@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import Media
-from mmfn.train.data.image import ImageSpec, decode_image, normalize, patchify, resize, target_size
+from mmfn.train.data.image import ImageSpec, check_regular, decode_image, normalize, patchify, resize, target_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,11 @@ class VideoSpec:
     max_frames: int = 768
 
     def __post_init__(self) -> None:
-        if not self.fps > 0:
-            raise ValueError(f"fps of a video processor must be positive, got {self.fps!r}")
+        if type(self.fps) not in (int, float) or not 0 < self.fps < float("inf"):
+            raise ValueError(f"fps of a video processor must be a positive number, got {self.fps!r}")
+        for name in ("min_frames", "max_frames"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} of a video processor must be an integer, got {getattr(self, name)!r}")
         if not self.pixels.temporal_patch_size <= self.min_frames <= self.max_frames:
             raise ValueError(
                 f"a video processor needs temporal_patch_size <= min_frames <= max_frames, got "
@@ -84,6 +87,7 @@ def decode_video(source: str | PathLike[str], spec: VideoSpec) -> tuple[Tensor, 
             "of frame images"
         ) from error
     try:
+        check_regular(source)
         with av.open(str(source)) as container:
             stream = container.streams.video[0]
             arrays = _decode_frames(container, stream, spec)

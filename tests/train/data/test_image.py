@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,34 @@ def test_broken_image_is_one_sentence(tmp_path, content):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="image bytes could not be decoded"):
         decode_image(content)
+
+
+@pytest.mark.parametrize(
+    ("values", "fits"),
+    [
+        (np.array([[0, 255]], np.uint16), True),
+        (np.array([[0, 256]], np.uint16), False),
+        (np.array([[0, 70_000]], np.int32), False),
+        (np.array([[0.0, 0.5]], np.float32), False),
+        (np.array([[0.0, np.nan]], np.float32), False),
+        (np.array([[0.0, 255.0]], np.float32), True),
+    ],
+    ids=str,
+)
+def test_values_beyond_8_bits_are_refused_not_clipped(tmp_path, values, fits):
+    path = tmp_path / "a.tiff"
+    Image.fromarray(values).save(path)
+    if fits:
+        assert decode_image(path).tolist() == [values.astype(int).tolist()] * 3
+    else:
+        with pytest.raises(ValueError, match="values do not fit 8 bits"):
+            decode_image(path)
+
+
+def test_a_pipe_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png' could not be decoded \(it is no regular file\)"):
+        decode_image(tmp_path / "a.png")
 
 
 def test_missing_image_is_named(tmp_path):

@@ -110,7 +110,10 @@ def test_broken_video_files(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"fps": 0}, "fps of a video processor must be positive"),
+        ({"fps": 0}, "fps of a video processor must be a positive number, got 0"),
+        ({"fps": "2"}, "fps of a video processor must be a positive number, got '2'"),
+        ({"min_frames": "4"}, "min_frames of a video processor must be an integer, got '4'"),
+        ({"max_frames": True}, "max_frames of a video processor must be an integer, got True"),
         ({"min_frames": 9, "max_frames": 8}, "temporal_patch_size <= min_frames <= max_frames, got 2, 9, 8"),
         ({"min_frames": 1}, "got 2, 1, 768"),
         ({"num_frames": 8}, "'num_frames' is 8, only None"),
