@@ -67,7 +67,10 @@ class Dataset:
         record = self.records[index]
         turns = [place for place, message in enumerate(record.messages) if message["role"] == "assistant"]
         if not turns or turns[-1] == 0:
-            raise ValueError(f"sample {record.id!r} has no assistant turn after a prompt; give it one to compare with")
+            raise ValueError(
+                f"sample {record.id!r} of {str(self.path)!r} has no assistant turn after a prompt; give it one to "
+                "compare with"
+            )
         before = record.messages[: turns[-1]]
         full, texts = self._load(index)
         images = full.images[: count_media(before, "image")]
@@ -97,8 +100,8 @@ class Dataset:
         num_tokens = encoded.tokens_T.numel()
         if self.max_tokens is not None and num_tokens > self.max_tokens:
             raise ValueError(
-                f"sample {record.id!r} has {num_tokens} tokens but max_tokens is {self.max_tokens}; raise max_tokens, "
-                "shorten the sample or lower the pixel budget of the processor"
+                f"sample {record.id!r} of {str(self.path)!r} has {num_tokens} tokens but max_tokens is "
+                f"{self.max_tokens}; raise max_tokens, shorten the sample or lower the pixel budget of the processor"
             )
         sample = Sample(
             tokens_T=encoded.tokens_T,
@@ -128,7 +131,11 @@ class Dataset:
             raise ValueError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
 
     def _image(self, name: str) -> Media:
-        return preprocess_image(decode_image(self._resolve(name)), self.processor.image)
+        image_u8 = decode_image(self._resolve(name))
+        try:
+            return preprocess_image(image_u8, self.processor.image)
+        except ValueError as error:
+            raise ValueError(f"image {name!r}: {error}") from error
 
     def _video(self, name: str | tuple[str, ...]) -> tuple[Media, VideoText]:
         spec = self.processor.video
@@ -144,7 +151,10 @@ class Dataset:
         return media, VideoText(times=tuple(groups), tokens_per_group=per_group)
 
     def _resolve(self, name: str) -> Path:
-        path = (self.media_root / name).resolve()  # follows links, so that a link cannot lead outside either
+        try:
+            path = (self.media_root / name).resolve()  # follows links, so that a link cannot lead outside either
+        except (RuntimeError, OSError) as error:  # a loop of links: RuntimeError up to Python 3.12, then OSError
+            raise ValueError(f"media path {name!r} leads nowhere ({error}); replace the link") from error
         if not path.is_relative_to(self.media_root):
             raise ValueError(self._outside(name))
         return path

@@ -98,7 +98,7 @@ def test_prompt_drops_media_after_it(folder, processor):
 
 
 def test_prompt_needs_an_answer(folder, processor):
-    with pytest.raises(ValueError, match="sample 'asked' has no assistant turn after a prompt"):
+    with pytest.raises(ValueError, match=r"sample 'asked' of .*data\.json' has no assistant turn after a prompt"):
         Dataset(folder / "data.json", processor).prompt(2)
 
 
@@ -120,6 +120,12 @@ def test_links_that_lead_outside_are_refused(folder, processor, tmp_path_factory
         data.sample(0)
 
 
+def test_links_in_a_circle_are_refused(folder, processor):
+    os.symlink("loop.png", folder / "media" / "loop.png")
+    with pytest.raises(ValueError, match=r"sample 'x' of .*media.*loop\.png"):
+        Dataset(_write(folder, images=["media/loop.png"]), processor).sample(0)
+
+
 def test_media_root(folder, processor):
     data = Dataset(_write(folder, images=["0.png"]), processor, media_root=folder / "media")
     assert len(data.sample(0).images) == 1
@@ -129,6 +135,9 @@ def test_media_that_fail_name_the_sample(folder, processor):
     (folder / "broken.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"sample 'x' of .*one\.jsonl': image .*broken\.png' could not be decoded"):
         Dataset(_write(folder, images=["broken.png"]), processor).sample(0)
+    Image.new("RGB", (1, 201)).save(folder / "long.png")
+    with pytest.raises(ValueError, match=r"sample 'x' of .*one\.jsonl': image 'long\.png': .*200 times"):
+        Dataset(_write(folder, images=["long.png"]), processor).sample(0)
     without = processor.__class__(chat=processor.chat, image=processor.image)
     with pytest.raises(ValueError, match=r"sample '0' of .*no video_preprocessor_config\.json"):
         Dataset(folder / "data.json", without).sample(0)
@@ -144,7 +153,9 @@ def test_long_samples_are_refused_not_cut(folder, processor):
     path = _write(folder, images=["media/0.png"])
     length = Dataset(path, processor).sample(0).tokens_T.numel()
     assert Dataset(path, processor, max_tokens=length).sample(0).tokens_T.numel() == length
-    with pytest.raises(ValueError, match=f"sample 'x' has {length} tokens but max_tokens is {length - 1}"):
+    with pytest.raises(
+        ValueError, match=rf"sample 'x' of .*one\.jsonl' has {length} tokens but max_tokens is {length - 1}"
+    ):
         Dataset(path, processor, max_tokens=length - 1).sample(0)
 
 
