@@ -145,7 +145,6 @@ def _render(
     tools: Sequence[Mapping[str, Any]] | None,
     is_prompt: bool,
 ) -> tuple[str, list[tuple[int, int]]]:
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     has_blocks = bool(_GENERATION.search(template))
@@ -159,9 +158,9 @@ def _render(
                 add_generation_prompt=is_prompt,
                 **chat.tokenizer.special_tokens_map,
             )
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program: it may divide by zero, recurse, miss a key
         raise ValueError(
-            f"the chat template rejects these messages ({error}); correct their roles and order"
+            f"the chat template rejects these messages ({error}); correct their roles and order, or the template"
         ) from error
     return texts[0], [(start, end) for start, end in spans[0]] if has_blocks else []
 

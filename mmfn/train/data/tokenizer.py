@@ -34,11 +34,15 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a single special token. Raises ValueError when the tokenizer does not know it."""
+    """The id of a single special token. Raises ValueError when the tokenizer does not know it or splits it."""
     found = tokenizer.get_vocab().get(token)
     if found is None:
         raise ValueError(
             f"the tokenizer has no token {token!r}, which stands for media; use the tokenizer of the model"
+        )
+    if tokenizer(token, add_special_tokens=False)["input_ids"] != [found]:
+        raise ValueError(
+            f"the tokenizer splits {token!r}, which stands for media; list it in added_tokens of tokenizer.json"
         )
     return int(found)
 
@@ -47,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises ValueError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not readable JSON ({error}); repair the file") from error
     if not isinstance(value, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}")

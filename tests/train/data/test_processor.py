@@ -32,6 +32,13 @@ def test_video_is_optional(tmp_path, digits):
         load_processor(tmp_path / "model")
 
 
+def test_a_section_that_is_no_object(tmp_path, digits):
+    shutil.copytree(digits / "model", tmp_path / "model")
+    (tmp_path / "model" / "processor_config.json").write_text('{"image_processor": "x"}')
+    with pytest.raises(ValueError, match=r"'image_processor' in '.*processor_config\.json' must be an object, got 'x'"):
+        load_processor(tmp_path / "model")
+
+
 def test_one_patch_size(processor):
     image = ImageSpec.from_hf({"patch_size": 8})
     with pytest.raises(ValueError, match="patch_size is 8 for images but 16 for videos"):

@@ -176,6 +176,15 @@ def test_bad_templates(tokenizer):
 
 
 @pytest.mark.parametrize(
+    "source", ["{{ 1 / 0 }}", "{{ '{a}'.format() }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% if %}"]
+)
+def test_a_template_that_fails(tokenizer, source):
+    chat = make_chat(tokenizer, source + "{% generation %}{% endgeneration %}")
+    with pytest.raises(ValueError, match="the chat template rejects these messages"):
+        encode([{"role": "user", "content": "Hi"}], chat)
+
+
+@pytest.mark.parametrize(
     ("content", "images", "message"),
     [
         ([{"type": "image"}], [], "1 image placeholders for 0 images"),

@@ -33,8 +33,25 @@ def test_errors_are_one_sentence(tmp_path, processor):
         token_id(processor.chat.tokenizer, "<|nothing|>")
 
 
+def test_a_token_for_media_that_is_split(tmp_path, digits):
+    shutil.copytree(digits / "model", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    (pad,) = (token for token in stored["added_tokens"] if token["content"] == "<|image_pad|>")
+    stored["added_tokens"].remove(pad)
+    stored["model"]["vocab"] |= {"<|image_pad|>": pad["id"]}
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"splits '<\|image_pad\|>'.*added_tokens"):
+        token_id(load_tokenizer(tmp_path / "model"), "<|image_pad|>")
+
+
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not readable JSON"), ("[]", "must hold a JSON object, got list")]
+    ("content", "message"),
+    [
+        ("{", "is not readable JSON"),
+        ("[" * 100_000, "is not readable JSON"),
+        ("[]", "must hold a JSON object, got list"),
+    ],
 )
 def test_bad_json(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
