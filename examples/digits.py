@@ -9,6 +9,7 @@ tokenizer with the special tokens of Qwen, its chat template and its processor. 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,4 +198,8 @@ def write_json(path: Path, value: Any) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("out", type=Path, help="folder to write, for example build/digits")
-    write_demo(parser.parse_args().out)
+    out = parser.parse_args().out
+    try:
+        write_demo(out)
+    except OSError as error:
+        sys.exit(f"digits.py: error: cannot write {str(out)!r} ({error}); give a folder that can be written")

@@ -71,3 +71,16 @@ def test_usage(digits_module, monkeypatch):
     out = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
     assert out.returncode == 0
     assert "Handwritten digits" in out.stdout
+
+
+def test_a_place_that_cannot_be_written(digits_module, monkeypatch, tmp_path):
+    script = Path(digits_module.__file__)
+    monkeypatch.setenv("PYTHONPATH", str(script.parents[1]))
+    (tmp_path / "file").write_text("mine")
+    out = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "file")], capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 1
+    assert out.stderr.startswith("digits.py: error: cannot write")
+    assert out.stderr.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
