@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "mmfn").rglob("*.py"))
 
 # Package -> what it may import of mmfn besides the core. A name stands for itself and everything below it.
 MAY_IMPORT = {
-    **{name: () for name in CORE},
+    **dict.fromkeys(CORE, ()),
     "models": ("models", "interop.keymap", "interop.hf_config"),
     "parallel": ("parallel",),
     "model": ("models",),

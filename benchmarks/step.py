@@ -1,0 +1,334 @@
+"""A whole training step, mmfn against transformers: the same weights and batches, one process, interleaved rounds.
+
+    python benchmarks/step.py                                   # decoder, both shapes, 5 seeds, both allocators: long
+    python benchmarks/step.py --shapes dense --seeds 1 --variants eager
+    python benchmarks/step.py --sizes vlm --dtype bfloat16 --rounds 3
+
+transformers: `Qwen3VLForConditionalGeneration` in train mode with its default attention, on padded rows, its own loss,
+`clip_grad_norm_` and `AdamW(fused=True)`; compiled: `torch.compile(model)`. mmfn: one packed batch padded to a multiple
+of 256 tokens, `make_step` with clip and AdamW; compiled: "layer" and "step". First losses must agree.
+
+Shapes: `sft`, 8 rows with lengths log-uniform from 64 to 1,024 and the last third of each supervised; `dense`, 4 rows
+of 512, every token supervised. Sizes: `decoder`, 29 M parameters with a trivial vision tower and no images; `vlm`, the
+same decoder behind a tower of 6 blocks with one image of 224 x 224 in every row; `tiny`, to try the script.
+
+Every size, shape, seed and allocator gets a process of its own. A ratio is the median over rounds of time / time of
+the other side in the same round. Memory is the resident high-water mark of one step above the level before it. The
+"retained" allocator keeps freed memory (glibc mallopt), for both sides. Linux with glibc only.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import mmfn
+from mmfn import tree
+from mmfn.batch import IGNORE, Batch, Media, Sample, pack
+from mmfn.batch import to as batch_to
+from mmfn.parallel.program import Program, compiled, pipe
+from mmfn.train.allocator import retain_freed_memory
+from mmfn.train.optim import adamw, chain, clip_by_global_norm
+from mmfn.train.schedule import schedule
+from mmfn.train.step import init_state, make_step
+
+IMAGE_ID, FIRST_WORD = 1, 8
+BUCKET = 256  # packed tokens and patches are padded to a multiple of it
+LR, DECAY, CLIP = 1e-4, 0.1, 1.0
+VARIANTS = ("eager", "layer", "step")
+MIB = 2**20
+Step = Callable[[], Tensor]  # runs one training step, returns its loss
+
+
+def config(size: str) -> transformers.Qwen3VLConfig:
+    """The model of a size; all share the decoder's shape except `tiny`."""
+    d_model, d_ff, num_layers, vocab = (64, 96, 2, 512) if size == "tiny" else (512, 1536, 4, 16_384)
+    depth, d_vision = (6, 384) if size == "vlm" else (1, 32)
+    return transformers.Qwen3VLConfig(
+        text_config={
+            "vocab_size": vocab,
+            "hidden_size": d_model,
+            "intermediate_size": d_ff,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": d_model // 64 or 1,
+            "num_key_value_heads": d_model // 128 or 1,
+            "head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": depth,
+            "hidden_size": d_vision,
+            "intermediate_size": 4 * d_vision,
+            "num_heads": max(1, d_vision // 64),
+            "patch_size": 16,
+            "out_hidden_size": d_model,
+            "num_position_embeddings": 196,
+            "deepstack_visual_indexes": [1, 3] if size == "vlm" else [0],
+        },
+        tie_word_embeddings=False,
+        image_token_id=IMAGE_ID,
+        video_token_id=2,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )
+
+
+def draw_samples(size: str, shape: str, seed: int, cfg: transformers.Qwen3VLConfig) -> list[Sample]:
+    """The rows of one batch."""
+    g = torch.Generator().manual_seed(seed)
+    scale = 16 if size == "tiny" else 1
+    if shape == "dense":
+        lengths = [512 // scale] * 4
+    else:
+        shares = torch.rand(8, generator=g).tolist()
+        lengths = [round(64 * (1024 / 64) ** share) // scale for share in shares]
+    side = 14 if size == "vlm" else 0
+    features = (side // 2) ** 2
+    width = 3 * 2 * 16 * 16
+    rows = []
+    for length in lengths:
+        num_tokens = max(length, features + 4)
+        tokens_T = torch.randint(FIRST_WORD, cfg.text_config.vocab_size, (num_tokens,), generator=g)
+        kinds_T = torch.zeros(num_tokens, dtype=torch.int64)
+        tokens_T[1 : 1 + features], kinds_T[1 : 1 + features] = IMAGE_ID, 1
+        first = 0 if shape == "dense" else num_tokens - num_tokens // 3
+        labels_T = torch.where((torch.arange(num_tokens) >= first) & (kinds_T == 0), tokens_T, IGNORE)
+        images = (Media(patches_PF=torch.randn(side**2, width, generator=g), grid=(1, side, side)),) if side else ()
+        rows.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images))
+    return rows
+
+
+def packed(rows: list[Sample], model: Any, dtype: torch.dtype) -> Batch:
+    """mmfn's batch: rows end to end, padded to the bucket."""
+    cfg = model.cfg
+    num_tokens = sum(r.tokens_T.numel() for r in rows)
+    batch = pack(
+        rows,
+        [model.family.positions(r, cfg) for r in rows],
+        merge_size=cfg.vision.merge_size,
+        patch_values=cfg.vision.patch_values,
+        num_tokens=math.ceil(num_tokens / BUCKET) * BUCKET,
+        num_patches=math.ceil(sum(r.num_patches for r in rows) / BUCKET) * BUCKET,
+    )
+    return batch_to(batch, "cpu", dtype)
+
+
+def padded(rows: list[Sample], dtype: torch.dtype) -> dict[str, Tensor]:
+    """transformers' batch: rows padded to the longest."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    out = {
+        "input_ids": pad([r.tokens_T for r in rows], batch_first=True),
+        "attention_mask": pad([torch.ones_like(r.tokens_T) for r in rows], batch_first=True),
+        "mm_token_type_ids": pad([r.kinds_T for r in rows], batch_first=True),
+        "labels": pad([r.labels_T for r in rows], batch_first=True, padding_value=IGNORE),
+    }
+    images = [m for r in rows for m in r.images]
+    if images:
+        out["pixel_values"] = torch.cat([m.patches_PF for m in images]).to(dtype)
+        out["image_grid_thw"] = torch.tensor([m.grid for m in images])
+    return out
+
+
+def transformers_step(model: Any, inputs: dict[str, Tensor], is_compiled: bool) -> Step:
+    """Forward, backward, clip, AdamW, as its users write it. Without padding there is no mask to give."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
+    forward = torch.compile(model) if is_compiled else model
+    if bool(inputs["attention_mask"].all()):
+        inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
+
+    def step() -> Tensor:
+        loss: Tensor = forward(**inputs, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def mmfn_step(model: Any, params: Any, batch: Batch, kind: str) -> Step:
+    """The same in mmfn."""
+    optimizer = chain(clip_by_global_norm(CLIP), adamw(weight_decay=DECAY))
+    program = pipe(Program.of(model.family.specs(model.cfg)), compiled(kind))
+    rate = schedule("constant", peak=LR, num_steps=1)
+    run = make_step(model.family, model.cfg, program, "per_token_loss", optimizer, schedule=rate)
+    state = init_state(params, optimizer)
+
+    def step() -> Tensor:
+        nonlocal state
+        state, metrics = run(state, [batch])
+        return metrics["loss"]
+
+    return step
+
+
+def build(args: argparse.Namespace) -> tuple[dict[str, Step], dict[str, float]]:
+    """Every variant from the same weights and the same batch, and facts about the batch."""
+    dtype = getattr(torch, args.dtype)
+    cfg = config(args.sizes[0])
+    model = mmfn.init(cfg.to_dict(), seed=0, dtype=dtype)
+    rows = draw_samples(args.sizes[0], args.shapes[0], args.seed, cfg)
+    batch, inputs = packed(rows, model, dtype), padded(rows, dtype)
+    steps: dict[str, Step] = {}
+    for variant in args.variants:
+        if variant != "step":
+            theirs = transformers.Qwen3VLForConditionalGeneration._from_config(cfg, dtype=dtype).train()
+            named = {name: x.clone() for name, x in mmfn.to_hf(model.params, model).items()}
+            theirs.load_state_dict(named, assign=True)
+            for parameter in theirs.parameters():
+                parameter.requires_grad_()
+            name = "hf eager" if variant == "eager" else "hf compiled"
+            steps[name] = transformers_step(theirs, inputs, variant != "eager")
+        kind = "none" if variant == "eager" else variant
+        steps[f"mmfn {variant}"] = mmfn_step(model, tree.map(torch.clone, model.params), batch, kind)
+    facts = {
+        "padded": inputs["input_ids"].numel(),
+        "bucket": batch.tokens_T.numel(),
+        "supervised": int((batch.labels_T != IGNORE).sum()),
+        "params": sum(x.numel() for x in tree.leaves(model.params)),
+    }
+    return steps, facts
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Times in seconds of every round and peak memory in MiB of every variant."""
+    warnings.filterwarnings("ignore")
+    if args.allocators[0] == "retained":
+        retain_freed_memory()
+    steps, facts = build(args)
+    losses = {name: step().item() for name, step in steps.items()}  # also compiles
+    tolerance = 1e-4 if args.dtype == "float32" else 3e-2
+    if max(losses.values()) - min(losses.values()) > tolerance * abs(max(losses.values())):
+        raise SystemExit(f"the first losses disagree: {losses}")
+    memory = {name: peak_mib(step) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(args.rounds):
+        for name in list(steps) if i % 2 == 0 else list(steps)[::-1]:
+            times[name].append(seconds(steps[name]))
+    return {"times": times, "memory": memory, "loss": max(losses.values()), **facts}
+
+
+def seconds(step: Step) -> float:
+    """Wall-clock time of one step."""
+    gc.collect()
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def peak_mib(step: Step) -> float:
+    """Resident high-water mark of a step (the second or later) above the level before it."""
+    step()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    before = status_mib("VmRSS")
+    step()
+    return status_mib("VmHWM") - before
+
+
+def status_mib(field: str) -> float:
+    """A field of /proc/self/status in MiB."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
+
+
+COMPARISONS = (
+    ("mmfn eager", "hf eager"),
+    ("mmfn layer", "hf eager"),
+    ("mmfn layer", "hf compiled"),
+    ("mmfn step", "hf eager"),
+    ("mmfn step", "hf compiled"),
+    ("hf compiled", "hf eager"),
+)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """`"ours / theirs"` -> (median time ratio, memory ratio)."""
+    times, memory = result["times"], result["memory"]
+    return {
+        f"{a} / {b}": (
+            statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)),
+            memory[a] / memory[b],
+        )
+        for a, b in COMPARISONS
+        if a in times and b in times
+    }
+
+
+def child(size: str, shape: str, seed: int, allocator: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one cell in a new process."""
+    command = [sys.executable, __file__, "--child", "--sizes", size, "--shapes", shape, "--seed", str(seed)]
+    command += ["--allocators", allocator, "--dtype", args.dtype, "--rounds", str(args.rounds)]
+    command += ["--variants", *args.variants]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=None if args.verbose else subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{size} {shape} seed {seed} {allocator} failed: {done.stderr or 'see above'}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Measure every cell and print a table per cell, then the medians over seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=("decoder", "vlm", "tiny"), default=["decoder"])
+    parser.add_argument("--shapes", nargs="+", choices=("sft", "dense"), default=["sft", "dense"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--allocators", nargs="+", choices=("default", "retained"), default=["default", "retained"])
+    parser.add_argument("--seeds", type=int, default=5, help="batches of the sft shape; dense has one")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--verbose", action="store_true", help="show what the measuring processes write to stderr")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(args)))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}, {args.rounds} rounds")
+    for size in args.sizes:
+        for shape in args.shapes:
+            for allocator in args.allocators:
+                report(size, shape, allocator, args)
+
+
+def report(size: str, shape: str, allocator: str, args: argparse.Namespace) -> None:
+    """Print one line per seed and comparison, and the medians."""
+    print(f"\n{size} {shape}, {allocator} allocator\n")
+    print("| seed | padded / bucket / supervised | variant | time | memory | s / s | MiB / MiB |")
+    print("|---|---|---|---|---|---|---|")
+    found: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(1 if shape == "dense" else args.seeds):
+        result = child(size, shape, seed, allocator, args)
+        shapes = f"{result['padded']} / {result['bucket']} / {result['supervised']}"
+        for name, (in_time, in_memory) in ratios(result).items():
+            found.setdefault(name, []).append((in_time, in_memory))
+            s = " / ".join(f"{statistics.median(result['times'][n]):.3f}" for n in name.split(" / "))
+            mib = " / ".join(f"{result['memory'][n]:.0f}" for n in name.split(" / "))
+            print(f"| {seed} | {shapes} | {name} | {in_time:.2f} | {in_memory:.2f} | {s} | {mib} |", flush=True)
+    for name, pairs in found.items():
+        in_time, in_memory = (statistics.median(column) for column in zip(*pairs, strict=True))
+        print(f"| median | | {name} | **{in_time:.2f}** | **{in_memory:.2f}** | | |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
