@@ -1,5 +1,6 @@
 """How a run reports its progress: a bar on a terminal, otherwise one line of `key=value` pairs in a fixed order."""
 
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,8 +46,11 @@ class Progress:
     stream: TextIO
 
     def __enter__(self) -> "Progress":
-        layout = "{percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=self.num_steps, file=self.stream, bar_format=layout) if self.stream.isatty() else None
+        self.bar = None
+        if self.stream.isatty():
+            layout = "{percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            width, height = shutil.get_terminal_size((100, 24))  # some terminals say 0, and tqdm would draw nothing
+            self.bar = tqdm(total=self.num_steps, file=self.stream, bar_format=layout, ncols=width, nrows=height)
         return self
 
     def __exit__(self, *error: object) -> None:

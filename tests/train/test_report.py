@@ -197,7 +197,10 @@ def test_lines_every_so_often_and_at_the_end() -> None:
     assert steps == ["step=2/5", "step=4/5", "step=5/5", "done"]
 
 
-def test_bar_on_a_terminal() -> None:
+def test_bar_on_a_terminal_without_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setenv("LINES", "0")
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
