@@ -237,8 +237,7 @@ def seconds(step: Step) -> float:
 
 
 def peak_mib(step: Step) -> float:
-    """Resident high-water mark of a step (the second or later) above the level before it."""
-    step()
+    """Resident high-water mark of a step that has run before, above the level before it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
