@@ -42,7 +42,9 @@ class ParamSpec:
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
-            raise ValueError(f"shape {self.shape} has {len(self.shape)} dims but axes {self.axes} name {len(self.axes)}")
+            raise ValueError(
+                f"shape {self.shape} has {len(self.shape)} dims but axes {self.axes} name {len(self.axes)}"
+            )
 
     @property
     def numel(self) -> int:
