@@ -187,12 +187,13 @@ def global_norm(grads: Leaves) -> Tensor:
     norms: list[Tensor] = []
     rest: list[Tensor] = []
     for grad in grads.values():
-        flat = grad.reshape(-1)
-        whole = flat.numel() // PIECE * PIECE
+        whole = grad.numel() // PIECE * PIECE
         if whole:
+            flat = grad.reshape(-1)
             norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, PIECE), dim=1, dtype=dtype))
-        if whole < flat.numel():
-            rest.append(flat[whole:])
+            grad = flat[whole:]
+        if grad.numel():
+            rest.append(grad)
     if rest:
         norms.append(torch.stack(torch._foreach_norm(rest, 2, dtype=dtype)))
     norm: Tensor = torch.linalg.vector_norm(torch.cat(norms)) if norms else torch.zeros((), dtype=dtype)
