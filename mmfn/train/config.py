@@ -58,7 +58,9 @@ class DataSection(Section):
     check: Literal["all", "first"] = Field(
         default="all", description="before training, prepare every sample once, or only the first step's"
     )
-    workers: Annotated[int, Field(ge=0)] = Field(default=1, description="threads that prepare batches ahead; 0: none")
+    workers: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=1, description="threads that prepare batches ahead; 0: none"
+    )
     ahead: PositiveInt = Field(default=4, description="steps prepared ahead, at most")
     cache_mib: Annotated[int, Field(ge=0)] = Field(
         default=256, description="memory for prepared samples, in MiB; 0: no cache"
@@ -164,10 +166,15 @@ class Config(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A checked config and, for every dotted key that was set, where: "FILE:LINE" or "override"."""
+    """A checked config, the file it is from, and where every dotted key that was set is: "FILE:LINE" or "override"."""
 
     config: Config
+    path: Path
     origins: Mapping[str, str]
+
+
+# What PyYAML raises, besides its own errors, for values that do not fit their tag (`!!int x`) and for deep nesting.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
 class _Setting(NamedTuple):
@@ -214,7 +221,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         nested.setdefault(section, {})[name] = value
     origins = {key: origin for key, _, origin in settings}
     try:
-        return Loaded(config=Config.model_validate(nested), origins=origins)
+        return Loaded(config=Config.model_validate(nested), path=path, origins=origins)
     except ValidationError as error:
         raise ValueError(_sentence(error, str(path), nested, origins)) from error
 
@@ -235,10 +242,10 @@ def _read_file(text: str, source: str) -> list[_Setting]:
     try:
         loader = _YamlLoader(text)
         root = loader.get_single_node()
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise ValueError(f"{where} is no valid YAML: {getattr(error, 'problem', error)}; correct it") from error
+        raise ValueError(f"{where} is no valid YAML: {_reason(error)}; correct it") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"config {source!r} must be a mapping of sections such as 'model:', got something else")
     settings: list[_Setting] = []
@@ -250,7 +257,10 @@ def _read_file(text: str, source: str) -> list[_Setting]:
         for key, node, line in _entries(section, source, prefix=f"{name}."):
             if key not in known_keys():
                 raise ValueError(_unknown(key, line))
-            settings.append(_Setting(key, loader.construct_object(node, deep=True), line))
+            try:
+                settings.append(_Setting(key, loader.construct_object(node, deep=True), line))
+            except _YAML_ERRORS as error:
+                raise ValueError(f"{line}: {key} is no valid YAML: {_reason(error)}; quote it if it is text") from error
     return settings
 
 
@@ -273,8 +283,15 @@ def _read_override(text: str) -> _Setting:
         raise ValueError(_unknown(key, "override"))
     try:
         return _Setting(key, yaml.load(value, Loader=_YamlLoader), "override")
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {text!r}: the value is no valid YAML; quote it if it is text") from error
+    except _YAML_ERRORS as error:
+        raise ValueError(
+            f"override: {key} is {value[:100]!r} but the value is no valid YAML: {_reason(error)}; "
+            "quote it if it is text"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error)
 
 
 def _unknown(key: str, where: str) -> str:

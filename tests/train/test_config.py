@@ -80,7 +80,14 @@ def test_describe_lists_every_value_with_its_origin_and_reads_back(config_file: 
         ("data.max_tokens=129", "max_tokens 129 is above the largest token bucket 128"),
         ("schedule.warmup_steps=10", "schedule.warmup_steps 10 must be below train.steps 10"),
         ("train.steps", "override 'train.steps' has no '='"),
-        ("model.path=[", "the value is no valid YAML"),
+        ("model.path=[", "override: model.path is '[' but the value is no valid YAML"),
+        ("model.path=!foo x", "model.path is '!foo x' but the value is no valid YAML"),
+        ("model.path={[a]: b}", "found unhashable key"),
+        ("model.path=!!timestamp x", "model.path is '!!timestamp x' but the value is no valid YAML"),
+        ("model.path=!!bool x", "model.path is '!!bool x' but the value is no valid YAML"),
+        ("model.path=2024-13-45", "model.path is '2024-13-45' but the value is no valid YAML: month must be in 1..12"),
+        ("model.path=" + "{" * 3000, "the value is no valid YAML: maximum recursion depth"),
+        ("data.workers=65", "data.workers is 65 but input should be less than or equal to 64"),
     ],
 )
 def test_wrong_override_is_one_sentence(config_file: Path, override: str, expected: str) -> None:
@@ -108,6 +115,12 @@ def test_wrong_override_is_one_sentence(config_file: Path, override: str, expect
         ("train: {steps: 10}", "train: {steps: 10, steps: 11}", "key 'train.steps' was already set"),
         ("model: {path: m}", "model: {path: m", "is no valid YAML"),
         ("train: {steps: 10}", "train: {steps: ten}", ":7: train.steps is 'ten'"),
+        ("model: {path: m}", "model: {path: !foo x}", ":1: model.path is no valid YAML: could not determine a constr"),
+        ("model: {path: m}", "model: {path: {[a]: b}}", ":1: model.path is no valid YAML: found unhashable key"),
+        ("model: {path: m}", "model: {path: !!timestamp x}", ":1: model.path is no valid YAML: "),
+        ("model: {path: m}", "model: {path: 2024-13-45}", ":1: model.path is no valid YAML: month must be in 1..12"),
+        ("model: {path: m}", "{[a]: b}", "run.yaml"),
+        ("model: {path: m}", "{" * 3000, "run.yaml is no valid YAML: maximum recursion depth"),
     ],
 )
 def test_wrong_file_is_one_sentence(config_file: Path, old: str, new: str, expected: str) -> None:
