@@ -75,16 +75,23 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 def mask(tree: Tree, rules: Sequence[tuple[str, T]], default: T) -> Tree:
     """A tree of values, one per leaf: the value of the first rule whose regex fully matches the leaf's path.
 
-    Raises ValueError when a rule's regex matches no path at all (a misspelt pattern must not pass silently).
+    Raises ValueError when a rule's regex matches no path at all (a misspelt pattern must not pass silently) or is none.
 
     >>> mask({"norm": 0, "mlp": {"up": 0}}, [(r".*norm", False)], default=True)
     {'mlp': {'up': True}, 'norm': False}
     """
     names = paths(tree)
-    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    compiled = [(_compile(pattern), value) for pattern, value in rules]
     for regex, _ in compiled:
         if not any(regex.fullmatch(name) for name in names):
             shown = ", ".join(names[:3])
             raise ValueError(f"pattern {regex.pattern!r} matches none of {len(names)} paths (such as {shown}); fix it")
     values = [next((v for regex, v in compiled if regex.fullmatch(name)), default) for name in names]
     return unflatten(flatten(tree)[1], values)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression ({error}); fix it") from error

@@ -68,6 +68,12 @@ def test_mask_first_full_match_wins() -> None:
     assert tree.mask(params, [("mlp.*", 1)], 0) == {"norm": 0, "mlp": {"up": 1, "norm": 1}}
 
 
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999}"])
+def test_mask_refuses_what_is_no_regex(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"^pattern '.*' is no regular expression \("):
+        tree.mask({"norm": 0}, [(pattern, 1)], 0)
+
+
 @pytest.mark.parametrize("pattern", ["nrom", "mlp", "up"])  # a prefix or a suffix of a path is no full match
 def test_mask_refuses_a_pattern_without_effect(pattern: str) -> None:
     with pytest.raises(ValueError, match=rf"pattern '{pattern}' matches none of 2 paths \(such as mlp/up, norm\)"):
