@@ -102,11 +102,11 @@ def _scan(folder: Path, stack: ExitStack) -> dict[str, _Found]:
         names = set(handle.keys())
         if listed is not None and (absent := sorted(listed - names)):
             raise ValueError(f"weight file {path} lacks tensor {absent[0]!r} that {INDEX} lists; fetch the file again")
+        if listed is not None and (extra := sorted(names - listed)):
+            raise ValueError(
+                f"weight file {path} holds tensor {extra[0]!r} that {INDEX} does not list; fetch both again"
+            )
         for name in sorted(names):
-            if name in found:
-                raise ValueError(
-                    f"tensor {name!r} is stored twice, in {found[name].file} and {file}; remove one of them"
-                )
             view = handle.get_slice(name)
             found[name] = _Found(name, file, tuple(view.get_shape()), view.get_dtype(), handle)
     return found
@@ -127,8 +127,10 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
         raise ValueError(f"{folder / INDEX} has no weight_map of tensor names to files; fetch it again")
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{folder / INDEX} puts tensor {name!r} into {file!r}; a file beside it is expected")
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{folder / INDEX} puts tensor {name!r} into {file!r}; a safetensors file beside it is expected"
+            )
         if not (folder / file).is_file():
             raise ValueError(f"weight file {folder / file} is missing but {INDEX} lists it; fetch it")
         names = files.setdefault(file, set())
@@ -190,7 +192,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist; pass a complete checkpoint folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} but must hold a JSON object; fetch it again")

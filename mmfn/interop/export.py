@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def write(
 
     With `overwrite` the whole old checkpoint is replaced; between two renames there is none for a moment, and an
     interrupt puts the old one back. A link is followed. Raises ValueError when `folder` exists and is neither empty
-    nor, with `overwrite`, a checkpoint, or `assets` is not a folder.
+    nor, with `overwrite`, a checkpoint, or `assets` is not a folder; OSError when the disk does not take it.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes} but must be positive; 5_000_000_000 is usual")
@@ -75,7 +76,11 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes:
     if len(shards) == 1:
         files = [SINGLE]
     for file, names in zip(files, shards, strict=True):
-        save_file({n: tensors[n].detach().cpu().contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+        values = {n: tensors[n].detach().cpu().contiguous() for n in names}
+        try:
+            save_file(values, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # its form of a full disk
+            raise OSError(f"weight file {file} cannot be written: {error}") from error
         shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files only the owner can read
     if len(shards) > 1:
         total = sum(_bytes(t) for t in tensors.values())

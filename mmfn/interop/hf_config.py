@@ -1,5 +1,6 @@
 """Reading values out of a Hugging Face `config.json`, each checked where it is read."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,10 @@ class Section:
         return value
 
     def number(self, key: str, default: float | None = None, minimum: float = 0.0) -> float:
-        """A float of at least `minimum`."""
+        """A finite float of at least `minimum`."""
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= minimum:
-            raise self._error(key, value, f"a number of at least {minimum}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not minimum <= value <= sys.float_info.max:
+            raise self._error(key, value, f"a finite number of at least {minimum}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:

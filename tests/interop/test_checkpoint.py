@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import mmfn
@@ -162,15 +163,28 @@ def test_an_index_that_is_wrong_is_refused(sharded):
     with pytest.raises(ValueError, match=f"{files[0]} lacks tensor 'extra.weight'"):
         mmfn.load_hf(sharded)
     write({**value["weight_map"], EMBED: "../elsewhere.safetensors"})
-    with pytest.raises(ValueError, match="a file beside it is expected"):
+    with pytest.raises(ValueError, match="a safetensors file beside it is expected"):
         mmfn.load_hf(sharded)
     (sharded / "twice.safetensors").write_bytes((sharded / files[0]).read_bytes())
     with_copy = {name: file for name, file in value["weight_map"].items() if file == files[0]}
     write({**value["weight_map"], next(iter(with_copy)): "twice.safetensors"})
-    with pytest.raises(ValueError, match="is stored twice, in"):
+    with pytest.raises(
+        ValueError, match=r"twice.safetensors holds tensor .* that model.safetensors.index.json does not list"
+    ):
+        mmfn.load_hf(sharded)
+    for file in ("", "..", "."):
+        write({**value["weight_map"], EMBED: file})
+        with pytest.raises(ValueError, match=f"into '{file}'; a safetensors file beside it is expected"):
+            mmfn.load_hf(sharded)
+    omitted = next(iter(with_copy))  # not alone in its file
+    write({name: file for name, file in value["weight_map"].items() if name != omitted})
+    with pytest.raises(ValueError, match=f"holds tensor '{omitted}' that model.safetensors.index.json does not list"):
         mmfn.load_hf(sharded)
     write({})
     with pytest.raises(ValueError, match="has no weight_map"):
+        mmfn.load_hf(sharded)
+    index.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"index.json is not readable JSON \(maximum recursion depth"):
         mmfn.load_hf(sharded)
 
 
@@ -219,9 +233,16 @@ def test_the_target_is_complete_or_untouched(folder, tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(export, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        mmfn.save_hf(target, changed, overwrite=True)
+    def fail_as_safetensors_does(*_args, **_kwargs):
+        raise SafetensorError("No space left on device")
+
+    for failure, message in (
+        (fail, "disk full"),
+        (fail_as_safetensors_does, "model.safetensors cannot be written: No "),
+    ):
+        monkeypatch.setattr(export, "save_file", failure)
+        with pytest.raises(OSError, match=message):
+            mmfn.save_hf(target, changed, overwrite=True)
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before
     monkeypatch.undo()
     mmfn.save_hf(target, changed, max_shard_bytes=15_000, overwrite=True)

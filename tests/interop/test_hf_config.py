@@ -56,7 +56,9 @@ def test_the_outer_setting_rules_tying(hf):
         ("text_config", {"hidden_act": "gelu"}, "text_config.hidden_act is 'gelu' but must be 'silu'"),
         ("text_config", {"hidden_size": "36"}, "text_config.hidden_size is '36' but must be an integer of at least 1"),
         ("text_config", {"num_hidden_layers": 0}, "text_config.num_hidden_layers is 0 but must be an integer"),
-        ("text_config", {"rms_norm_eps": -1}, "text_config.rms_norm_eps is -1 but must be a number"),
+        ("text_config", {"rms_norm_eps": -1}, "text_config.rms_norm_eps is -1 but must be a finite number"),
+        ("text_config", {"rms_norm_eps": float("inf")}, "text_config.rms_norm_eps is inf but must be a finite number"),
+        ("text_config", {"rms_norm_eps": 10**400}, "rms_norm_eps is 10+ but must be a finite number"),
         ("text_config", {"attention_bias": 1}, "text_config.attention_bias is 1 but must be true or false"),
         ("text_config", {"attention_dropout": 0.1}, "text_config.attention_dropout is 0.1 but must be 0.0"),
         ("text_config", {"num_key_value_heads": 3}, "num_attention_heads is 4 but must be a multiple of"),
@@ -86,7 +88,7 @@ def test_what_is_not_supported_is_refused(hf, section, values, message):
         ({"mrope_interleaved": False}, "mrope_interleaved is False but must be True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 but must be 1.0"),
         ({"mrope_section": [4, 4]}, r"mrope_section is \[4, 4\] but must be three"),
-        ({"rope_theta": 0}, "rope_theta is 0 but must be a number of at least 1"),
+        ({"rope_theta": 0}, "rope_theta is 0 but must be a finite number of at least 1"),
     ],
 )
 def test_rope_that_is_not_supported_is_refused(hf, values, message):
