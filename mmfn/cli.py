@@ -5,6 +5,7 @@ Whatever a user can get wrong ends in one sentence on standard error and exit co
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from mmfn.train.evaluate import Evaluation
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+# What torch and Python say in a RuntimeError when the machine, not the program, is at its limit.
+LIMITS = ("can't allocate memory", "out of memory", "can't start new thread")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,9 +29,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. With `--debug` errors keep their traceback."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # odd but readable images, one line for each
+            args.run(args)
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
@@ -36,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         _complain(_one_line(error))
+        return USAGE_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if args.debug or not _is_limit(error):
+            raise
+        reason = _one_line(error)[:200]
+        _complain(f"the machine is at its limit ({reason}); use smaller buckets, batches or models, or fewer workers")
         return USAGE_ERROR
     return 0
 
@@ -68,15 +79,15 @@ def train(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """`mmfn eval`: answer the held-out set of a config with the weights of `model.path`."""
     from mmfn.train import evaluate as evaluation
-    from mmfn.train import loop, setup
+    from mmfn.train import loop, run_folder, setup
     from mmfn.train.config import load_config
 
-    config = load_config(args.config, args.overrides).config
+    loaded = load_config(args.config, args.overrides)
+    config = loaded.config
     if config.data.eval is None:
         raise ValueError("mmfn eval needs data.eval, the held-out set; set it in the file or as data.eval=FILE")
-    out = Path(args.out) if args.out else None
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"--out {str(out)!r} lies in a folder that does not exist; make the folder first")
+    if args.out is not None:
+        run_folder.check_file("--out", args.out, loaded)
     processor = setup.load_model_processor(config.model.path, config.data.template)
     held_out = setup.open_dataset(config, config.data.eval, processor)
     model = setup.load_model(config.model, config.train.seed)
@@ -86,11 +97,12 @@ def evaluate(args: argparse.Namespace) -> None:
         held_out,
         batch_samples=config.eval.batch_samples,
         max_new_tokens=config.eval.max_new_tokens,
-        eos_token_ids=setup.eos_token_ids(Path(config.model.path), processor),
+        eos_token_ids=setup.eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size),
     )
-    if out is not None:
-        loop.write_text(out, evaluation.to_json(found))
+    if args.out is not None:
+        loop.write_text(Path(args.out), evaluation.to_json(found))
     _say(_summary(found))
+    found.check_finite()
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -103,8 +115,19 @@ def generate(args: argparse.Namespace) -> None:
     section = ModelSection(path=args.checkpoint, dtype=args.dtype, device=args.device)
     model = setup.load_model(section, seed=0)
     setup.check_match(model, processor)
-    eos = setup.eos_token_ids(Path(args.checkpoint), processor)
+    eos = setup.eos_token_ids(Path(args.checkpoint), processor, model.cfg.vocab_size)
     print(answer(model, processor, args.prompt, args.image, max_new_tokens=args.max_new_tokens, eos_token_ids=eos))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand before and behind options, which argparse cannot do for subcommands."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in args or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
 def _summary(evaluation: "Evaluation") -> str:
     right = f"{evaluation.num_correct} of {len(evaluation.answers)}"
     return f"held-out accuracy: {evaluation.accuracy:.4f} ({right}), loss {evaluation.loss:.4f}"
+
+
+def _is_limit(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(text in str(error) for text in LIMITS)
 
 
 def _one_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from mmfn import cli
 Change = Callable[[Path], None]
 WEIGHTS = "model.safetensors"
 NORM = "model.language_model.norm.weight"
+PATCHES = "model.visual.patch_embed.proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,25 @@ BROKEN_MODELS: dict[str, tuple[Change, list[str]]] = {
         lambda m: edit_json(m / "config.json", lambda c: c.update(model_type="qwen3_vk")),
         ["'qwen3_vk'", "'qwen3_vl'"],
     ),
+    "NaN as a setting": (
+        lambda m: edit_json(m / "config.json", lambda c: c["text_config"].update(rms_norm_eps=float("inf"))),
+        ["rms_norm_eps is inf"],
+    ),
+    "tokens of another model": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(image_token_id=5)),
+        ["image_token_id is 5 in config.json", "'<|image_pad|>'"],
+    ),
+    "four channels": (
+        lambda m: (
+            edit_json(m / "config.json", lambda c: c["vision_config"].update(in_channels=4)),
+            edit_weights(m / WEIGHTS, lambda t: t.update({PATCHES: torch.zeros(64, 4, 2, 4, 4)})),
+        ),
+        ["in_channels is 4"],
+    ),
+    "end of an answer that is no token": (
+        lambda m: (m / "generation_config.json").write_text('{"eos_token_id": ["x"]}'),
+        ["eos_token_id is ['x']", "generation_config.json"],
+    ),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), ["tokenizer"]),
     "no image settings": (lambda m: (m / "preprocessor_config.json").unlink(), ["preprocessor_config.json"]),
     "other patches": (
@@ -126,6 +146,7 @@ BROKEN_DATA: dict[str, tuple[Any, list[str]]] = {
     ),
     "path outside the folder": ({**GOOD, "id": "bad", "images": ["../good.png"]}, ["entry 1", "'../good.png'"]),
     "unknown role": ({"id": "bad", "messages": [{"role": "human", "content": "?"}]}, ["entry 1", "'human'"]),
+    "nothing to learn": ({"id": "bad", "messages": user("?")[:1]}, ["'bad'", "assistant"]),
     "no messages": ({"id": "bad", "text": "?"}, ["entry 1", "'messages'"]),
     "no object": (7, ["entry 1", "int"]),
 }
@@ -172,6 +193,9 @@ def test_broken_data_file(content: str, expected: str, tmp_path: Path, complaint
         ({"data.train": "nowhere/train.json"}, ["'nowhere/train.json'"]),
         ({"model.path": "nowhere"}, ["model.path 'nowhere' is no folder"]),
         ({"model.device": "gpu"}, ["model.device 'gpu' cannot be used"]),
+        ({"model.device": "meta"}, ["model.device 'meta' cannot be used"]),
+        ({"optimizer.no_decay": ["("]}, ["pattern '(' is no regular expression"]),
+        ({"output.path": "a" * 300}, ["output.path 'aaa", "File name too long"]),
         ({"objective.name": "per_token"}, ["'per_token'", "'per_token_loss'"]),
         ({"optimizer.no_decay": [".*nrom.*"]}, ["'.*nrom.*' matches none"]),
         ({"data.patch_buckets": [126]}, ["multiples of merge_size**2 = 4, got 126"]),
@@ -197,6 +221,7 @@ def test_unknown_override_names_the_nearest(complaint: Callable[..., str]) -> No
     [
         (["--image", "none.png"], "image 'none.png' could not be decoded"),
         (["--device", "gpu"], "model.device 'gpu' cannot be used"),
+        (["--device", "meta"], "model.device 'meta' cannot be used"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
     ],
 )
@@ -216,3 +241,23 @@ def test_eval_needs_a_set_and_a_place(
     assert "needs data.eval" in capsys.readouterr().err
     assert cli.main(["eval", str(make_config()), "--out", str(tmp_path / "no" / "a.json")]) == 2
     assert "lies in a folder that does not exist" in capsys.readouterr().err
+    assert cli.main(["eval", str(make_config()), "--out", str(tmp_path)]) == 2
+    assert "is a folder; give the path of a file" in capsys.readouterr().err
+
+
+def test_nothing_to_learn_is_found_with_the_first_check_too(tmp_path: Path, complaint: Callable[..., str]) -> None:
+    (tmp_path / "set.json").write_text(json.dumps([{"id": "mute", "messages": user("?")[:1]}]))
+    for check in ("all", "first"):
+        sentence = complaint({"data.train": str(tmp_path / "set.json"), "data.check": check})
+        assert "sample 'mute' of" in sentence
+        assert "has nothing to learn; give it a turn of the assistant" in sentence
+
+
+def test_the_checkpoint_of_the_run_itself_is_kept(
+    make_config: Callable[..., Path], checkpoint: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    stored = tmp_path / "run" / "checkpoint"
+    shutil.copytree(checkpoint, stored)
+    changes = {"model.path": str(stored), "model.init": "load", "output.overwrite": True}
+    assert "model.path" in complaint(changes)
+    mmfn.load_hf(stored)

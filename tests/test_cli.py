@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,9 +92,16 @@ def test_generate_answers_like_the_evaluation(demo: Path, capsys: pytest.Capture
 
 def test_print_config_writes_nothing(make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = make_config()
-    assert cli.main(["train", str(path), "train.seed=3", "--print-config"]) == 0
-    printed = capsys.readouterr().out
-    assert yaml.safe_load(printed)["train"]["seed"] == 3
+    settings = ["train.seed=2", "train.seed=3"]
+    orders = (
+        [*settings, "--print-config"],
+        ["--print-config", *settings],
+        [settings[0], "--print-config", settings[1]],
+    )
+    for arguments in orders:
+        assert cli.main(["train", str(path), *arguments]) == 0
+        printed = capsys.readouterr().out
+        assert yaml.safe_load(printed)["train"]["seed"] == 3
     assert "# override" in printed
     assert list(path.parent.iterdir()) == [path]
 
@@ -108,6 +117,55 @@ def test_interrupt_ends_with_130(
     assert capsys.readouterr().err == "mmfn: error: interrupted\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp]\nDefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA out of memory."),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=str,
+)
+def test_limits_of_the_machine_are_one_sentence(
+    error: Exception,
+    make_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(setup, "prepare", fail)
+    assert cli.main(["train", str(make_config())]) == 2
+    assert re.fullmatch(r"mmfn: error: the machine is at its limit \(.+\); use .+\n", capsys.readouterr().err)
+    with pytest.raises(type(error)):
+        cli.main(["train", str(make_config()), "--debug"])
+
+
+def test_other_errors_of_the_program_keep_their_traceback(
+    make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(setup, "prepare", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["train", str(make_config())])
+
+
+def test_warnings_about_images_are_not_shown(
+    make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(*args: Any, **kwargs: Any) -> None:
+        warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(setup, "prepare", warn)
+    assert cli.main(["train", str(make_config())]) == 2
+    assert capsys.readouterr().err == "mmfn: error: stop here\n"
+
+
 def test_debug_keeps_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot read config"):
         cli.main(["train", str(tmp_path / "none.yaml"), "--debug"])
@@ -120,6 +178,8 @@ def test_debug_keeps_the_traceback(tmp_path: Path) -> None:
         (["fit"], "invalid choice: 'fit'"),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "a.yaml", "--fast"], "unrecognized arguments: --fast"),
+        (["train", "a.yaml", "--print-config", "a=b", "--fast"], "unrecognized arguments: a=b --fast"),
+        (["generate", "c", "p", "--dtype", "float32", "q"], "unrecognized arguments: q"),
         (["generate", "c", "p", "--max-new-tokens", "many"], "invalid int value: 'many'"),
     ],
 )

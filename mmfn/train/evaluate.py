@@ -1,6 +1,7 @@
 """Held-out evaluation: greedy answers compared with the truth by exact match, and the loss as a (sum, weight) pair."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -58,6 +59,11 @@ class Evaluation:
     def loss(self) -> float:
         """Mean cross entropy per supervised token; 0 when no token is supervised."""
         return self.loss_sum / max(1, self.num_tokens)
+
+    def check_finite(self) -> None:
+        """Raise ValueError when the loss is not finite: then the answers mean nothing either."""
+        if not math.isfinite(self.loss_sum):
+            raise ValueError(f"the held-out loss is {self.loss_sum}; the model's weights are damaged or diverged")
 
 
 def evaluate(
@@ -135,13 +141,13 @@ def answer(
 
 
 def to_json(evaluation: Evaluation) -> str:
-    """The evaluation as JSON text: totals first, then every answer."""
+    """The evaluation as JSON text: totals first, then every answer. A loss that is not finite is null."""
     answers = [{**asdict(a), "is_correct": a.is_correct} for a in evaluation.answers]
     totals = {
         "accuracy": evaluation.accuracy,
         "num_correct": evaluation.num_correct,
         "num_answers": len(answers),
-        "loss": evaluation.loss,
+        "loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
         "num_supervised_tokens": evaluation.num_tokens,
         "time_s": evaluation.time_s,
     }

@@ -5,8 +5,8 @@ accelerator never waits for the host.
 """
 
 import json
+import math
 import os
-import shutil
 import tempfile
 import time
 from collections import deque
@@ -19,12 +19,13 @@ from mmfn import batch as packing
 from mmfn import tree
 from mmfn.interop.hf import save_hf
 from mmfn.model import Model
+from mmfn.train import run_folder
 from mmfn.train.config import describe
 from mmfn.train.data import Stats, prefetch, stats
 from mmfn.train.evaluate import Evaluation, evaluate, to_json
 from mmfn.train.progress import Progress, format_duration
 from mmfn.train.report import render_report
-from mmfn.train.setup import RUN_FILES, Run
+from mmfn.train.setup import Run
 from mmfn.train.step import Metrics, State
 
 RATE_STEPS = 20  # tokens per second are measured over so many steps
@@ -45,24 +46,28 @@ class Result:
 def run_training(run: Run, progress: Progress) -> Result:
     """Make the run folder, train, then write checkpoint, evaluation and report into it.
 
-    Every file but the growing metrics.jsonl appears complete or not at all. The run's parameters are consumed. Raises
-    ValueError for data that turn out broken on the way (with `data.check: all` there are none) and OSError when the
-    folder cannot be written.
+    Every file but the growing metrics.jsonl appears complete or not at all; an earlier run stays in `previous` until
+    all of them are there. The run's parameters are consumed. Raises ValueError for data that turn out broken on the way
+    (with `data.check: all` there are none) and for a training that diverged, and OSError when the folder cannot be
+    written.
     """
     config = run.loaded.config
-    folder = Path(config.output.path)
-    _clear(folder)
+    folder = run_folder.locate(config.output.path)
+    has_previous = run_folder.make_room(folder)
     write_text(folder / "config.yaml", describe(run.loaded))
     records: list[Record] = []
     start = time.perf_counter()
     with progress, open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
 
         def emit(record: Record) -> None:
-            log.write(json.dumps(record) + "\n")
+            numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}
+            log.write(json.dumps(numbers) + "\n")  # JSON has no NaN
             log.flush()
             progress.show(record)
             records.append(record)
 
+        if has_previous:
+            progress.say(f"the earlier run is kept in {folder / run_folder.PREVIOUS} until this one is complete")
         state = train(run, emit)
     train_s = time.perf_counter() - start
     model = replace(run.model, params=state["params"])
@@ -70,6 +75,8 @@ def run_training(run: Run, progress: Progress) -> Result:
     evaluation = _evaluate(run, model, folder, progress)
     result = Result(folder=folder, model=model, records=records, evaluation=evaluation, train_s=train_s)
     write_text(folder / "report.html", _report(run, result))
+    _check_finite(result)
+    run_folder.drop_previous(folder)
     return result
 
 
@@ -156,15 +163,15 @@ def _facts(step: int, counts: Stats, num_microbatches: int, wait_s: float) -> Re
     }
 
 
-def _clear(folder: Path) -> None:
-    """An empty run folder. `check_output` has made sure that only files of a run are in the way."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _check_finite(result: Result) -> None:
+    """Raise ValueError for a run that is complete but of no use."""
+    fix = f"lower optimizer.lr or check weights and data (the run is in {str(result.folder)!r})"
+    if all(record["skipped"] for record in result.records):
+        raise ValueError(f"all {len(result.records)} steps were skipped, their gradients were not finite; {fix}")
+    if not math.isfinite(last := result.records[-1]["loss"]):
+        raise ValueError(f"the training diverged, the loss of the last step is {last}; {fix}")
+    if result.evaluation is not None:
+        result.evaluation.check_finite()
 
 
 def _evaluate(run: Run, model: Model, folder: Path, progress: Progress) -> Evaluation | None:

@@ -3,7 +3,6 @@
 Nothing is written. A run folder is made only after `prepare` has returned.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from mmfn import tree
-from mmfn.batch import Sample
+from mmfn.batch import IGNORE
 from mmfn.interop.checkpoint import read_config
 from mmfn.interop.hf import init, load_hf
 from mmfn.model import Model
@@ -21,11 +20,19 @@ from mmfn.parallel.program import Program, compiled, pipe
 from mmfn.train import optim
 from mmfn.train.config import Config, Loaded, ModelSection
 from mmfn.train.data import Dataset, Loader, Processor, load_processor
+from mmfn.train.data.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from mmfn.train.data.tokenizer import read_json
 from mmfn.train.objective import resolve
+from mmfn.train.run_folder import check_output
 from mmfn.train.schedule import Schedule, schedule
 from mmfn.train.step import State, Step, init_state, make_step
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "eval.json", "report.html", "checkpoint")
+MEDIA_TOKENS = {
+    "image_token_id": IMAGE_PAD,
+    "video_token_id": VIDEO_PAD,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +55,14 @@ def prepare(loaded: Loaded, say: Callable[[str], None]) -> Run:
     Raises ValueError, one sentence, for whatever is missing, broken or does not fit together.
     """
     config = loaded.config
-    check_output(config)
+    check_output(loaded)
     resolve(config.objective.name)
     processor = load_model_processor(config.model.path, config.data.template)
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
     model = load_model(config.model, config.train.seed)
     check_match(model, processor)
+    eos = eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size)
     step, state = build_step(config, model)
     loader = build_loader(config, train_set, model)
     check_data(config, loader, train_set, held_out, say)
@@ -66,24 +74,8 @@ def prepare(loaded: Loaded, say: Callable[[str], None]) -> Run:
         held_out=held_out,
         step=step,
         state=state,
-        eos_token_ids=eos_token_ids(Path(config.model.path), processor),
+        eos_token_ids=eos,
     )
-
-
-def check_output(config: Config) -> None:
-    """Raise ValueError unless the run folder is absent, empty, or an earlier run that may be overwritten."""
-    folder = Path(config.output.path)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output.path {str(folder)!r} is a file; give a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not config.output.overwrite:
-        raise ValueError(f"output.path {str(folder)!r} is not empty; choose another or set output.overwrite=true")
-    strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in RUN_FILES)
-    if strange:
-        raise ValueError(
-            f"output.path {str(folder)!r} holds {strange[0]!r}, which no run wrote; choose another folder or move it"
-        )
 
 
 def load_model(section: ModelSection, seed: int) -> Model:
@@ -133,12 +125,25 @@ def check_match(model: Model, processor: Processor) -> None:
                 f"{name} is {getattr(vision, name)} in config.json but {getattr(image, name)} in "
                 "preprocessor_config.json; use the two files of one model"
             )
+    if vision.patch_values != image.patch_values:
+        raise ValueError(
+            f"in_channels is {vision.num_channels} in config.json, {vision.patch_values} values per patch, but images "
+            f"give {image.patch_values}; use a model for 3 channels"
+        )
     largest = max(processor.chat.tokenizer.get_vocab().values())
     if largest >= model.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer has token id {largest} but the model's vocab_size is {model.cfg.vocab_size}; use the "
             "tokenizer of the model"
         )
+    vocabulary = processor.chat.tokenizer.get_vocab()
+    for key, token in MEDIA_TOKENS.items():
+        configured = getattr(model.cfg, key, model.hf_config.get(key))  # the first has the defaults of absent keys
+        if configured is not None and configured != vocabulary.get(token):
+            raise ValueError(
+                f"{key} is {configured} in config.json but {token!r} is {vocabulary.get(token)} in the tokenizer; use "
+                "the tokenizer of the model"
+            )
 
 
 def build_loader(config: Config, dataset: Dataset, model: Model) -> Loader:
@@ -176,21 +181,27 @@ def check_data(
 
     The prepared samples stay in the cache. Raises ValueError for the first sample of the data that fails.
     """
-    if config.data.check == "first":
-        loader.microbatches(0)
-        if held_out is not None:
-            held_out.prompt(0)
-        return
 
     def check_sample(index: int) -> None:
         sample = train_set.sample(index)
-        if not _fits(sample, config):
+        if not bool((sample.labels_T != IGNORE).any()):
+            raise ValueError(
+                f"sample {sample.id!r} of {str(train_set.path)!r} has nothing to learn; give it a turn of the "
+                "assistant or remove it"
+            )
+        tokens, patches = config.data.token_buckets[-1], config.data.patch_buckets[-1]
+        if sample.tokens_T.numel() > tokens or sample.num_patches > patches:
             loader.pack([sample])  # raises, with the sizes
 
     def check_prompt(index: int) -> None:
         if held_out is not None:
             held_out.prompt(index)
 
+    if config.data.check == "first":
+        _drain(map(check_sample, loader.indices(0)))
+        loader.microbatches(0)
+        check_prompt(0)
+        return
     num_held_out = len(held_out) if held_out is not None else 0
     say(f"checking {len(train_set)} training and {num_held_out} held-out samples")
     with ThreadPoolExecutor(max_workers=max(1, config.data.workers), thread_name_prefix="mmfn-check") as pool:
@@ -202,15 +213,22 @@ def check_data(
             raise
 
 
-def eos_token_ids(folder: Path, processor: Processor) -> tuple[int, ...]:
-    """Tokens that end an answer: those of generation_config.json, or else the tokenizer's own."""
-    try:
-        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        found = None
+def eos_token_ids(folder: Path, processor: Processor, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end an answer: those of generation_config.json, or else the tokenizer's own.
+
+    Raises ValueError for a file that is no JSON object, or ids that are no tokens of the model.
+    """
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.exists() else None
     if found is None:
         found = processor.chat.tokenizer.eos_token_id
-    return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise ValueError(
+            f"eos_token_id is {found!r} in {str(path)!r} but must be a token id below vocab_size {vocab_size}, or a "
+            "list of them; correct the file"
+        )
+    return tuple(ids)
 
 
 def _schedule(config: Config) -> Schedule:
@@ -227,17 +245,12 @@ def _schedule(config: Config) -> Schedule:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # also refuses meta, which holds no values
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
             f"model.device {name!r} cannot be used by this torch {torch.__version__}; try 'cpu'"
         ) from error
     return device
-
-
-def _fits(sample: Sample, config: Config) -> bool:
-    data = config.data
-    return sample.tokens_T.numel() <= data.token_buckets[-1] and sample.num_patches <= data.patch_buckets[-1]
 
 
 def _drain(results: Iterable[Any]) -> None:

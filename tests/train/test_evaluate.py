@@ -80,6 +80,30 @@ def test_eos_ids_come_from_the_generation_config(run: setup.Run, tmp_path: Path)
     tokenizer = run.processor.chat.tokenizer
     both = tuple(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     assert run.eos_token_ids == both
-    assert setup.eos_token_ids(tmp_path, run.processor) == (both[0],)
+    assert setup.eos_token_ids(tmp_path, run.processor, 282) == (both[0],)
+    assert run.processor.chat.tokenizer.eos_token_id == both[0]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert setup.eos_token_ids(tmp_path, run.processor) == (5,)
+    assert setup.eos_token_ids(tmp_path, run.processor, 282) == (5,)
+
+
+@pytest.mark.parametrize("value", ['{"a": 1}', '["x"]', "true", "-1", "282", "[5, null]", "1.0", "1000000000"])
+def test_eos_ids_that_are_no_tokens_are_refused(run: setup.Run, tmp_path: Path, value: str) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(ValueError, match=r"eos_token_id is .* but must be a token id below vocab_size 282"):
+        setup.eos_token_ids(tmp_path, run.processor, 282)
+
+
+def test_generation_config_that_is_no_json_is_refused(run: setup.Run, tmp_path: Path) -> None:
+    for text in ("{", "[]", "[" * 100_000):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"generation_config.json"):
+            setup.eos_token_ids(tmp_path, run.processor, 282)
+
+
+def test_loss_that_is_not_finite_is_null_and_refused() -> None:
+    answers = (Answer(id="0", question="q", prediction="7", truth="7"),)
+    for loss in (float("nan"), float("inf")):
+        evaluation = Evaluation(answers=answers, loss_sum=loss, num_tokens=1, time_s=1.0)
+        assert json.loads(to_json(evaluation), parse_constant=pytest.fail)["loss"] is None
+        with pytest.raises(ValueError, match=r"the held-out loss is (nan|inf); the model's weights"):
+            evaluation.check_finite()

@@ -13,7 +13,7 @@ import torch
 
 import mmfn
 from mmfn import tree
-from mmfn.train import loop, setup
+from mmfn.train import loop, run_folder, setup
 from mmfn.train.config import load_config
 from mmfn.train.data import prefetch
 from mmfn.train.objective import per_token_loss, weigh
@@ -130,7 +130,7 @@ def test_run_folder_holds_everything(make_config: MakeConfig, tmp_path: Path) ->
     run = prepared(make_config())
     result = quiet(run)
     folder = tmp_path / "run"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(setup.RUN_FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(run_folder.RUN_FILES)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == result.records
     assert load_config(folder / "config.yaml").config == run.loaded.config
@@ -166,10 +166,34 @@ def test_occupied_folder_is_refused_or_replaced(make_config: MakeConfig, tmp_pat
     assert (folder / "thesis.txt").read_text() == "precious"
 
 
-def test_output_path_that_is_a_file(make_config: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match="is a file; give a folder"):
-        prepared(make_config())
+def test_a_failing_run_keeps_the_one_it_overwrites(make_config: MakeConfig, tmp_path: Path) -> None:
+    changes = {"train.steps": 1, "data.eval": None, "output.overwrite": True}
+    folder = tmp_path / "run"
+    quiet(prepared(make_config(changes)))
+    for _ in range(2):  # the second one must not take the failed first one for the earlier run
+        with pytest.raises(ValueError, match="all 1 steps were skipped"):
+            quiet(diverging(prepared(make_config(changes))))
+        assert load_config(folder / "previous" / "config.yaml").config.train.steps == 1
+        mmfn.load_hf(folder / "previous" / "checkpoint")
+    quiet(prepared(make_config(changes)))
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint", "config.yaml", "metrics.jsonl", "report.html"]
+
+
+def diverging(run: setup.Run) -> setup.Run:
+    for leaf in tree.leaves(run.state["params"]):
+        leaf.fill_(float("nan"))
+    return run
+
+
+def test_a_run_that_diverges_fails_and_its_files_are_valid_json(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"all 4 steps were skipped.*lower optimizer.lr or check weights and data"):
+        quiet(diverging(prepared(make_config())))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+    assert json.loads((tmp_path / "run" / "eval.json").read_text(), parse_constant=pytest.fail)["loss"] is None
+    changes = {"optimizer.lr": 1e30, "data.eval": None, "output.path": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match="the training diverged, the loss of the last step is"):
+        quiet(prepared(make_config(changes)))
 
 
 def test_data_that_break_on_the_way_leave_no_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -211,7 +235,7 @@ def test_write_text_is_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_model_on_an_unknown_device_is_refused(make_config: MakeConfig) -> None:
     section = load_config(make_config()).config.model
-    for device in ("gpu", "meta:x", "cuda:77"):
+    for device in ("gpu", "meta", "meta:x", "cuda:77"):
         with pytest.raises(ValueError, match=f"model.device '{device}' cannot be used"):
             setup.load_model(section.model_copy(update={"device": device}), seed=0)
 
@@ -225,3 +249,15 @@ def test_processor_of_another_model_is_refused(make_config: MakeConfig) -> None:
     small = replace(run.model, cfg=replace(run.model.cfg, vocab_size=281))
     with pytest.raises(ValueError, match="token id 281 but the model's vocab_size is 281"):
         setup.check_match(small, run.processor)
+    gray = replace(run.model, cfg=replace(run.model.cfg, vision=replace(run.model.cfg.vision, num_channels=4)))
+    with pytest.raises(ValueError, match=r"in_channels is 4 in config.json, 128 values per patch, but images give 96"):
+        setup.check_match(gray, run.processor)
+    swapped = {"image_token_id": run.model.cfg.video_token_id, "video_token_id": run.model.cfg.image_token_id}
+    with pytest.raises(
+        ValueError, match=r"image_token_id is \d+ in config.json but '<\|image_pad\|>' is \d+ in the tok"
+    ):
+        setup.check_match(replace(run.model, cfg=replace(run.model.cfg, **swapped)), run.processor)
+    with pytest.raises(ValueError, match=r"vision_start_token_id is 5 in config.json but '<\|vision_start\|>' is"):
+        setup.check_match(
+            replace(run.model, hf_config={**run.model.hf_config, "vision_start_token_id": 5}), run.processor
+        )

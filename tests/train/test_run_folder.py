@@ -1,0 +1,148 @@
+"""The run folder: which are refused, what is kept of an earlier run, and that nothing a run reads is overwritten."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mmfn.train import run_folder
+from mmfn.train.config import Loaded, load_config
+
+CONFIG = """\
+model: {path: m}
+data: {train: train.json, token_buckets: [64], patch_buckets: [32]}
+optimizer: {lr: 1e-3}
+train: {steps: 10}
+output: {overwrite: true}
+"""
+
+
+def loaded(tmp_path: Path, *overrides: str, output: Path | str | None = None) -> Loaded:
+    path = tmp_path / "c.yaml"
+    path.write_text(CONFIG)
+    return load_config(path, [*overrides, f"output.path={output or tmp_path / 'run'}"])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run that is complete."""
+    folder = tmp_path / "run"
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "checkpoint" / "config.json").write_text("old")
+    for name in run_folder.RUN_FILES[:-1]:
+        (folder / name).write_text("old")
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.train", "data.eval", "data.root", "data.template"])
+@pytest.mark.parametrize("entry", ["checkpoint", "checkpoint/part", "metrics.jsonl", "previous/checkpoint"])
+def test_what_a_run_reads_is_not_overwritten(folder: Path, tmp_path: Path, key: str, entry: str) -> None:
+    (folder / "previous").mkdir()
+    with pytest.raises(ValueError, match=f"^{key} '.*{entry}' lies in output.path"):
+        run_folder.check_output(loaded(tmp_path, f"{key}={folder / entry}"))
+    (tmp_path / "link").symlink_to(folder / entry)
+    with pytest.raises(ValueError, match=f"^{key} '.*link' lies in output.path"):
+        run_folder.check_output(loaded(tmp_path, f"{key}={tmp_path / 'link'}"))
+    (tmp_path / "alias").symlink_to(folder)
+    with pytest.raises(ValueError, match=f"^{key} '.*{entry}' lies in output.path"):
+        run_folder.check_output(loaded(tmp_path, f"{key}={folder / entry}", output=tmp_path / "alias"))
+
+
+def test_the_config_of_the_run_itself_is_not_overwritten(folder: Path) -> None:
+    (folder / "config.yaml").write_text(CONFIG)
+    with pytest.raises(ValueError, match=r"the config file '.*config.yaml' lies in output.path"):
+        run_folder.check_output(load_config(folder / "config.yaml", [f"output.path={folder}"]))
+
+
+def test_a_checkpoint_that_is_a_link(folder: Path, tmp_path: Path) -> None:
+    (folder / "checkpoint").rename(tmp_path / "disk")
+    (folder / "checkpoint").symlink_to(tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"model.path '.*checkpoint' lies in output.path"):
+        run_folder.check_output(loaded(tmp_path, f"model.path={folder / 'checkpoint'}"))
+    run_folder.check_output(loaded(tmp_path, f"model.path={tmp_path / 'disk'}"))
+    assert run_folder.make_room(folder)
+    run_folder.drop_previous(folder)
+    assert names(folder) == []
+    assert (tmp_path / "disk" / "config.json").read_text() == "old"
+
+
+def test_what_a_killed_run_leaves_is_cleared(folder: Path, tmp_path: Path) -> None:
+    (folder / ".checkpoint.abc" / "new").mkdir(parents=True)
+    (folder / ".report.html.abc").write_text("half")
+    run_folder.check_output(loaded(tmp_path))
+    assert run_folder.make_room(folder)
+    assert names(folder) == ["previous"]
+    assert names(folder / "previous") == sorted(run_folder.RUN_FILES)
+    (folder / ".checkpoints").write_text("not of a run")
+    with pytest.raises(ValueError, match=r"holds '.checkpoints', which no run wrote"):
+        run_folder.check_output(loaded(tmp_path))
+
+
+def test_the_earlier_run_survives_runs_that_fail(folder: Path) -> None:
+    for _ in range(2):
+        assert run_folder.make_room(folder)
+        assert names(folder) == ["previous"]
+        assert (folder / "previous" / "checkpoint" / "config.json").read_text() == "old"
+        (folder / "config.yaml").write_text("of a run that fails")
+    run_folder.drop_previous(folder)
+    assert names(folder) == ["config.yaml"]
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_kill_while_making_room_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    calls = []
+
+    def killed(source: Path, target: Path, rename=os.rename) -> None:
+        calls.append(source)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_folder.make_room(folder)
+    monkeypatch.undo()
+    assert run_folder.make_room(folder)
+    assert names(folder) == ["previous"]
+    assert names(folder / "previous") == sorted(run_folder.RUN_FILES)
+
+
+def test_a_new_folder_has_no_earlier_run(tmp_path: Path) -> None:
+    assert not run_folder.make_room(tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == []
+    run_folder.drop_previous(tmp_path / "a" / "b")
+
+
+def test_places_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    cases = {
+        "c.yaml": "is a file; give a folder",
+        "c.yaml/x/y": "c.yaml' is a file; give a folder",
+        "link": "is a link that leads nowhere",
+        "link/x": "link' is a link that leads nowhere",
+        "a" * 300: "is no usable path [(]File name too long",
+        "new/" + "a" * 300 + "/x": "is no usable path [(]File name too long",
+        "run/../c.yaml": "is a file; give a folder",
+    }
+    for path, expected in cases.items():
+        with pytest.raises(ValueError, match=f"^output.path '.*{expected}"):
+            run_folder.check_output(loaded(tmp_path, output=tmp_path / path))
+    assert names(tmp_path) == ["c.yaml", "link"]
+    with pytest.raises(ValueError, match=r"^output.path 'a.x00b' is no usable path"):
+        run_folder.check_output(loaded(tmp_path, output='"a\\0b"'))
+    assert run_folder.locate(str(tmp_path / "new" / ".." / "x")) == (tmp_path / "x").resolve()
+
+
+def test_a_file_to_write(tmp_path: Path) -> None:
+    settings = loaded(tmp_path, f"data.eval={tmp_path / 'eval.json'}")
+    (tmp_path / "eval.json").write_text("[]")
+    run_folder.check_file("--out", str(tmp_path / "new.json"), settings)
+    cases = {"": "is a folder", "eval.json": "is data.eval itself", "c.yaml": "is the config file itself"}
+    cases |= {"no/a.json": "lies in a folder that does not exist", "a" * 300: "File name too long"}
+    for path, expected in cases.items():
+        with pytest.raises(ValueError, match=f"^--out '.*{expected}"):
+            run_folder.check_file("--out", str(tmp_path / path), settings)
