@@ -59,7 +59,7 @@ class DataSection(Section):
         default="all", description="before training, prepare every sample once, or only the first step's"
     )
     workers: Annotated[int, Field(ge=0, le=64)] = Field(
-        default=1, description="threads that prepare batches ahead; 0: none"
+        default=1, description="threads that prepare batches ahead, at most 64; 0: none"
     )
     ahead: PositiveInt = Field(default=4, description="steps prepared ahead, at most")
     cache_mib: Annotated[int, Field(ge=0)] = Field(
@@ -139,7 +139,10 @@ class OutputSection(Section):
     """Where results go."""
 
     path: str = Field(description="run folder: config, metrics, evaluation, report, checkpoint")
-    overwrite: bool = Field(default=False, description="replace an earlier run in that folder")
+    overwrite: bool = Field(
+        default=False,
+        description="replace an earlier run in that folder; it is kept in `previous` until the new one is complete",
+    )
     report_images: Annotated[int, Field(ge=0)] = Field(default=60, description="held-out images shown in report.html")
 
 

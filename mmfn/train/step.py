@@ -73,7 +73,7 @@ def make_step(
         opt, metrics = run(leaves, grads, state["opt"], state["step"])
         return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, {**sums, **metrics}
 
-    run_one: Callable[..., tuple[State, Metrics]] = program.jit(one)
+    run_one = program.jit(one) if program.compile == "step" else one
     run_gradients = program.jit(gradients) if program.compile == "step" else gradients
     run_apply = apply_ if program.compile == "none" else program.jit(apply_)
 
