@@ -88,8 +88,8 @@ class Batch:
     `tokens_T`: int64[T]. `positions_3T`: int64[3, T], (temporal, height, width) rope positions. `segments`: one per
     sample. `labels_T`: int64[T], the token to predict at each place (already shifted within its segment) or `IGNORE`.
     `weights_T`: float32[T], the weight of each token's cross entropy (see `mmfn.train.objective`). `feature_index_T`:
-    int64[T], the row of the visual features that replaces the token's embedding, or P / merge_size**2 (one past the
-    last feature) for text.
+    int64[T], the row of the visual features that replaces the token's embedding, or -1 for text. `segment_T`:
+    int64[T], the segment of each token, or N (one past the last) where a token is padding.
     """
 
     tokens_T: Tensor
@@ -98,7 +98,13 @@ class Batch:
     labels_T: Tensor
     weights_T: Tensor
     feature_index_T: Tensor
+    segment_T: Tensor
     visual: Visual
+
+    @property
+    def num_segments(self) -> int:
+        """N, the static number of segments, empty ones included."""
+        return self.segments.offsets_N.shape[0] - 1
 
 
 def pack(
@@ -130,14 +136,17 @@ def pack(
     tail = T - used_tokens
     labels_T = torch.cat([*(_shift(s.labels_T) for s in samples), torch.full((tail,), IGNORE)])
     lengths = [s.tokens_T.numel() for s in samples]
+    N = _size("segments", num_segments, len(lengths))
+    segment_T = torch.repeat_interleave(torch.tensor([*range(len(lengths)), N]), torch.tensor([*lengths, tail]))
     frames = [h * w for m in media for t, h, w in [m.grid] for _ in range(t)]
     return Batch(
         tokens_T=torch.cat([*(s.tokens_T for s in samples), torch.zeros(tail, dtype=torch.int64)]),
         positions_3T=torch.cat([*positions, torch.zeros(3, tail, dtype=torch.int64)], dim=1),
-        segments=Segments(offsets_N=_offsets(lengths, _size("segments", num_segments, len(lengths)))),
+        segments=Segments(offsets_N=_offsets(lengths, N)),
         labels_T=labels_T,
         weights_T=(labels_T != IGNORE).float(),
-        feature_index_T=_feature_index(samples, T, P // merge_size**2, merge_size),
+        feature_index_T=_feature_index(samples, T, merge_size),
+        segment_T=segment_T,
         visual=Visual(
             patches_PF=_pad(torch.cat([torch.zeros(0, patch_values), *(m.patches_PF for m in media)]), P),
             coords_P4=_coords(media, P, merge_size),
@@ -222,11 +231,11 @@ def _grid_coords(grid: tuple[int, int, int], merge_size: int) -> Tensor:
     return torch.cat([row[:, None], col[:, None], size], dim=1).repeat(t, 1).to(torch.int32)
 
 
-def _feature_index(samples: Sequence[Sample], T: int, none: int, merge_size: int) -> Tensor:
-    """Features are numbered sample by sample, images before videos; `none` marks text."""
+def _feature_index(samples: Sequence[Sample], T: int, merge_size: int) -> Tensor:
+    """Features are numbered sample by sample, images before videos; -1 marks text."""
     parts, first = [], 0
     for s in samples:
-        index_T = torch.full_like(s.kinds_T, none)
+        index_T = torch.full_like(s.kinds_T, -1)
         for kind, media in ((IMAGE, s.images), (VIDEO, s.videos)):
             if media:
                 is_kind_T = s.kinds_T == kind
@@ -234,4 +243,4 @@ def _feature_index(samples: Sequence[Sample], T: int, none: int, merge_size: int
                 first += sum(m.patches_PF.shape[0] for m in media) // merge_size**2
         parts.append(index_T)
     used = sum(x.shape[0] for x in parts)
-    return torch.cat([*parts, torch.full((T - used,), none, dtype=torch.int64)])
+    return torch.cat([*parts, torch.full((T - used,), -1, dtype=torch.int64)])

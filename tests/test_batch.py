@@ -53,8 +53,8 @@ def test_labels_are_shifted_within_their_segment(two):
 
 def test_features_are_numbered_images_before_videos(two):
     batch = packed(*two)
-    none = 4  # 16 patches form 4 features: the image has 0 and 1, the frames 2 and 3
-    assert batch.feature_index_T.tolist() == [none, none, none, none, 2, none, 3, none, 0, 1, none]
+    # 16 patches form 4 features: the image has 0 and 1, the frames 2 and 3
+    assert batch.feature_index_T.tolist() == [-1, -1, -1, -1, 2, -1, 3, -1, 0, 1, -1]
     assert batch.visual.patches_PF[0, 0] == 0.0
     assert batch.visual.patches_PF[8, 0] == 1000.0
     assert batch.visual.segments.offsets_N.tolist() == [0, 8, 12, 16]
@@ -62,7 +62,7 @@ def test_features_are_numbered_images_before_videos(two):
 
 def test_only_images_and_videos_take_features():
     batch = packed(sample([TEXT, 3, IMAGE, TEXT], images=(media(1, 2, 2),)))
-    assert batch.feature_index_T.tolist() == [1, 1, 0, 1]
+    assert batch.feature_index_T.tolist() == [-1, -1, 0, -1]
 
 
 def test_coordinates_follow_merge_blocks(two):
@@ -83,7 +83,9 @@ def test_sizes_pad_at_the_end(two):
     assert roomy.visual.segments.offsets_N.tolist() == [0, 8, 12, 16, 16, 16]
     assert roomy.visual.coords_P4[16:].tolist() == [[0, 0, 1, 1]] * 8
     assert not roomy.visual.patches_PF[16:].any()
-    assert set(roomy.feature_index_T[11:].tolist()) == {6}
+    assert set(roomy.feature_index_T[11:].tolist()) == {-1}
+    assert exact.segment_T.tolist() == [0] * 3 + [1] * 8
+    assert roomy.segment_T.tolist() == [0] * 3 + [1] * 8 + [4] * 9
     assert [
         x.shape for x in tree.leaves(packed(two[0], num_tokens=20, num_patches=24, num_segments=4, num_frames=5))
     ] == [x.shape for x in tree.leaves(roomy)]

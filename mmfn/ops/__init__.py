@@ -64,9 +64,9 @@ def run_stack(
 
 
 def place_features(features_ND: Tensor, index_T: Tensor) -> Tensor:
-    """`x_TD[t] = features_ND[index_T[t]]`, and zeros where `index_T[t] == N` (tokens without a feature)."""
+    """`x_TD[t] = features_ND[index_T[t]]`, and zeros where `index_T[t]` is -1 (tokens without a feature)."""
     zero = features_ND.new_zeros(1, features_ND.shape[1])
-    return torch.cat([features_ND, zero]).index_select(0, index_T)
+    return torch.cat([zero, features_ND]).index_select(0, index_T + 1)
 
 
 def identity(x: Any) -> Any:

@@ -98,7 +98,8 @@ def _decode_batch(tokens_B: Tensor, positions_B: Tensor, visual: Visual) -> Batc
         segments=Segments(offsets_N=torch.arange(B + 1, dtype=torch.int32, device=tokens_B.device)),
         labels_T=torch.full_like(tokens_B, IGNORE),
         weights_T=torch.zeros(B, device=tokens_B.device),
-        feature_index_T=torch.zeros_like(tokens_B),
+        feature_index_T=torch.full_like(tokens_B, -1),
+        segment_T=torch.arange(B, device=tokens_B.device),
         visual=Visual(
             patches_PF=visual.patches_PF[:0],
             coords_P4=visual.coords_P4[:0],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfn.batch import IGNORE, Batch, Segments
+from mmfn.batch import IGNORE, Batch
 from mmfn.models import Family
 from mmfn.ops import Ops, portable
 from mmfn.tree import Tree
@@ -48,7 +48,16 @@ def resolve(objective: str | Objective) -> Objective:
     return OBJECTIVES[objective]
 
 
-def weigh(microbatches: Sequence[Batch], objective: str | Objective) -> list[Batch]:
+Exchange = Callable[[Tensor], tuple[Tensor, int]]
+"""counts_MN of this rank's shares -> (those of all micro-batches of all ranks, where this rank's stand among them)."""
+
+
+def alone(counts_MN: Tensor) -> tuple[Tensor, int]:
+    """The exchange of a rank that holds the whole global batch."""
+    return counts_MN, 0
+
+
+def weigh(microbatches: Sequence[Batch], objective: str | Objective, exchange: Exchange = alone) -> list[Batch]:
     """All micro-batches of one global step with `weights_T` set; nothing else is read than labels and segments.
 
     Weights are float32, or float64 where the batch's own `weights_T` are; zero where a token is not supervised. Raises
@@ -56,11 +65,10 @@ def weigh(microbatches: Sequence[Batch], objective: str | Objective) -> list[Bat
     """
     if not microbatches:
         raise ValueError("weigh received no micro-batch; a global step needs at least one")
-    counts = [_counts(b.labels_T, b.segments) for b in microbatches]
-    width = max(c.shape[0] for c in counts)
-    counts_MN = torch.stack([torch.nn.functional.pad(c, (0, width - c.shape[0])) for c in counts])
-    weights_MN = resolve(objective)(counts_MN)
-    return [_spread(b, w) for b, w in zip(microbatches, weights_MN.unbind(0), strict=True)]
+    width = max(b.num_segments for b in microbatches)
+    counts_MN, first = exchange(torch.stack([_counts(b, width) for b in microbatches]))
+    own_MN = resolve(objective)(counts_MN)[first : first + len(microbatches)]
+    return [_spread(b, weights_N) for b, weights_N in zip(microbatches, own_MN.unbind(0), strict=True)]
 
 
 def loss_fn(params: Tree, batch: Batch, family: Family, cfg: Any, ops: Ops) -> tuple[Tensor, dict[str, Tensor]]:
@@ -94,17 +102,14 @@ def _reciprocal(counts: Tensor) -> Tensor:
     return torch.where(counts > 0, 1.0 / counts.clamp(min=1).to(torch.float64), 0.0)
 
 
-def _counts(labels_T: Tensor, segments: Segments) -> Tensor:
-    """Supervised tokens of every segment: int64[N]."""
-    sums = torch.nn.functional.pad((labels_T != IGNORE).cumsum(0), (1, 0))
-    return sums[segments.offsets_N.long()].diff()
+def _counts(batch: Batch, width: int) -> Tensor:
+    """Supervised tokens of every segment: int64[width], zeros behind the last segment."""
+    zeros = torch.zeros(width + 1, dtype=torch.int64, device=batch.labels_T.device)
+    return zeros.index_add(0, batch.segment_T, (batch.labels_T != IGNORE).long())[:width]
 
 
 def _spread(batch: Batch, weights_N: Tensor) -> Batch:
-    """Give each supervised token the weight of its segment (padding behind the last one belongs to none)."""
-    ends_N = batch.segments.offsets_N[1:]
-    places_T = torch.arange(batch.labels_T.shape[0], dtype=ends_N.dtype, device=ends_N.device)
-    segment_T = torch.searchsorted(ends_N, places_T, right=True)
-    weights_T = torch.nn.functional.pad(weights_N, (0, 1))[segment_T]
+    """Give each supervised token the weight of its segment (padding belongs to none)."""
+    weights_T = torch.nn.functional.pad(weights_N[: batch.num_segments], (0, 1))[batch.segment_T]
     weights_T = torch.where(batch.labels_T != IGNORE, weights_T, 0.0)
     return replace(batch, weights_T=weights_T.to(batch.weights_T.dtype))

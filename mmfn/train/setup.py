@@ -16,7 +16,8 @@ from mmfn.batch import IGNORE
 from mmfn.interop.checkpoint import read_config
 from mmfn.interop.hf import init, load_hf
 from mmfn.model import Model
-from mmfn.parallel.program import Program, compiled, pipe
+from mmfn.parallel.compiled import compiled
+from mmfn.parallel.program import Program, pipe
 from mmfn.train import optim
 from mmfn.train.config import Config, Loaded, ModelSection
 from mmfn.train.data import Dataset, Loader, Processor, load_processor

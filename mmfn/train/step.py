@@ -6,6 +6,7 @@ device, so a step never waits for it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from mmfn.batch import Batch
 from mmfn.grad import value_and_grad
 from mmfn.models import Family
 from mmfn.ops import Ops
-from mmfn.parallel.program import Program
+from mmfn.parallel.mesh import Mesh
+from mmfn.parallel.program import Program, lower
+from mmfn.parallel.reduce import all_counts, norm_and_sums
+from mmfn.parallel.sharding import like, local, placed
 from mmfn.train import optim
 from mmfn.train.objective import Objective, loss_fn, resolve, weigh
 from mmfn.train.optim import Leaves, Transform, Update, UpdateFn
@@ -30,9 +34,13 @@ Gradients = Callable[[Tree, Batch], tuple[Leaves, Metrics]]
 
 
 def init_state(params: Tree, optimizer: Transform) -> State:
-    """The state before the first step. It holds `params` themselves: a donating step overwrites them."""
+    """The state before the first step. It holds `params` themselves: a donating step overwrites them.
+
+    On a mesh the optimizer runs on shards, and what it keeps for a leaf is placed as the leaf is.
+    """
     leaves = dict(tree.items(params))
-    return {"params": params, "opt": optimizer.init(leaves), "step": torch.zeros((), dtype=torch.int64)}
+    opt = optimizer.init({path: local(leaf) for path, leaf in leaves.items()})
+    return {"params": params, "opt": placed(opt, leaves), "step": torch.zeros((), dtype=torch.int64)}
 
 
 def make_step(
@@ -52,26 +60,31 @@ def make_step(
     clipping), `lr`, `skipped` (1 where the gradient norm is not finite: then only `state["step"]` advances).
 
     `donate`: the given state is consumed, its tensors overwritten and returned; with False it is left as it was. This
-    is the only place where that is decided. Under `compiled("layer")` the update is one graph beside those of the
+    is the only place where that is decided. On a mesh, `microbatches` are this rank's shares (`program.split` of each)
+    and the metrics those of the global batch. Under `compiled("layer")` the update is one graph beside those of the
     blocks; under `compiled("step")` a step with one micro-batch is one graph, and one with several runs a graph per
     micro-batch and one for the update (one graph can recompute activations for one backward pass only).
 
     Raises ValueError for an unknown objective, for optimizer patterns that match no parameter, and, when called, for
     an empty list of micro-batches.
     """
+    program = lower(program)
     paths = tree.paths(program.specs)
+    exchange = partial(all_counts, mesh=program.mesh)
     weights = resolve(objective)
     gradients = _gradients(paths, family, cfg, program.ops)
-    apply_ = _apply(optimizer.update(paths), schedule, "fused" if program.compile == "none" else "traced")
+    kernel = "fused" if program.compile == "none" else "traced"
+    apply_ = _apply(optimizer.update(paths), schedule, kernel, program.mesh)
 
     def one(state: State, batch: Batch) -> tuple[State, Metrics]:
-        (weighed,) = weigh([batch], weights)
+        (weighed,) = weigh([batch], weights, exchange)
         return finish(state, apply_, *gradients(state["params"], weighed))
 
     def finish(state: State, run: Callable[..., Any], grads: Leaves, sums: Metrics) -> tuple[State, Metrics]:
-        leaves = dict(zip(paths, tree.leaves(state["params"]), strict=True))
-        opt, metrics = run(leaves, grads, state["opt"], state["step"])
-        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, {**sums, **metrics}
+        leaves = {path: local(leaf) for path, leaf in zip(paths, tree.leaves(state["params"]), strict=True)}
+        opt, metrics = run(leaves, grads, tree.map(local, state["opt"]), state["step"], sums)
+        opt = tree.map(like, opt, state["opt"])
+        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, metrics
 
     run_one = program.jit(one) if program.compile == "step" else one
     run_gradients = program.jit(gradients) if program.compile == "step" else gradients
@@ -80,11 +93,12 @@ def make_step(
     @torch.no_grad()
     def step(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
         if not donate:
-            state = tree.map(torch.clone, state)
+            state = tree.map(lambda leaf: like(local(leaf).clone(), leaf), state)
         with program.compiling():
             if program.compile == "step" and len(microbatches) == 1:
                 return run_one(state, microbatches[0])
-            grads, sums = scan_gradients(run_gradients, state["params"], weigh(microbatches, weights))
+            weighed = weigh(microbatches, weights, exchange)
+            grads, sums = scan_gradients(run_gradients, state["params"], weighed)
             return finish(state, run_apply, dict(zip(grads, optim.own(list(grads.values())), strict=True)), sums)
 
     return step
@@ -95,20 +109,24 @@ def _gradients(paths: Sequence[str], family: Family, cfg: Any, ops: Ops) -> Grad
 
     def gradients(params: Tree, batch: Batch) -> tuple[Leaves, Metrics]:
         (_, metrics), grads = differentiate(params, batch)
-        return dict(zip(paths, tree.leaves(grads), strict=True)), metrics
+        return {path: local(grad) for path, grad in zip(paths, tree.leaves(grads), strict=True)}, metrics
 
     return gradients
 
 
-def _apply(update: UpdateFn, schedule: Schedule, kernel: str) -> Callable[..., tuple[Tree, Metrics]]:
-    """`apply_(params, grads, opt, step) -> (opt, metrics)`: one optimizer update; parameters are written in place."""
+def _apply(update: UpdateFn, schedule: Schedule, kernel: str, mesh: Mesh) -> Callable[..., tuple[Tree, Metrics]]:
+    """`apply_(params, grads, opt, step, sums) -> (opt, metrics)`: one optimizer update of this rank's shards.
 
-    def apply_(params: Leaves, grads: Leaves, opt: Tree, step: Tensor) -> tuple[Tree, Metrics]:
-        lr, norm = schedule(step), optim.global_norm(grads)
+    Parameters are written in place. `sums`: this rank's shares of metrics, summed here along with the norm.
+    """
+
+    def apply_(params: Leaves, grads: Leaves, opt: Tree, step: Tensor, sums: Metrics) -> tuple[Tree, Metrics]:
+        lr = schedule(step)
+        norm, sums = norm_and_sums(optim.global_norm(grads), sums, mesh)
         finite = torch.isfinite(norm)
         given = Update(params=params, grads=grads, norm=norm, finite=finite, lr=lr, kernel=kernel)
         _, opt = update(given, opt)
-        return opt, {"grad_norm": norm, "lr": lr, "skipped": (~finite).to(torch.int64)}
+        return opt, {**sums, "grad_norm": norm, "lr": lr, "skipped": (~finite).to(torch.int64)}
 
     return apply_
 

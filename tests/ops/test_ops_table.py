@@ -22,9 +22,9 @@ def test_tables_agree_in_signatures():
 
 def test_place_features_leaves_zeros_where_there_is_no_feature():
     features_ND = torch.arange(6.0).reshape(3, 2).requires_grad_()
-    placed_TD = ops.place_features(features_ND, torch.tensor([3, 1, 3, 0]))
+    placed_TD = ops.place_features(features_ND, torch.tensor([-1, 1, -1, 0]))
     assert placed_TD.tolist() == [[0, 0], [2, 3], [0, 0], [0, 1]]
     assert torch.autograd.grad(placed_TD.sum(), features_ND)[0].tolist() == [[1, 1], [1, 1], [0, 0]]
-    none = ops.place_features(features_ND[:0], torch.zeros(4, dtype=torch.int64))
+    none = ops.place_features(features_ND[:0], torch.full((4,), -1))
     assert none.shape == (4, 2)
     assert not none.any()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mmfn import ops
-from mmfn.parallel.program import MAX_GRAPHS, Program, compiled, pipe
+from mmfn.parallel.compiled import compiled
+from mmfn.parallel.program import MAX_GRAPHS, Program, pipe
 
 D = 4
 

@@ -94,7 +94,7 @@ def test_padding_and_empty_segments_are_left_out(pair):
         batch,
         tokens_T=torch.cat([batch.tokens_T, torch.zeros(tail, dtype=torch.int64)]),
         positions_3T=torch.cat([batch.positions_3T, torch.full((3, tail), 999)], dim=1),
-        feature_index_T=torch.cat([batch.feature_index_T, torch.zeros(tail, dtype=torch.int64)]),
+        feature_index_T=torch.cat([batch.feature_index_T, torch.full((tail,), -1)]),
         segments=Segments(offsets_N=offsets_N),
     )
     assert mmfn.generate(model, padded, 6) == mmfn.generate(model, batch, 6)

@@ -147,8 +147,7 @@ def stats(microbatches: Sequence[Batch]) -> Stats:
         tokens=sum(int(b.segments.offsets_N[-1]) for b in microbatches),
         padded_tokens=sum(b.tokens_T.numel() for b in microbatches),
         supervised_tokens=sum(int((b.labels_T != IGNORE).sum()) for b in microbatches),
-        # the largest index marks text: no conversation is made of media alone
-        visual_tokens=sum(int((b.feature_index_T < b.feature_index_T.max()).sum()) for b in microbatches),
+        visual_tokens=sum(int((b.feature_index_T >= 0).sum()) for b in microbatches),
         patches=sum(int(b.visual.segments.offsets_N[-1]) for b in microbatches),
         padded_patches=sum(places),
         frames=sum(_num_segments(b.visual.segments.offsets_N) for b in microbatches),

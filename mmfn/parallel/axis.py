@@ -1,0 +1,173 @@
+"""`Axis`: ranks along one dimension of a mesh and the collectives among them, the only object that knows ranks.
+
+A collective names its `site`, the purpose it serves ("weights", "experts", ...), by which plans and logs count it. The
+methods of an `Axis` are not differentiable; `psum`, `all_gather`, `exchange` and `shift` below are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Sizes = Sequence[int] | None  # rows to or from every rank of an axis; None: equal parts
+
+
+class Transport(Protocol):
+    """Moves tensors between the ranks of one axis. What a method returns may be used after `wait`.
+
+    Tensors are contiguous. `all_gather`: [n, ...] -> [size * n, ...], by rank. `reduce_scatter`: [size * n, ...] ->
+    [n, ...], the sum of this rank's parts. `all_to_all`: the first dim is cut by `in_sizes`, part i goes to rank i.
+    """
+
+    def all_gather(self, x: Tensor, site: str) -> Tensor: ...
+    def reduce_scatter(self, x: Tensor, site: str) -> Tensor: ...
+    def all_reduce(self, x: Tensor, site: str) -> Tensor: ...
+    def all_to_all(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor: ...
+    def wait(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """This rank's place among `size` ranks. An axis of size 1 has no transport and its collectives do nothing."""
+
+    name: str
+    size: int = 1
+    index: int = 0
+    transport: Transport | None = None
+
+    def all_gather(self, x: Tensor, site: str) -> Tensor:
+        """Parts of all ranks end to end along the first dim."""
+        return self.wait(self.issue_all_gather(x, site))
+
+    def issue_all_gather(self, x: Tensor, site: str) -> Tensor:
+        """`all_gather` under way: `wait` for the result before it is read."""
+        return x if self.transport is None else self.transport.all_gather(x.contiguous(), site)
+
+    def wait(self, x: Tensor) -> Tensor:
+        """The result of an issued collective, complete."""
+        return x if self.transport is None else self.transport.wait(x)
+
+    def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
+        """This rank's part of the sum over ranks; the first dim is cut evenly."""
+        return x if self.transport is None else self.wait(self.transport.reduce_scatter(x.contiguous(), site))
+
+    def all_reduce(self, x: Tensor, site: str) -> Tensor:
+        """The sum over ranks."""
+        return x if self.transport is None else self.wait(self.transport.all_reduce(x.contiguous(), site))
+
+    def all_to_all(self, x: Tensor, site: str, out_sizes: Sizes = None, in_sizes: Sizes = None) -> Tensor:
+        """Part i of the first dim goes to rank i; what arrives lies in the order of ranks. Default: equal parts."""
+        if self.transport is None:
+            return x
+        even = [x.shape[0] // self.size] * self.size
+        return self.wait(self.transport.all_to_all(x.contiguous(), out_sizes or even, in_sizes or even, site))
+
+    def shift(self, x: Tensor, by: int, site: str) -> Tensor:
+        """The tensor of the rank `by` places before this one, around the ring; all have one shape."""
+        sizes_in, sizes_out = [0] * self.size, [0] * self.size
+        sizes_in[(self.index + by) % self.size] = sizes_out[(self.index - by) % self.size] = x.shape[0]
+        return self.all_to_all(x, site, sizes_out, sizes_in)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Real ranks: torch's functional collectives over a process group, traceable by torch.compile."""
+
+    name: str
+    size: int
+
+    def all_gather(self, x: Tensor, site: str) -> Tensor:
+        """See `Transport`."""
+        out: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, self.size, self.name)
+        return out
+
+    def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
+        """See `Transport`."""
+        out: Tensor = torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", self.size, self.name)
+        return out
+
+    def all_reduce(self, x: Tensor, site: str) -> Tensor:
+        """See `Transport`."""
+        out: Tensor = torch.ops._c10d_functional.all_reduce(x, "sum", self.name)
+        return out
+
+    def all_to_all(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        """See `Transport`."""
+        out: Tensor = torch.ops._c10d_functional.all_to_all_single(x, list(out_sizes), list(in_sizes), self.name)
+        return out
+
+    def wait(self, x: Tensor) -> Tensor:
+        """See `Transport`."""
+        out: Tensor = torch.ops._c10d_functional.wait_tensor(x)
+        return out
+
+
+def psum(x: Tensor, axis: Axis, site: str) -> Tensor:
+    """Sum over the ranks of an axis. A rank's loss is its share of a plain sum, so the gradient is summed as well."""
+    return x if axis.size == 1 else _apply(_Psum, x, axis, site)
+
+
+def all_gather(x: Tensor, axis: Axis, site: str) -> Tensor:
+    """Parts of all ranks end to end along the first dim; the gradient is summed and cut back."""
+    return x if axis.size == 1 else _apply(_AllGather, x, axis, site)
+
+
+def exchange(x: Tensor, axis: Axis, site: str, out_sizes: Sizes = None, in_sizes: Sizes = None) -> Tensor:
+    """Part i of the first dim to rank i (`Axis.all_to_all`); the gradient travels back."""
+    return x if axis.size == 1 else _apply(_Exchange, x, axis, site, out_sizes, in_sizes)
+
+
+def shift(x: Tensor, axis: Axis, site: str, by: int = 1) -> Tensor:
+    """The tensor of the rank `by` places before this one; the gradient travels back."""
+    return x if axis.size == 1 else _apply(_Shift, x, axis, site, by)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    out: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Psum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, site: str) -> Tensor:
+        ctx.axis, ctx.site = axis, site
+        return axis.all_reduce(x, site)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.axis.all_reduce(grad, ctx.site), None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, site: str) -> Tensor:
+        ctx.axis, ctx.site = axis, site
+        return axis.all_gather(x, site)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.axis.reduce_scatter(grad, ctx.site), None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, site: str, out_sizes: Sizes, in_sizes: Sizes) -> Tensor:
+        ctx.axis, ctx.site, ctx.sizes = axis, site, (in_sizes, out_sizes)
+        return axis.all_to_all(x, site, out_sizes, in_sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.axis.all_to_all(grad, ctx.site, *ctx.sizes), None, None, None, None
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, site: str, by: int) -> Tensor:
+        ctx.axis, ctx.site, ctx.by = axis, site, by
+        return axis.shift(x, by, site)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.axis.shift(grad, -ctx.by, ctx.site), None, None, None

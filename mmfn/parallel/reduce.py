@@ -1,0 +1,33 @@
+"""What a step sums over ranks besides gradients: label counts, the gradient norm, metrics."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mmfn.parallel.mesh import Mesh
+
+
+def all_counts(counts_MN: Tensor, mesh: Mesh) -> tuple[Tensor, int]:
+    """Label counts of all micro-batches of all ranks, int64[B * M, N], and where this rank's M stand among them.
+
+    `counts_MN`: of this rank's shares. Ranks of one cp group share the same micro-batches, so their counts are added.
+    """
+    if mesh.layout.world == 1:
+        return counts_MN, 0
+    gathered = mesh["world"].all_gather(counts_MN[None], "counts")  # ranks in order: batches, and within one its shares
+    all_BMN = gathered.view(mesh["batch"].size, mesh["cp"].size, *counts_MN.shape).sum(1)
+    return all_BMN.flatten(0, 1), mesh["batch"].index * counts_MN.shape[0]
+
+
+def norm_and_sums(norm: Tensor, shares: Mapping[str, Tensor], mesh: Mesh) -> tuple[Tensor, dict[str, Tensor]]:
+    """The global norm from the norm of this rank's shards, and the sums of 0-D shares: one all-reduce for both.
+
+    Every shard is held by `replicate` ranks, so the sum of squares counts it as often. Dtypes are kept.
+    """
+    if mesh.layout.world == 1:
+        return norm, dict(shares)
+    wide = [x.to(torch.float64) for x in (norm, *shares.values())]
+    squared, *totals = mesh["world"].all_reduce(torch.stack([wide[0].square(), *wide[1:]]), "metrics").unbind(0)
+    sums = {name: total.to(x.dtype) for (name, x), total in zip(shares.items(), totals, strict=True)}
+    return (squared / mesh.layout.replicate).sqrt().to(norm.dtype), sums
