@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmfn import tree
 
@@ -23,8 +24,8 @@ class Segments:
     """Boundaries of independent rows in a packed dimension.
 
     `offsets_N`: int32[N + 1], from 0, not decreasing; unused entries at the end repeat the last boundary. Positions
-    behind the last boundary are padding and belong to no segment. `spread` names the mesh axis over which each segment
-    is split ("" = whole on this rank).
+    behind the last boundary are padding and belong to no segment. `spread` names the mesh axis over whose ranks the
+    packed dimension is split ("" = whole on this rank); the boundaries are then those of the whole dimension.
     """
 
     offsets_N: Tensor
@@ -89,7 +90,9 @@ class Batch:
     sample. `labels_T`: int64[T], the token to predict at each place (already shifted within its segment) or `IGNORE`.
     `weights_T`: float32[T], the weight of each token's cross entropy (see `mmfn.train.objective`). `feature_index_T`:
     int64[T], the row of the visual features that replaces the token's embedding, or -1 for text. `segment_T`:
-    int64[T], the segment of each token, or N (one past the last) where a token is padding.
+    int64[T], the segment of each token, or N (one past the last) where a token is padding: behind the last segment, or
+    at the end of one whose length was rounded up (no other token attends to it). `aux_weight`: 0-D, what auxiliary
+    losses of the whole batch count, 0 until a step weighs it.
     """
 
     tokens_T: Tensor
@@ -100,6 +103,7 @@ class Batch:
     feature_index_T: Tensor
     segment_T: Tensor
     visual: Visual
+    aux_weight: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @property
     def num_segments(self) -> int:
@@ -117,16 +121,21 @@ def pack(
     num_patches: int | None = None,
     num_segments: int | None = None,
     num_frames: int | None = None,
+    segment_multiple: int = 1,
 ) -> Batch:
     """Lay samples end to end. The four `num_*` are static sizes to pad to; default: exactly what the samples need.
 
-    `positions[i]`: int64[3, T_i], the family's rope positions of sample i. `patch_values`: F. Weights are 1 where a
-    token is supervised. Raises ValueError when the samples exceed a size, when a sample's placeholders do not match its
-    media, and for tensors whose shapes disagree.
+    `positions[i]`: int64[3, T_i], the family's rope positions of sample i. `patch_values`: F. Every segment is padded
+    at its end to a multiple of `segment_multiple` tokens. Weights are 1 where a token is supervised. Raises ValueError
+    when the samples exceed a size, when a sample's placeholders do not match its media, and for tensors whose shapes
+    disagree.
     """
     for sample, own in zip(samples, positions, strict=True):
         _check_shapes(sample, own, merge_size, patch_values)
         _check_placeholders(sample, merge_size)
+    pads = [-s.tokens_T.numel() % segment_multiple for s in samples]
+    samples = [_pad_end(s, n) for s, n in zip(samples, pads, strict=True)]
+    positions = [pad(own, (0, n)) for own, n in zip(positions, pads, strict=True)]
     media = [m for s in samples for m in (*s.images, *s.videos)]
     used_tokens = sum(s.tokens_T.numel() for s in samples)
     T = _size("tokens", num_tokens, used_tokens)
@@ -137,7 +146,8 @@ def pack(
     labels_T = torch.cat([*(_shift(s.labels_T) for s in samples), torch.full((tail,), IGNORE)])
     lengths = [s.tokens_T.numel() for s in samples]
     N = _size("segments", num_segments, len(lengths))
-    segment_T = torch.repeat_interleave(torch.tensor([*range(len(lengths)), N]), torch.tensor([*lengths, tail]))
+    runs = [run for i, n in enumerate(pads) for run in ((i, lengths[i] - n), (N, n))]
+    segments, sizes = torch.tensor([*runs, (N, tail)]).unbind(1)
     frames = [h * w for m in media for t, h, w in [m.grid] for _ in range(t)]
     return Batch(
         tokens_T=torch.cat([*(s.tokens_T for s in samples), torch.zeros(tail, dtype=torch.int64)]),
@@ -146,7 +156,7 @@ def pack(
         labels_T=labels_T,
         weights_T=(labels_T != IGNORE).float(),
         feature_index_T=_feature_index(samples, T, merge_size),
-        segment_T=segment_T,
+        segment_T=torch.repeat_interleave(segments, sizes),
         visual=Visual(
             patches_PF=_pad(torch.cat([torch.zeros(0, patch_values), *(m.patches_PF for m in media)]), P),
             coords_P4=_coords(media, P, merge_size),
@@ -167,6 +177,16 @@ def _size(what: str, asked: int | None, used: int) -> int:
     if asked is not None and used > asked:
         raise ValueError(f"the samples hold {used} {what} but the batch has room for {asked}; raise the {what} budget")
     return used if asked is None else asked
+
+
+def _pad_end(sample: Sample, num: int) -> Sample:
+    """The sample with `num` tokens of text at its end that are not supervised."""
+    return replace(
+        sample,
+        tokens_T=pad(sample.tokens_T, (0, num)),
+        labels_T=pad(sample.labels_T, (0, num), value=IGNORE),
+        kinds_T=pad(sample.kinds_T, (0, num), value=TEXT),
+    )
 
 
 def _shift(labels_T: Tensor) -> Tensor:

@@ -1,19 +1,23 @@
 """The command line: `mmfn train CONFIG [key=value ...]`, `mmfn eval ...`, `mmfn generate ...`; also `python -m mmfn`.
 
-Whatever a user can get wrong ends in one sentence on standard error and exit code 2, with nothing half-written.
+Whatever a user can get wrong ends in one sentence on standard error and exit code 2, with nothing half-written. Of
+several ranks (`torchrun --nproc-per-node N -m mmfn ...`) the first that fails says it, and the others end as well.
 """
 
 import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmfn import __version__
+from mmfn.parallel import launch
 
 if TYPE_CHECKING:
     from mmfn.train.evaluate import Evaluation
+    from mmfn.train.loop import Result
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 # What torch and Python say in a RuntimeError when the machine, not the program, is at its limit.
@@ -23,31 +27,30 @@ LIMITS = ("can't allocate memory", "out of memory", "can't start new thread")
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence instead of the usage block."""
-        _complain(f"{message}; see {self.prog} --help")
-        raise SystemExit(USAGE_ERROR)
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. With `--debug` errors keep their traceback."""
-    args = _parse(argv)
+    ranks, is_debug = launch.Ranks(), False
     try:
+        ranks = launch.join()
+        args = _parse(argv)
+        args.ranks, is_debug = ranks, args.debug
+        if ranks.size > 1 and args.run not in (train, evaluate):
+            raise ValueError(f"mmfn {args.command} runs in one process; start it without torchrun")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # odd but readable images, one line for each
             args.run(args)
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return INTERRUPTED
-    except (ValueError, OSError) as error:
-        if args.debug:
+    except (KeyboardInterrupt, Exception) as error:
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else USAGE_ERROR
+        if not ranks.fail():  # a consequence of what happened on another rank, which says it
+            return code
+        sentence = _sentence(error, is_debug)
+        if sentence is None:
             raise
-        _complain(_one_line(error))
-        return USAGE_ERROR
-    except (MemoryError, RuntimeError) as error:
-        if args.debug or not _is_limit(error):
-            raise
-        reason = _one_line(error)[:200]
-        _complain(f"the machine is at its limit ({reason}); use smaller buckets, batches or models, or fewer workers")
-        return USAGE_ERROR
+        _complain(sentence)
+        return code
     return 0
 
 
@@ -55,21 +58,33 @@ def train(args: argparse.Namespace) -> None:
     """`mmfn train`: a run folder with checkpoint, metrics, evaluation and report."""
     from mmfn.train.config import describe, load_config
 
-    loaded = load_config(args.config, args.overrides)
+    loaded, say = load_config(args.config, args.overrides), _speaker(args.ranks)
     if args.print_config:
-        print(describe(loaded), end="")
+        say(describe(loaded).rstrip("\n"))
         return
     from mmfn.train import loop, progress, setup
     from mmfn.train.allocator import retain_freed_memory
 
     config = loaded.config
+    layout = setup.layout_of(config.layout)
+    launch.check_layout(layout, args.ranks, f"mmfn train {args.config}")
     if config.train.allocator == "retained":
         retain_freed_memory()
-    run = setup.prepare(loaded, say=_say)
-    result = loop.run_training(run, progress.standard(config.train.steps, config.train.log_every))
+    device = setup.find_device(config.model.device, args.ranks)
+    with launch.placed(args.ranks, layout, device, config.layout.timeout_s) as place:
+        run = setup.prepare(loaded, say, place)
+        result = loop.run_training(run, progress.standard(config.train.steps, config.train.log_every))
+    if place.is_first:
+        _conclude(result, config.train.steps)
+
+
+def _conclude(result: "Result", num_steps: int) -> None:
+    """The last lines of a training run."""
+    from mmfn.train.progress import format_duration
+
     tokens = sum(record["tokens"] for record in result.records)
     rate = f"{tokens / result.train_s:,.0f} tokens/s"
-    _say(f"trained {config.train.steps} steps in {progress.format_duration(result.train_s)}, {rate}")
+    _say(f"trained {num_steps} steps in {format_duration(result.train_s)}, {rate}")
     _say(f"checkpoint: {result.folder / 'checkpoint'}")
     if result.evaluation is not None:
         _say(_summary(result.evaluation))
@@ -77,7 +92,11 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """`mmfn eval`: answer the held-out set of a config with the weights of `model.path`."""
+    """`mmfn eval`: answer the held-out set of a config with the weights of `model.path`.
+
+    Of several ranks each holds the whole model and answers its part, whatever the config's layout.
+    """
+    from mmfn.parallel.mesh import Layout
     from mmfn.train import evaluate as evaluation
     from mmfn.train import loop, run_folder, setup
     from mmfn.train.config import load_config
@@ -90,18 +109,21 @@ def evaluate(args: argparse.Namespace) -> None:
         run_folder.check_file("--out", args.out, loaded)
     processor = setup.load_model_processor(config.model.path, config.data.template)
     held_out = setup.open_dataset(config, config.data.eval, processor)
-    model = setup.load_model(config.model, config.train.seed)
-    setup.check_match(model, processor)
-    found = evaluation.evaluate(
-        model,
-        held_out,
-        batch_samples=config.eval.batch_samples,
-        max_new_tokens=config.eval.max_new_tokens,
-        eos_token_ids=setup.eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size),
-    )
-    if args.out is not None:
+    device = setup.find_device(config.model.device, args.ranks)
+    with launch.placed(args.ranks, Layout(dp=args.ranks.size), device, config.layout.timeout_s) as place:
+        model = setup.load_model(config.model, config.train.seed, device)
+        setup.check_match(model, processor)
+        found = evaluation.evaluate(
+            model,
+            held_out,
+            batch_samples=config.eval.batch_samples,
+            max_new_tokens=config.eval.max_new_tokens,
+            eos_token_ids=setup.eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size),
+            axis=place.host["world"],
+        )
+    if args.out is not None and place.is_first:
         loop.write_text(Path(args.out), evaluation.to_json(found))
-    _say(_summary(found))
+    _speaker(args.ranks)(_summary(found))
     found.check_finite()
 
 
@@ -117,6 +139,43 @@ def generate(args: argparse.Namespace) -> None:
     setup.check_match(model, processor)
     eos = setup.eos_token_ids(Path(args.checkpoint), processor, model.cfg.vocab_size)
     print(answer(model, processor, args.prompt, args.image, max_new_tokens=args.max_new_tokens, eos_token_ids=eos))
+
+
+def plan(args: argparse.Namespace) -> None:
+    """`mmfn plan`: what a rank of a layout holds, computes and sends, without an accelerator; nothing is trained."""
+    from mmfn.parallel import plan as plans
+    from mmfn.parallel.plan_report import render
+    from mmfn.train import loop, plan_search
+    from mmfn.train.plan import Workload
+
+    if args.diff is not None:
+        _say(plans.diff(*map(plans.read_plan, args.diff)))
+        return
+    if args.config is None:
+        raise ValueError("mmfn plan needs CONFIG, a run's YAML file or a model's config.json; see mmfn plan --help")
+    config = plan_search.read(args.config, args.overrides)
+    workload = Workload(
+        tokens=args.tokens,
+        sample_tokens=args.sample_tokens,
+        image_side=args.image_side,
+        micro_batches=args.micro_batches,
+    )
+    request = plan_search.Request(
+        config=config, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers
+    )
+    if args.search:
+        if args.world is None:
+            raise ValueError("mmfn plan --search needs --world N, the number of ranks")
+        found = plan_search.search(request, args.world)
+        _say(plan_search.summary(found))
+    else:
+        request = replace(request, config=plan_search.with_world(config, args.world))
+        found = [plan_search.plan_config(request)]
+        _say(found[0])
+    if args.json is not None:
+        loop.write_text(Path(args.json), found[0].to_json())
+    if args.html is not None:
+        loop.write_text(Path(args.html), render(found))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -151,6 +210,20 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", evaluate, "evaluate a checkpoint on the config's held-out set")
     with_config(sub)
     sub.add_argument("--out", metavar="FILE", help="write every answer to this JSON file")
+    sub = command("plan", plan, "memory, communication and time of a step on any number of ranks, worked out here")
+    sub.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file (docs/config.md), or a model's config.json")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    sub.add_argument("--world", type=int, metavar="N", help="ranks; dp is set to make them (default: the layout's)")
+    sub.add_argument("--device", default="910b", help="910b, a3, h100, h200 or cpu (default 910b)")
+    sub.add_argument("--tokens", type=int, default=16_384, metavar="N", help="per rank and micro-batch (default 16384)")
+    sub.add_argument("--sample-tokens", type=int, default=4096, metavar="N", help="of one sample (default 4096)")
+    sub.add_argument("--image-side", type=int, default=32, metavar="N", help="patches; 0: no images (default 32)")
+    sub.add_argument("--micro-batches", type=int, default=1, metavar="N", help="in a step (default 1)")
+    sub.add_argument("--search", action="store_true", help="plan every layout of --world ranks, and rank them")
+    sub.add_argument("--all-layers", action="store_true", help="trace every layer, also where extending is exact")
+    sub.add_argument("--diff", nargs=2, metavar="FILE", help="what differs between two plans of --json")
+    sub.add_argument("--json", metavar="FILE", help="write the plan (of a search: the best one)")
+    sub.add_argument("--html", metavar="FILE", help="write a picture of the plan, or of all plans of a search")
     sub = command("generate", generate, "print a checkpoint's greedy answer to one prompt")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a Hugging Face checkpoint")
     sub.add_argument("prompt", metavar="PROMPT", help="what the user says; <image> marks where an image stands")
@@ -166,8 +239,26 @@ def _summary(evaluation: "Evaluation") -> str:
     return f"held-out accuracy: {evaluation.accuracy:.4f} ({right}), loss {evaluation.loss:.4f}"
 
 
+def _sentence(error: BaseException, is_debug: bool) -> str | None:
+    """What is said about an error; None for a bug, and in debugging: then its traceback says more."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    reason = _one_line(error)
+    if is_debug:
+        return None
+    if isinstance(error, ValueError | OSError):
+        return reason
+    if _is_limit(error):
+        reason = f"the machine is at its limit ({reason[:200]})"
+        return f"{reason}; use smaller buckets, batches or models, or fewer workers"
+    if launch.is_lost(error):
+        return f"another rank ended or does not answer ({reason[:200]}); see what it printed, or raise layout.timeout_s"
+    return None
+
+
 def _is_limit(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(text in str(error) for text in LIMITS)
+    is_limit = isinstance(error, RuntimeError) and any(text in str(error) for text in LIMITS)
+    return is_limit or isinstance(error, MemoryError)
 
 
 def _one_line(error: BaseException) -> str:
@@ -176,6 +267,11 @@ def _one_line(error: BaseException) -> str:
 
 def _complain(sentence: str) -> None:
     print(f"mmfn: error: {sentence}", file=sys.stderr)
+
+
+def _speaker(ranks: launch.Ranks) -> Callable[..., None]:
+    """Where lines for the user go: to standard output, of the first rank only."""
+    return _say if ranks.index == 0 else lambda *values: None
 
 
 def _say(*values: Any) -> None:

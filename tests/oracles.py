@@ -1,4 +1,4 @@
-"""Tiny random Qwen3-VL models of transformers, and inputs for them: the oracle of many tests.
+"""Tiny random models of transformers, and inputs for them: the oracle of many tests.
 
 The library's own initialisation (std 0.02, zero biases) hides errors, so weights are drawn by fan-in and biases and
 norms are moved off their defaults.
@@ -15,19 +15,24 @@ from torch import Tensor
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
-Oracle = transformers.Qwen3VLForConditionalGeneration
+CLASSES = {
+    "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
+    "qwen3_vl_moe": (transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration),
+}
+OWN = {"qwen3_vl": {}, "qwen3_vl_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 22}}
 PAD_ID, IMAGE_ID, VIDEO_ID, START_ID, END_ID, FIRST_WORD = range(6)
 RTOL, ATOL = 1e-4, 2e-5  # float32 against float32 in another order of summation
 
 
 def config(
     *,
+    family: str = "qwen3_vl",
     sections: tuple[int, int, int] = (4, 2, 2),
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
     **outer: Any,
-) -> transformers.Qwen3VLConfig:
-    """A tiny config; `text`, `vision` and keywords override its values."""
+) -> Any:
+    """A tiny config of a family; `text`, `vision` and keywords override its values."""
     hidden = (text or {}).get("hidden_size", 36)
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections), "mrope_interleaved": True}
     text_values = {
@@ -41,7 +46,7 @@ def config(
         "rope_parameters": rope,
         "bos_token_id": None,
         "eos_token_id": None,
-    }
+    } | OWN[family]
     vision_values = {
         "depth": 2,
         "hidden_size": 24,
@@ -60,15 +65,18 @@ def config(
         "vision_start_token_id": START_ID,
         "vision_end_token_id": END_ID,
     }
-    return transformers.Qwen3VLConfig(
+    return CLASSES[family][0](
         text_config=text_values | (text or {}),
         vision_config=vision_values | (vision or {}),
         **({"tie_word_embeddings": True} | ids | outer),
     )
 
 
-def random_config(seed: int) -> transformers.Qwen3VLConfig:
-    """A config with odd widths, any head ratio, depth, rope sections, tying, deepstack and patch shape."""
+def random_config(seed: int, family: str = "qwen3_vl") -> Any:
+    """A config with odd widths, any head ratio, depth, rope sections, tying, deepstack and patch shape.
+
+    With experts: any number of them, of chosen ones and of layers that have none.
+    """
     r = random.Random(f"config {seed}")
     sections = r.choice([(4, 2, 2), (2, 1, 1), (1, 1, 1), (5, 3, 3), (3, 4, 2), (0, 2, 3), (4, 0, 0)])
     num_kv_heads, depth, vision_heads = r.choice([1, 2, 3]), r.choice([1, 2, 3]), r.choice([1, 2, 3])
@@ -96,26 +104,42 @@ def random_config(seed: int) -> transformers.Qwen3VLConfig:
         "num_position_embeddings": r.choice([1, 4, 9, 12, 25]),
         "deepstack_visual_indexes": r.sample(blocks, r.randint(0, len(blocks))),
     }
-    return config(sections=sections, text=text, vision=vision, tie_word_embeddings=r.random() < 0.5)
+    is_tied = r.random() < 0.5
+    if family == "qwen3_vl_moe":
+        num_layers = text["num_hidden_layers"]
+        text |= {
+            "num_experts": r.randint(4, 16),
+            "num_experts_per_tok": r.randint(1, 4),
+            "moe_intermediate_size": r.choice([3, 8, 13, 20]),
+            "decoder_sparse_step": r.choice([1, 1, 2]) if num_layers > 1 else 1,
+            "mlp_only_layers": r.choice([[], [], [0]]) if num_layers > 1 else [],
+            "router_aux_loss_coef": r.choice([0.001, 0.1]),
+        }
+    return config(family=family, sections=sections, text=text, vision=vision, tie_word_embeddings=is_tied)
 
 
-def build(cfg: transformers.Qwen3VLConfig, seed: int = 0) -> Any:
-    """A model of transformers with informative float32 weights and its plain attention, in eval mode."""
+def oracle_class(cfg: Any) -> Any:
+    """The class of transformers that a config is for."""
+    return CLASSES[cfg.model_type][1]
+
+
+def build(cfg: Any, seed: int = 0) -> Any:
+    """A model of transformers with informative float32 weights, its plain attention and experts, in eval mode."""
     torch.manual_seed(seed)
-    model = Oracle._from_config(cfg, dtype=torch.float32, attn_implementation="eager").eval()
+    model = oracle_class(cfg)._from_config(cfg, dtype=torch.float32, attn_implementation="eager").eval()
+    model.set_experts_implementation("eager")
     g = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:
                 p.add_(0.1 * torch.randn(p.shape, generator=g))
             else:
-                p.copy_(torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5)
+                fan_in = p.shape[2] if p.ndim == 3 else p[0].numel()  # three dims: one matrix per expert
+                p.copy_(torch.randn(p.shape, generator=g) * fan_in**-0.5)
     return model
 
 
-def inputs(
-    cfg: transformers.Qwen3VLConfig, seed: int, *, rows: int = 2, pad: str = "right", **limits: Any
-) -> dict[str, Tensor]:
+def inputs(cfg: Any, seed: int, *, rows: int = 2, pad: str = "right", **limits: Any) -> dict[str, Tensor]:
     """What a processor returns for `rows` random conversations: text, images and videos in any order.
 
     `limits`: `images`, `videos`: the most of a kind in one row.
@@ -142,7 +166,7 @@ def inputs(
 
 
 def _row(
-    cfg: transformers.Qwen3VLConfig, r: random.Random, images: int = 2, videos: int = 1
+    cfg: Any, r: random.Random, images: int = 2, videos: int = 1
 ) -> tuple[list[int], list[int], list[tuple[int, tuple[int, int, int]]]]:
     """Token ids, their kinds, and (kind, grid) of the media of one row."""
     merge = cfg.vision_config.spatial_merge_size

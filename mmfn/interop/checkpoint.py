@@ -36,32 +36,30 @@ def load_params(
 ) -> Tree:
     """The parameters of a checkpoint folder in the structure of `specs`; `dtype` None keeps each tensor's own.
 
-    Raises ValueError naming tensor, file and nearest key for a missing or unexpected tensor, a wrong shape or kind of
-    dtype, a missing or truncated file, a copy (tied head) that differs from its original, and pickled weights.
+    Any layout of the key map is read. Raises ValueError naming tensor, file and nearest key for a missing or unexpected
+    tensor, a wrong shape or kind of dtype, tensors in different layouts, a missing or truncated file, a copy (tied
+    head) that differs from its original, and pickled weights.
     """
-    wanted = key_map.stored(specs)
     with ExitStack() as stack:
         found = _scan(folder, stack)
-        _account(folder, wanted, found, key_map.copies)
-        paths = {stored.path: name for name, stored in wanted.items()}
-        _check_copies(paths, found, key_map.copies)
+        names = _account(folder, specs, key_map, found)
 
         def read(path: str, spec: Any) -> Tensor:
-            # A copy, so that parameters never alias the mapped file.
-            stored = found[paths[path]].read()
-            return stored.reshape(spec.shape).to(device=device, dtype=dtype or stored.dtype, copy=True)
+            # One copy, contiguous whatever the order on disk, so that parameters never alias the mapped file.
+            name, stored = names[path]
+            value = stored.from_disk(found[name].read())
+            own = dtype or value.dtype
+            return value.to(device=device, dtype=own, copy=True, memory_format=torch.contiguous_format)
 
         return tree.map_with_path(read, specs)
 
 
 def from_tensors(tensors: Mapping[str, Tensor], specs: Tree, key_map: KeyMap) -> Tree:
     """The tree of `specs` from tensors under their Hugging Face names, with the same accounting as `load_params`."""
-    wanted = key_map.stored(specs)
     found = {name: _Found.of(name, value) for name, value in tensors.items()}
-    _account("the mapping", wanted, found, key_map.copies)
-    paths = {stored.path: name for name, stored in wanted.items()}
-    _check_copies(paths, found, key_map.copies)
-    return tree.map_with_path(lambda path, spec: tensors[paths[path]].reshape(spec.shape), specs)
+    names = _account("the mapping", specs, key_map, found)
+    leaves = {path: stored.from_disk(tensors[name]) for path, (name, stored) in names.items()}
+    return tree.map_with_path(lambda path, spec: leaves[path], specs)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -140,6 +138,40 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
 
 
 def _account(
+    where: Path | str, specs: Tree, key_map: KeyMap, found: Mapping[str, _Found]
+) -> dict[str, tuple[str, Stored]]:
+    """`{path: (name, Stored)}`, after every stored tensor was found to be consumed once and every leaf filled once."""
+    wanted = _choose_layout(where, specs, key_map, found)
+    _check_tensors(where, wanted, found, key_map.copies)
+    names = {stored.path: (name, stored) for name, stored in wanted.items()}
+    _check_copies({path: name for path, (name, _) in names.items()}, found, key_map.copies)
+    return names
+
+
+def _choose_layout(where: Path | str, specs: Tree, key_map: KeyMap, found: Mapping[str, _Found]) -> dict[str, Stored]:
+    """What is wanted in the layout that most shapes fit.
+
+    One tensor alone may fit two layouts (a square one does), so all are asked together. Raises ValueError when they
+    do not agree.
+    """
+    options = {layout: key_map.stored(specs, layout) for layout in key_map.layouts}
+
+    def fits(layout: str, name: str) -> bool:
+        stored = options[layout].get(name)
+        return stored is not None and name in found and found[name].shape == stored.shape
+
+    odd = {layout: [name for name in wanted if not fits(layout, name)] for layout, wanted in options.items()}
+    best = min(options, key=lambda layout: len(odd[layout]))
+    for name in odd[best]:
+        if other := next((layout for layout in options if fits(layout, name)), None):
+            raise ValueError(
+                f"tensor {name!r} in {found[name].file} of {where} has shape {list(found[name].shape)}, the layout of "
+                f"{other!r}, but other tensors have that of {best!r}; store them all in one layout"
+            )
+    return options[best]
+
+
+def _check_tensors(
     where: Path | str, wanted: Mapping[str, Stored], found: Mapping[str, _Found], copies: Mapping[str, str]
 ) -> None:
     missing = [name for name in wanted if name not in found]

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmfn.interop.checkpoint import INDEX, SINGLE
+from mmfn.interop.keymap import KeyMap
+from mmfn.tree import Tree
 
 # Files of a checkpoint folder that are neither weights nor config.json.
 ASSETS = (
@@ -29,6 +31,21 @@ ASSETS = (
     "processor_config.json",
     "generation_config.json",
 )
+
+
+def check_layout(specs: Tree, key_map: KeyMap, layout: str) -> None:
+    """Raise ValueError where transformers would misread the layout.
+
+    It tells layouts apart by the shape of each tensor alone, so it takes one whose dims are in another order than its
+    own, but of the same sizes, for its own.
+    """
+    own = key_map.stored(specs, "transformers")
+    for name, stored in key_map.stored(specs, layout).items():
+        if name in own and stored.shape == own[name].shape and stored.dims != own[name].dims:
+            raise ValueError(
+                f"tensor {name!r} has shape {list(stored.shape)} in every layout, so transformers would misread that "
+                f"of {layout!r}; save with layout='transformers'"
+            )
 
 
 def write(

@@ -40,14 +40,15 @@ def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None 
     return Model(family=found, cfg=cfg, params=params, hf_config=copy.deepcopy(dict(hf_config)))
 
 
-def to_hf(values: Tree, model: Model) -> dict[str, Tensor]:
+def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
     """`{Hugging Face name: tensor}` of any tree shaped like the parameters (gradients, moments), as saved on disk.
 
-    A tied head is absent. Raises ValueError when the structure or a shape differs from the parameters'.
+    A tied head is absent. `layout`: "hub", or "transformers" for tensors as that library holds them, where a family's
+    differ. Raises ValueError for another layout, and when the structure or a shape differs from the parameters'.
     """
     specs = model.family.specs(model.cfg)
     leaves = dict(tree.items(values))
-    wanted = model.family.key_map(model.cfg).stored(specs)
+    wanted = model.family.key_map(model.cfg).stored(specs, layout)
     if leaves.keys() != (paths := {s.path for s in wanted.values()}):
         odd = sorted(leaves.keys() ^ paths)[0]
         raise ValueError(
@@ -60,11 +61,11 @@ def to_hf(values: Tree, model: Model) -> dict[str, Tensor]:
                 f"leaf {stored.path!r} has shape {list(leaves[stored.path].shape)} but the parameter has "
                 f"{list(stored.leaf.shape)}; pass a tree shaped like model.params"
             )
-    return {name: leaves[stored.path].reshape(stored.shape) for name, stored in wanted.items()}
+    return {name: stored.to_disk(leaves[stored.path]) for name, stored in wanted.items()}
 
 
 def from_hf(tensors: Mapping[str, Tensor], model: Model) -> Tree:
-    """Inverse of `to_hf`: a tree shaped like `model.params` from tensors under their Hugging Face names.
+    """Inverse of `to_hf`: a tree shaped like `model.params` from tensors under their Hugging Face names, in any layout.
 
     Raises ValueError for missing and unexpected names and wrong shapes, with the nearest name.
     """
@@ -77,16 +78,20 @@ def save_hf(
     assets: str | PathLike[str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    layout: str = "hub",
 ) -> None:
     """Write the model as a Hugging Face checkpoint that transformers loads with no missing and no unexpected key.
 
     `assets`: a folder whose tokenizer, processor, template and generation files are copied beside the weights. The
-    folder appears complete or not at all. `overwrite` replaces a checkpoint with all that is in its folder. Raises
-    ValueError when the folder exists and is neither empty nor a checkpoint to overwrite.
+    folder appears complete or not at all. `overwrite` replaces a checkpoint with all that is in its folder. `layout`:
+    "hub", which everything reads, or "transformers", what that library itself writes; they differ in some families.
+    Raises ValueError when the folder exists and is neither empty nor a checkpoint to overwrite, and when transformers
+    would misread the layout because a tensor is square.
     """
+    export.check_layout(model.family.specs(model.cfg), model.family.key_map(model.cfg), layout)
     export.write(
         Path(path),
-        to_hf(model.params, model),
+        to_hf(model.params, model, layout),
         _config_to_save(model),
         assets=None if assets is None else Path(assets),
         max_shard_bytes=max_shard_bytes,

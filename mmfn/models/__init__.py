@@ -17,7 +17,7 @@ if __name__ != "mmfn.models":
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What `apply` returns: `hidden_TD` before the head, `aux` additive router statistics, `cache` in generation."""
+    """What `apply` returns: `hidden_TD` before the head, `aux` (see `layers.moe.total`), `cache` in generation."""
 
     hidden_TD: Tensor
     aux: Tree = None
@@ -30,7 +30,8 @@ class Family:
 
     Code shared by the families reads these fields of a Config: `vocab_size`, `image_token_id`, `video_token_id`, and of
     `vision` (a `layers.vision.VisionConfig`, or one like it) `merge_size`, `patch_values`, `patch_size` and
-    `temporal_patch_size`. A new family is one module with these functions and one line in `FAMILIES`.
+    `temporal_patch_size`; and `router_aux_coef` where `apply` returns router statistics as `aux`. A new family is one
+    module with these functions and one line in `FAMILIES`.
     """
 
     name: str
@@ -43,7 +44,10 @@ class Family:
     empty_cache: Callable[..., Any]  # (cfg, num_rows, num_columns, dtype, device) -> a tree per layer, for generation
 
 
-FAMILIES = {"qwen3_vl": "mmfn.models.qwen3_vl"}
+FAMILIES = {
+    "qwen3_vl": "mmfn.models.qwen3_vl",
+    "qwen3_vl_moe": "mmfn.models.qwen3_vl_moe",
+}
 
 
 def family(model_type: str) -> Family:

@@ -2,7 +2,7 @@
 
 `reference()` is slow and obvious, for any dtype: the oracle. `portable()` is fast plain torch: the CPU default. Both
 have the same signatures; `dataclasses.replace(table, attention=...)` swaps one entry. Hooks (`gather`, `layer`,
-`stack`, `place_features`, `psum`) are what transforms of a program wrap; their base forms are here.
+`stack`, `place_features`, `kept`, `psum`) are what transforms of a program wrap; their base forms are here.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import Segments
-from mmfn.ops import activation, attention, cross_entropy, norm, rotary
+from mmfn.ops import activation, attention, attention_block, cross_entropy, experts, norm, rotary, route
 from mmfn.tree import Tree
 
 
@@ -23,6 +23,39 @@ class Attention(Protocol):
     def __call__(
         self, q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool
     ) -> Tensor: ...
+
+
+class AttentionBlock(Protocol):
+    """Output and log-sum-exp over some of the keys; see `mmfn.ops.attention_block.attention_block`."""
+
+    def __call__(
+        self,
+        q_THC: Tensor,
+        k_SKC: Tensor,
+        v_SKC: Tensor,
+        segments: Segments,
+        keys: Segments | None = None,
+        *,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class AttentionBlockGrad(Protocol):
+    """Gradients of a block; see `mmfn.ops.attention_block.attention_block_grad`."""
+
+    def __call__(
+        self,
+        do_THC: Tensor,
+        q_THC: Tensor,
+        k_SKC: Tensor,
+        v_SKC: Tensor,
+        o_THC: Tensor,
+        lse_TH: Tensor,
+        segments: Segments,
+        keys: Segments | None = None,
+        *,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class CrossEntropy(Protocol):
@@ -69,6 +102,11 @@ def place_features(features_ND: Tensor, index_T: Tensor) -> Tensor:
     return torch.cat([zero, features_ND]).index_select(0, index_T + 1)
 
 
+def keep_all(counts_E: Tensor, num_rows: int) -> Tensor:
+    """Base of the `kept` hook: of `counts_E` routed rows among `num_rows`, how many `experts` computes: all of them."""
+    return counts_E
+
+
 def identity(x: Any) -> Any:
     """Base of the `gather` and `psum` hooks on one device."""
     return x
@@ -82,15 +120,20 @@ class Ops:
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     attention: Attention
+    attention_block: AttentionBlock
+    attention_block_grad: AttentionBlockGrad
     attention_cached: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
+    route: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    experts: Callable[[Tensor, Tensor, Tree], Tensor]
     linear_cross_entropy: CrossEntropy
     gather: Callable[[Tree], Tree] = identity
     layer: Callable[..., tuple[Tensor, Any]] = call_layer
     stack: Callable[..., tuple[Tensor, list[Any]]] = run_stack
     place_features: Callable[[Tensor, Tensor], Tensor] = place_features
+    kept: Callable[[Tensor, int], Tensor] = keep_all
     psum: Callable[[Tensor], Tensor] = identity
 
 
@@ -101,10 +144,14 @@ def reference() -> Ops:
         layer_norm=norm.layer_norm_reference,
         rotary=rotary.rotary_reference,
         attention=attention.attention_reference,
+        attention_block=attention_block.attention_block_reference,
+        attention_block_grad=attention_block.attention_block_grad_reference,
         attention_cached=attention.attention_cached_reference,
         swiglu=activation.swiglu_reference,
         gelu=activation.gelu_reference,
         gelu_tanh=activation.gelu_tanh_reference,
+        route=route.route_reference,
+        experts=experts.experts_reference,
         linear_cross_entropy=cross_entropy.linear_cross_entropy_reference,
     )
 
@@ -116,9 +163,13 @@ def portable() -> Ops:
         layer_norm=norm.layer_norm,
         rotary=rotary.rotary,
         attention=attention.attention,
+        attention_block=attention_block.attention_block,
+        attention_block_grad=attention_block.attention_block_grad,
         attention_cached=attention.attention_cached,
         swiglu=activation.swiglu,
         gelu=activation.gelu,
         gelu_tanh=activation.gelu_tanh,
+        route=route.route,
+        experts=experts.experts,
         linear_cross_entropy=cross_entropy.linear_cross_entropy,
     )

@@ -10,6 +10,7 @@ Legend: T queries, S keys, H query heads, K kv heads, C channels, N segments, B 
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,57 +49,13 @@ def attention(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *
             q_THC, k_SKC, v_SKC, segments.offsets_N, is_causal
         )
     else:
-        o_THC, _ = _traced(q_THC, k_SKC, v_SKC, segments.offsets_N, is_causal)
+        o_THC, _ = traced(q_THC, k_SKC, v_SKC, segments.offsets_N, is_causal)
     return o_THC
 
 
 def attention_reference(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool) -> Tensor:
     """`attention` as a masked softmax over all pairs of tokens."""
-    return _dense(q_THC, k_SKC, v_SKC, segments, is_causal)[0]
-
-
-def attention_block(
-    q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    """`attention` with the log-sum-exp of the scores, `(o_THC, lse_TH)`; not differentiable by autograd.
-
-    `lse_TH`: float32 (float64 for float64), 0 behind the last offset. Two blocks of the same queries over different
-    keys merge by `logaddexp` of their `lse`: ring attention is made of this and of `attention_block_grad`. CPU only.
-    Raises ValueError as `attention` does, and for tensors of another device.
-    """
-    _check(q_THC, k_SKC, v_SKC, segments)
-    _check_cpu(q_THC)
-    o_THC, lse_TH = _traced(q_THC.detach(), k_SKC.detach(), v_SKC.detach(), segments.offsets_N, is_causal)
-    return o_THC, lse_TH
-
-
-def attention_block_reference(
-    q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    """`attention_block` as a masked softmax over all pairs of tokens."""
-    return _dense(q_THC, k_SKC, v_SKC, segments, is_causal)
-
-
-def attention_block_grad(
-    do_THC: Tensor,
-    q_THC: Tensor,
-    k_SKC: Tensor,
-    v_SKC: Tensor,
-    o_THC: Tensor,
-    lse_TH: Tensor,
-    segments: Segments,
-    *,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients `(dq_THC, dk_SKC, dv_SKC)` of `attention_block`'s output.
-
-    With the `o_THC` and `lse_TH` of all keys (not of this block alone) the gradients of blocks add up to those of the
-    whole. CPU only. Raises ValueError as `attention_block` does.
-    """
-    _check(q_THC, k_SKC, v_SKC, segments)
-    _check_cpu(q_THC)
-    dq_THC, dk_SKC, dv_SKC = _traced_grad(do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, segments.offsets_N, is_causal)
-    return dq_THC, dk_SKC, dv_SKC
+    return dense(q_THC, k_SKC, v_SKC, segments.offsets_N, segments.offsets_N, is_causal)[0]
 
 
 def attention_cached(q_BHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, lengths_B: Tensor) -> Tensor:
@@ -131,23 +88,29 @@ def attention_cached_reference(q_BHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, le
     return torch.stack(outs)
 
 
-def _dense(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, is_causal: bool) -> tuple[Tensor, Tensor]:
+def dense(
+    q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, key_offsets_N: Tensor, is_causal: bool
+) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by a T x S mask; scores and softmax in float32 or wider."""
-    T, H, C = q_THC.shape
+    H, C = q_THC.shape[1:]
     wide = torch.promote_types(q_THC.dtype, torch.float32)
-    index_T = torch.arange(T, device=q_THC.device)
-    segment_T = torch.searchsorted(segments.offsets_N, index_T, right=True)
-    real_T = index_T < segments.offsets_N[-1]
-    mask_TS = (segment_T[:, None] == segment_T) & real_T
-    if is_causal:
-        mask_TS = mask_TS & (index_T[:, None] >= index_T)
+    mask_TS = dense_mask(q_THC, k_SKC, offsets_N, key_offsets_N, is_causal)
     k_SHC, v_SHC = (x.to(wide).repeat_interleave(H // x.shape[1], 1) for x in (k_SKC, v_SKC))
     scores_HTS = torch.einsum("thc,shc->hts", q_THC.to(wide), k_SHC) * C**-0.5
     scores_HTS = scores_HTS.masked_fill(~mask_TS, torch.finfo(wide).min)
     lse_HT = scores_HTS.logsumexp(-1)
     probs_HTS = (scores_HTS - lse_HT[..., None]).exp() * mask_TS
     o_THC = torch.einsum("hts,shc->thc", probs_HTS, v_SHC).to(q_THC.dtype)
-    return o_THC, lse_HT.T.where(real_T[:, None], 0.0)
+    return o_THC, lse_HT.T.where(mask_TS.any(1)[:, None], -torch.inf)
+
+
+def dense_mask(q_THC: Tensor, k_SKC: Tensor, offsets_N: Tensor, key_offsets_N: Tensor, is_causal: bool) -> Tensor:
+    """bool[T, S], true where a query attends to a key."""
+    index_T, index_S = (torch.arange(x.shape[0], device=x.device) for x in (q_THC, k_SKC))
+    segment_T = torch.searchsorted(offsets_N, index_T, right=True)
+    segment_S = torch.searchsorted(key_offsets_N, index_S, right=True)
+    mask_TS = (segment_T[:, None] == segment_S) & (index_S < key_offsets_N[-1])
+    return mask_TS & (index_T[:, None] >= index_S) if is_causal else mask_TS
 
 
 def _per_segment(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, is_causal: bool) -> Tensor:
@@ -163,22 +126,25 @@ def _per_segment(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments
 
 
 def _check(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments) -> None:
+    check_inputs(q_THC, k_SKC, v_SKC, segments)
+    if q_THC.shape[0] != k_SKC.shape[0]:
+        raise ValueError(
+            f"q_THC {tuple(q_THC.shape)} and k_SKC {tuple(k_SKC.shape)} must be of the same tokens; make T agree"
+        )
+
+
+def check_inputs(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *segments: Segments) -> None:
+    """Raise ValueError unless heads, channels and dtypes fit."""
     shapes = f"q_THC {tuple(q_THC.shape)}, k_SKC {tuple(k_SKC.shape)}, v_SKC {tuple(v_SKC.shape)}"
-    if q_THC.ndim != 3 or k_SKC.ndim != 3 or k_SKC.shape != v_SKC.shape or q_THC.shape[::2] != k_SKC.shape[::2]:
-        raise ValueError(f"{shapes} must be [T, H, C], [T, K, C], [T, K, C]; make T and C agree")
+    if q_THC.ndim != 3 or k_SKC.ndim != 3 or k_SKC.shape != v_SKC.shape or q_THC.shape[2] != k_SKC.shape[2]:
+        raise ValueError(f"{shapes} must be [T, H, C], [S, K, C], [S, K, C]; make S, K and C agree")
     if k_SKC.shape[1] == 0 or q_THC.shape[1] % k_SKC.shape[1]:
         raise ValueError(f"{shapes}: the number of kv heads must divide the number of query heads; correct the heads")
     if not q_THC.dtype == k_SKC.dtype == v_SKC.dtype or not q_THC.is_floating_point():
         raise ValueError(f"q, k, v are {q_THC.dtype}, {k_SKC.dtype}, {v_SKC.dtype}; cast them to one floating dtype")
-    if segments.offsets_N.ndim != 1 or segments.offsets_N.numel() < 1:
-        raise ValueError(f"offsets_N has shape {tuple(segments.offsets_N.shape)} but must be [N + 1]; start it with 0")
-
-
-def _check_cpu(q_THC: Tensor) -> None:
-    if q_THC.device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"attention_block is made for CPU tensors but got q on {q_THC.device}; use that device's table"
-        )
+    for offsets_N in (s.offsets_N for s in segments):
+        if offsets_N.ndim != 1 or offsets_N.numel() < 1:
+            raise ValueError(f"offsets_N has shape {tuple(offsets_N.shape)} but must be [N + 1]; start it with 0")
 
 
 def _read(offsets_N: Tensor, x_T: Tensor) -> tuple[int, ...]:
@@ -206,8 +172,8 @@ class _Padding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Call:
-    """One kernel call: `count` rows of `length` tokens, end to end from token `start` unless they are padded."""
+class _Rows:
+    """Tokens one kernel call reads: `count` rows of `length`, end to end from token `start` unless they are padded."""
 
     start: int
     count: int
@@ -232,18 +198,37 @@ class _Call:
         else:
             out_THC.index_copy_(0, self.padding.tokens, x_THC.index_select(0, self.padding.slots))
 
+    def covers(self, x_THC: Tensor) -> bool:
+        """Whether these are all tokens of a tensor, in order."""
+        return self.padding is None and self.count * self.length == x_THC.shape[0]
+
+
+def _calls(
+    offsets_N: Tensor, key_offsets_N: Tensor | None, is_causal: bool, q_THC: Tensor, k_SKC: Tensor
+) -> Sequence[tuple[_Rows, _Rows]]:
+    """Queries and keys of all kernel calls; a segment without queries or without keys has none."""
+    offsets = _read(offsets_N, q_THC)
+    if key_offsets_N is None:
+        return [(rows, rows) for rows in _plan(offsets, is_causal, q_THC.shape[1] * q_THC.shape[2])]
+    spans = zip(itertools.pairwise(offsets), itertools.pairwise(_read(key_offsets_N, k_SKC)), strict=True)
+    return [
+        (_Rows(start=q, count=1, length=q_end - q), _Rows(start=k, count=1, length=k_end - k))
+        for (q, q_end), (k, k_end) in spans
+        if q_end > q and k_end > k
+    ]
+
 
 @lru_cache(maxsize=64)
-def _plan(offsets: tuple[int, ...], is_causal: bool, width: int) -> tuple[_Call, ...]:
+def _plan(offsets: tuple[int, ...], is_causal: bool, width: int) -> tuple[_Rows, ...]:
     """Kernel calls that cover all segments; `width` is H * C. Cached, so that every layer is spared the work."""
-    runs: list[_Call] = []
+    runs: list[_Rows] = []
     for start, end in itertools.pairwise(offsets):
         last = runs[-1] if runs else None
         if last and end - start == last.length:
-            runs[-1] = _Call(start=last.start, count=last.count + 1, length=last.length)
+            runs[-1] = _Rows(start=last.start, count=last.count + 1, length=last.length)
         elif end > start:
-            runs.append(_Call(start=start, count=1, length=end - start))
-    groups: list[list[_Call]] = []
+            runs.append(_Rows(start=start, count=1, length=end - start))
+    groups: list[list[_Rows]] = []
     for run in sorted(runs, key=lambda r: -r.length):
         longest = groups[-1][0].length if groups else 0
         extra = longest**2 - run.length**2 + COPY_SCORES * run.length
@@ -255,7 +240,7 @@ def _plan(offsets: tuple[int, ...], is_causal: bool, width: int) -> tuple[_Call,
     return tuple(group[0] if len(group) == 1 else _padded(group) for group in groups)
 
 
-def _padded(group: list[_Call]) -> _Call:
+def _padded(group: list[_Rows]) -> _Rows:
     length = group[0].length
     spans = [(run.start + i * run.length, run.length) for run in group for i in range(run.count)]
     slot_BL = torch.arange(length)[None]
@@ -264,28 +249,35 @@ def _padded(group: list[_Call]) -> _Call:
     is_real = (slot_BL < size_B1).flatten()
     slots, pads = is_real.nonzero()[:, 0], (~is_real).nonzero()[:, 0]
     padding = _Padding(index=index, tokens=index[slots], slots=slots, pads=pads)
-    return _Call(start=spans[0][0], count=len(spans), length=length, padding=padding)
+    return _Rows(start=spans[0][0], count=len(spans), length=length, padding=padding)
 
 
-def _forward(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    T, H, C = q_THC.shape
-    offsets = _read(offsets_N, q_THC)
-    calls = _plan(offsets, is_causal, H * C)
+def forward(
+    q_THC: Tensor,
+    k_SKC: Tensor,
+    v_SKC: Tensor,
+    offsets_N: Tensor,
+    is_causal: bool,
+    key_offsets_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; without `key_offsets_N` the keys lie where the queries do."""
+    calls = _calls(offsets_N, key_offsets_N, is_causal, q_THC, k_SKC)
     q_THC, k_SKC, v_SKC = (_dense_channels(x) for x in (q_THC, k_SKC, v_SKC))
-    o_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)
-    lse_TH = q_THC.new_empty(T, H, dtype=torch.promote_types(q_THC.dtype, torch.float32))
-    for call in calls:
-        o_BHLC, lse_BHL = _flash(call.rows(q_THC), call.rows(k_SKC), call.rows(v_SKC), 0.0, is_causal)
-        if call.padding is None and call.count * call.length == T:
-            return o_BHLC.transpose(1, 2).reshape(T, H, C), lse_BHL.transpose(1, 2).reshape(T, H)
-        call.put_(o_THC, o_BHLC)
-        call.put_(lse_TH, lse_BHL)
-    o_THC[offsets[-1] :] = 0
-    lse_TH[offsets[-1] :] = 0
+    o_THC = q_THC.new_empty(q_THC.shape)
+    lse_TH = q_THC.new_empty(q_THC.shape[:2], dtype=torch.promote_types(q_THC.dtype, torch.float32))
+    first = 0 if key_offsets_N is not None else int(offsets_N[-1])  # the first token that no call may write
+    o_THC[first:] = 0
+    lse_TH[first:] = -torch.inf
+    for queries, keys in calls:
+        o_BHLC, lse_BHL = _flash(queries.rows(q_THC), keys.rows(k_SKC), keys.rows(v_SKC), 0.0, is_causal)
+        if queries.covers(q_THC):
+            return o_BHLC.transpose(1, 2).reshape(o_THC.shape), lse_BHL.transpose(1, 2).reshape(lse_TH.shape)
+        queries.put_(o_THC, o_BHLC)
+        queries.put_(lse_TH, lse_BHL)
     return o_THC, lse_TH
 
 
-def _backward(
+def backward(
     do_THC: Tensor,
     q_THC: Tensor,
     k_SKC: Tensor,
@@ -294,23 +286,26 @@ def _backward(
     lse_TH: Tensor,
     offsets_N: Tensor,
     is_causal: bool,
+    key_offsets_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    T, H, C = q_THC.shape
-    offsets = _read(offsets_N, q_THC)
-    calls = _plan(offsets, is_causal, H * C)
+    """Gradients of q, k and v from that of the output."""
+    calls = _calls(offsets_N, key_offsets_N, is_causal, q_THC, k_SKC)
     do_THC, q_THC, k_SKC, v_SKC, o_THC = (_dense_channels(x) for x in (do_THC, q_THC, k_SKC, v_SKC, o_THC))
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THC, k_SKC, v_SKC)]
-    for call in calls:
-        q_BHLC, k_BKLC, v_BKLC = call.rows(q_THC), call.rows(k_SKC), call.rows(v_SKC)
-        do_BHLC, o_BHLC, lse_BHL = call.rows(do_THC, zero_pads=True), call.rows(o_THC), call.rows(lse_TH)
-        parts = _flash_grad(do_BHLC, q_BHLC, k_BKLC, v_BKLC, o_BHLC, lse_BHL, 0.0, is_causal)
-        if call.padding is None and call.count * call.length == T:
-            dq_THC, dk_SKC, dv_SKC = (part.transpose(1, 2).reshape(T, -1, C) for part in parts)
-            return dq_THC, dk_SKC, dv_SKC
-        for grad, part in zip(grads, parts, strict=True):
-            call.put_(grad, part)
+    grads = [x.new_empty(x.shape) for x in (q_THC, k_SKC, v_SKC)]
+    first = 0 if key_offsets_N is not None else int(offsets_N[-1])
     for grad in grads:
-        grad[offsets[-1] :] = 0
+        grad[first:] = 0
+    for queries, keys in calls:
+        do_BHLC, o_BHLC, lse_BHL = queries.rows(do_THC, zero_pads=True), queries.rows(o_THC), queries.rows(lse_TH)
+        qkv = queries.rows(q_THC), keys.rows(k_SKC), keys.rows(v_SKC)
+        parts = _flash_grad(do_BHLC, *qkv, o_BHLC, lse_BHL, 0.0, is_causal)
+        if queries.covers(q_THC) and keys.covers(k_SKC):
+            dq_THC, dk_SKC, dv_SKC = (
+                part.transpose(1, 2).reshape(grad.shape) for part, grad in zip(parts, grads, strict=True)
+            )
+            return dq_THC, dk_SKC, dv_SKC
+        for rows, grad, part in zip((queries, keys, keys), grads, parts, strict=True):
+            rows.put_(grad, part)
     return grads[0], grads[1], grads[2]
 
 
@@ -326,7 +321,7 @@ class _Eager(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool
     ) -> Tensor:
-        o_THC, lse_TH = _forward(q_THC, k_SKC, v_SKC, offsets_N, is_causal)
+        o_THC, lse_TH = forward(q_THC, k_SKC, v_SKC, offsets_N, is_causal)
         ctx.save_for_backward(q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N)
         ctx.is_causal = is_causal  # type: ignore[attr-defined]
         return o_THC
@@ -334,18 +329,25 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, do_THC: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _backward(do_THC, *ctx.saved_tensors, ctx.is_causal)  # type: ignore[attr-defined, call-arg]
+        grads = backward(do_THC, *ctx.saved_tensors, ctx.is_causal)  # type: ignore[attr-defined, call-arg]
         return *grads, None, None
 
 
 @torch.library.custom_op("mmfn::attention", mutates_args=())
-def _traced(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """`_forward` as one operator."""
-    return _forward(q_THC, k_SKC, v_SKC, offsets_N, is_causal)
+def traced(
+    q_THC: Tensor,
+    k_SKC: Tensor,
+    v_SKC: Tensor,
+    offsets_N: Tensor,
+    is_causal: bool,
+    key_offsets_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`forward` as one operator."""
+    return forward(q_THC, k_SKC, v_SKC, offsets_N, is_causal, key_offsets_N)
 
 
 @torch.library.custom_op("mmfn::attention_grad", mutates_args=())
-def _traced_grad(
+def traced_grad(
     do_THC: Tensor,
     q_THC: Tensor,
     k_SKC: Tensor,
@@ -354,34 +356,35 @@ def _traced_grad(
     lse_TH: Tensor,
     offsets_N: Tensor,
     is_causal: bool,
+    key_offsets_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_backward` as one operator."""
-    return _backward(do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N, is_causal)
+    """`backward` as one operator."""
+    return backward(do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N, is_causal, key_offsets_N)
 
 
-@_traced.register_fake
-def _(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+@traced.register_fake
+def _(q_THC: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q_THC.dtype, torch.float32)
     return q_THC.new_empty(q_THC.shape), q_THC.new_empty(q_THC.shape[:2], dtype=wide)
 
 
-@_traced_grad.register_fake
+@traced_grad.register_fake
 def _(do_THC: Tensor, q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     return q_THC.new_empty(q_THC.shape), k_SKC.new_empty(k_SKC.shape), v_SKC.new_empty(v_SKC.shape)
 
 
 def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, is_causal = inputs
+    q_THC, k_SKC, v_SKC, offsets_N, is_causal, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors[:3], *output, tensors[3])  # type: ignore[arg-type]
+    ctx.save_for_backward(q_THC, k_SKC, v_SKC, *output, offsets_N)  # type: ignore[arg-type]
     ctx.is_causal = is_causal  # type: ignore[attr-defined]
 
 
 def _traced_backward(ctx: FunctionCtx, do_THC: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if do_THC is None:
-        return (None,) * 5
-    grads = _traced_grad(do_THC, *ctx.saved_tensors, ctx.is_causal)  # type: ignore[attr-defined]
-    return *grads, None, None
+        return (None,) * 6
+    grads = traced_grad(do_THC, *ctx.saved_tensors, ctx.is_causal)  # type: ignore[attr-defined]
+    return *grads, None, None, None
 
 
-_traced.register_autograd(_traced_backward, setup_context=_setup)
+traced.register_autograd(_traced_backward, setup_context=_setup)

@@ -66,9 +66,15 @@ class Axis:
 
     def shift(self, x: Tensor, by: int, site: str) -> Tensor:
         """The tensor of the rank `by` places before this one, around the ring; all have one shape."""
+        return self.wait(self.issue_shift(x, by, site))
+
+    def issue_shift(self, x: Tensor, by: int, site: str) -> Tensor:
+        """`shift` under way: `wait` for the result before it is read."""
+        if self.transport is None:
+            return x
         sizes_in, sizes_out = [0] * self.size, [0] * self.size
         sizes_in[(self.index + by) % self.size] = sizes_out[(self.index - by) % self.size] = x.shape[0]
-        return self.all_to_all(x, site, sizes_out, sizes_in)
+        return self.transport.all_to_all(x.contiguous(), sizes_out, sizes_in, site)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,23 @@
 """`compiled`: torch.compile as a transform."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mmfn.parallel.program import Program, Transform, noted
-from mmfn.tree import Tree
 
+Backend = Callable[..., Any]  # (graph, example inputs) -> callable
 COMPILE_KINDS = ("none", "layer", "step")
 
 
-def compiled(kind: str, backend: str | Callable[..., Any] = "inductor") -> Transform:
+def compiled(kind: str, backend: str | Backend = "inductor") -> Transform:
     """Compile a program: "layer" (one graph for all blocks of a stack, plus the update), "step" (one graph) or "none".
 
-    Every distinct set of shapes (a bucket) compiles once; nothing is dynamic. "layer" replaces `ops.layer`, whose
-    blocks keep running under `Program.compiling()`; "step" leaves the ops alone, the step being traced as a whole.
+    Every distinct set of shapes (a bucket) compiles once; nothing is dynamic. With "layer" the lowered `ops.layer` is
+    compiled with everything inside it (gather, exchange, recomputation), and runs under `Program.compiling()`; "step"
+    leaves the ops alone, the step being traced as a whole. Placements do not change.
     Raises ValueError for another kind, and for "step" where this torch cannot trace `torch.autograd.grad`.
     """
     if kind not in COMPILE_KINDS:
@@ -30,14 +31,25 @@ def compiled(kind: str, backend: str | Callable[..., Any] = "inductor") -> Trans
     def transform(program: Program) -> Program:
         if kind == "none":
             return program
-        done = noted(replace(program, compile=kind, backend=backend), f"compiled({kind!r})")
-        if kind == "step":
-            return done
-        inner = program.ops.layer
-
-        def layer(block: Any, params: Tree, *xs: Any) -> tuple[torch.Tensor, Any]:
-            return inner(block, params, *xs)
-
-        return replace(done, ops=replace(program.ops, layer=done.jit(layer)))
+        chosen = marks_backward(backend) if kind == "step" else backend
+        return noted(replace(program, compile=kind, backend=chosen), f"compiled({kind!r})")
 
     return transform
+
+
+def marks_backward(backend: str | Backend) -> Backend:
+    """`backend`, given graphs in which the backward of an autograd.Function is known to be one.
+
+    A graph of a whole step holds both passes, and recomputation needs to know where the backward begins. torch (2.13)
+    marks the nodes of autograd.grad but not those of a Function's backward, and then sees several backward passes.
+    """
+    inner: Backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+
+    def run(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
+        for name, body in graph.named_modules():
+            if isinstance(body, torch.fx.GraphModule) and "bwd_body" in name.rpartition(".")[2]:
+                for node in body.graph.nodes:
+                    node.meta["autograd_backward"] = True
+        return inner(graph, inputs, **options)
+
+    return run

@@ -1,14 +1,21 @@
 """`data_parallel`: parameters sharded over dp and cp (FSDP), replicated over the axis of that name (HSDP)."""
 
+from dataclasses import replace
+
 from mmfn.parallel.program import Program, Transform, noted, uses
 
 
-def data_parallel() -> Transform:
+def data_parallel(*, prefetch: bool = True, keep_gathered: bool = False) -> Transform:
     """Shard every parameter over dp * cp ranks, and sum gradients over all ranks.
 
     Placement of a dense leaf: (Replicate on replicate, Shard(0) on shard); of experts: Shard(1) on edp beside what
     `expert_parallel` does. Before a block runs its leaves are gathered in one bucket per dtype; the gradient comes back
     by one reduce-scatter over the same axis, and one all-reduce over the replicas if there are any.
+
+    `prefetch`: in eager execution the next block's gather is under way while a block runs, forward and, with `remat`,
+    backward; a block compiled with its gather inside has none ahead. `keep_gathered`: with `remat`, whole weights of
+    all blocks are kept from the forward, one gather per block instead of two. Without `remat` autograd keeps them in
+    any case. It takes the gather out of compiled blocks.
     """
 
     def transform(program: Program) -> Program:
@@ -17,6 +24,9 @@ def data_parallel() -> Transform:
             return program
         note = f"data_parallel: parameters over {layout.shard} ranks"
         note += f", {layout.replicate} replicas" if layout.replicate > 1 else ""
-        return noted(uses(program, "dp", "replicate"), note)
+        note += ", next gather ahead" if prefetch else ""
+        note += ", weights kept for the backward" if keep_gathered else ""
+        done = replace(program, prefetch=prefetch, keep_gathered=keep_gathered)
+        return noted(uses(done, "dp", "replicate"), note)
 
     return transform

@@ -1,13 +1,13 @@
-"""`make_gather`: the `gather` hook of a program. It makes the sharded leaves of a block whole, and reduces gradients.
+"""`Gather`: the `gather` hook of a program. It makes the sharded leaves of a block whole, and reduces gradients.
 
 Leaves that are gathered over the same axis in the same dtype travel together in one flat bucket: one all-gather in the
 forward, one reduce-scatter (and, with replicas, one all-reduce) in the backward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from mmfn import tree
 from mmfn.parallel.axis import Axis
 from mmfn.parallel.mesh import Mesh
+from mmfn.parallel.sharding import local
 from mmfn.tree import Tree
 
 SHARDED = ("ep",)  # mesh dims that stay sharded in computation: a rank computes with its own experts
@@ -70,6 +71,14 @@ class Cut:
         return flat.view(self.part)[:num_rows].movedim(0, self.dim)
 
 
+class Like(NamedTuple):
+    """What the gradient of a shard looks like: rows along the cut dim, dtype and device."""
+
+    num_rows: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bucket:
     """Leaves that travel together. `compute` and `reduce`: dtypes of the whole leaves and of the gradient's sum."""
@@ -84,77 +93,104 @@ class Bucket:
         """What this rank sends: one flat vector."""
         return torch.cat([cut.pack(x.to(self.compute)) for cut, x in zip(self.cuts, shards, strict=True)])
 
+    def issue(self, shards: Sequence[Tensor]) -> Tensor:
+        """The all-gather of this rank's shards, under way."""
+        return self.axis.issue_all_gather(self.pack(shards), "weights")
+
     def join(self, gathered: Tensor) -> list[Tensor]:
         """The whole leaves from what all ranks sent."""
         pieces = torch.split(gathered.view(self.axis.size, -1), [cut.numel for cut in self.cuts], dim=1)
         return [cut.join(piece) for cut, piece in zip(self.cuts, pieces, strict=True)]
 
-    def reduce_(self, grads: Sequence[Tensor | None], like: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-        """This rank's shards of the gradients, summed over all ranks that used the leaves."""
-        zeros = (torch.zeros(cut.shape, dtype=self.reduce, device=self._device(grads)) for cut in self.cuts)
-        whole = [z if g is None else g.to(self.reduce) for g, z in zip(grads, zeros, strict=True)]
+    def sum_gradients(self, grads: Sequence[Tensor | None], like: Sequence[Like]) -> list[Tensor]:
+        """This rank's shards of the gradients, summed over all ranks that used the leaves; None counts as zeros."""
+        whole = [
+            torch.zeros(cut.shape, dtype=self.reduce, device=to.device) if g is None else g.to(self.reduce)
+            for cut, g, to in zip(self.cuts, grads, like, strict=True)
+        ]
         packed = torch.cat([cut.split(g) for cut, g in zip(self.cuts, whole, strict=True)], dim=1).view(-1)
         own = self.replicate.all_reduce(self.axis.reduce_scatter(packed, "gradients"), "gradients")
         pieces = torch.split(own, [cut.numel for cut in self.cuts])
         parts = zip(self.cuts, pieces, like, strict=True)
-        return [cut.unpack(piece, num_rows).to(dtype) for cut, piece, (num_rows, dtype) in parts]
-
-    @staticmethod
-    def _device(grads: Sequence[Tensor | None]) -> torch.device:
-        return next(g.device for g in grads if g is not None)
+        return [cut.unpack(piece, to.num_rows).to(to.dtype) for cut, piece, to in parts]
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bucket: Bucket, issued: Tensor | None, *shards: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.bucket, ctx.like = bucket, [(x.shape[c.dim], x.dtype) for x, c in zip(shards, bucket.cuts, strict=True)]
-        if issued is None:
-            issued = bucket.axis.issue_all_gather(bucket.pack(shards), "weights")
-        return tuple(bucket.join(bucket.axis.wait(issued)))
+        ctx.bucket = bucket
+        ctx.like = [Like(x.shape[c.dim], x.dtype, x.device) for x, c in zip(shards, bucket.cuts, strict=True)]
+        return tuple(bucket.join(bucket.axis.wait(bucket.issue(shards) if issued is None else issued)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.bucket.reduce_(grads, ctx.like)
+        return None, None, *ctx.bucket.sum_gradients(grads, ctx.like)
 
 
-def make_gather(mesh: Mesh, compute: torch.dtype | None, reduce: torch.dtype | None) -> Callable[[Tree], Tree]:
-    """`gather(params)`: DTensor leaves -> whole tensors (experts: whole local experts) in the compute dtype.
+@dataclass(kw_only=True, eq=False)
+class Pending:
+    """A block's parameters, and their all-gathers under way: `Gather.issue` starts them, a `Gather` takes them."""
+
+    params: Tree
+    issued: list[Tensor] | None = None
+
+    def take(self) -> list[Tensor] | None:
+        """What is under way; nothing is from here on, so that gathered weights are not kept alive."""
+        issued, self.issued = self.issued, None
+        return issued
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather:
+    """The hook: DTensor leaves -> whole tensors (experts: whole local experts) in the compute dtype.
 
     `compute`: dtype of leaves in computation, default their own. `reduce`: dtype in which gradients are summed, default
     the compute dtype. Gradients come back with the placement and dtype of the leaf: summed over "shard" (experts: edp)
     by reduce-scatter and over "replicate" by all-reduce. Leaves that need no gradient go in a bucket of their own.
     """
 
-    def gather(params: Tree) -> Tree:
+    mesh: Mesh
+    compute: torch.dtype | None = None
+    reduce: torch.dtype | None = None
+
+    def __call__(self, params: Tree | Pending) -> Tree:
+        """Leaves that are whole already stay as they are, but for their dtype."""
+        issued = None
+        if isinstance(params, Pending):
+            params, issued = params.params, params.take()
         leaves, structure = tree.flatten(params)
-        out = list(leaves)
-        groups: dict[tuple[Any, ...], list[int]] = {}
+        buckets = self._buckets(leaves)
+        for (bucket, members), started in zip(buckets, issued or [None] * len(buckets), strict=True):
+            shards = [leaves[i].to_local(grad_placements=leaves[i].placements) for i in members]
+            gathered = _Gather.apply(bucket, started, *shards)  # type: ignore[no-untyped-call]
+            for i, whole in zip(members, gathered, strict=True):
+                leaves[i] = whole
+        return tree.unflatten(structure, [leaf if self.compute is None else leaf.to(self.compute) for leaf in leaves])
+
+    def issue(self, pending: Pending) -> None:
+        """Start the all-gathers of a block, unless they are under way."""
+        if pending.issued is None:
+            leaves = tree.leaves(pending.params)
+            pending.issued = [
+                bucket.issue([local(leaves[i]) for i in members]) for bucket, members in self._buckets(leaves)
+            ]
+
+    def _buckets(self, leaves: Sequence[Tensor]) -> list[tuple[Bucket, list[int]]]:
+        """Buckets and the positions of their leaves, in the order of first leaves."""
+        groups: dict[tuple[Any, ...], dict[int, DTensor]] = {}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, DTensor):
-                groups.setdefault(_key(leaf, compute), []).append(i)
-            elif compute is not None:
-                out[i] = leaf.to(compute)
-        for members in groups.values():
-            for i, whole in zip(members, _gather([leaves[i] for i in members], mesh, compute, reduce), strict=True):
-                out[i] = whole
-        return tree.unflatten(structure, out)
-
-    return gather
+                groups.setdefault(_key(leaf, self.compute), {})[i] = leaf
+        return [
+            (bucket_of(list(group.values()), self.mesh, self.compute, self.reduce), list(group))
+            for group in groups.values()
+        ]
 
 
 def _key(leaf: DTensor, compute: torch.dtype | None) -> tuple[Any, ...]:
     """Leaves with one key share a bucket."""
     return leaf.device_mesh.mesh_dim_names, leaf.requires_grad, compute or leaf.dtype
-
-
-def _gather(
-    leaves: Sequence[DTensor], mesh: Mesh, compute: torch.dtype | None, reduce: torch.dtype | None
-) -> tuple[Tensor, ...]:
-    shards = [leaf.to_local(grad_placements=leaf.placements) for leaf in leaves]
-    bucket = bucket_of(leaves, mesh, compute, reduce)
-    out: tuple[Tensor, ...] = _Gather.apply(bucket, None, *shards)  # type: ignore[no-untyped-call]
-    return out
 
 
 def bucket_of(leaves: Sequence[DTensor], mesh: Mesh, compute: torch.dtype | None, reduce: torch.dtype | None) -> Bucket:

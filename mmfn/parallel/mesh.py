@@ -7,6 +7,7 @@ tokens are spread over ring and ulysses (together: cp). Dense parameters are sha
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from math import prod
 
 import torch
@@ -136,17 +137,19 @@ def make_mesh(layout: Layout, rank: int, connect: Connect, device_type: str = "c
     )
 
 
-def distributed_mesh(layout: Layout, device_type: str = "cpu") -> Mesh:
+def distributed_mesh(layout: Layout, device_type: str = "cpu", timeout: timedelta | None = None) -> Mesh:
     """The mesh of real ranks; torch.distributed must be initialised. Axes over the same ranks share a process group.
 
-    Raises ValueError when the layout does not fit the number of ranks.
+    `timeout`: how long a collective may take, default torch's own. Raises ValueError when the layout does not fit the
+    number of ranks.
     """
     layout.check_world(dist.get_world_size())
     groups: dict[Partition, Group] = {}
 
     def connect(name: str, partition: Partition) -> Transport:
         if partition not in groups:
-            own, _ = dist.new_subgroups_by_enumeration(list(map(list, partition)))  # type: ignore[no-untyped-call]
+            ranks = list(map(list, partition))
+            own, _ = dist.new_subgroups_by_enumeration(ranks, timeout)  # type: ignore[no-untyped-call]
             groups[partition] = Group(own.group_name, own.size())
         return groups[partition]
 

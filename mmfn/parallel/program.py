@@ -1,11 +1,11 @@
 """`Program`: how one rank runs a model. A transform is a function Program -> Program.
 
 A transform does one of two things: it adds a fact (a mesh is used, dtypes, how a batch is split) or it wraps one op.
-What depends on several facts, the hooks `gather` and `psum`, is built by `lower`, once, last: so the order of
-transforms does not matter.
+What depends on several facts (the hooks `gather` and `psum`, the compiled block, the gather ahead) is built by `lower`,
+once, last: so the order of transforms does not matter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -16,8 +16,9 @@ import torch
 from mmfn.batch import Batch
 from mmfn.ops import Ops, portable
 from mmfn.parallel.axis import psum
-from mmfn.parallel.gather import make_gather
+from mmfn.parallel.gather import Gather
 from mmfn.parallel.mesh import Layout, Mesh, single_mesh
+from mmfn.parallel.prefetch import kept, prefetched
 from mmfn.tree import Tree
 
 MAX_GRAPHS = 256  # distinct sets of shapes one function may be compiled for; torch's default of 8 is few for buckets
@@ -28,14 +29,21 @@ def whole_batch(batch: Batch) -> Batch:
     return batch
 
 
+def same_table(ops: Ops) -> Ops:
+    """The base of `Program.watch`."""
+    return ops
+
+
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """How one rank runs a model.
 
     `mesh`: this rank's place; `uses`: the layout sizes that a transform has taken care of. `split(batch)`: this rank's
     share of a batch. `compute_dtype` and `reduce_dtype`: of gathered parameters and of gradient sums (None: the leaf's
-    own, and the compute dtype). `compile` is "none", "layer" or "step" and `backend` the one torch.compile is given.
-    `notes` say what each transform did.
+    own, and the compute dtype). `prefetch` and `keep_gathered`: when whole weights are made (see `data_parallel`).
+    `compile` is "none", "layer" or "step" and `backend` the one torch.compile is given;
+    `compiler`: settings of torch's compiler that the program's ops need. `watch` is applied to the lowered table, last:
+    a plan labels ops by it. `notes` say what each transform did.
     """
 
     specs: Tree
@@ -45,8 +53,12 @@ class Program:
     split: Callable[[Batch], Batch] = whole_batch
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    prefetch: bool = False
+    keep_gathered: bool = False
     compile: str = "none"
     backend: str | Callable[..., Any] = "inductor"
+    compiler: Mapping[str, bool] = field(default_factory=dict)
+    watch: Callable[[Ops], Ops] = same_table
     notes: tuple[str, ...] = ()
 
     @staticmethod
@@ -62,7 +74,7 @@ class Program:
         """The context a program's functions run in: the compiler settings they need, for the time of the call only."""
         if self.compile == "none":
             return nullcontext()
-        settings = {"recompile_limit": MAX_GRAPHS}
+        settings = {"recompile_limit": MAX_GRAPHS, **self.compiler}
         if self.compile == "step":
             settings["trace_autograd_ops"] = True
         patch: AbstractContextManager[Any] = torch._dynamo.config.patch(settings)
@@ -88,7 +100,7 @@ def noted(program: Program, note: str) -> Program:
 
 
 def lower(program: Program) -> Program:
-    """The program with `gather` and `psum` built from its facts.
+    """The program with the hooks that depend on its facts.
 
     Raises ValueError when the mesh has an axis of several ranks that no transform has taken care of.
     """
@@ -99,11 +111,22 @@ def lower(program: Program) -> Program:
                 f"layout {layout}: {name} is {getattr(layout, name)} but no transform uses it; {transform}"
             )
     ops = program.ops
-    if program.uses or program.compute_dtype is not None:
-        ops = replace(ops, gather=make_gather(program.mesh, program.compute_dtype, program.reduce_dtype))
+    if program.compile == "layer":
+        ops = replace(ops, layer=program.jit(ops.layer))
+    if layout.world > 1 or program.compute_dtype is not None:
+        gather = Gather(mesh=program.mesh, compute=program.compute_dtype, reduce=program.reduce_dtype)
+        ops = replace(ops, gather=gather, stack=_weights_in_time(program, ops.stack, gather))
     if layout.world > 1:
         ops = replace(ops, psum=partial(psum, axis=program.mesh["world"], site="statistics"))
-    return replace(program, ops=ops)
+    return replace(program, ops=program.watch(ops))
+
+
+def _weights_in_time(program: Program, stack: Callable[..., Any], gather: Gather) -> Callable[..., Any]:
+    """`ops.stack` with gathers ahead, and outside of blocks, as the program's facts say."""
+    is_outside = program.keep_gathered and program.compile != "step"
+    if program.prefetch and (is_outside or program.compile == "none"):
+        stack = prefetched(stack, gather, in_backward=not program.keep_gathered)
+    return kept(stack, gather) if program.keep_gathered else stack
 
 
 NEEDED = {

@@ -80,7 +80,8 @@ def like(values: Tensor, leaf: Tensor) -> Tensor:
     """Undo `local`: a shard placed as `leaf` is; `values` itself for a plain leaf."""
     if not isinstance(leaf, DTensor):
         return values
-    if values.data_ptr() == leaf._local_tensor.data_ptr() and values.shape == leaf._local_tensor.shape:
+    own = leaf._local_tensor
+    if values.shape == own.shape and values.untyped_storage()._cdata == own.untyped_storage()._cdata:
         return leaf
     return wrap(values, leaf.shape, Sharding(mesh=leaf.device_mesh, placements=tuple(leaf.placements)))
 

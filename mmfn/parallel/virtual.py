@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmfn.parallel.axis import Transport
-from mmfn.parallel.mesh import Layout, Mesh, Partition, make_mesh
+from mmfn.parallel.mesh import AXES, Layout, Mesh, Partition, make_mesh
 
 T = TypeVar("T")
 
@@ -44,8 +44,8 @@ def virtual(layout: Layout, fn: Callable[[Mesh], T]) -> list[T]:
 
 def run_virtual(layout: Layout, fn: Callable[[Mesh], Any]) -> World:
     """`virtual` with a log of collectives."""
-    channels: dict[tuple[str, tuple[int, ...]], _Channel] = {}
-    lock = threading.Lock()
+    groups = {(name, group) for name in AXES for group in layout.partition(name) if len(group) > 1}
+    channels = {key: _Channel(len(key[1])) for key in groups}
     results: list[Any] = [None] * layout.world
     errors: dict[int, BaseException] = {}
     calls: list[list[Call]] = [[] for _ in range(layout.world)]
@@ -54,17 +54,16 @@ def run_virtual(layout: Layout, fn: Callable[[Mesh], Any]) -> World:
     def run(rank: int) -> None:
         def connect(name: str, partition: Partition) -> Transport:
             group = next(g for g in partition if rank in g)
-            with lock:
-                channel = channels.setdefault((name, group), _Channel(len(group)))
-            return _Threads(name, group.index(rank), channel, calls[rank])
+            return _Threads(name, group.index(rank), channels[name, group], calls[rank])
 
         try:
             with torch.set_grad_enabled(grad_enabled):
                 results[rank] = fn(make_mesh(layout, rank, connect))
-        except BaseException as error:  # the others wait for this rank: let them go
+        except BaseException as error:
             errors[rank] = error
-            for channel in list(channels.values()):
-                channel.barrier.abort()
+        for (_, group), channel in channels.items():
+            if rank in group:
+                channel.leave()
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(layout.world)]
     for thread in threads:
@@ -72,25 +71,44 @@ def run_virtual(layout: Layout, fn: Callable[[Mesh], Any]) -> World:
     for thread in threads:
         thread.join()
     if errors:
-        first = next((e for e in errors.values() if not isinstance(e, threading.BrokenBarrierError)), None)
-        raise first or RuntimeError(f"ranks {sorted(errors)} wait for a collective that another rank never called")
+        raise next((e for e in errors.values() if not isinstance(e, DesertedError)), errors[min(errors)])
     return World(results=results, calls=calls)
 
 
+class DesertedError(RuntimeError):
+    """A rank waits for a collective that another one, which has ended, never called."""
+
+
 class _Channel:
-    """Where the ranks of one group meet."""
+    """Where the ranks of one group meet, round after round."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size)
-        self.slots: list[Any] = [None] * size
+        self.size = size
+        self.changed = threading.Condition()
+        self.round = 0
+        self.brought: dict[int, Any] = {}
+        self.met: list[Any] = []
+        self.is_deserted = False
 
-    def exchange(self, index: int, value: Any, read: Callable[[list[Any]], T]) -> T:
-        """`read(what all ranks brought)`. The second meeting keeps values from being changed while others read them."""
-        self.slots[index] = value
-        self.barrier.wait()
-        result = read(self.slots)
-        self.barrier.wait()
-        return result
+    def meet(self, index: int, value: Any) -> list[Any]:
+        """What all ranks brought, in their order. Raises DesertedError when one of them has left."""
+        with self.changed:
+            here = self.round
+            self.brought[index] = value
+            if len(self.brought) == self.size:
+                self.met = [self.brought[i] for i in range(self.size)]
+                self.brought, self.round = {}, here + 1
+                self.changed.notify_all()
+            self.changed.wait_for(lambda: self.round > here or self.is_deserted)
+            if self.round == here:
+                raise DesertedError
+            return self.met  # of this round: the next one cannot end without this rank
+
+    def leave(self) -> None:
+        """A rank has ended: whoever waits for it, or will, waits in vain."""
+        with self.changed:
+            self.is_deserted = True
+            self.changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -103,44 +121,44 @@ class _Threads:
     log: list[Call] = field(repr=False)
 
     def all_gather(self, x: Tensor, site: str) -> Tensor:
-        return self._meet("all_gather", x, site, torch.cat)
+        return torch.cat(self._meet("all_gather", x, site, x.shape))
 
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
-        size = len(self.channel.slots)
-        return self._meet("reduce_scatter", x, site, lambda xs: _sum([x.chunk(size)[self.index] for x in xs]))
+        met = self._meet("reduce_scatter", x, site, x.shape)
+        return _sum([other.chunk(self.channel.size)[self.index] for other in met])
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
-        return self._meet("all_reduce", x, site, _sum)
+        return _sum(self._meet("all_reduce", x, site, x.shape))
 
     def all_to_all(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
         if sum(in_sizes) != x.shape[0]:
             raise ValueError(f"all_to_all of {x.shape[0]} rows got in_sizes {list(in_sizes)}; they must add up to it")
-        self._log("all_to_all", x, site)
-        kind = ("all_to_all", site, x.shape[1:], x.dtype)
-        parts = torch.split(x, list(in_sizes))
-        own = self._exchange(kind, parts, lambda met: [part[self.index].clone() for part in met])
-        if [p.shape[0] for p in own] != list(out_sizes):
-            raise ValueError(f"all_to_all expects {list(out_sizes)} rows but gets {[p.shape[0] for p in own]}")
+        met = self._meet("all_to_all", x, site, x.shape[1:], list(in_sizes))
+        own = [torch.split(other, sizes)[self.index] for other, sizes in met]
+        if [part.shape[0] for part in own] != list(out_sizes):
+            raise ValueError(f"all_to_all expects {list(out_sizes)} rows but gets {[part.shape[0] for part in own]}")
         return torch.cat(own)
 
     def wait(self, x: Tensor) -> Tensor:
         return x
 
-    def _meet(self, name: str, x: Tensor, site: str, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        self._log(name, x, site)
-        return self._exchange((name, site, x.shape, x.dtype), x, combine)
+    def _meet(self, name: str, x: Tensor, site: str, shape: Sequence[int], sizes: list[int] | None = None) -> list[Any]:
+        """The tensors of all ranks (with `sizes`: and theirs), copied, as a rank may overwrite its own at once.
 
-    def _log(self, name: str, x: Tensor, site: str) -> None:
+        `shape`: what all ranks must have in common.
+        """
         self.log.append(Call(self.axis, name, site, tuple(x.shape), x.dtype))
-
-    def _exchange(self, kind: tuple[Any, ...], value: Any, read: Callable[[list[Any]], T]) -> T:
-        def check(met: list[Any]) -> T:
-            for rank, (other, _) in enumerate(met):
-                if other != kind:
-                    raise ValueError(f"on axis {self.axis}, rank {self.index} calls {kind} but rank {rank} {other}")
-            return read([value for _, value in met])
-
-        return self.channel.exchange(self.index, (kind, value), check)
+        kind, copy = (name, site, tuple(shape), x.dtype), x.detach().clone()
+        try:
+            met = self.channel.meet(self.index, (kind, copy if sizes is None else (copy, sizes)))
+        except DesertedError:
+            raise DesertedError(
+                f"rank {self.index} of axis {self.axis} waits in {kind}, which another never called"
+            ) from None
+        for rank, (other, _) in enumerate(met):
+            if other != kind:
+                raise ValueError(f"on axis {self.axis}, rank {self.index} calls {kind} but rank {rank} {other}")
+        return [value for _, value in met]
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ class ModelSection(Section):
         default="load", description="load the weights of `path`, or draw them at random"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="dtype of the parameters and of the compute"
+        default="float32", description="dtype of the parameters and, by default, of the compute"
     )
     device: str = Field(default="cpu", description="torch device: cpu, cuda, cuda:1, npu, ...")
 
@@ -48,7 +48,7 @@ class DataSection(Section):
     root: str | None = Field(
         default=None, description="folder that media paths resolve in; null: the data file's own folder"
     )
-    batch_samples: PositiveInt = Field(default=8, description="samples per step, over all micro-batches")
+    batch_samples: PositiveInt = Field(default=8, description="samples per step, over all micro-batches and ranks")
     token_buckets: Buckets = Field(description="sizes in tokens a packed micro-batch is padded to")
     patch_buckets: Buckets = Field(description="sizes in vision patches a packed micro-batch is padded to")
     max_tokens: PositiveInt | None = Field(
@@ -128,6 +128,62 @@ class TrainSection(Section):
     log_every: PositiveInt = Field(default=10, description="steps between printed lines (metrics.jsonl has every step)")
 
 
+class LayoutSection(Section):
+    """How a program is laid out over ranks (docs/architecture.md), and in which dtypes it computes."""
+
+    replicate: PositiveInt = Field(default=1, description="copies of the sharded parameters, each with its own data")
+    dp: PositiveInt = Field(default=1, description="ranks with their own data, over which parameters are sharded")
+    cp: PositiveInt = Field(default=1, description="ranks that share the tokens of a batch; parameters are sharded too")
+    ep: PositiveInt = Field(default=1, description="ranks among dp * cp that share the experts")
+    kind: Literal["gather", "ulysses", "ring", "usp"] = Field(default="gather", description="attention over cp ranks")
+    ulysses: PositiveInt = Field(default=1, description="of the cp ranks of kind usp, those that split heads")
+    capacity: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="rows an ep rank takes from another, in even shares; null: all there are"
+    )
+    prefetch: bool = Field(default=True, description="gather the next layer's parameters while one computes")
+    keep_gathered: bool = Field(default=False, description="keep gathered parameters for the backward under remat")
+    remat: Literal["none", "full", "selective"] = Field(
+        default="none", description="layers whose activations are computed again: wholly, or all but some ops"
+    )
+    remat_save: Patterns = Field(default=("attention",), description="ops whose results selective remat keeps")
+    remat_every: PositiveInt = Field(default=1, description="of so many layers one is computed again")
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="dtype parameters are gathered and used in; null: model.dtype"
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="dtype gradients are summed in over ranks; null: the compute dtype"
+    )
+    timeout_s: PositiveInt = Field(default=1800, description="a rank that does not answer for so long ends the run")
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.replicate * self.dp * self.cp
+
+    @model_validator(mode="after")
+    def _check(self) -> "LayoutSection":
+        idle = {
+            "kind": (self.cp == 1, "cp 1"),
+            "ulysses": (self.kind != "usp", f"kind {self.kind!r}"),
+            "capacity": (self.ep == 1, "ep 1"),
+            "prefetch": (self.dp * self.cp == 1, "dp 1 and cp 1"),
+            "keep_gathered": (self.remat == "none" or self.world == 1, "remat 'none' or one rank"),
+            "remat_save": (self.remat != "selective", f"remat {self.remat!r}"),
+            "remat_every": (self.remat == "none", "remat 'none'"),
+            "reduce_dtype": (self.world == 1, "one rank"),
+            "timeout_s": (self.world == 1, "one rank"),
+        }
+        for name, (is_idle, reason) in idle.items():
+            if is_idle and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with {reason}; remove it or change that")
+        if self.kind == "usp" and (self.ulysses in (1, self.cp) or self.cp % self.ulysses):
+            raise ValueError(
+                f"ulysses {self.ulysses} must divide cp {self.cp} and lie between 1 and it for kind 'usp'; change it, "
+                "or choose kind ring or ulysses"
+            )
+        return self
+
+
 class EvalSection(Section):
     """Held-out evaluation by greedy generation, at the end."""
 
@@ -155,11 +211,19 @@ class Config(Section):
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection
+    layout: LayoutSection = LayoutSection()
     eval: EvalSection = EvalSection()
     output: OutputSection
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
+        if self.layout.compute_dtype == self.model.dtype:
+            raise ValueError(f"layout.compute_dtype {self.model.dtype!r} has no effect, model.dtype says so; remove it")
+        if self.layout.capacity is not None and len(self.data.token_buckets) > 1:
+            raise ValueError(
+                f"layout.capacity needs batches of one size on all ranks, but data.token_buckets has "
+                f"{len(self.data.token_buckets)}; keep the largest"
+            )
         if self.schedule.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} must be below train.steps {self.train.steps}"

@@ -14,10 +14,14 @@ from mmfn import tree
 from mmfn.batch import IGNORE, Batch, Sample
 from mmfn.model import Model
 from mmfn.ops import Ops, portable
+from mmfn.parallel.axis import Axis
+from mmfn.parallel.host import gather_values
 from mmfn.train.data import Dataset, Processor, decode_image, encode, preprocess_image
 from mmfn.train.data.records import Record, parse_record, plain_text
 from mmfn.train.generate import generate
 from mmfn.train.objective import loss_fn
+
+ALONE = Axis(name="world")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +78,22 @@ def evaluate(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     ops: Ops | None = None,
+    axis: Axis = ALONE,
     on_batch: Callable[[int], None] = lambda num_done: None,
 ) -> Evaluation:
     """Answer every entry of `dataset` and compare with its last assistant turn, `batch_samples` entries at once.
 
-    Predictions are decoded without special tokens. `on_batch(num_done)` is called behind every batch. Raises
-    ValueError as `Dataset.prompt` does, naming the sample. `ops` defaults to `ops.portable()`.
+    Predictions are decoded without special tokens. `axis`: ranks, on the CPU and with the same whole parameters, that
+    divide the entries; all of them get all answers. `on_batch(num_done)` is called behind every batch of this rank.
+    Raises ValueError as `Dataset.prompt` does, naming the sample. `ops` defaults to `ops.portable()`.
     """
     table = ops or portable()
     start = time.perf_counter()
     answers: list[Answer] = []
     loss_sum, num_tokens = 0.0, 0
-    for first in range(0, len(dataset), batch_samples):
-        indices = range(first, min(first + batch_samples, len(dataset)))
+    own = range(axis.index, len(dataset), axis.size)
+    for first in range(0, len(own), batch_samples):
+        indices = own[first : first + batch_samples]
         prompts, truths = zip(*(dataset.prompt(i) for i in indices), strict=True)
         batch = _pack(prompts, model)
         rows = generate(model, batch, max_new_tokens, eos_token_ids=eos_token_ids, ops=table)
@@ -96,6 +103,7 @@ def evaluate(
         value, weight = loss_pair(model, [dataset.sample(i) for i in indices], table)
         loss_sum, num_tokens = loss_sum + value, num_tokens + weight
         on_batch(len(answers))
+    answers, loss_sum, num_tokens = _gathered(answers, loss_sum, num_tokens, len(dataset), axis)
     return Evaluation(
         answers=tuple(answers), loss_sum=loss_sum, num_tokens=num_tokens, time_s=time.perf_counter() - start
     )
@@ -152,6 +160,19 @@ def to_json(evaluation: Evaluation) -> str:
         "time_s": evaluation.time_s,
     }
     return json.dumps({**totals, "answers": answers}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _gathered(
+    answers: list[Answer], loss_sum: float, num_tokens: int, num_entries: int, axis: Axis
+) -> tuple[list[Answer], float, int]:
+    """What all ranks found, answers in the order of the data."""
+    if axis.size == 1:
+        return answers, loss_sum, num_tokens
+    rows, sums, counts = zip(
+        *gather_values([[asdict(a) for a in answers], loss_sum, num_tokens], axis, "answers"), strict=True
+    )
+    ordered = [rows[i % axis.size][i // axis.size] for i in range(num_entries)]
+    return [Answer(**row | {"images": tuple(row["images"])}) for row in ordered], sum(sums), sum(counts)
 
 
 def _pack(samples: Sequence[Sample], model: Model) -> Batch:

@@ -19,9 +19,10 @@ from mmfn import batch as packing
 from mmfn import tree
 from mmfn.interop.hf import save_hf
 from mmfn.model import Model
+from mmfn.parallel.sharding import whole_params
 from mmfn.train import run_folder
 from mmfn.train.config import describe
-from mmfn.train.data import Stats, prefetch, stats
+from mmfn.train.data import Share, agree, prefetch
 from mmfn.train.evaluate import Evaluation, evaluate, to_json
 from mmfn.train.progress import Progress, format_duration
 from mmfn.train.report import render_report
@@ -44,19 +45,38 @@ class Result:
 
 
 def run_training(run: Run, progress: Progress) -> Result:
-    """Make the run folder, train, then write checkpoint, evaluation and report into it.
+    """Make the run folder, train, then write checkpoint, evaluation and report into it. The first rank writes.
 
     Every file but the growing metrics.jsonl appears complete or not at all; an earlier run stays in `previous` until
-    all of them are there. The run's parameters are consumed. Raises ValueError for data that turn out broken on the way
-    (with `data.check: all` there are none) and for a training that diverged, and OSError when the folder cannot be
-    written.
+    all of them are there. The run's parameters are consumed. At the end every rank holds the whole parameters, to
+    answer its part of the held-out set. Raises ValueError for data that turn out broken on the way (with
+    `data.check: all` there are none) and for a training that diverged, and OSError when the folder cannot be written.
     """
     config = run.loaded.config
     folder = run_folder.locate(config.output.path)
-    has_previous = run_folder.make_room(folder)
-    write_text(folder / "config.yaml", describe(run.loaded))
     records: list[Record] = []
     start = time.perf_counter()
+    state = _train_recorded(run, folder, progress, records) if run.place.is_first else train(run, records.append)
+    train_s = time.perf_counter() - start
+    model = replace(run.model, params=whole_params(state["params"], run.place.mesh))
+    if run.place.is_first:
+        save_hf(folder / "checkpoint", model, assets=config.model.path)
+    evaluation = _evaluate(run, model, progress)
+    result = Result(folder=folder, model=model, records=records, evaluation=evaluation, train_s=train_s)
+    if run.place.is_first:
+        if evaluation is not None:
+            write_text(folder / "eval.json", to_json(evaluation))
+        write_text(folder / "report.html", _report(run, result))
+    _check_finite(result)
+    if run.place.is_first:
+        run_folder.drop_previous(folder)
+    return result
+
+
+def _train_recorded(run: Run, folder: Path, progress: Progress, records: list[Record]) -> State:
+    """`train` with the run folder made before it, and every record shown and written."""
+    has_previous = run_folder.make_room(folder)
+    write_text(folder / "config.yaml", describe(run.loaded))
     with progress, open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
 
         def emit(record: Record) -> None:
@@ -68,16 +88,7 @@ def run_training(run: Run, progress: Progress) -> Result:
 
         if has_previous:
             progress.say(f"the earlier run is kept in {folder / run_folder.PREVIOUS} until this one is complete")
-        state = train(run, emit)
-    train_s = time.perf_counter() - start
-    model = replace(run.model, params=state["params"])
-    save_hf(folder / "checkpoint", model, assets=config.model.path)
-    evaluation = _evaluate(run, model, folder, progress)
-    result = Result(folder=folder, model=model, records=records, evaluation=evaluation, train_s=train_s)
-    write_text(folder / "report.html", _report(run, result))
-    _check_finite(result)
-    run_folder.drop_previous(folder)
-    return result
+        return train(run, emit)
 
 
 def train(run: Run, emit: Callable[[Record], None]) -> State:
@@ -86,18 +97,19 @@ def train(run: Run, emit: Callable[[Record], None]) -> State:
     A record holds `step` (from 1), `loss`, `grad_norm`, `lr`, `skipped` (1: gradients were not finite, nothing
     changed), the counts of its data (`tokens`, `supervised`, `image_tokens`, `samples`, `microbatches`, `padding` as a
     share), `wait_s` (time it waited for data), `step_s`, `tokens_per_s` (no padding, over the last steps) and `eta_s`.
+    On a mesh counts are those of all ranks, `microbatches` the number each of them computes, and times this rank's.
     """
     config = run.loaded.config
     num_steps = config.train.steps
-    device = tree.leaves(run.model.params)[0].device
+    batch_axis, empty = run.place.host["batch"], run.loader.empty()
     meter = _Meter(num_steps)
     state, started = run.state, None
-    batches = prefetch(run.loader, 0, num_steps, workers=config.data.workers, ahead=config.data.ahead)
+    shares = prefetch(run.loader.share, 0, num_steps, workers=config.data.workers, ahead=config.data.ahead)
     for step in range(1, num_steps + 1):
         asked = time.perf_counter()
-        microbatches = next(batches)
-        facts = _facts(step, stats(microbatches), len(microbatches), time.perf_counter() - asked)
-        state, metrics = run.step(state, [packing.to(b, device) for b in microbatches])
+        share = agree(next(shares), batch_axis, empty)
+        facts = _facts(step, share, time.perf_counter() - asked)
+        state, metrics = run.step(state, [packing.to(b, run.place.device) for b in share.microbatches])
         if started is not None:
             emit(meter.finish(*started))
         started = facts, metrics
@@ -150,11 +162,12 @@ class _Meter:
         }
 
 
-def _facts(step: int, counts: Stats, num_microbatches: int, wait_s: float) -> Record:
+def _facts(step: int, share: Share, wait_s: float) -> Record:
+    counts = share.counts
     return {
         "step": step,
         "samples": counts.samples,
-        "microbatches": num_microbatches,
+        "microbatches": len(share.microbatches),
         "tokens": counts.tokens,
         "supervised": counts.supervised_tokens,
         "image_tokens": counts.visual_tokens,
@@ -174,20 +187,20 @@ def _check_finite(result: Result) -> None:
         result.evaluation.check_finite()
 
 
-def _evaluate(run: Run, model: Model, folder: Path, progress: Progress) -> Evaluation | None:
+def _evaluate(run: Run, model: Model, progress: Progress) -> Evaluation | None:
     if run.held_out is None:
         return None
-    progress.say(f"evaluating {len(run.held_out)} held-out samples")
+    if run.place.is_first:
+        progress.say(f"evaluating {len(run.held_out)} held-out samples")
     chosen = run.loaded.config.eval
-    evaluation = evaluate(
+    return evaluate(
         model,
         run.held_out,
         batch_samples=chosen.batch_samples,
         max_new_tokens=chosen.max_new_tokens,
         eos_token_ids=run.eos_token_ids,
+        axis=run.place.host["world"],
     )
-    write_text(folder / "eval.json", to_json(evaluation))
-    return evaluation
 
 
 def _report(run: Run, result: Result) -> str:

@@ -58,7 +58,7 @@ def alone(counts_MN: Tensor) -> tuple[Tensor, int]:
 
 
 def weigh(microbatches: Sequence[Batch], objective: str | Objective, exchange: Exchange = alone) -> list[Batch]:
-    """All micro-batches of one global step with `weights_T` set; nothing else is read than labels and segments.
+    """All micro-batches of one step with `weights_T` and `aux_weight` set; only labels and segments are read.
 
     Weights are float32, or float64 where the batch's own `weights_T` are; zero where a token is not supervised. Raises
     ValueError for an unknown objective or no micro-batch. Source: the loss types of MindSpeed-MM (`loss_cfg`).
@@ -68,19 +68,42 @@ def weigh(microbatches: Sequence[Batch], objective: str | Objective, exchange: E
     width = max(b.num_segments for b in microbatches)
     counts_MN, first = exchange(torch.stack([_counts(b, width) for b in microbatches]))
     own_MN = resolve(objective)(counts_MN)[first : first + len(microbatches)]
-    return [_spread(b, weights_N) for b, weights_N in zip(microbatches, own_MN.unbind(0), strict=True)]
+    weighed = [_spread(b, weights_N) for b, weights_N in zip(microbatches, own_MN.unbind(0), strict=True)]
+    return [replace(b, aux_weight=b.weights_T.new_full((), 1 / len(weighed))) for b in weighed]
 
 
 def loss_fn(params: Tree, batch: Batch, family: Family, cfg: Any, ops: Ops) -> tuple[Tensor, dict[str, Tensor]]:
     """`(loss, metrics)` of one weighed micro-batch: its share of the global loss, a plain weighted sum.
 
-    `loss`: 0-D, float32 or wider. `metrics`: 0-D tensors to be summed over micro-batches: `loss` and `tokens`, the
-    number of supervised tokens.
+    `loss`: 0-D, float32 or wider: cross entropies and, of a family with routers, `cfg.router_aux_coef` times the
+    load-balancing loss. `metrics`: 0-D tensors to be summed over micro-batches and ranks: `loss`, `tokens`, the number
+    of supervised tokens, and with routers `aux_loss`, the load-balancing loss (its mean over micro-batches), and
+    `dropped`, routed rows that the experts left out.
     """
     out = family.apply(params, batch, cfg, ops)
     weight_VD = family.head(params, cfg, ops)
     value = ops.linear_cross_entropy(out.hidden_TD, weight_VD, batch.labels_T, batch.weights_T)
-    return value, {"loss": value.detach(), "tokens": (batch.labels_T != IGNORE).sum()}
+    metrics = {"tokens": (batch.labels_T != IGNORE).sum()}
+    if out.aux is not None:
+        aux_loss = batch.aux_weight * balance(out.aux, ops)
+        value = value + cfg.router_aux_coef * aux_loss
+        metrics |= {"aux_loss": aux_loss.detach(), "dropped": out.aux["dropped"]}
+    return value, {"loss": value.detach(), **metrics}
+
+
+def balance(aux: Tree, ops: Ops) -> Tensor:
+    """This rank's share of the load-balancing loss of one micro-batch, 0-D: shares add up to the loss.
+
+    `E * sum_e f_e p_e`: f_e tokens sent to expert e and p_e its probability, both per token, over all tokens of all
+    layers with experts; equal loads give X, the experts per token. Only p_e carries a gradient. `aux`: the statistics
+    of this rank, which `ops.psum` adds up over ranks once. A product of two means, it depends on how a batch is split
+    into micro-batches, but not on how it is spread over ranks.
+    Source: Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6; `load_balancing_loss_func` in transformers 5.23.
+    """
+    sums = ops.psum(torch.cat([aux["counts_E"], aux["rows"][None]]))
+    counts_E, rows = sums[:-1], sums[-1].clamp(min=1)  # a batch of padding alone has no rows
+    value: Tensor = counts_E.numel() * ((counts_E / rows) @ (aux["probs_E"] / rows))
+    return value
 
 
 def loss(

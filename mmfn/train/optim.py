@@ -210,13 +210,18 @@ def own(grads: Sequence[Tensor]) -> list[Tensor]:
 
     Autograd may return one tensor for two leaves, an expanded one, or a transposed one.
     """
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     out = []
     for grad in grads:
-        owned = grad.clone(memory_format=torch.contiguous_format) if grad.data_ptr() in seen else grad.contiguous()
-        seen.add(owned.data_ptr())
+        owned = grad.clone(memory_format=torch.contiguous_format) if _place(grad) in seen else grad.contiguous()
+        seen.add(_place(owned))
         out.append(owned)
     return out
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Where a tensor's memory starts; unlike an address it is also known on the meta device."""
+    return x.untyped_storage()._cdata, x.storage_offset()
 
 
 def _adamw_(u: Update, state: Tree, paths: Sequence[str], hyper: _AdamW) -> None:

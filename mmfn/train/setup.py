@@ -16,10 +16,21 @@ from mmfn.batch import IGNORE
 from mmfn.interop.checkpoint import read_config
 from mmfn.interop.hf import init, load_hf
 from mmfn.model import Model
+from mmfn.models import Family
 from mmfn.parallel.compiled import compiled
+from mmfn.parallel.context_parallel import context_parallel
+from mmfn.parallel.data_parallel import data_parallel
+from mmfn.parallel.expert_parallel import expert_parallel
+from mmfn.parallel.host import wait_for_all
+from mmfn.parallel.launch import Place, Ranks
+from mmfn.parallel.mesh import Layout, Mesh, single_mesh
+from mmfn.parallel.precision import precision
 from mmfn.parallel.program import Program, pipe
+from mmfn.parallel.remat import remat
+from mmfn.parallel.sharding import shard, sharding_of
+from mmfn.parallel.split import segment_multiple, token_multiple
 from mmfn.train import optim
-from mmfn.train.config import Config, Loaded, ModelSection
+from mmfn.train.config import Config, LayoutSection, Loaded, ModelSection, OptimizerSection
 from mmfn.train.data import Dataset, Loader, Processor, load_processor
 from mmfn.train.data.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from mmfn.train.data.tokenizer import read_json
@@ -38,9 +49,13 @@ MEDIA_TOKENS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A checked run. `state` before the first step holds the model's own parameters, which training overwrites."""
+    """A checked run. `state` before the first step holds the model's own parameters, which training overwrites.
+
+    On a mesh the model's parameters are this rank's shards.
+    """
 
     loaded: Loaded
+    place: Place
     model: Model
     processor: Processor
     loader: Loader
@@ -50,25 +65,33 @@ class Run:
     eos_token_ids: tuple[int, ...]
 
 
-def prepare(loaded: Loaded, say: Callable[[str], None]) -> Run:
+def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = None) -> Run:
     """Load and check everything a training run needs; `say` is given a line about what takes time.
 
+    `place`: by default this process alone. Its ranks check the data together, and return when all of them are done.
     Raises ValueError, one sentence, for whatever is missing, broken or does not fit together.
     """
     config = loaded.config
-    check_output(loaded)
+    if place is None or place.is_first:  # the one that writes
+        check_output(loaded)
     resolve(config.objective.name)
     processor = load_model_processor(config.model.path, config.data.template)
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
-    model = load_model(config.model, config.train.seed)
+    place = place or alone(find_device(config.model.device))
+    model = load_shards(config, place)
     check_match(model, processor)
     eos = eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size)
-    step, state = build_step(config, model)
-    loader = build_loader(config, train_set, model)
-    check_data(config, loader, train_set, held_out, say)
+    program = build_program(config, model.family, model.cfg, place.mesh)
+    for note in program.notes:
+        say(note)
+    step, state = build_step(config, model, program)
+    loader = build_loader(config, train_set, model, program)
+    check_data(config, loader, train_set, held_out, place, say)
+    wait_for_all(place.host["world"], "ready")
     return Run(
         loaded=loaded,
+        place=place,
         model=model,
         processor=processor,
         loader=loader,
@@ -79,13 +102,50 @@ def prepare(loaded: Loaded, say: Callable[[str], None]) -> Run:
     )
 
 
-def load_model(section: ModelSection, seed: int) -> Model:
-    """The model on its device, loaded or random. Raises ValueError for a device that torch does not have."""
-    device, dtype = _device(section.device), getattr(torch, section.dtype)
+def alone(device: torch.device) -> Place:
+    """The place of a run of one process."""
+    one = single_mesh()
+    return Place(device=device, mesh=one, host=one)
+
+
+def find_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """The device of a name, tried out; of several ranks each takes that with its number on its machine.
+
+    Raises ValueError for a device that torch does not have, and for one device for several ranks.
+    """
+    try:
+        device = torch.device(name)
+        if ranks is not None and ranks.size > 1 and device.type != "cpu":
+            if device.index is not None:
+                raise ValueError(
+                    f"model.device {name!r} is one device but there are {ranks.size} ranks; set it to {device.type!r}"
+                )
+            device = torch.device(device.type, ranks.local)
+        torch.zeros(1, device=device).item()  # also refuses meta, which holds no values
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"model.device {name!r} cannot be used by this torch {torch.__version__}; try 'cpu'"
+        ) from error
+    return device
+
+
+def load_model(section: ModelSection, seed: int, device: torch.device | None = None) -> Model:
+    """The whole model, loaded or random, on `device` (default: that of the section)."""
+    device, dtype = device or find_device(section.device), getattr(torch, section.dtype)
     if section.init == "load":
         return load_hf(section.path, dtype=dtype, device=device)
     model = init(read_config(Path(section.path)), seed, dtype)
     return replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
+
+
+def load_shards(config: Config, place: Place) -> Model:
+    """The model with this rank's shards. Every rank has the whole model in the host's memory while it cuts them."""
+    if place.mesh.layout.world == 1:
+        return load_model(config.model, config.train.seed, place.device)
+    model = load_model(config.model, config.train.seed, torch.device("cpu"))
+    specs = model.family.specs(model.cfg)
+    cut = tree.map(lambda leaf, spec: shard(leaf.to(place.device), sharding_of(spec, place.mesh)), model.params, specs)
+    return replace(model, params=cut)
 
 
 def load_model_processor(path: str, template: str | None = None) -> Processor:
@@ -147,9 +207,15 @@ def check_match(model: Model, processor: Processor) -> None:
             )
 
 
-def build_loader(config: Config, dataset: Dataset, model: Model) -> Loader:
-    """The loader of a data set for a model."""
-    vision = model.cfg.vision
+def build_loader(config: Config, dataset: Dataset, model: Model, program: Program) -> Loader:
+    """The loader of a data set for a model and the share of it that a program computes."""
+    vision, kind, layout = model.cfg.vision, config.layout.kind, program.mesh.layout
+    least = token_multiple(kind, layout) if layout.cp > 1 else 1
+    if odd := [size for size in config.data.token_buckets if size % least]:
+        raise ValueError(
+            f"data.token_buckets has {odd[0]} but layout.kind {kind!r} with cp {layout.cp} needs multiples of {least}; "
+            f"use {-(-odd[0] // least) * least}"
+        )
     return Loader(
         dataset,
         lambda sample: model.family.positions(sample, model.cfg),
@@ -159,16 +225,50 @@ def build_loader(config: Config, dataset: Dataset, model: Model) -> Loader:
         seed=config.train.seed,
         merge_size=vision.merge_size,
         patch_values=vision.patch_values,
+        axis=program.mesh["batch"],
+        split=program.split,
+        segment_multiple=segment_multiple(kind, layout),
     )
 
 
-def build_step(config: Config, model: Model) -> tuple[Step, State]:
-    """The step of a config and the state before it."""
-    program = pipe(Program.of(model.family.specs(model.cfg)), compiled(config.train.compile))
-    chosen = config.optimizer
+def layout_of(section: LayoutSection) -> Layout:
+    """The sizes of the mesh. Raises ValueError for sizes that do not fit together."""
+    ulysses = {"ulysses": section.cp, "usp": section.ulysses}.get(section.kind, 1)
+    return Layout(replicate=section.replicate, dp=section.dp, cp=section.cp, ulysses=ulysses, ep=section.ep)
+
+
+def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh) -> Program:
+    """How a rank of `mesh` runs a model under a config. Raises ValueError for a layout the model cannot take."""
+    chosen = config.layout
+    compute, reduce = (name and getattr(torch, name) for name in (chosen.compute_dtype, chosen.reduce_dtype))
+    transforms = [
+        context_parallel(
+            kind=chosen.kind,
+            num_heads=cfg.decoder.num_heads,
+            num_kv_heads=cfg.decoder.num_kv_heads,
+            merge_size=cfg.vision.merge_size,
+            matmul_patches=2 * cfg.vision.d_model + cfg.vision.d_ff,
+        ),
+        expert_parallel("dropless" if chosen.capacity is None else "capacity", capacity=chosen.capacity),
+        remat(chosen.remat, save=chosen.remat_save if chosen.remat == "selective" else (), every=chosen.remat_every),
+        data_parallel(prefetch=chosen.prefetch, keep_gathered=chosen.keep_gathered),
+        compiled(config.train.compile),
+    ]
+    if compute is not None or reduce is not None:
+        transforms.append(precision(compute=compute, reduce=reduce))
+    return pipe(Program.of(family.specs(cfg), mesh=mesh), *transforms)
+
+
+def build_optimizer(chosen: OptimizerSection) -> optim.Transform:
+    """The optimizer of a config."""
     adamw = optim.adamw(betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay, no_decay=chosen.no_decay)
     clip = [] if chosen.clip_norm is None else [optim.clip_by_global_norm(chosen.clip_norm)]
-    optimizer = optim.chain(*clip, adamw)
+    return optim.chain(*clip, adamw)
+
+
+def build_step(config: Config, model: Model, program: Program) -> tuple[Step, State]:
+    """The step of a config and the state before it."""
+    optimizer = build_optimizer(config.optimizer)
     step = make_step(
         model.family, model.cfg, program, config.objective.name, optimizer, schedule=_schedule(config), donate=True
     )
@@ -176,11 +276,17 @@ def build_step(config: Config, model: Model) -> tuple[Step, State]:
 
 
 def check_data(
-    config: Config, loader: Loader, train_set: Dataset, held_out: Dataset | None, say: Callable[[str], None]
+    config: Config,
+    loader: Loader,
+    train_set: Dataset,
+    held_out: Dataset | None,
+    place: Place,
+    say: Callable[[str], None],
 ) -> None:
     """Prepare samples once, as `data.check` says, so that a broken file is found before training and not in the middle.
 
-    The prepared samples stay in the cache. Raises ValueError for the first sample of the data that fails.
+    Of all samples each rank prepares its part. The prepared samples stay in the cache. Raises ValueError for the first
+    sample of the data that fails.
     """
 
     def check_sample(index: int) -> None:
@@ -190,25 +296,24 @@ def check_data(
                 f"sample {sample.id!r} of {str(train_set.path)!r} has nothing to learn; give it a turn of the "
                 "assistant or remove it"
             )
-        tokens, patches = config.data.token_buckets[-1], config.data.patch_buckets[-1]
-        if sample.tokens_T.numel() > tokens or sample.num_patches > patches:
-            loader.pack([sample])  # raises, with the sizes
+        loader.check_fits(sample)
 
     def check_prompt(index: int) -> None:
         if held_out is not None:
             held_out.prompt(index)
 
     if config.data.check == "first":
-        _drain(map(check_sample, loader.indices(0)))
-        loader.microbatches(0)
+        _drain(map(check_sample, loader.own(0)))
+        loader.share(0)
         check_prompt(0)
         return
+    world = place.host["world"]
     num_held_out = len(held_out) if held_out is not None else 0
     say(f"checking {len(train_set)} training and {num_held_out} held-out samples")
     with ThreadPoolExecutor(max_workers=max(1, config.data.workers), thread_name_prefix="mmfn-check") as pool:
         try:
-            _drain(pool.map(check_sample, range(len(train_set))))
-            _drain(pool.map(check_prompt, range(num_held_out)))
+            _drain(pool.map(check_sample, range(world.index, len(train_set), world.size)))
+            _drain(pool.map(check_prompt, range(world.index, num_held_out, world.size)))
         except ValueError:
             pool.shutdown(cancel_futures=True)
             raise
@@ -241,17 +346,6 @@ def _schedule(config: Config) -> Schedule:
         warmup_steps=chosen.warmup_steps,
         final_scale=chosen.final_scale,
     )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # also refuses meta, which holds no values
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(
-            f"model.device {name!r} cannot be used by this torch {torch.__version__}; try 'cpu'"
-        ) from error
-    return device
 
 
 def _drain(results: Iterable[Any]) -> None:

@@ -76,15 +76,14 @@ def make_step(
     kernel = "fused" if program.compile == "none" else "traced"
     apply_ = _apply(optimizer.update(paths), schedule, kernel, program.mesh)
 
-    def one(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def one(state: State, batch: Batch) -> tuple[Tree, Metrics]:
         (weighed,) = weigh([batch], weights, exchange)
-        return finish(state, apply_, *gradients(state["params"], weighed))
+        return update(state, apply_, *gradients(state["params"], weighed))
 
-    def finish(state: State, run: Callable[..., Any], grads: Leaves, sums: Metrics) -> tuple[State, Metrics]:
+    def update(state: State, run: Callable[..., Any], grads: Leaves, sums: Metrics) -> tuple[Tree, Metrics]:
         leaves = {path: local(leaf) for path, leaf in zip(paths, tree.leaves(state["params"]), strict=True)}
         opt, metrics = run(leaves, grads, tree.map(local, state["opt"]), state["step"], sums)
-        opt = tree.map(like, opt, state["opt"])
-        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, metrics
+        return opt, metrics
 
     run_one = program.jit(one) if program.compile == "step" else one
     run_gradients = program.jit(gradients) if program.compile == "step" else gradients
@@ -96,10 +95,14 @@ def make_step(
             state = tree.map(lambda leaf: like(local(leaf).clone(), leaf), state)
         with program.compiling():
             if program.compile == "step" and len(microbatches) == 1:
-                return run_one(state, microbatches[0])
-            weighed = weigh(microbatches, weights, exchange)
-            grads, sums = scan_gradients(run_gradients, state["params"], weighed)
-            return finish(state, run_apply, dict(zip(grads, optim.own(list(grads.values())), strict=True)), sums)
+                opt, metrics = run_one(state, microbatches[0])
+            else:
+                weighed = weigh(microbatches, weights, exchange)
+                grads, sums = scan_gradients(run_gradients, state["params"], weighed)
+                owned = dict(zip(grads, optim.own(list(grads.values())), strict=True))
+                opt, metrics = update(state, run_apply, owned, sums)
+        opt = tree.map(like, opt, state["opt"])  # outside of any graph: it looks at memory
+        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, metrics
 
     return step
 

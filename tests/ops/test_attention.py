@@ -11,12 +11,16 @@ from mmfn.batch import Segments
 from mmfn.ops import attention as module
 from mmfn.ops.attention import (
     attention,
-    attention_block,
-    attention_block_grad,
-    attention_block_reference,
     attention_cached,
     attention_cached_reference,
     attention_reference,
+)
+from mmfn.ops.attention_block import (
+    attention_block,
+    attention_block_grad,
+    attention_block_grad_reference,
+    attention_block_reference,
+    merge_blocks,
 )
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -275,8 +279,8 @@ def test_cached_equals_the_last_row_of_causal_attention(heads, dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v, s: (q, k[:-1], v[:-1], s), "make T and C agree"),
-        (lambda q, k, v, s: (q, k, v[..., :-1], s), "make T and C agree"),
+        (lambda q, k, v, s: (q, k[:-1], v[:-1], s), "of the same tokens; make T agree"),
+        (lambda q, k, v, s: (q, k, v[..., :-1], s), "make S, K and C agree"),
         (lambda q, k, v, s: (q[:, :3], k, v, s), "must divide the number of query heads"),
         (lambda q, k, v, s: (q, k.float(), v, s), "one floating dtype"),
         (lambda q, k, v, s: (q, k, v, Segments(offsets_N=torch.tensor([0, 12]))), "at most the 9 tokens"),

@@ -87,6 +87,18 @@ def test_describe_lists_every_value_with_its_origin_and_reads_back(config_file: 
         ("model.path=!!bool x", "model.path is '!!bool x' but the value is no valid YAML"),
         ("model.path=2024-13-45", "model.path is '2024-13-45' but the value is no valid YAML: month must be in 1..12"),
         ("model.path=" + "{" * 3000, "the value is no valid YAML: maximum recursion depth"),
+        ("layout.kind=ring", "in section layout, kind has no effect with cp 1"),
+        ("layout.ulysses=2", "ulysses has no effect with kind 'gather'"),
+        ("layout.capacity=1.5", "capacity has no effect with ep 1"),
+        ("layout.prefetch=false", "prefetch has no effect with dp 1 and cp 1"),
+        ("layout.keep_gathered=true", "keep_gathered has no effect with remat 'none' or one rank"),
+        ("layout.remat_save=[matmul]", "remat_save has no effect with remat 'none'"),
+        ("layout.remat_every=2", "remat_every has no effect with remat 'none'"),
+        ("layout.reduce_dtype=float32", "reduce_dtype has no effect with one rank"),
+        ("layout.timeout_s=60", "timeout_s has no effect with one rank"),
+        ("layout.compute_dtype=float32", "layout.compute_dtype 'float32' has no effect, model.dtype says so"),
+        ("layout.dp=0", "layout.dp is 0 but input should be greater than 0"),
+        ("layout.tp=2", "unknown key 'layout.tp'; the nearest known key is 'layout.dp'"),
         ("data.workers=65", "data.workers is 65 but input should be less than or equal to 64"),
     ],
 )
@@ -143,6 +155,20 @@ def test_file_that_is_no_mapping(config_file: Path, content: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read config '.*none.yaml': No such file or directory"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("ulysses", [1, 3, 4])
+def test_usp_needs_both_of_its_parts(config_file: Path, ulysses: int) -> None:
+    with pytest.raises(ValueError, match=f"ulysses {ulysses} must divide cp 4 and lie between 1 and it for kind 'usp'"):
+        load_config(config_file, ["layout.cp=4", "layout.kind=usp", f"layout.ulysses={ulysses}"])
+    assert load_config(config_file, ["layout.cp=4", "layout.kind=usp", "layout.ulysses=2"]).config.layout.world == 4
+
+
+def test_fixed_capacity_needs_one_size_of_batch(config_file: Path) -> None:
+    changes = ["layout.dp=2", "layout.ep=2", "layout.capacity=1.5"]
+    with pytest.raises(ValueError, match=r"layout.capacity needs batches of one size .* data.token_buckets has 2"):
+        load_config(config_file, changes)
+    assert load_config(config_file, [*changes, "data.token_buckets=[128]"]).config.layout.capacity == 1.5
 
 
 def test_final_scale_without_effect_is_refused(config_file: Path) -> None:

@@ -9,12 +9,14 @@ import mmfn
 from mmfn import ops as op_tables
 from mmfn import tree
 from mmfn.batch import Segments
+from mmfn.models import FAMILIES
 from tests import oracles
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    oracle = oracles.build(oracles.config(vision={"depth": 3, "deepstack_visual_indexes": [0, 1]}), 2)
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    vision = {"depth": 3, "deepstack_visual_indexes": [0, 1]}
+    oracle = oracles.build(oracles.config(family=request.param, vision=vision), 2)
     return oracle, mmfn.load_hf(oracles.save(oracle, tmp_path_factory.mktemp("pair")))
 
 
@@ -25,8 +27,9 @@ def continued(oracle, inputs, count, **kwargs):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_ids_equal_transformers(seed, tmp_path):
-    oracle = oracles.build(oracles.random_config(seed + 100), seed)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_equal_transformers(family, seed, tmp_path):
+    oracle = oracles.build(oracles.random_config(seed + 100, family), seed)
     limits = [{}, {"images": 3, "videos": 0}, {"images": 0, "videos": 0}][seed % 3]
     inputs = oracles.inputs(oracle.config, seed, rows=1 + seed % 4, pad="left", **limits)
     model = mmfn.load_hf(oracles.save(oracle, tmp_path))
@@ -96,6 +99,7 @@ def test_padding_and_empty_segments_are_left_out(pair):
         positions_3T=torch.cat([batch.positions_3T, torch.full((3, tail), 999)], dim=1),
         feature_index_T=torch.cat([batch.feature_index_T, torch.full((tail,), -1)]),
         segments=Segments(offsets_N=offsets_N),
+        segment_T=torch.cat([batch.segment_T, torch.full((tail,), offsets_N.numel() - 1)]),
     )
     assert mmfn.generate(model, padded, 6) == mmfn.generate(model, batch, 6)
 

@@ -219,7 +219,7 @@ def test_data_that_break_on_the_way_leave_no_checkpoint(make_config: MakeConfig,
 
 def test_prefetched_batches_weigh_to_the_mean(make_config: MakeConfig) -> None:
     run = prepared(make_config({"data.token_buckets": [64], "data.patch_buckets": [64]}))
-    for microbatches in prefetch(run.loader, 0, 2):
+    for microbatches in prefetch(run.loader.microbatches, 0, 2):
         weighed = weigh(microbatches, per_token_loss)
         assert sum(b.weights_T.sum().item() for b in weighed) == pytest.approx(1.0, rel=1e-6)
 

@@ -1,17 +1,22 @@
-"""The text decoder: grouped-query attention with normalised queries and keys, and a gated feed-forward layer.
+"""The text decoder: grouped-query attention with normalised queries and keys, and a feed-forward layer.
 
 Legend: T tokens, D width, H query heads, K kv heads, C channels of a head, R = C / 2, F feed-forward width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from mmfn.batch import Segments
+from mmfn.interop.hf_config import Section
 from mmfn.models.layers import cache, linear, norm
 from mmfn.ops import Ops
 from mmfn.tree import Tree
+
+FeedForward = Callable[[Tree, Tensor, Tensor], tuple[Tensor, Tree]]
+"""(a block's parameters, x_TD, is_real_T) -> (y_TD, router statistics or None)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +42,34 @@ class DecoderConfig:
             raise ValueError(f"head_dim is {self.head_dim} but rope turns pairs of channels; make it even")
 
 
-def specs(cfg: DecoderConfig) -> Tree:
-    """Parameters of one block."""
+def config_from_hf(text: Section) -> DecoderConfig:
+    """The `text_config` of a `config.json`, a family's defaults filled in.
+
+    Null or absent with no default, the number of kv heads is that of query heads and a head's size what divides the
+    width among them.
+    """
+    text.only("hidden_act", "silu", "the feed-forward layer is SwiGLU")
+    text.only("attention_dropout", 0.0, "there is no dropout")
+    num_heads, d_model = text.integer("num_attention_heads"), text.integer("hidden_size")
+    return DecoderConfig(
+        d_model=d_model,
+        d_ff=text.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=text.integer("num_key_value_heads", num_heads),
+        head_dim=text.integer("head_dim", d_model // num_heads),
+        norm_eps=text.number("rms_norm_eps", 1e-6),
+        init_std=text.number("initializer_range", 0.02),
+        has_bias=text.boolean("attention_bias", False),
+    )
+
+
+def specs(cfg: DecoderConfig, **feed_forward: Tree) -> Tree:
+    """Parameters of one block: `specs(cfg, mlp=mlp_specs(cfg))`."""
     return {
         "attention": attention_specs(cfg),
         "attention_norm": norm.rms_specs(cfg.d_model, "embed"),
-        "mlp": mlp_specs(cfg),
         "mlp_norm": norm.rms_specs(cfg.d_model, "embed"),
+        **feed_forward,
     }
 
 
@@ -53,19 +79,25 @@ def decoder_block(
     cos_TR: Tensor,
     sin_TR: Tensor,
     segments: Segments,
+    is_real_T: Tensor,
     slots: cache.Slots | None = None,
     cached: Tree = None,
     *,
     cfg: DecoderConfig,
     ops: Ops,
-) -> tuple[Tensor, Any]:
-    """`(x_TD, cached)`: one pre-norm block. With `slots` and `cached`, keys and values go through the cache."""
+    feed_forward: FeedForward,
+) -> tuple[Tensor, dict[str, Tree]]:
+    """`(x_TD, {"cached", "router"})`: one pre-norm block, its new cache and router statistics, or None for each.
+
+    `is_real_T`: bool[T], false for padding tokens. With `slots` and `cached`, keys and values go through the cache.
+    """
     params = ops.gather(params)
     normed_TD = norm.rms(params["attention_norm"], x_TD, cfg.norm_eps, ops)
     xs = (cos_TR, sin_TR, segments, slots, cached)
     out_TD, cached = attention(params["attention"], normed_TD, *xs, cfg=cfg, ops=ops)
     x_TD = x_TD + out_TD
-    return x_TD + mlp(params["mlp"], norm.rms(params["mlp_norm"], x_TD, cfg.norm_eps, ops), ops), cached
+    out_TD, router = feed_forward(params, norm.rms(params["mlp_norm"], x_TD, cfg.norm_eps, ops), is_real_T)
+    return x_TD + out_TD, {"cached": cached, "router": router}
 
 
 def attention_specs(cfg: DecoderConfig) -> Tree:
@@ -124,3 +156,19 @@ def mlp(params: Tree, x_TD: Tensor, ops: Ops) -> Tensor:
     """`down(silu(gate(x)) * up(x))`."""
     gate_TF, up_TF = linear.apply(params["gate"], x_TD), linear.apply(params["up"], x_TD)
     return linear.apply(params["down"], ops.swiglu(gate_TF, up_TF))
+
+
+def dense(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, ops: Ops) -> tuple[Tensor, None]:
+    """The `mlp` of a block as its `FeedForward`."""
+    return mlp(params["mlp"], x_TD, ops), None
+
+
+_LAYER = "model.language_model.layers.{i}"
+NAMES = (
+    ("text/layers/{i}/attention_norm/weight", f"{_LAYER}.input_layernorm.weight"),
+    ("text/layers/{i}/attention/q_norm/weight", f"{_LAYER}.self_attn.q_norm.weight"),
+    ("text/layers/{i}/attention/k_norm/weight", f"{_LAYER}.self_attn.k_norm.weight"),
+    ("text/layers/{i}/attention/{proj}/{leaf}", f"{_LAYER}.self_attn.{{proj}}_proj.{{leaf}}"),
+    ("text/layers/{i}/mlp_norm/weight", f"{_LAYER}.post_attention_layernorm.weight"),
+    ("text/layers/{i}/mlp/{proj}/{leaf}", f"{_LAYER}.mlp.{{proj}}_proj.{{leaf}}"),
+)

@@ -1,17 +1,21 @@
-"""The vision tower's layers: patch embedding, interpolated position embedding, block and patch merger.
+"""The vision tower: patch embedding, interpolated position embedding, blocks and patch mergers.
+
+Features are merged patches. Those tapped behind earlier blocks (deepstack) pass mergers of their own.
 
 Legend: P patches, F values of a flattened patch, D width, H heads, C channels of a head, R = C / 2, N merged features.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from mmfn.batch import Segments
-from mmfn.models.layers import linear, norm
+from mmfn.batch import Segments, Visual
+from mmfn.interop.hf_config import Section
+from mmfn.models.layers import linear, norm, rope
 from mmfn.ops import Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
@@ -61,6 +65,61 @@ class VisionConfig:
     def patch_values(self) -> int:
         """Values of one flattened patch, (channel, frame, row, column)."""
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
+
+
+def config_from_hf(hf: Section) -> VisionConfig:
+    """The `vision_config` of a `config.json`."""
+    rotary = hf.section("rope_parameters")
+    rotary.only("rope_type", "axial", "patches turn by row and column")
+    activations = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+    activation = hf.get("hidden_act", "gelu_pytorch_tanh")
+    if activation not in activations:
+        raise ValueError(f"vision_config.hidden_act is {activation!r} but must be one of {sorted(activations)}")
+    return VisionConfig(
+        depth=hf.integer("depth", 27),
+        d_model=hf.integer("hidden_size", 1152),
+        d_ff=hf.integer("intermediate_size", 4304),
+        num_heads=hf.integer("num_heads", 16),
+        d_out=hf.integer("out_hidden_size", 3584),
+        patch_size=hf.integer("patch_size", 16),
+        temporal_patch_size=hf.integer("temporal_patch_size", 2),
+        merge_size=hf.integer("spatial_merge_size", 2),
+        num_positions=hf.integer("num_position_embeddings", 2304),
+        num_channels=hf.integer("in_channels", 3),
+        deepstack=hf.integers("deepstack_visual_indexes", (8, 16, 24)),
+        rope_theta=rotary.number("rope_theta", 10_000.0, 1.0),
+        activation=activations[activation],
+        init_std=hf.number("initializer_range", 0.02),
+    )
+
+
+def specs(cfg: VisionConfig) -> Tree:
+    """The parameters of the tower."""
+    return {
+        "patch_embed": patch_embed_specs(cfg),
+        "positions": position_specs(cfg),
+        "layers": [block_specs(cfg) for _ in range(cfg.depth)],
+        "merger": merger_specs(cfg, norm_merged=False),
+        "deepstack": [merger_specs(cfg, norm_merged=True) for _ in cfg.deepstack],
+    }
+
+
+def encode(params: Tree, visual: Visual, cfg: VisionConfig, ops: Ops) -> tuple[Tensor, list[Tensor]]:
+    """`(features_ND, deepstack)`: merged features of all images and frames, and those tapped behind earlier blocks."""
+    x_PD = patch_embed(params["patch_embed"], visual.patches_PF, ops)
+    x_PD = x_PD + position_embed(params["positions"], visual.coords_P4, cfg, ops).to(x_PD.dtype)
+    deepstack: list[Tensor] = []
+
+    def tap(i: int, x_PD: Tensor) -> Tensor:
+        if i in cfg.deepstack:
+            merger = params["deepstack"][cfg.deepstack.index(i)]
+            deepstack.append(merge(merger, x_PD, cfg, ops, norm_merged=True))
+        return x_PD
+
+    cos_PR, sin_PR = rope.axial(visual.coords_P4, cfg.head_dim // 2, cfg.rope_theta)
+    block = partial(vision_block, cfg=cfg, ops=ops)
+    x_PD, _ = ops.stack(ops.layer, block, params["layers"], x_PD, cos_PR, sin_PR, visual.segments, between=tap)
+    return merge(params["merger"], x_PD, cfg, ops, norm_merged=False), deepstack
 
 
 def patch_embed_specs(cfg: VisionConfig) -> Tree:
@@ -150,3 +209,23 @@ def merge(params: Tree, x_PD: Tensor, cfg: VisionConfig, ops: Ops, *, norm_merge
     else:
         x = norm.layer(params["norm"], x_PD, NORM_EPS, ops).reshape(merged)
     return linear.apply(params["down"], ops.gelu(linear.apply(params["up"], x)))
+
+
+_TOWER = "model.visual"
+NAMES = (
+    ("vision/patch_embed/weight", f"{_TOWER}.patch_embed.proj.weight"),
+    ("vision/patch_embed/bias", f"{_TOWER}.patch_embed.proj.bias"),
+    ("vision/positions/weight", f"{_TOWER}.pos_embed.weight"),
+    ("vision/layers/{i}/attention_norm/{leaf}", f"{_TOWER}.blocks.{{i}}.norm1.{{leaf}}"),
+    ("vision/layers/{i}/attention/qkv/{leaf}", f"{_TOWER}.blocks.{{i}}.attn.qkv.{{leaf}}"),
+    ("vision/layers/{i}/attention/o/{leaf}", f"{_TOWER}.blocks.{{i}}.attn.proj.{{leaf}}"),
+    ("vision/layers/{i}/mlp_norm/{leaf}", f"{_TOWER}.blocks.{{i}}.norm2.{{leaf}}"),
+    ("vision/layers/{i}/mlp/up/{leaf}", f"{_TOWER}.blocks.{{i}}.mlp.linear_fc1.{{leaf}}"),
+    ("vision/layers/{i}/mlp/down/{leaf}", f"{_TOWER}.blocks.{{i}}.mlp.linear_fc2.{{leaf}}"),
+    ("vision/merger/norm/{leaf}", f"{_TOWER}.merger.norm.{{leaf}}"),
+    ("vision/merger/up/{leaf}", f"{_TOWER}.merger.linear_fc1.{{leaf}}"),
+    ("vision/merger/down/{leaf}", f"{_TOWER}.merger.linear_fc2.{{leaf}}"),
+    ("vision/deepstack/{i}/norm/{leaf}", f"{_TOWER}.deepstack_merger_list.{{i}}.norm.{{leaf}}"),
+    ("vision/deepstack/{i}/up/{leaf}", f"{_TOWER}.deepstack_merger_list.{{i}}.linear_fc1.{{leaf}}"),
+    ("vision/deepstack/{i}/down/{leaf}", f"{_TOWER}.deepstack_merger_list.{{i}}.linear_fc2.{{leaf}}"),
+)

@@ -2,7 +2,7 @@
 
 from mmfn.train.data.dataset import Dataset
 from mmfn.train.data.image import ImageSpec, decode_image, preprocess_image
-from mmfn.train.data.loader import Loader, Stats, prefetch, stats
+from mmfn.train.data.loader import Loader, Share, Stats, agree, prefetch, stats
 from mmfn.train.data.processor import Processor, load_processor
 from mmfn.train.data.template import Chat, Encoded, VideoText, encode, make_chat
 from mmfn.train.data.tokenizer import load_tokenizer
@@ -15,9 +15,11 @@ __all__ = [
     "ImageSpec",
     "Loader",
     "Processor",
+    "Share",
     "Stats",
     "VideoSpec",
     "VideoText",
+    "agree",
     "decode_image",
     "decode_video",
     "encode",

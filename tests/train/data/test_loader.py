@@ -145,14 +145,14 @@ def test_stats_count():
 @pytest.mark.parametrize(("workers", "ahead"), [(0, 1), (1, 1), (1, 5), (4, 2), (4, 50)])
 def test_prefetch_gives_the_same_steps(workers, ahead):
     expected = [make().microbatches(step) for step in range(3, 15)]
-    got = list(prefetch(make(), 3, 15, workers=workers, ahead=ahead))
+    got = list(prefetch(make().microbatches, 3, 15, workers=workers, ahead=ahead))
     assert len(got) == len(expected)
     assert all(equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_prefetch_looks_ahead_no_further_than_asked():
     loader = make(batch_samples=1)
-    steps = prefetch(loader, 0, 100, workers=2, ahead=3)
+    steps = prefetch(loader.microbatches, 0, 100, workers=2, ahead=3)
     next(steps)
     time.sleep(0.1)
     assert len(loader.dataset.asked) <= 4
@@ -162,7 +162,7 @@ def test_prefetch_looks_ahead_no_further_than_asked():
 def test_prefetch_raises_where_the_step_is_due():
     sizes = [(8, 0)] * 6
     sizes[make(sizes, batch_samples=1).indices(2)[0]] = (65, 0)
-    steps = prefetch(make(sizes, batch_samples=1), 0, 6, workers=2, ahead=4)
+    steps = prefetch(make(sizes, batch_samples=1).microbatches, 0, 6, workers=2, ahead=4)
     assert len(next(steps)) == len(next(steps)) == 1
     with pytest.raises(ValueError, match="has 65 tokens but the largest bucket holds 64"):
         next(steps)
@@ -170,12 +170,12 @@ def test_prefetch_raises_where_the_step_is_due():
 
 
 def test_prefetch_closes_its_threads():
-    steps = prefetch(make(), 0, 1000, workers=3, ahead=8)
+    steps = prefetch(make().microbatches, 0, 1000, workers=3, ahead=8)
     next(steps)
     assert [t for t in threading.enumerate() if t.name.startswith("mmfn-data")]
     steps.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("mmfn-data")]
-    assert list(prefetch(make(), 5, 5)) == []
+    assert list(prefetch(make().microbatches, 5, 5)) == []
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_samples_larger_than_the_largest_bucket(sizes, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_samples": 0}, "batch_samples must be at least 1, got 0"),
+        ({"batch_samples": 0}, "batch_samples must be at least 1, one for each rank with its own data, got 0"),
         ({"token_buckets": []}, r"token_buckets must be positive and strictly increasing, got \[\]"),
         ({"token_buckets": [64, 32]}, "token_buckets must be positive and strictly increasing"),
         ({"patch_buckets": [0, 8]}, "patch_buckets must be positive"),
@@ -210,4 +210,4 @@ def test_bad_steps_and_workers():
     with pytest.raises(ValueError, match="step must not be negative, got -1"):
         make().indices(-1)
     with pytest.raises(ValueError, match="workers >= 0 and ahead >= 1, got -1 and 2"):
-        prefetch(make(), 0, 1, workers=-1)
+        prefetch(make().microbatches, 0, 1, workers=-1)

@@ -1,4 +1,4 @@
-"""Qwen3-VL against transformers with the same weights, moved through real checkpoints: logits and every gradient."""
+"""Every family against transformers, the weights moved through real checkpoints: logits and every gradient."""
 
 import copy
 from dataclasses import replace
@@ -12,11 +12,11 @@ import mmfn
 from mmfn import ops as op_tables
 from mmfn import tree
 from mmfn.batch import IMAGE, TEXT, VIDEO, Media, Sample, pack, to
-from mmfn.models import qwen3_vl
+from mmfn.models import FAMILIES
 from tests import oracles
 from tests.oracles import ATOL, RTOL
 
-SEEDS = range(28)
+CASES = [("qwen3_vl", seed) for seed in range(28)] + [("qwen3_vl_moe", seed) for seed in range(100, 124)]
 
 
 def packed_logits(params, model, batch, ops=None):
@@ -29,9 +29,9 @@ def projected(params, model, batch, weights_TV, ops=None):
 
 
 def gradients(model, batch, weights_TV, ops=None):
-    """`{Hugging Face name: gradient}` of `projected`."""
+    """`{Hugging Face name: gradient}` of `projected`, as transformers holds it."""
     _, grads = mmfn.value_and_grad(projected)(model.params, model, batch, weights_TV, ops)
-    return mmfn.to_hf(grads, model)
+    return mmfn.to_hf(grads, model, layout="transformers")
 
 
 def oracle_gradients(oracle, logits_TV, weights_TV):
@@ -50,17 +50,18 @@ def assert_trees_close(got, want, rtol=RTOL, atol=ATOL):
         torch.testing.assert_close(got[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """An oracle and the same model here, with 2 deepstack taps and 3 text layers."""
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """An oracle and the same model here, with 2 deepstack taps and 3 text layers, one of them dense in any family."""
+    text = {"num_hidden_layers": 3} | ({"mlp_only_layers": [1]} if "moe" in request.param else {})
     vision = {"depth": 3, "deepstack_visual_indexes": [0, 2]}
-    oracle = oracles.build(oracles.config(text={"num_hidden_layers": 3}, vision=vision))
+    oracle = oracles.build(oracles.config(family=request.param, text=text, vision=vision))
     return oracle, mmfn.load_hf(oracles.save(oracle, tmp_path_factory.mktemp("pair")))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_logits_and_every_gradient_equal_transformers(seed, tmp_path):
-    oracle = oracles.build(oracles.random_config(seed), seed)
+@pytest.mark.parametrize(("family", "seed"), CASES)
+def test_logits_and_every_gradient_equal_transformers(family, seed, tmp_path):
+    oracle = oracles.build(oracles.random_config(seed, family), seed)
     limits = [
         {"images": 4, "videos": 0},
         {"images": 2, "videos": 2},
@@ -84,18 +85,24 @@ def test_logits_and_every_gradient_equal_transformers(seed, tmp_path):
     assert_trees_close(gradients(model, packed, weights_TV, table), want)
 
 
-def test_random_cases_cover_what_they_claim():
-    configs = [oracles.random_config(seed) for seed in SEEDS]
-    ratios = {c.text_config.num_attention_heads // c.text_config.num_key_value_heads for c in configs}
-    assert ratios == {1, 2, 3}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_cases_cover_what_they_claim(family):
+    configs = [oracles.random_config(seed, family) for name, seed in CASES if name == family]
+    texts = [c.text_config for c in configs]
+    assert {t.num_attention_heads // t.num_key_value_heads for t in texts} == {1, 2, 3}
     assert {c.tie_word_embeddings for c in configs} == {True, False}
-    assert {c.text_config.attention_bias for c in configs} == {True, False}
+    assert {t.attention_bias for t in texts} == {True, False}
     assert {c.vision_config.spatial_merge_size for c in configs} == {1, 2, 3}
-    assert len({tuple(c.text_config.rope_parameters["mrope_section"]) for c in configs}) >= 5
+    assert len({tuple(t.rope_parameters["mrope_section"]) for t in texts}) >= 5
     taps = [c.vision_config.deepstack_visual_indexes for c in configs]
     assert [] in taps
     assert any(len(t) > 1 and list(t) != sorted(t) for t in taps)
     assert any(max(t, default=0) >= c.vision_config.depth for t, c in zip(taps, configs, strict=True))
+    if family == "qwen3_vl_moe":
+        assert {t.num_experts_per_tok for t in texts} == {1, 2, 3, 4}
+        assert len({t.num_experts for t in texts}) >= 8
+        assert {t.decoder_sparse_step for t in texts} == {1, 2}
+        assert any(t.mlp_only_layers for t in texts)
 
 
 def test_a_packed_call_of_transformers_agrees_too(pair):
@@ -131,11 +138,11 @@ def test_positions_of_adjacent_images_are_split_by_their_grids(pair):
     )
     kinds_T = torch.tensor([TEXT, IMAGE, IMAGE, IMAGE, TEXT])
     sample = Sample(tokens_T=torch.full((5,), 9), labels_T=torch.full((5,), -100), kinds_T=kinds_T, images=media)
-    positions_3T = qwen3_vl.positions(sample, model.cfg)
+    positions_3T = model.family.positions(sample, model.cfg)
     assert positions_3T.tolist() == [[0, 1, 1, 3, 4], [0, 1, 2, 3, 4], [0, 1, 1, 3, 4]]
     for kinds in ([IMAGE, TEXT, IMAGE, IMAGE, TEXT], [IMAGE, IMAGE, TEXT, VIDEO, VIDEO]):
         with pytest.raises(ValueError, match=r"tokens with \d left where the next image or frame gives"):
-            qwen3_vl.positions(replace(sample, kinds_T=torch.tensor(kinds)), model.cfg)
+            model.family.positions(replace(sample, kinds_T=torch.tensor(kinds)), model.cfg)
 
 
 def test_packed_equals_separate_rows(pair):
@@ -217,7 +224,7 @@ def samples_of(batch, model, oracle, seed):
         tokens_T = row["input_ids"][0]
         labels_T = torch.full_like(tokens_T, -100)
         samples.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=row["mm_token_type_ids"][0], **media))
-    return samples, [qwen3_vl.positions(sample, model.cfg) for sample in samples]
+    return samples, [model.family.positions(sample, model.cfg) for sample in samples]
 
 
 def _limits(batch):
@@ -246,7 +253,7 @@ def test_patches_reach_only_tokens_of_their_own_row(pair):
     patches = packed.visual.patches_PF.clone().requires_grad_()
     logits_TV = mmfn.logits(model, replace(packed, visual=replace(packed.visual, patches_PF=patches)))
     owner_N = torch.searchsorted(packed.segments.offsets_N, torch.arange(packed.tokens_T.numel()), right=True) - 1
-    is_visual_T = packed.feature_index_T < patches.shape[0] // 4
+    is_visual_T = packed.feature_index_T >= 0
     owner_P = torch.full((patches.shape[0],), -1)
     for token in is_visual_T.nonzero()[:, 0].tolist():
         first = 4 * int(packed.feature_index_T[token])
@@ -348,7 +355,8 @@ def test_one_graph_serves_all_blocks_of_a_stack(pair):
         samples, positions = samples_of(packed, model, oracle, seed)
         batch = pack(samples, positions, **size, **budget)
         torch.testing.assert_close(mmfn.logits(model, batch, ops), mmfn.logits(model, batch), rtol=RTOL, atol=1e-5)
-    assert len(graphs) == 2  # one for the vision blocks, one for the text blocks
+    kinds = {tuple(tree.paths(layer)) for layer in model.params["text"]["layers"]}
+    assert len(graphs) == 1 + len(kinds)  # one for the vision blocks, one for each kind of text block
     torch._dynamo.reset()
 
 

@@ -1,0 +1,33 @@
+"""Routers: which experts a token goes to, and with which weights. Legend: T tokens, E experts, X experts per token."""
+
+import torch
+from torch import Tensor
+
+
+def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+    """Softmax router: `(weights_TX, experts_TX)`, the likeliest experts of each token with weights that add up to 1.
+
+    `logits_TE`: floating[T, E]. `num_chosen`: X in [1, E]. Probabilities are float32 or wider; the chosen ones are
+    divided by their sum and cast to the dtype of the logits. `experts_TX`: int64, likeliest first; equal logits in any
+    order. Raises ValueError for other shapes and dtypes. Source: `Qwen3VLMoeTextTopKRouter` in transformers 5.23.
+    """
+    _check(logits_TE, num_chosen)
+    probs_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+    chosen_TX, experts_TX = probs_TE.topk(num_chosen, dim=-1)
+    weights_TX = chosen_TX / chosen_TX.sum(-1, keepdim=True)
+    return weights_TX.to(logits_TE.dtype), experts_TX
+
+
+def route_reference(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+    """`route` as a softmax over the chosen logits alone, which is the same."""
+    _check(logits_TE, num_chosen)
+    wide_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    experts_TX = wide_TE.sort(dim=-1, descending=True, stable=True).indices[:, :num_chosen]
+    return wide_TE.gather(-1, experts_TX).softmax(-1).to(logits_TE.dtype), experts_TX
+
+
+def _check(logits_TE: Tensor, num_chosen: int) -> None:
+    if logits_TE.ndim != 2 or not logits_TE.is_floating_point():
+        raise ValueError(f"logits_TE is {logits_TE.dtype}{list(logits_TE.shape)} but must be floating[T, E]")
+    if not 1 <= num_chosen <= logits_TE.shape[1]:
+        raise ValueError(f"num_chosen is {num_chosen} but must be in [1, {logits_TE.shape[1]}], the number of experts")

@@ -1,0 +1,181 @@
+"""`Shapes`: running a program without its values, of any size, on a laptop.
+
+Inside the mode floating-point tensors live on torch's meta device: they have shapes and storages but no memory.
+Integers and what is computed from them alone (tokens, offsets, labels, counts of rows) stay real, so a program takes
+every branch, and makes every tensor, that it would with these tokens. A meta tensor is a plain tensor to Python, so
+hand-written Functions run as they do in eager execution. Only a value that depends on a parameter is unknown, and
+reading one is refused.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_META, _HOST = torch.device("meta"), torch.device("cpu")
+_EMPTY = {
+    _aten.empty,
+    _aten.empty_like,
+    _aten.empty_strided,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+}
+_CREATE = _EMPTY | {
+    _aten.zeros_like,
+    _aten.ones_like,
+    _aten.full_like,
+    _aten.new_zeros,
+    _aten.new_ones,
+    _aten.new_full,
+}
+_READ = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.is_nonzero, _aten.equal}
+
+
+class Shapes(TorchDispatchMode):
+    """See the module. Raises ValueError where a program reads a value that it does not have."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        return run(func, types, args, dict(kwargs or {}))
+
+
+def run(func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """One operator on a mixture of meta and real tensors."""
+    if types:  # a DTensor: its own rules, on meta shards
+        return func(*args, **kwargs)
+    packet = func.overloadpacket
+    tensors = list(_tensors(args, kwargs))
+    if not any(x.is_meta for x in tensors):
+        return _known(func, packet, args, kwargs)
+    if packet in _READ:
+        raise ValueError(
+            f"the program reads a value that depends on parameters ({packet}), which a plan does not have; give the plan "
+            "an op that decides without reading"
+        )
+    if not func._schema.returns:  # writes its arguments and makes nothing
+        return None
+    if packet in _CREATE and not _dtype_of(args, kwargs).is_floating_point:
+        return func(*_swap(args, _stand_in), **_at(kwargs, _HOST))
+    if _is_functional(func):
+        return _outputs(func, args, _at(kwargs, _META))
+    if (written := _written(func, args, kwargs)) is not None:
+        if not written.is_meta and not written.dtype.is_floating_point:
+            raise ValueError(f"the program writes a value that depends on parameters into integers ({packet})")
+        return written
+    return func(*_swap(args, _to_meta), **_at(kwargs, _META))
+
+
+def _known(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Every tensor is real, or there is none: compute, but make floating tensors without values on the meta device."""
+    if packet in _EMPTY:
+        device = _META if _dtype_of(args, kwargs).is_floating_point else _HOST
+        return func(*_swap(args, _to_meta) if device == _META else args, **{**kwargs, "device": device})
+    out = func(*args, **kwargs)
+    is_lost = isinstance(out, Tensor) and out.is_meta and not out.dtype.is_floating_point
+    return func(*args, **_at(kwargs, _HOST)) if is_lost else out
+
+
+@lru_cache(maxsize=None)
+def _is_functional(func: Any) -> bool:
+    """True for an operator that makes new tensors from its arguments and writes none of them."""
+    return all(x.alias_info is None for x in (*func._schema.arguments, *func._schema.returns))
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What an operator writes and returns, if that is one tensor whose shape stays as it is."""
+    schema = func._schema
+    found = [x for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+    if len(found) != 1 or len(schema.returns) != 1 or torch.Tag.inplace_view in func.tags:
+        return None
+    place = schema.arguments.index(found[0])
+    value = kwargs[found[0].name] if found[0].name in kwargs else args[place]
+    return value if isinstance(value, Tensor) else None
+
+
+class _Like(NamedTuple):
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self) -> Tensor:
+        """A meta tensor."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=_META)
+
+
+def _outputs(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """New meta tensors, of shapes that are worked out once for each kind of call."""
+    made = _shapes_of(func, _freeze(args), tuple(kwargs), _freeze(list(kwargs.values())))
+    if isinstance(made, _Like):
+        return made.make()
+    return type(made)(x.make() if isinstance(x, _Like) else x for x in made)
+
+
+@lru_cache(maxsize=2**16)
+def _shapes_of(func: Any, args: tuple[Any, ...], names: tuple[str, ...], values: tuple[Any, ...]) -> Any:
+    out = func(*_thaw(args), **dict(zip(names, _thaw(values), strict=True)))
+    return _like(out) if isinstance(out, Tensor) else type(out)(_like(x) for x in out)
+
+
+def _like(x: Any) -> Any:
+    return _Like(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x
+
+
+def _freeze(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments as a key: tensors by shape, numbers by type as well (1 and 1.0 give different dtypes)."""
+    return tuple(
+        _like(v) if isinstance(v, Tensor) else (list, _freeze(v)) if isinstance(v, list | tuple) else (type(v), v)
+        for v in values
+    )
+
+
+def _thaw(values: Sequence[Any]) -> list[Any]:
+    return [v.make() if isinstance(v, _Like) else _thaw(v[1]) if v[0] is list else v[1] for v in values]
+
+
+def _to_meta(x: Tensor) -> Tensor:
+    return x if x.is_meta else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_META)
+
+
+def _stand_in(x: Tensor) -> Tensor:
+    """A real tensor of x's shape."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_HOST) if x.is_meta else x
+
+
+def _dtype_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype:
+    """The dtype an operator that makes a tensor will give it."""
+    like = args[0] if args and isinstance(args[0], Tensor) else None
+    dtype: torch.dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
+    return dtype
+
+
+def _at(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {**kwargs, "device": device} if kwargs.get("device") is not None else kwargs
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (x for x in value if isinstance(x, Tensor))
+
+
+def _swap(values: Sequence[Any], fn: Callable[[Tensor], Tensor]) -> list[Any]:
+    """`fn` of every tensor among arguments; operators nest tensors in flat lists at most."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return fn(value)
+        if isinstance(value, list | tuple) and any(isinstance(x, Tensor) for x in value):
+            return [fn(x) if isinstance(x, Tensor) else x for x in value]
+        return value
+
+    return [one(value) for value in values]

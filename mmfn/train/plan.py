@@ -1,0 +1,236 @@
+"""Plans of the real training step: the step of a config, traced for one rank of any mesh, without values or ranks.
+
+Nothing here knows what a model does: the step is built as training builds it and runs under a recorder.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn import tree
+from mmfn.batch import IGNORE, IMAGE, TEXT, Batch, Media, Sample, pack
+from mmfn.models import Family
+from mmfn.ops import Ops
+from mmfn.ops.cross_entropy import chunk_rows
+from mmfn.parallel import scaling
+from mmfn.parallel.devices import Device
+from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.plan import Leaf, Plan, make_plan, plan_leaves
+from mmfn.parallel.program import Program
+from mmfn.parallel.sharding import shard_params
+from mmfn.parallel.trace import Recorder, Trace, recording_mesh
+from mmfn.spec import meta_params
+from mmfn.train.optim import Transform
+from mmfn.train.schedule import Schedule, schedule
+from mmfn.train.step import init_state, make_step
+from mmfn.tree import Tree
+
+Build = Callable[[Any, Mesh], Program]  # (cfg, mesh) -> how a rank runs a model of that config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every rank is given in a step.
+
+    `tokens` per rank and micro-batch: a batch of cp ranks has cp times as many, cut into samples of `sample_tokens`
+    (the last may be shorter). A sample starts with an image of `image_side` x `image_side` patches, if it has room.
+    `segment_multiple`: see `mmfn.batch.pack`.
+    """
+
+    tokens: int
+    sample_tokens: int = 4096
+    image_side: int = 32
+    micro_batches: int = 1
+    segment_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "sample_tokens", "micro_batches", "segment_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1; raise it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A step to plan: what `make_step` takes, with a function for the program, which is built for several depths."""
+
+    family: Family
+    cfg: Any
+    build: Build
+    optimizer: Transform
+    workload: Workload
+    dtype: torch.dtype = torch.float32
+    objective: str = "per_token_loss"
+
+
+def plan(
+    setup: Setup, layout: Layout, device: Device, *, rank: int = 0, all_layers: bool = False, title: str = "plan"
+) -> Plan:
+    """The plan of one rank of `layout` on a device.
+
+    Deep stacks of equal blocks are traced at three depths and extended where that is exact, unless `all_layers`.
+    Raises ValueError for a layout the program refuses, and for a compiled program: the eager step is what is traced.
+    """
+    L, V = setup.cfg.num_layers, setup.cfg.vision.depth
+    blocks = setup.family.specs(setup.cfg)["text"]["layers"]
+    depths = None if all_layers else scaling.choose_depths(blocks, len(setup.cfg.vision.deepstack), V)
+    trace, how = None, f"all {L} text blocks were traced"
+    if depths is not None:
+        traces = [trace_step(setup, layout, n, rank=rank) for n in depths.all]
+        trace = scaling.extend(traces, depths, V, L)
+        if trace is None:  # the first trace fills caches, which count as memory there: once more
+            traces[0] = trace_step(setup, layout, depths.first, rank=rank)
+            trace = scaling.extend(traces, depths, V, L)
+        how = f"text blocks: {', '.join(map(str, depths.all))} of {L} were traced; " + (
+            "every figure is affine in their number, and extended" if trace else f"not affine, so all {L} were traced"
+        )
+    trace = trace or trace_step(setup, layout, L, rank=rank)
+    leaves, balance, notes = facts(setup, layout, rank)
+    return make_plan(
+        trace,
+        leaves,
+        recording_mesh(layout, rank, Recorder(is_fake=True)),
+        title=title,
+        rank=rank,
+        device=device,
+        tokens=setup.workload.tokens * setup.workload.micro_batches,
+        balance=balance,
+        notes=[*notes, how],
+        assumptions=_assumptions(setup),
+    )
+
+
+def trace_step(setup: Setup, layout: Layout, num_layers: int, *, rank: int = 0, is_fake: bool = True) -> Trace:
+    """One step of one rank of a model with the first `num_layers` text blocks.
+
+    `is_fake` False runs real tensors of zeros, for small models: what the plan is compared with in tests.
+    """
+    recorder = Recorder(is_fake=is_fake)
+    mesh = recording_mesh(layout, rank, recorder)
+    cfg = replace(setup.cfg, num_layers=num_layers)
+    program = _watched(setup.build(cfg, mesh), recorder)
+    step = make_step(setup.family, cfg, program, setup.objective, setup.optimizer, schedule=_constant())
+    with recorder:
+        state, batches = _start(setup, cfg, program, mesh, recorder)
+        recorder.begin()
+        step(state, batches)
+    return recorder.trace()
+
+
+def facts(setup: Setup, layout: Layout, rank: int = 0) -> tuple[list[Leaf], dict[str, float], tuple[str, ...]]:
+    """What is known without a trace: every leaf of the state, how full static sizes are, what transforms noted."""
+    recorder = Recorder(is_fake=True)
+    mesh = recording_mesh(layout, rank, recorder)
+    program = setup.build(setup.cfg, mesh)
+    with recorder:
+        state, batches = _start(setup, setup.cfg, program, mesh, recorder)
+        wide = setup.workload.micro_batches > 1
+        itemsize = max(4, setup.dtype.itemsize) if wide else None
+        leaves = plan_leaves(state["params"], state["opt"], program.specs, mesh, itemsize)
+    balance = {
+        "tokens": _share([(b.segment_T < b.num_segments).sum() for b in batches], [b.tokens_T for b in batches]),
+        "patches": _share([b.visual.segments.offsets_N[-1] for b in batches], [b.visual.coords_P4 for b in batches]),
+    }
+    return leaves, balance, program.notes
+
+
+def make_batch(family: Family, cfg: Any, workload: Workload, num_ranks: int) -> Batch:
+    """The batch of `num_ranks` ranks that share one. Patches are on the meta device where a recorder runs."""
+    total, samples, vision = workload.tokens * num_ranks, [], cfg.vision
+    while total:
+        samples.append(_sample(min(workload.sample_tokens, total), cfg, workload.image_side))
+        total -= samples[-1].tokens_T.numel()
+    return pack(
+        samples,
+        [family.positions(sample, cfg) for sample in samples],
+        merge_size=vision.merge_size,
+        patch_values=vision.patch_values,
+        segment_multiple=workload.segment_multiple,
+    )
+
+
+def balanced(ops: Ops) -> Ops:
+    """The table with a router that deals tokens to the experts in turn: a plan does not know better."""
+
+    def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+        weights_TX, experts_TX = ops.route(logits_TE, num_chosen)
+        return weights_TX, torch.arange(experts_TX.numel()).view(experts_TX.shape) % logits_TE.shape[1]
+
+    return replace(ops, route=route)
+
+
+def shortened(ops: Ops, recorder: Recorder) -> Ops:
+    """The table with a loss that goes through two chunks of rows only, whose work counts for all: chunks are alike."""
+
+    def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+        index_N = ((labels_T != IGNORE) & (weights_T != 0)).nonzero()[:, 0]
+        N, rows = index_N.numel(), chunk_rows(weight_VD.shape[0])
+        kept = 2 * -(-N // -(-N // rows)) if N else 0
+        if N <= 2 * kept:
+            return ops.linear_cross_entropy(x_TD, weight_VD, labels_T, weights_T)
+        short_T = labels_T.index_fill(0, index_N[kept:], IGNORE)
+        del index_N
+        with recorder.standing_for(N, kept):
+            return ops.linear_cross_entropy(x_TD, weight_VD, short_T, weights_T)
+
+    return replace(ops, linear_cross_entropy=linear_cross_entropy)
+
+
+def _start(
+    setup: Setup, cfg: Any, program: Program, mesh: Mesh, recorder: Recorder
+) -> tuple[dict[str, Any], list[Batch]]:
+    """State and micro-batches of a rank; the recorder counts what is made under the name it is given as a phase."""
+    recorder.phase = "batch"
+    whole = make_batch(setup.family, cfg, setup.workload, mesh["cp"].size)
+    batches = [program.split(whole)] * setup.workload.micro_batches
+    recorder.phase = "parameters"
+    params: Tree = meta_params(program.specs, setup.dtype)
+    if not recorder.is_fake:
+        params = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype), params)
+    if mesh.layout.world > 1:
+        params = shard_params(params, program.specs, mesh)
+    recorder.phase = "optimizer"
+    return init_state(params, setup.optimizer), batches
+
+
+def _watched(program: Program, recorder: Recorder) -> Program:
+    if program.compile != "none":
+        raise ValueError(f"a plan traces the eager step but the program is compiled({program.compile!r}); leave it out")
+    return replace(program, watch=lambda ops: recorder.watch(shortened(balanced(ops), recorder)))
+
+
+def _sample(num_tokens: int, cfg: Any, side: int) -> Sample:
+    """An image and text behind it, or text alone where the image has no room. Text is supervised."""
+    vision = cfg.vision
+    side -= side % vision.merge_size
+    features = (side // vision.merge_size) ** 2
+    kinds_T = torch.full((num_tokens,), TEXT)
+    images: tuple[Media, ...] = ()
+    if 0 < features < num_tokens - 1:
+        kinds_T[1 : 1 + features] = IMAGE
+        images = (Media(patches_PF=torch.empty(side * side, vision.patch_values), grid=(1, side, side)),)
+    tokens_T = torch.where(kinds_T == IMAGE, cfg.image_token_id, torch.arange(num_tokens) % cfg.vocab_size)
+    labels_T = torch.where(kinds_T == IMAGE, IGNORE, tokens_T)
+    return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images)
+
+
+def _share(used: Sequence[Tensor], sizes: Sequence[Tensor]) -> float:
+    return sum(map(int, used)) / max(1, sum(x.shape[0] for x in sizes))
+
+
+def _assumptions(setup: Setup) -> list[str]:
+    w = setup.workload
+    found = [
+        f"samples of {w.sample_tokens:,} tokens with an image of {w.image_side} x {w.image_side} patches, text supervised",
+        "other ranks do as this one does",
+        "the portable ops; memory without the allocator's rounding and kernels' workspaces",
+    ]
+    if hasattr(setup.cfg, "moe"):
+        found.append("experts: rows are spread evenly")
+    return found
+
+
+def _constant() -> Schedule:
+    return schedule("constant", peak=1e-3, num_steps=1)

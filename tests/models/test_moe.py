@@ -1,0 +1,166 @@
+"""A layer of experts on its own, against transformers' block and against its properties."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
+
+from mmfn import ops as op_tables
+from mmfn import tree
+from mmfn.models.layers import moe
+from mmfn.models.layers.moe import MoeConfig
+from mmfn.spec import init_params
+from tests import oracles
+
+CFG = MoeConfig(d_model=12, d_ff=7, num_experts=5, num_chosen=2, init_std=1.0)
+TABLES = {"reference": op_tables.reference(), "portable": op_tables.portable()}
+
+
+def draw(cfg=CFG, num_tokens=11, seed=0):
+    """Parameters and x_TD as leaves, and the gradient of y, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    params = tree.map(lambda p: (p.double() / p.shape[-1] ** 0.5).requires_grad_(), init_params(moe.specs(cfg), seed))
+    x_TD, dy_TD = (torch.randn(num_tokens, cfg.d_model, generator=g, dtype=torch.float64) for _ in range(2))
+    return params, x_TD.requires_grad_(), dy_TD
+
+
+def all_real(x_TD):
+    return torch.ones(x_TD.shape[0], dtype=torch.bool)
+
+
+def run(params, x_TD, is_real_T, cfg=CFG, ops=TABLES["portable"]):
+    return moe.apply(params, x_TD, is_real_T, cfg=cfg, ops=ops)
+
+
+def gradients(y_TD, dy_TD, params, x_TD):
+    return torch.autograd.grad(y_TD, [*tree.leaves(params), x_TD], dy_TD, materialize_grads=True)
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(("num_experts", "num_chosen"), [(5, 2), (4, 4), (7, 1), (1, 1)])
+def test_equals_transformers(num_experts, num_chosen, name):
+    cfg = replace(CFG, num_experts=num_experts, num_chosen=num_chosen)
+    params, x_TD, dy_TD = draw(cfg)
+    hf = oracles.config(
+        family="qwen3_vl_moe",
+        text={
+            "hidden_size": cfg.d_model,
+            "moe_intermediate_size": cfg.d_ff,
+            "num_experts": num_experts,
+            "num_experts_per_tok": num_chosen,
+        },
+    )
+    block = Qwen3VLMoeTextSparseMoeBlock(hf.text_config).double()
+    named = {"gate.weight": params["router"]["weight"]}
+    named |= {f"experts.{name}_proj": params["experts"][name] for name in ("gate_up", "down")}
+    want_TD = torch.func.functional_call(block, named, (x_TD[None],))[0]
+    y_TD, _ = run(params, x_TD, all_real(x_TD), cfg, TABLES[name])
+    # its router computes in float32 whatever the dtype
+    torch.testing.assert_close(y_TD, want_TD, rtol=1e-6, atol=1e-7)
+    for got, want in zip(gradients(y_TD, dy_TD, params, x_TD), gradients(want_TD, dy_TD, params, x_TD), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_alone_equals_the_token_among_others():
+    params, x_TD, _ = draw()
+    y_TD, _ = run(params, x_TD, all_real(x_TD))
+    alone = [run(params, x_1D, torch.ones(1, dtype=torch.bool))[0] for x_1D in x_TD.split(1)]
+    torch.testing.assert_close(y_TD, torch.cat(alone), rtol=1e-13, atol=1e-13)
+
+
+def test_renaming_experts_changes_nothing():
+    params, x_TD, dy_TD = draw()
+    order_E = torch.tensor([3, 0, 4, 1, 2])
+    renamed = tree.map(lambda p: p.detach()[order_E].requires_grad_(), params)
+    (y_TD, stats), (other_TD, other) = (run(p, x_TD, all_real(x_TD)) for p in (params, renamed))
+    torch.testing.assert_close(other_TD, y_TD, rtol=1e-13, atol=1e-13)
+    assert torch.equal(other["counts_E"], stats["counts_E"][order_E])
+    torch.testing.assert_close(other["probs_E"], stats["probs_E"][order_E])
+    *grads, dx_TD = gradients(y_TD, dy_TD, params, x_TD)
+    *other_grads, other_dx_TD = gradients(other_TD, dy_TD, renamed, x_TD)
+    torch.testing.assert_close(other_dx_TD, dx_TD, rtol=1e-12, atol=1e-12)
+    for got, want in zip(other_grads, grads, strict=True):
+        torch.testing.assert_close(got, want[order_E], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_padding_gives_zeros_counts_nowhere_and_is_spread(name):
+    params, x_TD, dy_TD = draw(num_tokens=11)
+    is_real_T = torch.tensor([True] * 4 + [False] * 2 + [True] * 2 + [False] * 3)
+    seen = []
+    base = TABLES[name]
+
+    def experts(x_RD, counts_E, weights):
+        seen.append(counts_E)
+        return base.experts(x_RD, counts_E, weights)
+
+    y_TD, stats = run(params, x_TD, is_real_T, ops=replace(base, experts=experts))
+    short_TD = x_TD[is_real_T]
+    want_TD, want_stats = run(params, short_TD, all_real(short_TD), ops=replace(base, experts=experts))
+    assert not y_TD[~is_real_T].any()
+    torch.testing.assert_close(y_TD[is_real_T], want_TD, rtol=1e-13, atol=1e-13)
+    for key, want in want_stats.items():
+        torch.testing.assert_close(stats[key], want, rtol=1e-13, atol=1e-13)
+    padding_E = seen[0] - seen[1]
+    assert padding_E.sum() == 5 * 2
+    assert padding_E.max() - padding_E.min() <= 2  # each of the two runs is dealt evenly, up to one
+    for got, want in zip(
+        gradients(y_TD, dy_TD, params, x_TD), gradients(want_TD, dy_TD[is_real_T], params, x_TD), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_are_sums_over_tokens():
+    params, x_TD, _ = draw()
+    _, stats = run(params, x_TD, all_real(x_TD))
+    logits_TE = x_TD @ params["router"]["weight"].T
+    _, experts_TX = logits_TE.softmax(-1).topk(2)
+    assert stats["counts_E"].tolist() == [float((experts_TX == e).sum()) for e in range(5)]
+    torch.testing.assert_close(stats["probs_E"], logits_TE.softmax(-1).sum(0), rtol=1e-12, atol=0)
+    assert (stats["rows"].item(), stats["dropped"].item()) == (11.0, 0.0)
+    assert not stats["counts_E"].requires_grad
+    assert stats["probs_E"].requires_grad
+    _, narrow = run(tree.map(lambda p: p.bfloat16(), params), x_TD.bfloat16(), all_real(x_TD))
+    assert {value.dtype for value in narrow.values()} == {torch.float32}
+
+
+def test_totals_add_up_and_layers_without_a_router_add_nothing():
+    params, x_TD, _ = draw()
+    _, one = run(params, x_TD, all_real(x_TD))
+    both = moe.total([one, None, one])
+    for key, value in one.items():
+        torch.testing.assert_close(both[key], 2 * value)
+    assert moe.total([None, None]) is None
+    assert moe.total([]) is None
+
+
+def test_rows_that_are_left_out_are_reported():
+    """A capacity of 3 rows per expert: the others give zeros and `dropped` counts them."""
+    base = op_tables.portable()
+
+    def kept(counts_E, num_rows):
+        return counts_E.clamp(max=3)
+
+    def experts(x_RD, counts_E, weights):
+        parts = zip(base.experts(x_RD, counts_E, weights).split(counts_E.tolist()), counts_E.tolist(), strict=True)
+        return torch.cat([part * (torch.arange(n) < 3)[:, None] for part, n in parts])
+
+    params, x_TD, _ = draw()
+    y_TD, stats = run(params, x_TD, all_real(x_TD), ops=replace(base, kept=kept, experts=experts))
+    assert stats["dropped"].item() == (stats["counts_E"] - 3).clamp(min=0).sum().item() > 0
+    whole_TD, _ = run(params, x_TD, all_real(x_TD))
+    assert 0 < int((y_TD != whole_TD).any(1).sum()) <= stats["dropped"].item()
+
+
+def test_no_token():
+    params, x_TD, dy_TD = draw(num_tokens=0)
+    y_TD, stats = run(params, x_TD, all_real(x_TD))
+    assert y_TD.shape == (0, 12)
+    assert not any(value.any() for value in stats.values())
+    assert not any(grad.any() for grad in gradients(y_TD, dy_TD, params, x_TD))
+
+
+def test_more_chosen_experts_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="num_experts_per_tok is 6 of 5 experts; correct one of them"):
+        replace(CFG, num_chosen=6)

@@ -1,0 +1,104 @@
+"""Tiny steps to plan: two families, all kinds of layouts, built as training builds them."""
+
+from typing import Any
+
+from mmfn import models
+from mmfn.parallel.mesh import Layout
+from mmfn.parallel.split import segment_multiple
+from mmfn.train import setup as training
+from mmfn.train.config import Config, LayoutSection
+from mmfn.train.optim import adamw, chain, clip_by_global_norm
+from mmfn.train.plan import Setup, Workload
+
+TEXT = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+    },
+}
+VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+IDS = {"image_token_id": 1, "video_token_id": 2, "tie_word_embeddings": False}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def hf_config(*, moe: bool = False, layers: int = 2) -> dict[str, Any]:
+    """A config.json."""
+    text = TEXT | {"num_hidden_layers": layers} | (EXPERTS if moe else {})
+    return {"model_type": "qwen3_vl_moe" if moe else "qwen3_vl", "text_config": text, "vision_config": VISION, **IDS}
+
+
+def make(
+    *, moe: bool = False, layers: int = 2, micro_batches: int = 1, side: int = 4, **chosen: Any
+) -> tuple[Setup, Layout]:
+    """A step and its layout; `chosen`: settings of the config's section `layout`."""
+    hf, section = hf_config(moe=moe, layers=layers), LayoutSection(**chosen)
+    found = models.family(hf["model_type"])
+    layout = training.layout_of(section)
+    config = Config.model_validate(
+        {
+            "model": {"path": ""},
+            "data": {"train": "", "token_buckets": [1], "patch_buckets": [1]},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 1},
+            "output": {"path": ""},
+        }
+    ).model_copy(update={"layout": section})
+    setup = Setup(
+        family=found,
+        cfg=found.config_from_hf(hf),
+        build=lambda cfg, mesh: training.build_program(config, found, cfg, mesh),
+        optimizer=chain(clip_by_global_norm(0.5), adamw(weight_decay=0.1)),
+        workload=Workload(
+            tokens=64,
+            sample_tokens=32,
+            image_side=side,
+            micro_batches=micro_batches,
+            segment_multiple=segment_multiple(section.kind, layout),
+        ),
+    )
+    return setup, layout
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "one device": {},
+    "remat": {"remat": "full"},
+    "selective remat": {"remat": "selective"},
+    "micro-batches": {"micro_batches": 3},
+    "text only": {"side": 0},
+    "experts": {"moe": True},
+    "experts, remat": {"moe": True, "remat": "full"},
+    "bfloat16": {"compute_dtype": "bfloat16"},
+    "dp": {"dp": 4},
+    "dp uneven": {"dp": 3},
+    "dp, remat": {"dp": 2, "remat": "full"},
+    "dp, kept": {"dp": 2, "remat": "full", "keep_gathered": True},
+    "dp, no prefetch": {"dp": 2, "prefetch": False},
+    "hsdp": {"replicate": 2, "dp": 2, "micro_batches": 2},
+    "gather": {"cp": 2},
+    "ulysses": {"cp": 2, "kind": "ulysses"},
+    "ring": {"cp": 2, "kind": "ring"},
+    "ring, dp": {"dp": 2, "cp": 2, "kind": "ring", "remat": "full"},
+    "usp": {"cp": 4, "kind": "usp", "ulysses": 2},
+    "ep": {"moe": True, "dp": 2, "ep": 2},
+    "ep, edp, remat": {"moe": True, "dp": 4, "ep": 2, "remat": "full"},
+    "ep, cp": {"moe": True, "dp": 2, "cp": 2, "ep": 4},
+    "capacity": {"moe": True, "dp": 2, "ep": 2, "capacity": 1.5},
+}

@@ -1,0 +1,113 @@
+"""Joining ranks, where they compute, and who speaks when one fails; plain values between ranks."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from mmfn.parallel import launch
+from mmfn.parallel.axis import Axis
+from mmfn.parallel.host import gather_values, wait_for_all
+from mmfn.parallel.launch import Ranks
+from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.virtual import run_virtual
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in launch.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_one_process_needs_no_environment(clean: pytest.MonkeyPatch) -> None:
+    assert launch.join() == Ranks()
+    clean.setenv("WORLD_SIZE", "8")  # what clusters set for every process is no launcher
+    clean.setenv("RANK", "3")
+    assert launch.join() == Ranks()
+
+
+def test_a_launcher_of_one_rank_is_one_process(clean: pytest.MonkeyPatch) -> None:
+    for name, value in zip(launch.VARIABLES, ("0", "1", "0", "nowhere", "1"), strict=True):
+        clean.setenv(name, value)
+    assert launch.join() == Ranks()
+
+
+def test_incomplete_environment_is_refused(clean: pytest.MonkeyPatch) -> None:
+    clean.setenv("LOCAL_RANK", "0")
+    clean.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=r"LOCAL_RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not; start"):
+        launch.join()
+
+
+def test_layout_must_fit_the_ranks() -> None:
+    layout = Layout(dp=2, cp=2)
+    launch.check_layout(layout, Ranks(size=4), "mmfn train a.yaml")
+    launch.check_layout(Layout(), Ranks(), "mmfn train a.yaml")
+    expected = "layout dp 2, cp 2 needs 4 ranks but this is one process; start it with torchrun --nproc-per-node 4 -m "
+    with pytest.raises(ValueError, match=f"{expected}mmfn train a.yaml"):
+        launch.check_layout(layout, Ranks(), "mmfn train a.yaml")
+    with pytest.raises(ValueError, match=r"layout dp 2, cp 2: .* = 4 but there are 3 ranks; .* start 4 ranks"):
+        launch.check_layout(layout, Ranks(size=3), "mmfn train a.yaml")
+
+
+def test_one_process_is_placed_without_a_process_group() -> None:
+    with launch.placed(Ranks(), Layout(), torch.device("cpu"), 1.0) as place:
+        assert place.is_first
+        assert place.mesh["world"] == Axis(name="world")
+        assert not torch.distributed.is_initialized()
+
+
+def test_several_ranks_need_a_device_with_a_backend() -> None:
+    ranks = Ranks(size=2, store=HashStore())
+    with (
+        pytest.raises(
+            ValueError, match=r"model.device 'mps' cannot be used by several ranks; use one of cpu, cuda, npu"
+        ),
+        launch.placed(ranks, Layout(dp=2), torch.device("mps"), 1.0),
+    ):
+        pass
+
+
+def test_only_the_first_failing_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.1)
+    store = HashStore()
+    assert [Ranks(index=i, size=3, store=store).fail() for i in (2, 0, 1)] == [True, False, False]
+    assert Ranks().fail()
+
+    class Gone:
+        def add(self, key: str, amount: int) -> int:
+            raise RuntimeError("Connection reset by peer")
+
+    gone: Any = Gone()
+    assert not Ranks(index=1, size=2, store=gone).fail()
+
+
+def test_lost_ranks_are_recognised_by_what_torch_says() -> None:
+    store = HashStore()
+    store.set_timeout(timedelta(milliseconds=10))
+    with pytest.raises(RuntimeError) as caught:
+        store.get("never set")
+    assert launch.is_lost(caught.value)
+    assert launch.is_lost(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:23430"))
+    assert not launch.is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not launch.is_lost(ValueError("timeout must be positive"))
+
+
+def test_values_of_all_ranks_reach_all_of_them() -> None:
+    values = [{"text": "ü" * 3, "loss": 0.1}, [], [1, None, "a"]]
+
+    def run(mesh: Mesh) -> list[Any]:
+        wait_for_all(mesh["world"], "ready")
+        return gather_values(values[mesh["world"].index], mesh["world"], "answers")
+
+    world = run_virtual(Layout(dp=3), run)
+    assert world.results == [values] * 3
+    assert [(call.name, call.site) for call in world.calls[0]] == [
+        ("all_reduce", "ready"),
+        ("all_gather", "answers"),
+        ("all_gather", "answers"),
+    ]
+    assert gather_values(values, Axis(name="world"), "answers") == [values]

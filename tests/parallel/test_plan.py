@@ -1,0 +1,231 @@
+"""Plans against what runs: the same step on real tensors, the allocator's own events, and virtual ranks."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mmfn import cli, tree
+from mmfn.parallel import devices, plan, scaling
+from mmfn.parallel.compiled import compiled
+from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.plan_report import render
+from mmfn.parallel.sharding import local, shard_params
+from mmfn.parallel.trace import Key, Recorder, recording_mesh
+from mmfn.parallel.virtual import run_virtual
+from mmfn.spec import init_params
+from mmfn.train import plan as planning
+from mmfn.train.schedule import schedule
+from mmfn.train.step import init_state, make_step
+from tests.parallel.plan_cases import CASES, hf_config, make
+
+SAMPLE = ("one device", "remat", "micro-batches", "experts", "dp, remat", "hsdp", "gather", "ring, dp", "ep")
+
+
+@pytest.fixture(autouse=True)
+def undefined_memory() -> Any:
+    """Deterministic mode fills new memory with another operator, which is no part of a step."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_trace_without_values_is_that_of_the_real_step(name: str) -> None:
+    """Collectives, operations and bytes alive in every stretch, to the byte."""
+    setup, layout = make(**CASES[name])
+    planning.trace_step(setup, layout, 2)  # caches of attention
+    real = planning.trace_step(setup, layout, 2, is_fake=False)
+    fake = planning.trace_step(setup, layout, 2)
+    assert fake.count == real.count
+    assert fake.sent_bytes == real.sent_bytes
+    assert fake.flops == real.flops
+    if name == "bfloat16":  # layer norm keeps statistics in bfloat16 on the CPU, elsewhere (and here) in float32
+        assert fake.peak.total == pytest.approx(real.peak.total, rel=1e-3)
+    else:
+        assert fake.peaks == real.peaks
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_peak_is_that_of_the_allocator(name: str) -> None:
+    """torch's own allocation events know nothing of the recorder."""
+    setup, layout = make(**CASES[name])
+    planned = planning.trace_step(setup, layout, 2).peak.total
+    allocated, held = _allocated_peak(setup, layout)
+    assert planned == pytest.approx(allocated + held, rel=0.01)
+
+
+def _allocated_peak(setup: planning.Setup, layout: Layout) -> tuple[int, int]:
+    """The most bytes allocated at a time within a step on real tensors, and the bytes held before it."""
+    mesh = recording_mesh(layout, 0, Recorder(is_fake=False))
+    program = setup.build(setup.cfg, mesh)
+    program = replace(program, ops=planning.balanced(program.ops))
+    state, batches = _start(setup, program, mesh)
+    step = make_step(
+        setup.family,
+        setup.cfg,
+        program,
+        setup.objective,
+        setup.optimizer,
+        schedule=schedule("constant", peak=1e-3, num_steps=1),
+    )
+    held = _storages([local(x) for x in tree.leaves(state)] + [x for b in batches for x in tree.leaves(b)])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step(state, batches)
+    alive, most = 0, 0
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most, held
+
+
+def _storages(tensors: list[torch.Tensor]) -> int:
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def _start(setup: planning.Setup, program: Any, mesh: Mesh) -> tuple[Any, list[Any]]:
+    params = init_params(program.specs, 0)
+    params = shard_params(params, program.specs, mesh) if mesh.layout.world > 1 else params
+    whole = planning.make_batch(setup.family, setup.cfg, setup.workload, mesh["cp"].size)
+    return init_state(params, setup.optimizer), [program.split(whole)] * setup.workload.micro_batches
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if make(**CASES[name])[1].world > 1])
+def test_planned_collectives_are_those_of_virtual_ranks(name: str) -> None:
+    setup, layout = make(**CASES[name])
+
+    def run(mesh: Mesh) -> None:
+        program = setup.build(setup.cfg, mesh)
+        program = replace(program, ops=planning.balanced(program.ops))
+        state, batches = _start(setup, program, mesh)
+        rate = schedule("constant", peak=1e-3, num_steps=1)
+        make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)(state, batches)
+
+    world = run_virtual(layout, run)
+    for rank in {0, layout.world - 1}:
+        trace = planning.trace_step(setup, layout, 2, rank=rank)
+        count: Counter[Any] = Counter()
+        sent: Counter[Any] = Counter()
+        for call in world.calls[rank]:
+            key = (call.site, call.axis, call.name)
+            count[key] += 1
+            sent[key] += torch.Size(call.shape).numel() * call.dtype.itemsize
+        assert _by_call(trace.count) == count
+        assert _by_call(trace.sent_bytes) == sent
+
+
+def _by_call(table: Counter[Key]) -> Counter[Any]:
+    out: Counter[Any] = Counter()
+    for key, n in table.items():
+        out[key.site, key.axis, key.op] += n
+    return out
+
+
+@pytest.mark.parametrize("name", ["one device", "dp, remat", "experts", "ring, dp", "micro-batches"])
+def test_extended_traces_equal_whole_ones(name: str) -> None:
+    setup, layout = make(**CASES[name], layers=9)
+    cpu = devices.device("cpu")
+    short, whole = (planning.plan(setup, layout, cpu, all_layers=every) for every in (False, True))
+    assert "and extended" in short.notes[-1]
+    assert "all 9" in whole.notes[-1]
+    assert replace(short, notes=()) == replace(whole, notes=())
+
+
+def test_depths_fit_the_pattern() -> None:
+    assert scaling.choose_depths(["a"] * 12, 3, 5) == scaling.Depths(first=5, period=1, front=9)
+    assert scaling.choose_depths(["a", "b"] * 8, 1, 0) == scaling.Depths(first=4, period=2, front=2)
+    assert scaling.choose_depths(["a"] * 5, 3, 0) is None
+    assert scaling.choose_depths([*["a"] * 11, "b"], 0, 0) is None  # the last one differs: nothing repeats to the end
+
+
+def test_what_is_not_affine_is_not_extended() -> None:
+    setup, layout = make(layers=9)
+    depths = scaling.choose_depths(["a"] * 9, 1, 2)
+    assert depths is not None
+    traces = [planning.trace_step(setup, layout, n) for n in (*depths.all, depths.first)][1:]
+    traces[0].flops["forward", "layers"] += 1
+    assert scaling.extend([traces[2], *traces[:2]], depths, 2, 9) is None
+
+
+def test_state_is_exact_and_a_plan_survives_json(tmp_path: Path) -> None:
+    setup, layout = make(moe=True, dp=3, remat="full")
+    found = planning.plan(setup, layout, devices.device("910b"), rank=2)
+    program = setup.build(setup.cfg, recording_mesh(layout, 2, Recorder(is_fake=False)))
+    state, _ = _start(setup, program, program.mesh)
+    params = tree.leaves(state["params"])
+    assert [leaf.parameter_bytes for leaf in found.leaves] == [local(x).nbytes for x in params]
+    assert found.total("gradient") == found.total("parameter")
+    moments = sum(local(x).nbytes for x in tree.leaves(state["opt"]) if x.ndim)
+    assert found.total("optimizer") == moments
+    text = found.to_json()
+    assert plan.from_json(text) == found
+    assert plan.diff(found, found) == "the plans are equal"
+    other = planning.plan(setup, layout, devices.device("h100"))
+    assert "device: 910b -> h100" in plan.diff(found, other)
+    assert "rows are spread evenly" in str(found)
+    page = render([found, other])
+    assert page.count("<circle") == 2
+    assert "http" not in page
+    with pytest.raises(ValueError, match="is no plan"):
+        plan.from_json("{}")
+
+
+def test_time_model() -> None:
+    chosen = devices.device("h100")
+    inside = devices.Transfer(site="experts", wire_bytes=0.8 * chosen.link, is_inside_node=True)
+    ahead = devices.Transfer(site="weights", wire_bytes=0.8 * chosen.network * 3, is_inside_node=False)
+    time = devices.predict(chosen.flops, 0.0, [inside, ahead], chosen)
+    assert (time.compute_s, time.overlapped_s, time.exposed_s) == pytest.approx((2, 3, 1))
+    assert time.total_s == pytest.approx(4)
+    assert time.mfu == pytest.approx(0.25)
+    assert devices.wire_bytes("all_gather", 10, 4) == 30
+    assert devices.wire_bytes("reduce_scatter", 40, 4) == 30
+    assert devices.wire_bytes("all_reduce", 40, 4) == 60
+    assert devices.is_inside_node(Layout(dp=8, cp=2), "cp", chosen)
+    assert not devices.is_inside_node(Layout(dp=8, cp=2), "dp", chosen)
+    with pytest.raises(ValueError, match="device 'tpu' is unknown"):
+        devices.device("tpu")
+
+
+def test_a_compiled_program_is_refused() -> None:
+    setup, layout = make()
+    build = setup.build
+    setup = replace(setup, build=lambda cfg, mesh: compiled("layer")(build(cfg, mesh)))
+    with pytest.raises(ValueError, match="a plan traces the eager step but the program is compiled"):
+        planning.trace_step(setup, layout, 2)
+
+
+def test_values_of_parameters_are_never_read() -> None:
+    with Recorder(is_fake=True):
+        x = torch.empty(3)
+        assert x.is_meta
+        assert torch.arange(3, device="meta").sum().item() == 3
+        with pytest.raises(ValueError, match="reads a value that depends on parameters"):
+            (x * 2).sum().item()
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(moe=True)))
+    path, out = str(tmp_path / "config.json"), str(tmp_path / "plan.json")
+    small = ["--tokens", "64", "--sample-tokens", "32", "--image-side", "4", "--device", "h200"]
+    options = ["--world", "4", "--json", out, "--html", str(tmp_path / "plan.html")]
+    assert cli.main(["plan", path, "layout.ep=2", *small, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "dp 4, ep 2 (4 ranks)" in printed
+    assert "predicted step on h200" in printed
+    assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
+    assert cli.main(["plan", "--diff", out, out]) == 0
+    assert capsys.readouterr().out == "the plans are equal\n"
+    assert cli.main(["plan", path, "layout.cp=3", "--world", "4", *small]) == 2
+    assert "world 4 is no multiple of replicate * cp = 3" in capsys.readouterr().err
+    assert cli.main(["plan"]) == 2
+    assert "needs CONFIG" in capsys.readouterr().err
+    assert cli.main(["plan", path, "--search"]) == 2
+    assert "--search needs --world" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""Recomputation: the same gradients, and which operators run again."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmfn.parallel.mesh import Layout, single_mesh
+from mmfn.parallel.program import Program, pipe
+from mmfn.parallel.remat import OPERATORS, remat
+from tests.parallel.conformance import EXPERTS, Cell, check_outcome, outcome
+
+ATTENTION, GROUPED, MM, EMBED = "mmfn::attention", "mmfn::grouped_linear", "aten::mm", "aten::embedding"
+
+
+class Count(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran[func.name().split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(family: str, *transforms: Any) -> Counter[str]:
+    """Operators of one step on one device, whose outcome is that of the step without transforms."""
+    cell = Cell(layout=Layout(), name="remat", transforms=transforms, family=family)
+    with Count() as count:
+        found = outcome(cell, single_mesh())
+    check_outcome(cell, found)
+    return count.ran
+
+
+TEXT, VISION = 2, 2  # blocks of the tiny model
+BLOCKS = TEXT + VISION
+
+
+@pytest.mark.parametrize(
+    ("kind", "save", "every", "attention", "has_more_mm"),
+    [
+        ("full", (), 1, BLOCKS, True),
+        ("full", (), 2, BLOCKS / 2, True),
+        ("full", (), 3, 2, True),  # the first block of each stack
+        ("selective", ("attention",), 1, 0, True),
+        ("selective", ("attention", "matmul"), 1, 0, False),
+        ("selective", ("matmul",), 2, BLOCKS / 2, False),
+        ("none", (), 1, 0, False),
+    ],
+)
+def test_what_runs_again(kind: str, save: Sequence[str], every: int, attention: int, has_more_mm: bool) -> None:
+    plain, again = counted("dense"), counted("dense", remat(kind, save=save, every=every))
+    assert plain[ATTENTION] == BLOCKS
+    assert again[ATTENTION] - plain[ATTENTION] == attention
+    assert (again[MM] + again["aten::addmm"] > plain[MM] + plain["aten::addmm"]) == has_more_mm
+    assert again[EMBED] == plain[EMBED]  # what is outside of blocks runs once
+
+
+def test_experts_are_kept() -> None:
+    plain = counted("moe")
+    assert plain[GROUPED] > 0
+    full = counted("moe", remat("full"))
+    kept = counted("moe", remat("selective", save=("experts",)))
+    # The second product of a block need not run again: nothing behind it saves what it gives but the sum over experts.
+    assert full[GROUPED] - plain[GROUPED] in (TEXT, 2 * TEXT)
+    assert kept[GROUPED] == plain[GROUPED]
+    assert EXPERTS["num_experts"] == 8
+
+
+def test_saved_memory() -> None:
+    """What autograd keeps of a recomputed block is its input alone."""
+
+    def kept_bytes(*transforms: Any) -> int:
+        program = pipe(Program.of(None), *transforms)
+        seen: dict[int, int] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            return x
+
+        def block(params: Any, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return torch.tanh(torch.tanh(x @ params["w"]).sin()).cos(), None
+
+        layers = [{"w": torch.eye(8).requires_grad_()} for _ in range(3)]
+        x = torch.ones(16, 8, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            program.ops.stack(program.ops.layer, block, layers, x)
+        return sum(seen.values())
+
+    input_bytes = 16 * 8 * 4
+    assert kept_bytes(remat("full")) == 3 * input_bytes
+    assert kept_bytes() > 3 * 3 * input_bytes
+
+
+def test_notes() -> None:
+    program = pipe(Program.of(None), remat("selective", save=("attention",), every=2), remat("none"))
+    assert program.notes == ("remat('selective', save=['attention'], every=2)",)
+    assert pipe(Program.of(None), remat("full")).notes == ("remat('full')",)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="remat kind 'half' is unknown; use one of none, full, selective"):
+        remat("half")
+    with pytest.raises(ValueError, match=f"remat cannot save 'norm'; it knows {', '.join(OPERATORS)}"):
+        remat("selective", save=("attention", "norm"))
+    with pytest.raises(ValueError, match=r"remat kind 'selective' got save=\[\]; name what to save"):
+        remat("selective")
+    with pytest.raises(ValueError, match=r"remat kind 'full' got save=\['matmul'\]; .* only for 'selective'"):
+        remat("full", save=("matmul",))
+    with pytest.raises(ValueError, match="remat kind 'full' got every=0; it must be at least 1"):
+        remat("full", every=0)
+    with pytest.raises(ValueError, match="remat kind 'none' got every=2"):
+        remat("none", every=2)
