@@ -1,15 +1,17 @@
-"""Four layouts of one training step, in one process: is the gradient that of one device, and what travels?
+"""Four layouts of one training step, in one process: is the gradient that of one device, what travels, what fits?
 
     python examples/mesh_experiment.py
 
 Draws a tiny Qwen3-VL and four samples with images, computes the gradient of the global batch on one device, and again
 on four ranks laid out in four ways. The ranks are threads that exchange real values (`mmfn.parallel.virtual`), so no
-process group and no accelerator is needed. Everything is float64: a difference beyond rounding is a mistake.
+process group and no accelerator is needed. Everything is float64: a difference beyond rounding is a mistake. Then the
+same step is planned for each layout (`mmfn.train.plan`), from shapes alone.
 """
 
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +19,20 @@ from torch import Tensor
 import mmfn
 from mmfn import tree
 from mmfn.batch import IGNORE, IMAGE, Batch, Media, Sample, pack
+from mmfn.models import family
 from mmfn.parallel.context_parallel import context_parallel
 from mmfn.parallel.data_parallel import data_parallel
+from mmfn.parallel.devices import device
 from mmfn.parallel.mesh import Layout, Mesh, single_mesh
+from mmfn.parallel.plan import size
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.reduce import all_counts
 from mmfn.parallel.sharding import shard_params, whole_params
 from mmfn.parallel.split import segment_multiple
 from mmfn.parallel.virtual import run_virtual
 from mmfn.train.objective import loss_fn, weigh
+from mmfn.train.optim import adamw
+from mmfn.train.plan import Setup, Workload, plan
 
 IMAGE_ID, NUM_TOKENS, NUM_PATCHES = 1, 64, 64
 LAYOUTS = {
@@ -78,14 +85,39 @@ def main() -> float:
         sites = Counter(f"{call.name} {call.site}" for call in world.calls[0] if call.site != "whole")
         print(f"{name} ({layout}): loss differs by {abs(loss - expected_loss):.1e}, gradient by {difference:.1e}")
         print("    a rank calls " + ", ".join(f"{count} x {site}" for site, count in sorted(sites.items())))
+    print_plans(model)
     return worst
+
+
+def print_plans(model: mmfn.Model) -> None:
+    """Memory and communication of a rank, side by side."""
+    rows = [("planned for a rank", "parameters", "optimizer", "peak", "on the wire")]
+    for name, (layout, kind) in LAYOUTS.items():
+        multiple = segment_multiple(kind, layout)
+        setup = Setup(
+            family=model.family,
+            cfg=model.cfg,
+            build=partial(build, kind=kind),
+            optimizer=adamw(),
+            workload=Workload(tokens=64, sample_tokens=32, image_side=4, segment_multiple=multiple),
+        )
+        found = plan(setup, layout, device("cpu"))
+        wire = sum(collective.wire_bytes for collective in found.collectives)
+        rows.append((name, *map(size, (found.total("parameter"), found.total("optimizer"), found.peak_bytes, wire))))
+    for row in rows:
+        print(f"{row[0]:<20}" + "".join(f"{cell:>14}" for cell in row[1:]))
+
+
+def build(cfg: Any, mesh: Mesh, kind: str) -> Program:
+    """How a rank runs the model: sharded over dp * cp, tokens spread over cp."""
+    heads = cfg.decoder
+    context = context_parallel(kind, num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads)
+    return pipe(Program.of(family(CONFIG["model_type"]).specs(cfg), mesh=mesh), data_parallel(), context)
 
 
 def loss_and_gradient(mesh: Mesh, kind: str, model: mmfn.Model, samples: list[Sample]) -> tuple[float, object]:
     """(this rank's share of the loss, the whole gradient) of all samples, dealt to the ranks with their own data."""
-    heads = model.cfg.decoder
-    context = context_parallel(kind, num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads)
-    program = lower(pipe(Program.of(model.family.specs(model.cfg), mesh=mesh), data_parallel(), context))
+    program = lower(build(model.cfg, mesh, kind))
     own = samples[mesh["batch"].index :: mesh["batch"].size]
     batch = program.split(pack_samples(own, model, segment_multiple(kind, mesh.layout)))
     (batch,) = weigh([batch], "per_token_loss", partial(all_counts, mesh=mesh))

@@ -21,4 +21,5 @@ DIMS = {
     "X": "experts per token",
     "V": "vocabulary",
     "L": "layers",
+    "W": "ranks of a mesh axis",
 }

@@ -153,3 +153,18 @@ def test_moving_casts_patches_only(two):
     assert moved.visual.patches_PF.dtype == torch.bfloat16
     assert moved.weights_T.dtype == torch.float32
     assert to(packed(*two), "meta").tokens_T.device.type == "meta"
+
+
+def test_segments_are_padded_at_their_end_to_a_multiple(two):
+    exact, padded = packed(*two), packed(*two, num_tokens=16, num_segments=3, segment_multiple=4)
+    kept = [0, 1, 2, *range(4, 12)]
+    assert padded.segments.offsets_N.tolist() == [0, 4, 12, 12]
+    assert padded.segment_T.tolist() == [0, 0, 0, 3] + [1] * 8 + [3] * 4
+    assert padded.labels_T[[3, 12, 13, 14, 15]].tolist() == [IGNORE] * 5
+    assert padded.feature_index_T[3] == -1
+    for name in ("tokens_T", "labels_T", "weights_T", "feature_index_T"):
+        assert torch.equal(getattr(padded, name)[kept], getattr(exact, name))
+    assert torch.equal(padded.positions_3T[:, kept], exact.positions_3T)
+    assert two[0].tokens_T.numel() == 3
+    with pytest.raises(ValueError, match="hold 12 tokens but the batch has room for 11"):
+        packed(*two, num_tokens=11, segment_multiple=4)

@@ -18,3 +18,5 @@ def test_mesh_experiment(capsys: pytest.CaptureFixture[str]) -> None:
     for name in module.LAYOUTS:
         assert f"\n{name} (" in printed
     assert printed.count("11 x all_gather weights") == len(module.LAYOUTS)  # 2 + 2 blocks, and what lies around them
+    table = printed[printed.index("planned for a rank") :].splitlines()
+    assert [row[:20].strip() for row in table[1:]] == list(module.LAYOUTS)

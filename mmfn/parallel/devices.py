@@ -84,8 +84,8 @@ EFFICIENCY = 0.5  # of the peak in matrix products; what well-tuned training rea
 BANDWIDTH_EFFICIENCY = 0.8  # of links and memory
 OVERLAPPED = ("weights", "gradients")  # sites whose collectives run beside computation
 MODEL = (
-    f"time = max(FLOPs / ({EFFICIENCY:g} peak), transfers of {' and '.join(OVERLAPPED)}) + all other transfers + update; "
-    f"a transfer takes its bytes on the wire / ({BANDWIDTH_EFFICIENCY:g} of link or network), "
+    f"time = max(FLOPs / ({EFFICIENCY:g} peak), transfers of {' and '.join(OVERLAPPED)}) + all other transfers "
+    f"+ update; a transfer takes its bytes on the wire / ({BANDWIDTH_EFFICIENCY:g} of link or network), "
     f"the update 7 passes over its shards / ({BANDWIDTH_EFFICIENCY:g} of memory bandwidth)"
 )
 UPDATE_PASSES = 7  # AdamW reads four tensors and writes three

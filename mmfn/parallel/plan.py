@@ -226,8 +226,9 @@ def diff(a: Plan, b: Plan) -> str:
     calls = [{(c.phase, c.site, c.axis, c.op): c for c in p.collectives} for p in (a, b)]
     for key in sorted({**calls[0], **calls[1]}):
         found = [table.get(key) for table in calls]
-        compare(f"{' '.join(key)}, calls", *(c.count if c else 0 for c in found))
-        compare(f"{' '.join(key)}, sent", *(c.sent_bytes if c else 0 for c in found), size)
+        for name, what, show in (("calls", "count", str), ("sent", "sent_bytes", size)):
+            x, y = (getattr(c, what) if c else 0 for c in found)
+            compare(f"{' '.join(key)}, {name}", x, y, show)
     leaves = [{row[0]: row[1:] for row in _leaf_rows(p)} for p in (a, b)]
     for path in sorted({**leaves[0], **leaves[1]}):
         compare(path, *("; ".join(table.get(path, ("absent",))) for table in leaves))

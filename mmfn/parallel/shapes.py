@@ -1,6 +1,6 @@
-"""`Shapes`: running a program without its values, of any size, on a laptop.
+"""`run`: operators without their values, so that a program of any size runs on a laptop.
 
-Inside the mode floating-point tensors live on torch's meta device: they have shapes and storages but no memory.
+Floating-point tensors live on torch's meta device: they have shapes and storages but no memory.
 Integers and what is computed from them alone (tokens, offsets, labels, counts of rows) stay real, so a program takes
 every branch, and makes every tensor, that it would with these tokens. A meta tensor is a plain tensor to Python, so
 hand-written Functions run as they do in eager execution. Only a value that depends on a parameter is unknown, and
@@ -8,12 +8,11 @@ reading one is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 _META, _HOST = torch.device("meta"), torch.device("cpu")
@@ -35,18 +34,11 @@ _CREATE = _EMPTY | {
 _READ = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.is_nonzero, _aten.equal}
 
 
-class Shapes(TorchDispatchMode):
-    """See the module. Raises ValueError where a program reads a value that it does not have."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run one operator."""
-        return run(func, types, args, dict(kwargs or {}))
-
-
 def run(func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """One operator on a mixture of meta and real tensors."""
+    """One operator, under a dispatch mode, on a mixture of meta and real tensors.
+
+    Raises ValueError where a program reads a value that it does not have.
+    """
     if types:  # a DTensor: its own rules, on meta shards
         return func(*args, **kwargs)
     packet = func.overloadpacket
@@ -55,8 +47,8 @@ def run(func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str,
         return _known(func, packet, args, kwargs)
     if packet in _READ:
         raise ValueError(
-            f"the program reads a value that depends on parameters ({packet}), which a plan does not have; give the plan "
-            "an op that decides without reading"
+            f"the program reads a value that depends on parameters ({packet}), which a plan does not have; "
+            "give the plan an op that decides without reading"
         )
     if not func._schema.returns:  # writes its arguments and makes nothing
         return None
@@ -81,9 +73,11 @@ def _known(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) 
     return func(*args, **_at(kwargs, _HOST)) if is_lost else out
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_functional(func: Any) -> bool:
     """True for an operator that makes new tensors from its arguments and writes none of them."""
+    if func.overloadpacket is _aten._unsafe_view:  # a view that its schema does not declare
+        return False
     return all(x.alias_info is None for x in (*func._schema.arguments, *func._schema.returns))
 
 

@@ -88,13 +88,13 @@ class Trace:
         return max(self.peaks.values(), key=lambda p: p.total)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches everything that runs inside of it. `is_fake`: run on shapes alone (`mmfn.parallel.shapes`)."""
 
     is_eager = True  # hand-written Functions run as in plain eager execution
 
     def __init__(self, *, is_fake: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_fake = is_fake
         self.phase = FORWARD
         self.allocations: list[Allocation] = []
@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
         """The op whose work is being done, forward or backward; "layers" for what belongs to none."""
         if self._sites:
             return self._sites[-1]
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node = torch._C._current_autograd_node()
         site = "layers" if node is None else self._site_of_node.get(node._sequence_nr(), "layers")
         return "communication" if site == "weights" else site  # the backward of a gather packs gradients
 
@@ -224,13 +224,13 @@ class Recorder(TorchDispatchMode):
     def _start_forward(self) -> None:
         """An op called outside of a backward pass: a forward, of the next micro-batch if a backward came before."""
         self._turn()
-        if self.phase == UPDATE and torch._C._current_autograd_node() is None:  # type: ignore[attr-defined]
+        if self.phase == UPDATE and torch._C._current_autograd_node() is None:
             self.phase, self._place = FORWARD, (self._place[0] + 1, 0)
             self._mark(FORWARD, self._place[0], -1)
 
     def _turn(self) -> None:
         """Notice where a forward turns into a backward, and a backward into an update."""
-        is_backward = torch._C._current_autograd_node() is not None  # type: ignore[attr-defined]
+        is_backward = torch._C._current_autograd_node() is not None
         if is_backward and self.phase != BACKWARD:
             self._ends.append(self._events)
             self._mark(BACKWARD, self._place[0], self._place[1])
@@ -307,7 +307,7 @@ class Alike:
     def all_to_all(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
         """See `Transport`. With unequal sizes the rows that arrive are unknown, and given as zeros."""
         with self._call("all_to_all", x, site):
-            own = x.split(list(in_sizes))[self.index]
+            own: Tensor = torch.split(x, list(in_sizes))[self.index]
             if set(out_sizes) == {own.shape[0]}:
                 return own.repeat(self.size, *[1] * (x.ndim - 1))
             return x.new_zeros(sum(out_sizes), *x.shape[1:])

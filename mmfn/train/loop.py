@@ -94,9 +94,10 @@ def _train_recorded(run: Run, folder: Path, progress: Progress, records: list[Re
 def train(run: Run, emit: Callable[[Record], None]) -> State:
     """Take all steps and return the last state; the run's own is consumed. `emit(record)` is called once per step.
 
-    A record holds `step` (from 1), `loss`, `grad_norm`, `lr`, `skipped` (1: gradients were not finite, nothing
-    changed), the counts of its data (`tokens`, `supervised`, `image_tokens`, `samples`, `microbatches`, `padding` as a
-    share), `wait_s` (time it waited for data), `step_s`, `tokens_per_s` (no padding, over the last steps) and `eta_s`.
+    A record holds `step` (from 1), `loss`, with routers `aux_loss` and `dropped` (see `objective.loss_fn`),
+    `grad_norm`, `lr`, `skipped` (1: gradients were not finite, nothing changed), the counts of its data (`tokens`,
+    `supervised`, `image_tokens`, `samples`, `microbatches`, `padding` as a share), `wait_s` (time it waited for data),
+    `step_s`, `tokens_per_s` (no padding, over the last steps) and `eta_s`.
     On a mesh counts are those of all ranks, `microbatches` the number each of them computes, and times this rank's.
     """
     config = run.loaded.config
@@ -144,7 +145,8 @@ class _Meter:
 
     def finish(self, facts: Record, metrics: Metrics) -> Record:
         """The complete record of a step that was started earlier."""
-        numbers = {name: metrics[name].item() for name in ("loss", "grad_norm", "lr", "skipped")}
+        names = ("loss", "aux_loss", "dropped", "grad_norm", "lr", "skipped")
+        numbers = {name: metrics[name].item() for name in names if name in metrics}
         now = time.perf_counter()
         step_s, self.last = now - self.last, now
         self.first = self.first or now

@@ -221,7 +221,7 @@ def own(grads: Sequence[Tensor]) -> list[Tensor]:
 
 def _place(x: Tensor) -> tuple[int, int]:
     """Where a tensor's memory starts; unlike an address it is also known on the meta device."""
-    return x.untyped_storage()._cdata, x.storage_offset()
+    return x.untyped_storage()._cdata, int(x.storage_offset())
 
 
 def _adamw_(u: Update, state: Tree, paths: Sequence[str], hyper: _AdamW) -> None:

@@ -168,7 +168,7 @@ def shortened(ops: Ops, recorder: Recorder) -> Ops:
         index_N = ((labels_T != IGNORE) & (weights_T != 0)).nonzero()[:, 0]
         N, rows = index_N.numel(), chunk_rows(weight_VD.shape[0])
         kept = 2 * -(-N // -(-N // rows)) if N else 0
-        if N <= 2 * kept:
+        if 2 * kept >= N:
             return ops.linear_cross_entropy(x_TD, weight_VD, labels_T, weights_T)
         short_T = labels_T.index_fill(0, index_N[kept:], IGNORE)
         del index_N
@@ -223,7 +223,8 @@ def _share(used: Sequence[Tensor], sizes: Sequence[Tensor]) -> float:
 def _assumptions(setup: Setup) -> list[str]:
     w = setup.workload
     found = [
-        f"samples of {w.sample_tokens:,} tokens with an image of {w.image_side} x {w.image_side} patches, text supervised",
+        f"samples of {w.sample_tokens:,} tokens with an image of {w.image_side} x {w.image_side} patches",
+        "all text is supervised; of the loss two chunks of rows are traced and count for all",
         "other ranks do as this one does",
         "the portable ops; memory without the allocator's rounding and kernels' workspaces",
     ]

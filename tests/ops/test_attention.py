@@ -235,8 +235,66 @@ def test_blocks_equal_their_reference(packing, is_causal):
     actual = attention_block(*leaves, segments, is_causal=is_causal)
     expected = attention_block_reference(*leaves, segments, is_causal=is_causal)
     torch.testing.assert_close(actual, expected)
-    grads = attention_block_grad(do, *leaves, *actual, segments, is_causal=is_causal)
-    torch.testing.assert_close(grads, gradients(expected[0], leaves, do))
+    wanted = gradients(expected[0], leaves, do)
+    for grad in (attention_block_grad, attention_block_grad_reference):
+        torch.testing.assert_close(grad(do, *leaves, *actual, segments, is_causal=is_causal), wanted)
+    seen = torch.isfinite(actual[1]).all(1)
+    assert seen.tolist() == [True] * sum(lengths) + [False] * tail
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([0, 5], [7, 4]), ([3, 4, 0, 2], [1, 0, 4, 9]), ([9], [14]), ([0, 0], [3, 0]), ([1], [1]), ([2, 2], [4, 4])],
+)
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "compiled"])
+def test_blocks_over_keys_of_their_own(queries, keys, traced):
+    """Segment by segment by torch's own attention; a query without keys gives 0 and takes no part in a merge."""
+    torch._dynamo.reset()
+    T, S, H, K = 9, 15, 4, 2
+    (q, _, _), do = draw(T, H, K, 8)
+    (_, k, v), _ = draw(S, H, K, 8, seed=1)
+    o = q * 0
+    for i, (n, m) in enumerate(zip(queries, keys, strict=True)):
+        a, b = sum(queries[:i]), sum(keys[:i])
+        if n and m:
+            own = (x.transpose(0, 1)[None] for x in (q[a : a + n], k[b : b + m], v[b : b + m]))
+            part = F.scaled_dot_product_attention(*own, enable_gqa=True)[0].transpose(0, 1)
+            o = torch.cat([o[:a], part, o[a + n :]])
+    wanted = gradients(o, (q, k, v), do)
+    rows = (q, k, v, pack(queries), pack(keys))
+    block = torch.compile(attention_block, fullgraph=True, backend="aot_eager") if traced else attention_block
+    plain = [x.detach() for x in rows[:3]]
+    actual = block(*plain, *rows[3:], is_causal=False)
+    torch.testing.assert_close(actual, attention_block_reference(*plain, *rows[3:], is_causal=False))
+    torch.testing.assert_close(actual[0], o)
+    for grad in (attention_block_grad, attention_block_grad_reference):
+        torch.testing.assert_close(grad(do, *plain, *actual, *rows[3:], is_causal=False), wanted)
+    empty = torch.zeros_like(actual[0]), torch.full_like(actual[1], -torch.inf)
+    torch.testing.assert_close(merge_blocks(*actual, *empty), actual)
+
+
+def test_blocks_without_values():
+    """On the meta device: shapes and dtypes, with offsets or without."""
+    q, k = (torch.empty(n, heads, 8, device="meta", dtype=torch.bfloat16) for n, heads in ((9, 4), (6, 2)))
+    for device in ("cpu", "meta"):
+        own = [Segments(offsets_N=s.offsets_N.to(device)) for s in (pack([4, 5]), pack([4, 1]))]
+        o, lse = attention_block(q, k, k, *own, is_causal=False)
+        assert (o.shape, o.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (9, 4), torch.float32)
+        grads = attention_block_grad(o, q, k, k, o, lse, *own, is_causal=False)
+        assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
+
+
+def test_blocks_are_checked():
+    (q, k, v), _ = draw(6, 4, 2, 8)
+    segments = pack([3, 3])
+    with pytest.raises(ValueError, match="there are 6 queries and 5 keys; pass `keys`"):
+        attention_block(q, k[:5], v[:5], segments, is_causal=False)
+    with pytest.raises(ValueError, match="number of segments of the queries, 2, and is_causal False; got 2 and True"):
+        attention_block(q, k, v, segments, segments, is_causal=True)
+    with pytest.raises(ValueError, match="got 1 and False"):
+        attention_block(q, k, v, segments, pack([6]), is_causal=False)
+    with pytest.raises(ValueError, match="at most the 5 tokens"):
+        attention_block(q, k[:5], v[:5], segments, segments, is_causal=False)
 
 
 def test_blocks_over_two_halves_of_the_keys_merge_to_the_whole():
@@ -246,8 +304,7 @@ def test_blocks_over_two_halves_of_the_keys_merge_to_the_whole():
     (_, k1, v1), _ = draw(n, 4, 2, 8, seed=1)
     segments = pack([n])
     blocks = [attention_block(q, k, v, segments, is_causal=False) for k, v in ((k0, v0), (k1, v1))]
-    lse = torch.logaddexp(blocks[0][1], blocks[1][1])
-    o = sum(part * (part_lse - lse).exp()[..., None] for part, part_lse in blocks)
+    o, lse = merge_blocks(*blocks[0], *blocks[1])
     G = 2
     heads = [torch.cat(pair).repeat_interleave(G, 1).transpose(0, 1) for pair in ((k0, k1), (v0, v1))]
     expected = F.scaled_dot_product_attention(q.transpose(0, 1), *heads).transpose(0, 1)

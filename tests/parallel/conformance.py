@@ -61,6 +61,7 @@ CONFIG = {
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "router_aux_loss_coef": 0.1}
 FAMILIES: dict[str, dict[str, Any]] = {
     "dense": CONFIG,
+    "small": {**CONFIG, "vision_config": {**CONFIG["vision_config"], "depth": 1, "deepstack_visual_indexes": []}},
     "moe": {**CONFIG, "model_type": "qwen3_vl_moe", "text_config": {**CONFIG["text_config"], **EXPERTS}},
 }
 

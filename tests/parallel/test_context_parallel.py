@@ -207,7 +207,7 @@ def test_refused_before_any_work(kind: str, layout: Layout, heads: tuple[int, in
         )
 
 
-def test_parameters_need_data_parallel_as_well() -> None:
+def test_lower_accepts_a_mesh_that_it_has_taken_care_of() -> None:
     def build(mesh: Any) -> Program:
         return lower(pipe(Program.of(None, mesh=mesh), context_parallel("gather", num_heads=4, num_kv_heads=2)))
 

@@ -1,0 +1,113 @@
+"""Real ranks over gloo: a sample of the matrix, an independent count of collectives, and compiled programs."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from mmfn.parallel.compiled import compiled
+from mmfn.parallel.data_parallel import data_parallel
+from mmfn.parallel.mesh import Layout, distributed_mesh
+from mmfn.parallel.program import Transform
+from mmfn.parallel.remat import remat
+from tests.parallel.conformance import Cell, check_outcome, outcome, run_cell
+from tests.parallel.ranks import run_ranks
+
+CELLS = {
+    cell.name: cell
+    for cell in (
+        Cell(layout=Layout(dp=4), name="fsdp", transforms=(data_parallel(),), batch="first half without images"),
+        Cell(layout=Layout(dp=4), name="remat", transforms=(data_parallel(), remat("full"))),
+        Cell(layout=Layout(replicate=2, dp=2), name="hsdp", transforms=(data_parallel(), remat("full")), family="moe"),
+        Cell(layout=Layout(replicate=4), name="ddp", transforms=(data_parallel(),), batch="first half unsupervised"),
+    )
+}
+OPERATORS = {
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "all_to_all_single": "all_to_all",
+}
+
+
+def eager_steps(names: Sequence[str]) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
+    """Runs on every rank: the outcome of each cell, and what torch counts as collectives."""
+    out = []
+    for name in names:
+        cell = CELLS[name]
+        mesh = distributed_mesh(cell.layout)
+        with CommDebugMode() as mode:
+            found = outcome(cell, mesh)
+        counts = {str(op.__name__): n for op, n in mode.get_comm_counts().items()}
+        out.append((found, counts))
+    return out
+
+
+@pytest.mark.dist
+def test_eager_steps_and_their_collectives() -> None:
+    ranks = run_ranks(4, eager_steps, list(CELLS))
+    for index, cell in enumerate(CELLS.values()):
+        counted = Counter(call.name for call in run_cell(cell).calls[0])
+        for rank in ranks:
+            found, counts = rank[index]
+            check_outcome(cell, found)
+            assert {OPERATORS[name]: n for name, n in counts.items()} == counted
+
+
+# ---- compiled
+
+TWO = Layout(dp=2)
+COMPILED: dict[str, tuple[str, tuple[Transform, ...], int]] = {
+    # kind, other transforms, graphs: with "layer" one for text blocks, one for vision blocks, one update
+    "layer": ("layer", (data_parallel(), remat("full")), 3),
+    "layer plain": ("layer", (data_parallel(),), 3),
+    "layer selective": ("layer", (data_parallel(), remat("selective", save=("attention", "matmul"))), 3),
+    "layer kept": ("layer", (data_parallel(keep_gathered=True), remat("full")), 3),
+    "step": ("step", (data_parallel(),), 1),
+    "step remat": ("step", (data_parallel(), remat("full")), 1),
+}
+
+
+def compiled_steps(name: str, backend: str, is_first: bool) -> tuple[dict[str, Tensor], int]:
+    """Runs on every rank: the outcome of a compiled step and the number of its graphs."""
+    kind, transforms, _ = COMPILED[name]
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], **options: Any) -> Callable[..., Any]:
+        nonlocal graphs
+        run: Callable[..., Any] = torch._dynamo.lookup_backend(backend)(graph, inputs, **options)
+        graphs += 1  # not before: torch may break off and compile the same graph again, once it knows its constants
+        return run
+
+    compile_ = compiled(kind, backend=count)
+    order = (compile_, *transforms) if is_first else (*transforms, compile_)
+    cell = Cell(layout=TWO, name=name, transforms=order, family="small", batch="mixed")
+    return outcome(cell, distributed_mesh(TWO)), graphs
+
+
+SLOW = pytest.mark.slow
+CASES = [
+    ("layer", "aot_eager", True),
+    pytest.param("layer", "aot_eager", False, marks=SLOW),
+    pytest.param("layer", "inductor", True, marks=SLOW),
+    pytest.param("layer plain", "aot_eager", False, marks=SLOW),
+    pytest.param("layer selective", "aot_eager", False, marks=SLOW),
+    pytest.param("layer kept", "aot_eager", False, marks=SLOW),
+    pytest.param("step", "aot_eager", False, marks=SLOW),
+    pytest.param("step remat", "aot_eager", False, marks=SLOW),
+    pytest.param("step remat", "aot_eager", True, marks=SLOW),
+]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("name", "backend", "is_first"), CASES)
+def test_compiled_equals_one_device(name: str, backend: str, is_first: bool) -> None:
+    """Whatever the order of `compiled` among the transforms."""
+    cell = Cell(layout=TWO, name=name, transforms=(), family="small", batch="mixed")
+    for found, graphs in run_ranks(2, compiled_steps, name, backend, is_first):
+        check_outcome(cell, found)
+        assert graphs == COMPILED[name][2]
