@@ -39,11 +39,12 @@ class Axis:
 
     def all_gather(self, x: Tensor, site: str) -> Tensor:
         """Parts of all ranks end to end along the first dim."""
+        x = x.contiguous()  # here and below: what is sent lives until it has arrived
         return self.wait(self.issue_all_gather(x, site))
 
     def issue_all_gather(self, x: Tensor, site: str) -> Tensor:
-        """`all_gather` under way: `wait` for the result before it is read."""
-        return x if self.transport is None else self.transport.all_gather(x.contiguous(), site)
+        """`all_gather` of a contiguous tensor under way: keep it, and `wait` for the result before it is read."""
+        return x if self.transport is None else self.transport.all_gather(x, site)
 
     def wait(self, x: Tensor) -> Tensor:
         """The result of an issued collective, complete."""
@@ -51,30 +52,33 @@ class Axis:
 
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
         """This rank's part of the sum over ranks; the first dim is cut evenly."""
-        return x if self.transport is None else self.wait(self.transport.reduce_scatter(x.contiguous(), site))
+        x = x.contiguous()
+        return x if self.transport is None else self.wait(self.transport.reduce_scatter(x, site))
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         """The sum over ranks."""
-        return x if self.transport is None else self.wait(self.transport.all_reduce(x.contiguous(), site))
+        x = x.contiguous()
+        return x if self.transport is None else self.wait(self.transport.all_reduce(x, site))
 
     def all_to_all(self, x: Tensor, site: str, out_sizes: Sizes = None, in_sizes: Sizes = None) -> Tensor:
         """Part i of the first dim goes to rank i; what arrives lies in the order of ranks. Default: equal parts."""
         if self.transport is None:
             return x
-        even = [x.shape[0] // self.size] * self.size
-        return self.wait(self.transport.all_to_all(x.contiguous(), out_sizes or even, in_sizes or even, site))
+        x, even = x.contiguous(), [x.shape[0] // self.size] * self.size
+        return self.wait(self.transport.all_to_all(x, out_sizes or even, in_sizes or even, site))
 
     def shift(self, x: Tensor, by: int, site: str) -> Tensor:
         """The tensor of the rank `by` places before this one, around the ring; all have one shape."""
+        x = x.contiguous()
         return self.wait(self.issue_shift(x, by, site))
 
     def issue_shift(self, x: Tensor, by: int, site: str) -> Tensor:
-        """`shift` under way: `wait` for the result before it is read."""
+        """`shift` of a contiguous tensor under way: keep it, and `wait` for the result before it is read."""
         if self.transport is None:
             return x
         sizes_in, sizes_out = [0] * self.size, [0] * self.size
         sizes_in[(self.index + by) % self.size] = sizes_out[(self.index - by) % self.size] = x.shape[0]
-        return self.transport.all_to_all(x.contiguous(), sizes_out, sizes_in, site)
+        return self.transport.all_to_all(x, sizes_out, sizes_in, site)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mmfn.parallel.mesh import Mesh
 from mmfn.parallel.sharding import local
 from mmfn.tree import Tree
 
+Issued = tuple[Tensor, Tensor]  # what arrives, and what is sent, which must live until then
 SHARDED = ("ep",)  # mesh dims that stay sharded in computation: a rank computes with its own experts
 
 
@@ -93,9 +94,10 @@ class Bucket:
         """What this rank sends: one flat vector."""
         return torch.cat([cut.pack(x.to(self.compute)) for cut, x in zip(self.cuts, shards, strict=True)])
 
-    def issue(self, shards: Sequence[Tensor]) -> Tensor:
+    def issue(self, shards: Sequence[Tensor]) -> Issued:
         """The all-gather of this rank's shards, under way."""
-        return self.axis.issue_all_gather(self.pack(shards), "weights")
+        sent = self.pack(shards)
+        return self.axis.issue_all_gather(sent, "weights"), sent
 
     def join(self, gathered: Tensor) -> list[Tensor]:
         """The whole leaves from what all ranks sent."""
@@ -117,11 +119,12 @@ class Bucket:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, bucket: Bucket, issued: Tensor | None, *shards: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, bucket: Bucket, issued: Issued | None, *shards: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.bucket = bucket
         ctx.like = [Like(x.shape[c.dim], x.dtype, x.device) for x, c in zip(shards, bucket.cuts, strict=True)]
-        return tuple(bucket.join(bucket.axis.wait(bucket.issue(shards) if issued is None else issued)))
+        gathered, _sent = issued or bucket.issue(shards)
+        return tuple(bucket.join(bucket.axis.wait(gathered)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -133,9 +136,9 @@ class Pending:
     """A block's parameters, and their all-gathers under way: `Gather.issue` starts them, a `Gather` takes them."""
 
     params: Tree
-    issued: list[Tensor] | None = None
+    issued: list[Issued] | None = None
 
-    def take(self) -> list[Tensor] | None:
+    def take(self) -> list[Issued] | None:
         """What is under way; nothing is from here on, so that gathered weights are not kept alive."""
         issued, self.issued = self.issued, None
         return issued
