@@ -144,9 +144,9 @@ def generate(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """`mmfn plan`: what a rank of a layout holds, computes and sends, without an accelerator; nothing is trained."""
     from mmfn.parallel import plan as plans
-    from mmfn.parallel.plan_report import render
     from mmfn.train import loop, plan_search
     from mmfn.train.plan import Workload
+    from mmfn.train.plan_report import render
 
     if args.diff is not None:
         _say(plans.diff(*map(plans.read_plan, args.diff)))

@@ -14,12 +14,12 @@ from mmfn import cli, tree
 from mmfn.parallel import devices, plan, scaling
 from mmfn.parallel.compiled import compiled
 from mmfn.parallel.mesh import Layout, Mesh
-from mmfn.parallel.plan_report import render
 from mmfn.parallel.sharding import local, shard_params
 from mmfn.parallel.trace import Key, Recorder, recording_mesh
 from mmfn.parallel.virtual import run_virtual
 from mmfn.spec import init_params
 from mmfn.train import plan as planning
+from mmfn.train.plan_report import render
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 from tests.parallel.plan_cases import CASES, hf_config, make

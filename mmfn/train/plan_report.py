@@ -19,7 +19,7 @@ def render(plans: Sequence[Plan]) -> str:
     """The page as text; everything in it is escaped. Raises ValueError when there is no plan."""
     if not plans:
         raise ValueError("a report needs at least one plan; plan a layout that the model can take")
-    template = resources.files("mmfn.parallel").joinpath("plan.html.jinja").read_text(encoding="utf-8")
+    template = resources.files("mmfn.train").joinpath("plan.html.jinja").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     first = plans[0]
     limit = devices.device(first.device).memory_bytes
