@@ -22,7 +22,7 @@ from mmfn.parallel.sharding import shard_params, whole
 from mmfn.parallel.virtual import Call, World, run_virtual
 from mmfn.train.optim import adamw, chain, clip_by_global_norm
 from mmfn.train.schedule import schedule
-from mmfn.train.step import init_state, make_step
+from mmfn.train.step import State, Step, init_state, make_step
 
 NUM_SAMPLES = 8
 PAD_TOKENS = 48  # a batch rank's tokens are padded to a multiple of this, which up to 8 cp ranks of any kind divide
@@ -160,8 +160,8 @@ def batch_of(cell: Cell, index: int = 0, size: int = 1) -> Batch:
     return replace(batch, weights_T=batch.weights_T.double(), visual=visual)
 
 
-def outcome(cell: Cell, mesh: Mesh) -> dict[str, Tensor]:
-    """One step as this rank of the mesh sees it: metrics, whole clipped gradients and whole updated parameters."""
+def prepared(cell: Cell, mesh: Mesh, *, donate: bool = True) -> tuple[Step, State, Batch]:
+    """The step, its first state and this rank's share of the batch."""
     model = model_of(cell.family, cell.num_layers)
     program = pipe(Program.of(model.family.specs(model.cfg), mesh=mesh), *cell.transforms)
     params = tree.map(torch.clone, model.params)
@@ -170,9 +170,15 @@ def outcome(cell: Cell, mesh: Mesh) -> dict[str, Tensor]:
     # With beta1 = 0 the first moment is the clipped gradient. A large eps keeps the update smooth where it is tiny.
     optimizer = chain(clip_by_global_norm(0.5), adamw(betas=(0.0, 0.9), eps=1e-3, weight_decay=0.1))
     rate = schedule("constant", peak=1e-2, num_steps=1)
-    step = make_step(model.family, model.cfg, program, "per_token_loss", optimizer, schedule=rate)
+    step = make_step(model.family, model.cfg, program, "per_token_loss", optimizer, schedule=rate, donate=donate)
     own = program.split(batch_of(cell, mesh["batch"].index, mesh["batch"].size))
-    state, metrics = step(init_state(params, optimizer), [own])
+    return step, init_state(params, optimizer), own
+
+
+def outcome(cell: Cell, mesh: Mesh) -> dict[str, Tensor]:
+    """One step as this rank of the mesh sees it: metrics, whole clipped gradients and whole updated parameters."""
+    step, state, batch = prepared(cell, mesh)
+    state, metrics = step(state, [batch])
     found = {f"metrics/{name}": value for name, value in metrics.items()}
     for kind, leaves in (("gradients", state["opt"][1]["m"]), ("params", state["params"])):
         found |= {f"{kind}/{path}": whole(leaf, mesh) for path, leaf in tree.items(leaves)}

@@ -1,7 +1,6 @@
 """The conformance matrix: every layout and transform gives the step of one device. See `conformance.py`.
 
-Another transform is one more line. `make test` runs one cell of every line, the one marked by its place in the list,
-and `make test-full` all of them.
+Another transform is one more line. `make test` runs up to two cells of every line and `make test-full` all of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from mmfn import tree
 from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.mesh import Layout
+from mmfn.parallel.mesh import Layout, Mesh
 from mmfn.parallel.precision import precision
 from mmfn.parallel.program import Transform
 from mmfn.parallel.remat import remat
-from tests.parallel.conformance import BATCHES, Cell, check_cell
+from mmfn.parallel.sharding import local
+from mmfn.parallel.virtual import virtual
+from tests.parallel.conformance import BATCHES, Cell, check_cell, prepared
 
 TWO, THREE, FOUR, EIGHT = (Layout(dp=n) for n in (2, 3, 4, 8))  # no width of the models is a multiple of 3
 DDP, HSDP, HSDP_8 = Layout(replicate=2), Layout(replicate=2, dp=2), Layout(replicate=2, dp=4)
@@ -56,7 +58,7 @@ LINES = [
 
 
 def _matrix() -> Iterator[Any]:
-    """All cells; the first of every line and, going on round, one more are fast."""
+    """All cells; of every line the first and another, which differs from line to line, are fast."""
     for i, cells in enumerate(LINES):
         fast = {0, (i + 1) % len(cells)}
         for j, cell in enumerate(cells):
@@ -72,3 +74,18 @@ def test_the_same_step_twice_is_bitwise_equal() -> None:
     cell = Cell(layout=HSDP, name="twice", transforms=(data_parallel(), remat("full")))
     first, second = check_cell(cell).results[0], check_cell(cell).results[0]
     assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+def test_a_state_that_is_not_donated_is_left_as_it_was() -> None:
+    cell = Cell(layout=THREE, name="kept state", transforms=(data_parallel(),))
+
+    def run(mesh: Mesh) -> None:
+        step, state, batch = prepared(cell, mesh, donate=False)
+        before = [local(leaf).clone() for leaf in tree.leaves((state, batch))]
+        after, _ = step(state, [batch])
+        assert all(torch.equal(local(x), y) for x, y in zip(tree.leaves((state, batch)), before, strict=True))
+        for new, old in zip(tree.leaves(after["params"]), tree.leaves(state["params"]), strict=True):
+            assert new.placements == old.placements
+            assert new.to_local().numel() == 0 or not torch.equal(new.to_local(), old.to_local())
+
+    virtual(cell.layout, run)
