@@ -261,3 +261,19 @@ def test_the_checkpoint_of_the_run_itself_is_kept(
     changes = {"model.path": str(stored), "model.init": "load", "output.overwrite": True}
     assert "model.path" in complaint(changes)
     mmfn.load_hf(stored)
+
+
+def test_experts_that_transformers_would_misread_are_refused_before_training(make_config, small_demo, tmp_path, capsys):
+    model = tmp_path / "moe"
+    shutil.copytree(small_demo / "model", model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    text = config["text_config"]
+    text |= {"model_type": "qwen3_vl_moe_text", "num_experts": 4, "num_experts_per_tok": 2}
+    text["moe_intermediate_size"] = text["hidden_size"] // 2  # gate and up together are square
+    config |= {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    path = make_config({"model.path": str(model), "train.steps": 1, "data.eval": None})
+    assert cli.main(["train", str(path)]) == 2
+    assert "transformers would misread" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["train", str(path), "output.experts=transformers"]) == 0

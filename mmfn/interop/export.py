@@ -44,7 +44,7 @@ def check_layout(specs: Tree, key_map: KeyMap, layout: str) -> None:
         if name in own and stored.shape == own[name].shape and stored.dims != own[name].dims:
             raise ValueError(
                 f"tensor {name!r} has shape {list(stored.shape)} in every layout, so transformers would misread that "
-                f"of {layout!r}; save with layout='transformers'"
+                f"of {layout!r}; save with layout='transformers' (in a config: output.experts)"
             )
 
 

@@ -106,10 +106,9 @@ def lower(program: Program) -> Program:
     """
     layout = program.mesh.layout
     for name, transform in NEEDED.items():
-        if getattr(layout, name) > 1 and name not in program.uses:
-            raise ValueError(
-                f"layout {layout}: {name} is {getattr(layout, name)} but no transform uses it; {transform}"
-            )
+        is_needed = getattr(layout, name) > 1 or (name == "dp" and layout.world > 1)  # it sums the gradients of all
+        if is_needed and name not in program.uses:
+            raise ValueError(f"layout {layout}: no transform takes care of {name}; add {transform}")
     ops = program.ops
     if program.compile == "layer":
         ops = replace(ops, layer=program.jit(ops.layer))
@@ -130,9 +129,9 @@ def _weights_in_time(program: Program, stack: Callable[..., Any], gather: Gather
 
 
 NEEDED = {
-    "replicate": "add data_parallel()",
-    "dp": "add data_parallel()",
-    "cp": "add context_parallel() and data_parallel(), over which parameters are sharded",
-    "ep": "add expert_parallel()",
+    "replicate": "data_parallel()",
+    "dp": "data_parallel()",
+    "cp": "context_parallel()",
+    "ep": "expert_parallel()",
 }
 assert set(NEEDED) | {"ulysses"} == set(Layout.__dataclass_fields__), "every size of a layout has a transform"

@@ -200,6 +200,9 @@ class OutputSection(Section):
         description="replace an earlier run in that folder; it is kept in `previous` until the new one is complete",
     )
     report_images: Annotated[int, Field(ge=0)] = Field(default=60, description="held-out images shown in report.html")
+    experts: Literal["hub", "transformers"] = Field(
+        default="hub", description="layout of experts in the checkpoint: as published, or as transformers saves them"
+    )
 
 
 class Config(Section):

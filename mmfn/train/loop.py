@@ -60,7 +60,7 @@ def run_training(run: Run, progress: Progress) -> Result:
     train_s = time.perf_counter() - start
     model = replace(run.model, params=whole_params(state["params"], run.place.mesh))
     if run.place.is_first:
-        save_hf(folder / "checkpoint", model, assets=config.model.path)
+        save_hf(folder / "checkpoint", model, assets=config.model.path, layout=config.output.experts)
     evaluation = _evaluate(run, model, progress)
     result = Result(folder=folder, model=model, records=records, evaluation=evaluation, train_s=train_s)
     if run.place.is_first:

@@ -13,6 +13,7 @@ import torch
 
 from mmfn import tree
 from mmfn.batch import IGNORE
+from mmfn.interop import export
 from mmfn.interop.checkpoint import read_config
 from mmfn.interop.hf import init, load_hf
 from mmfn.model import Model
@@ -81,6 +82,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     place = place or alone(find_device(config.model.device))
     model = load_shards(config, place)
     check_match(model, processor)
+    export.check_layout(model.family.specs(model.cfg), model.family.key_map(model.cfg), config.output.experts)
     eos = eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size)
     program = build_program(config, model.family, model.cfg, place.mesh)
     for note in program.notes:

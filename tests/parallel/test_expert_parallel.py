@@ -377,7 +377,7 @@ def test_layouts_that_are_refused() -> None:
         transform(Layout(dp=3, ep=3), SPECS)
     with pytest.raises(ValueError, match="dp 2, ep 2: ep is 2 but the model has no experts; set ep to 1"):
         transform(EP2, {"weight": spec((4, 4), "embed mlp", ZEROS)})
-    with pytest.raises(ValueError, match=r"ep is 2 but no transform uses it; add expert_parallel\(\)"):
+    with pytest.raises(ValueError, match=r"no transform takes care of ep; add expert_parallel\(\)"):
         run_virtual(EP2, lambda mesh: build(mesh, data_parallel()))
 
 

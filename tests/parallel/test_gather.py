@@ -287,5 +287,5 @@ def test_the_hook_is_the_identity_on_one_device() -> None:
     assert program.ops.stack is run_stack
     params = {"w": torch.ones(2)}
     assert program.ops.gather(params) is params
-    with pytest.raises(ValueError, match=r"layout dp 2: dp is 2 but no transform uses it; add data_parallel\(\)"):
+    with pytest.raises(ValueError, match=r"layout dp 2: no transform takes care of dp; add data_parallel\(\)"):
         virtual(Layout(dp=2), lambda mesh: lower(Program.of(None, mesh=mesh)))
