@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.distributed_c10d import Store
 
-    from mmfn.parallel.axis import Transport
-    from mmfn.parallel.mesh import Layout, Mesh, Partition
+    from mmfn.parallel.mesh import Layout, Mesh
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -101,7 +100,7 @@ def placed(ranks: Ranks, layout: "Layout", device: "torch.device", timeout_s: fl
     A collective that is not answered within `timeout_s` seconds fails. Raises ValueError when the layout does not fit
     the ranks, or for a device type without a backend.
     """
-    from mmfn.parallel.mesh import distributed_mesh, single_mesh
+    from mmfn.parallel.mesh import distributed_mesh, make_mesh, process_groups, single_mesh
 
     layout.check_world(ranks.size)
     if ranks.size == 1:
@@ -124,25 +123,11 @@ def placed(ranks: Ranks, layout: "Layout", device: "torch.device", timeout_s: fl
         BACKENDS[device.type], store=store, rank=ranks.index, world_size=ranks.size, timeout=timeout
     )
     mesh = distributed_mesh(layout, device.type, timeout)
-    yield Place(device=device, mesh=mesh, host=mesh if device.type == "cpu" else _host_mesh(layout, timeout))
+    host = mesh if device.type == "cpu" else make_mesh(layout, ranks.index, process_groups(timeout, "gloo"))
+    yield Place(device=device, mesh=mesh, host=host)
     dist.destroy_process_group()  # not behind an error: other ranks may never answer, and the process ends anyway
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error says that another rank ended or hangs."""
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in LOST)
-
-
-def _host_mesh(layout: "Layout", timeout: timedelta) -> "Mesh":
-    """The mesh of ranks over the CPU, beside the one of their accelerators."""
-    import torch.distributed as dist
-
-    from mmfn.parallel.axis import Group
-    from mmfn.parallel.mesh import make_mesh
-
-    def connect(name: str, partition: "Partition") -> "Transport":
-        groups = list(map(list, partition))
-        own, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout, backend="gloo")  # type: ignore[no-untyped-call]
-        return Group(own.group_name, own.size())
-
-    return make_mesh(layout, dist.get_rank(), connect)

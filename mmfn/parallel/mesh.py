@@ -114,7 +114,7 @@ class Mesh:
 def make_mesh(layout: Layout, rank: int, connect: Connect, device_type: str = "cpu", *, backend: bool = False) -> Mesh:
     """The mesh as rank `rank` sees it. `connect(axis name, groups)` makes the transport of an axis of several ranks.
 
-    With `backend` the two DeviceMeshes own process groups, so that checkpoints can use them.
+    With `backend` the two DeviceMeshes own process groups, which torch.compile asks them for.
     """
 
     def axis(name: str) -> Axis:
@@ -144,16 +144,24 @@ def distributed_mesh(layout: Layout, device_type: str = "cpu", timeout: timedelt
     number of ranks.
     """
     layout.check_world(dist.get_world_size())
+    return make_mesh(layout, dist.get_rank(), process_groups(timeout), device_type, backend=True)
+
+
+def process_groups(timeout: timedelta | None = None, backend: str | None = None) -> Connect:
+    """What connects real ranks: one process group for all axes over the same ranks, as groups hold sockets and memory.
+
+    `backend`: default that of torch.distributed's own group.
+    """
     groups: dict[Partition, Group] = {}
 
     def connect(name: str, partition: Partition) -> Transport:
         if partition not in groups:
             ranks = list(map(list, partition))
-            own, _ = dist.new_subgroups_by_enumeration(ranks, timeout)  # type: ignore[no-untyped-call]
+            own, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend)  # type: ignore[no-untyped-call]
             groups[partition] = Group(own.group_name, own.size())
         return groups[partition]
 
-    return make_mesh(layout, dist.get_rank(), connect, device_type, backend=True)
+    return connect
 
 
 def single_mesh() -> Mesh:

@@ -27,7 +27,8 @@ def norm_and_sums(norm: Tensor, shares: Mapping[str, Tensor], mesh: Mesh) -> tup
     """
     if mesh.layout.world == 1:
         return norm, dict(shares)
-    wide = [x.to(torch.float64) for x in (norm, *shares.values())]
+    dtype = torch.float32 if norm.device.type == "npu" else torch.float64  # what hccl can add up
+    wide = [x.to(dtype) for x in (norm, *shares.values())]
     squared, *totals = mesh["world"].all_reduce(torch.stack([wide[0].square(), *wide[1:]]), "metrics").unbind(0)
     sums = {name: total.to(x.dtype) for (name, x), total in zip(shares.items(), totals, strict=True)}
     return (squared / mesh.layout.replicate).sqrt().to(norm.dtype), sums

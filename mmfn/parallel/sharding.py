@@ -46,15 +46,15 @@ def shard_params(params: Tree, specs: Tree, mesh: Mesh) -> Tree:
     return tree.map(lambda leaf, spec: shard(leaf, sharding_of(spec, mesh)), params, specs)
 
 
-def shard(whole: Tensor, sharding: Sharding) -> DTensor:
-    """This rank's part of a whole tensor, as a DTensor."""
+def shard(whole: Tensor, sharding: Sharding, device: torch.device | None = None) -> DTensor:
+    """This rank's part of a whole tensor, as a DTensor; only the part is moved to `device`."""
     part, mesh = whole, sharding.mesh
     place = mesh.get_coordinate() or ()
     for size, index, placement in zip(mesh.shape, place, sharding.placements, strict=True):
         if isinstance(placement, Shard):
             start, stop = rows(part.shape[placement.dim], size, index)
             part = part.narrow(placement.dim, start, stop - start)
-    return wrap(part.clone(memory_format=torch.contiguous_format), whole.shape, sharding)
+    return wrap(part.clone(memory_format=torch.contiguous_format).to(device=device), whole.shape, sharding)
 
 
 def rows(num_rows: int, size: int, index: int) -> tuple[int, int]:

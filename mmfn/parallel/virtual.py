@@ -124,6 +124,10 @@ class _Threads:
         return torch.cat(self._meet("all_gather", x, site, x.shape))
 
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
+        if x.shape[0] % self.channel.size:
+            raise ValueError(
+                f"reduce_scatter of {x.shape[0]} rows over {self.channel.size} ranks; pad them to a multiple"
+            )
         met = self._meet("reduce_scatter", x, site, x.shape)
         return _sum([other.chunk(self.channel.size)[self.index] for other in met])
 
@@ -147,6 +151,8 @@ class _Threads:
 
         `shape`: what all ranks must have in common.
         """
+        if not x.is_contiguous():  # real transports send memory as it lies
+            raise ValueError(f"{name} ({site}) got a tensor of strides {x.stride()}; make it contiguous")
         self.log.append(Call(self.axis, name, site, tuple(x.shape), x.dtype))
         kind, copy = (name, site, tuple(shape), x.dtype), x.detach().clone()
         try:

@@ -24,10 +24,10 @@ Objective = Callable[[Tensor], Tensor]
 def default(counts_MN: Tensor) -> Tensor:
     """Mean over micro-batches of each one's mean over its supervised tokens. Depends on how samples are split.
 
-    A micro-batch without supervised tokens adds zero and still counts in the mean.
+    A micro-batch without supervised tokens does not count: ranks add empty ones to have equally many.
     """
     counts_M1 = counts_MN.sum(1, keepdim=True)
-    return _reciprocal(counts_M1 * counts_MN.shape[0]).expand(counts_MN.shape)
+    return _reciprocal(counts_M1 * (counts_M1 > 0).sum()).expand(counts_MN.shape)
 
 
 def per_token_loss(counts_MN: Tensor) -> Tensor:

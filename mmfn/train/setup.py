@@ -80,6 +80,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
     place = place or alone(find_device(config.model.device))
+    check_attention(config, place.device)
     model = load_shards(config, place)
     check_match(model, processor)
     export.check_layout(model.family.specs(model.cfg), model.family.key_map(model.cfg), config.output.experts)
@@ -140,13 +141,23 @@ def load_model(section: ModelSection, seed: int, device: torch.device | None = N
     return replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
 
 
+def check_attention(config: Config, device: torch.device) -> None:
+    """Raise ValueError for a kind of context parallelism whose attention has no kernel for the device yet."""
+    kind = config.layout.kind
+    if config.layout.cp > 1 and kind != "ulysses" and device.type != "cpu":
+        raise ValueError(
+            f"layout.kind {kind!r} needs attention blocks with log-sum-exp, which there are on the CPU only, not on "
+            f"{device.type}; use layout.kind=ulysses"
+        )
+
+
 def load_shards(config: Config, place: Place) -> Model:
     """The model with this rank's shards. Every rank has the whole model in the host's memory while it cuts them."""
     if place.mesh.layout.world == 1:
         return load_model(config.model, config.train.seed, place.device)
     model = load_model(config.model, config.train.seed, torch.device("cpu"))
     specs = model.family.specs(model.cfg)
-    cut = tree.map(lambda leaf, spec: shard(leaf.to(place.device), sharding_of(spec, place.mesh)), model.params, specs)
+    cut = tree.map(lambda leaf, spec: shard(leaf, sharding_of(spec, place.mesh), place.device), model.params, specs)
     return replace(model, params=cut)
 
 

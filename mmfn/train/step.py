@@ -60,10 +60,12 @@ def make_step(
     clipping), `lr`, `skipped` (1 where the gradient norm is not finite: then only `state["step"]` advances).
 
     `donate`: the given state is consumed, its tensors overwritten and returned; with False it is left as it was. This
-    is the only place where that is decided. On a mesh, `microbatches` are this rank's shares (`program.split` of each)
-    and the metrics those of the global batch. Under `compiled("layer")` the update is one graph beside those of the
-    blocks; under `compiled("step")` a step with one micro-batch is one graph, and one with several runs a graph per
-    micro-batch and one for the update (one graph can recompute activations for one backward pass only).
+    is the only place where that is decided. On a mesh, `microbatches` are this rank's shares (`program.split` of each),
+    equally many on all ranks and with one number of segments, and the metrics those of the global batch.
+
+    Under `compiled("layer")` the update is one graph beside those of the blocks; under `compiled("step")` a step with
+    one micro-batch is one graph, and one with several runs a graph per micro-batch and one for the update (one graph
+    can recompute activations for one backward pass only).
 
     Raises ValueError for an unknown objective, for optimizer patterns that match no parameter, and, when called, for
     an empty list of micro-batches.

@@ -15,7 +15,7 @@ TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 16,
     "rope_parameters": {
@@ -36,7 +36,7 @@ VISION = {
     "deepstack_visual_indexes": [0],
 }
 IDS = {"image_token_id": 1, "video_token_id": 2, "tie_word_embeddings": False}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def hf_config(*, moe: bool = False, layers: int = 2) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Layouts and meshes: the grid of ranks, its rules and its axes."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from mmfn.parallel.mesh import AXES, Layout, Mesh, make_mesh, single_mesh
+from mmfn.parallel.mesh import AXES, Layout, Mesh, make_mesh, process_groups, single_mesh
 from mmfn.parallel.virtual import virtual
 
 EIGHT = Layout(replicate=2, dp=2, cp=2, ulysses=2, ep=4)
@@ -81,3 +83,21 @@ def test_an_axis_of_one_rank_is_never_connected() -> None:
 
     make_mesh(Layout(dp=2), 1, connect)
     assert sorted(asked) == ["batch", "dp", "edp", "shard", "world"]
+
+
+def test_axes_over_the_same_ranks_share_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def new_subgroups(ranks: list[list[int]], timeout: Any, backend: str | None) -> Any:
+        made.append((ranks, backend))
+        return SimpleNamespace(group_name=str(len(made)), size=lambda: len(ranks[0])), None
+
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_subgroups)
+    mesh = make_mesh(Layout(dp=2, cp=2), 3, process_groups(backend="gloo"))
+    assert made == [
+        ([[0, 2], [1, 3]], "gloo"),  # dp, batch
+        ([[0, 1], [2, 3]], "gloo"),  # ring, cp
+        ([[0, 1, 2, 3]], "gloo"),  # shard, world, edp
+    ]
+    assert mesh["dp"].transport is mesh["batch"].transport is not mesh["cp"].transport
+    assert mesh["world"].transport is mesh["shard"].transport is mesh["edp"].transport

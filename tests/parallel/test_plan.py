@@ -22,6 +22,7 @@ from mmfn.train import plan as planning
 from mmfn.train.plan_report import render
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
+from tests.parallel.layout_cases import LAYOUTS, has_experts, name_of, settings_of
 from tests.parallel.plan_cases import CASES, hf_config, make
 
 SAMPLE = ("one device", "remat", "micro-batches", "experts", "dp, remat", "hsdp", "gather", "ring, dp", "ep")
@@ -97,9 +98,18 @@ def _start(setup: planning.Setup, program: Any, mesh: Mesh) -> tuple[Any, list[A
     return init_state(params, setup.optimizer), [program.split(whole)] * setup.workload.micro_batches
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if make(**CASES[name])[1].world > 1])
-def test_planned_collectives_are_those_of_virtual_ranks(name: str) -> None:
-    setup, layout = make(**CASES[name])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *(pytest.param(chosen, id=name) for name, chosen in CASES.items() if make(**chosen)[1].world > 1),
+        *(
+            pytest.param({"moe": has_experts(case), **settings_of(case)}, id=name_of(case), marks=pytest.mark.slow)
+            for case in LAYOUTS
+        ),
+    ],
+)
+def test_planned_collectives_are_those_of_virtual_ranks(chosen: dict[str, Any]) -> None:
+    setup, layout = make(**chosen)
 
     def run(mesh: Mesh) -> None:
         program = setup.build(setup.cfg, mesh)

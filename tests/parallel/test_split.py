@@ -55,6 +55,7 @@ def test_multiples() -> None:
     assert [token_multiple(kind, Layout(cp=4)) for kind in ("ring", "gather")] == [8, 8]
     assert (token_multiple("ulysses", Layout(cp=4, ulysses=4)), token_multiple("usp", usp)) == (4, 12)
     assert [segment_multiple(kind, usp) for kind in ("ulysses", "gather", "ring", "usp")] == [1, 1, 6, 6]
+    assert segment_multiple("ring", Layout()) == 1
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,13 @@ def test_ranks_that_disagree_are_stopped() -> None:
         on_dp(lambda a: a.all_to_all(torch.zeros(4), "t", [2, 1, 1, 0], [1] * 4))
 
 
+def test_what_real_transports_do_not_take_is_refused() -> None:
+    with pytest.raises(ValueError, match="reduce_scatter of 6 rows over 4 ranks; pad them to a multiple"):
+        on_dp(lambda a: a.reduce_scatter(torch.zeros(6), "t"))
+    with pytest.raises(ValueError, match=r"all_gather \(t\) got a tensor of strides \(1, 2\); make it contiguous"):
+        on_dp(lambda a: a.issue_all_gather(torch.zeros(3, 2).t(), "t"))
+
+
 def test_an_error_of_one_rank_ends_all() -> None:
     def fails(axis: Axis) -> None:
         if axis.index == 2:

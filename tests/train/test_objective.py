@@ -65,7 +65,7 @@ def test_per_token_loss() -> None:
 
 def test_default() -> None:
     parts = [sums(b) for b in MICROBATCHES]
-    expected = sum(s / n for s, n in parts if n) / len(parts)
+    expected = sum(s / n for s, n in parts if n) / sum(1 for _, n in parts if n)
     assert weighted(MICROBATCHES, "default") == pytest.approx(expected, rel=1e-6)
     assert weighted(MICROBATCHES[:1], "default") == pytest.approx(weighted(MICROBATCHES[:1], "per_token_loss"))
 
@@ -141,3 +141,14 @@ def test_nothing_supervised_is_loss_zero_with_zero_gradients() -> None:
     assert value.item() == 0.0
     assert metrics["tokens"].item() == 0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in tree.leaves(grads))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_empty_microbatches_change_nothing(objective: str) -> None:
+    """Ranks add them, so that all have equally many."""
+    empty = [b for b in MICROBATCHES if not (b.labels_T != IGNORE).any()]
+    assert empty
+    given = [b for b in MICROBATCHES if (b.labels_T != IGNORE).any()]
+    more = weigh([*given, *empty, *empty], objective)
+    for a, b in zip(weigh(given, objective), more, strict=False):
+        assert torch.equal(a.weights_T, b.weights_T)

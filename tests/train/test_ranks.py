@@ -295,3 +295,10 @@ def test_a_killed_rank_ends_the_others(make_config: MakeConfig) -> None:
     assert code == 2
     assert errors.startswith("mmfn: error: another rank ended or does not answer (")
     assert errors.count("\n") == 1
+
+
+def test_attention_without_a_kernel_is_refused_before_any_work(make_config: MakeConfig) -> None:
+    config = load_config(make_config(), ["layout.cp=2"]).config
+    setup.check_attention(config, CPU)
+    with pytest.raises(ValueError, match="layout.kind 'gather' needs .* not on cuda; use layout.kind=ulysses"):
+        setup.check_attention(config, torch.device("cuda"))

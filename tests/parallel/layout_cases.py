@@ -1,0 +1,86 @@
+"""One list of layouts of up to 8 ranks: all pairs and triples of replicate, dp, cp (every kind) and ep.
+
+A case is settings of the config's section `layout`, so that the same line makes a step to run and a step to plan.
+"""
+
+from itertools import cycle
+from typing import Any
+
+from tests.parallel.conformance import BATCHES
+
+Case = dict[str, Any]  # settings of the section `layout`; "batch": a name in BATCHES; "moe": a model with experts
+
+FAST: list[Case] = [  # what no other test covers
+    {"cp": 2, "kind": "gather", "ep": 2, "batch": "mixed"},
+    {"cp": 4, "kind": "usp", "ulysses": 2, "ep": 2, "batch": "video"},
+    {"dp": 2, "cp": 2, "kind": "ring", "ep": 4, "remat": "full", "batch": "first half without images"},
+    {"dp": 2, "cp": 2, "kind": "ulysses", "ep": 2, "batch": "first half unsupervised"},
+    {"dp": 2, "cp": 3, "kind": "ring", "ep": 2, "batch": "mixed"},  # an ep group of ranks with different batches
+    {"replicate": 2, "cp": 2, "kind": "ring", "ep": 2, "batch": "first half without images"},
+    {"replicate": 2, "dp": 2, "cp": 2, "kind": "gather", "ep": 2, "remat": "full", "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "gather", "ep": 4, "capacity": 4.0, "batch": "first half unsupervised"},
+]
+AROUND_CP: list[Case] = [
+    {},
+    {"dp": 2},
+    {"replicate": 2},
+    {"ep": 2},
+    {"dp": 2, "ep": 2},
+    {"dp": 2, "ep": 4},
+    {"replicate": 2, "ep": 2},
+]
+KINDS: list[Case] = [
+    {"cp": 2, "kind": "gather"},
+    {"cp": 2, "kind": "ulysses"},
+    {"cp": 2, "kind": "ring"},
+    {"cp": 4, "kind": "usp", "ulysses": 2},
+]
+BY_KIND: list[Case] = [  # remat and batches take turns: 2, 5 and 7 have no common divisor
+    {**kind, **sizes, "remat": remat, "batch": batch}
+    for (kind, sizes), remat, batch in zip(
+        [(kind, sizes) for kind in KINDS for sizes in AROUND_CP],
+        cycle(("none", "full")),
+        cycle(BATCHES),
+        strict=False,
+    )
+]
+OTHERS: list[Case] = [
+    {"dp": 8, "ep": 4, "remat": "full", "batch": "video"},
+    {"replicate": 2, "dp": 2, "ep": 2, "remat": "full", "batch": "first half without images"},
+    {"replicate": 2, "dp": 4, "ep": 2, "batch": "first half unsupervised"},
+    {"replicate": 4, "dp": 2, "ep": 2, "batch": "mixed"},
+    {"replicate": 2, "dp": 2, "cp": 2, "kind": "ring", "remat": "full", "batch": "first half without images"},
+    {"replicate": 2, "dp": 2, "cp": 2, "kind": "gather", "moe": True, "batch": "mixed"},
+    {"replicate": 2, "dp": 2, "cp": 2, "kind": "ulysses", "ep": 4, "batch": "first half unsupervised"},
+    {"replicate": 2, "dp": 2, "cp": 2, "kind": "ring", "ep": 4, "remat": "full", "batch": "video"},
+    {"dp": 4, "cp": 2, "kind": "ulysses", "ep": 4, "remat": "full", "batch": "mixed"},
+    {"dp": 4, "cp": 2, "kind": "gather", "ep": 8, "batch": "first half without images"},
+    {"dp": 2, "cp": 4, "kind": "usp", "ulysses": 2, "ep": 8, "remat": "full", "batch": "first half unsupervised"},
+    {"dp": 2, "cp": 3, "kind": "gather", "ep": 2, "remat": "full", "batch": "first half without images"},
+    {"dp": 3, "cp": 2, "kind": "ulysses", "ep": 2, "batch": "text"},
+    {"cp": 8, "kind": "ulysses", "ep": 8, "batch": "mixed"},
+    {"cp": 8, "kind": "ring", "ep": 4, "batch": "video"},
+    {"cp": 8, "kind": "gather", "ep": 2, "remat": "full", "batch": "text"},
+    {"cp": 8, "kind": "usp", "ulysses": 4, "ep": 4, "batch": "mixed"},
+    {"cp": 2, "kind": "ulysses", "ep": 2, "capacity": 2.0, "batch": "mixed"},
+    {"cp": 4, "kind": "ring", "ep": 4, "capacity": 4.0, "remat": "full", "batch": "mixed"},
+    {"dp": 2, "cp": 3, "kind": "ring", "ep": 2, "capacity": 2.0, "batch": "first half without images"},
+    {"dp": 2, "cp": 4, "kind": "usp", "ulysses": 2, "ep": 4, "capacity": 4.0, "batch": "video"},
+    {"replicate": 2, "cp": 2, "kind": "gather", "ep": 2, "capacity": 2.0, "remat": "full", "batch": "text"},
+]
+LAYOUTS = [*FAST, *BY_KIND, *OTHERS]
+
+
+def name_of(case: Case) -> str:
+    """All of it, in words."""
+    return ", ".join(str(value) if name in ("kind", "batch") else f"{name} {value}" for name, value in case.items())
+
+
+def settings_of(case: Case) -> dict[str, Any]:
+    """Settings of the section `layout` alone."""
+    return {name: value for name, value in case.items() if name not in ("batch", "moe")}
+
+
+def has_experts(case: Case) -> bool:
+    """Whether the model of a case is one of experts."""
+    return bool(case.get("moe", "ep" in case))

@@ -1,0 +1,49 @@
+"""Every combination of replicate, dp, cp and ep gives the step of one device, and the collectives of its plan."""
+
+import pytest
+
+from mmfn.parallel.context_parallel import context_parallel
+from mmfn.parallel.data_parallel import data_parallel
+from mmfn.parallel.expert_parallel import expert_parallel
+from mmfn.parallel.remat import remat
+from mmfn.parallel.split import segment_multiple
+from mmfn.train.config import LayoutSection
+from mmfn.train.setup import layout_of
+from tests.parallel.conformance import Cell, check_cell
+from tests.parallel.layout_cases import FAST, LAYOUTS, Case, has_experts, name_of, settings_of
+
+ROW = 384  # tokens of a batch of any half of the samples, padded: a capacity needs as many on every rank
+
+
+def cell(case: Case) -> Cell:
+    """The case on the models and batches of the conformance matrix."""
+    section = LayoutSection(**settings_of(case))
+    layout, kind, capacity = layout_of(section), section.kind, section.capacity
+    pack = {"segment_multiple": segment_multiple(kind, layout)} if layout.cp > 1 else {}
+    return Cell(
+        layout=layout,
+        name=name_of(case),
+        transforms=(
+            expert_parallel("dropless" if capacity is None else "capacity", capacity=capacity),
+            data_parallel(),
+            context_parallel(kind, num_heads=8, num_kv_heads=2, matmul_patches=56),
+            remat(section.remat),
+        ),
+        family="moe" if has_experts(case) else "dense",
+        batch=case["batch"],
+        pack=pack | ({} if capacity is None else {"num_tokens": ROW}),
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name_of(case), marks=[] if case in FAST else pytest.mark.slow) for case in LAYOUTS],
+)
+def test_a_step_of_a_model(case: Case) -> None:
+    check_cell(cell(case))
+
+
+def test_every_layout_is_there_once() -> None:
+    assert len(LAYOUTS) >= 40
+    assert len({name_of(case) for case in LAYOUTS}) == len(LAYOUTS)
+    assert all(layout_of(LayoutSection(**settings_of(case))).world in range(2, 9) for case in LAYOUTS)
