@@ -300,5 +300,5 @@ def test_a_killed_rank_ends_the_others(make_config: MakeConfig) -> None:
 def test_attention_without_a_kernel_is_refused_before_any_work(make_config: MakeConfig) -> None:
     config = load_config(make_config(), ["layout.cp=2"]).config
     setup.check_attention(config, CPU)
-    with pytest.raises(ValueError, match="layout.kind 'gather' needs .* not on cuda; use layout.kind=ulysses"):
+    with pytest.raises(ValueError, match=r"layout.kind 'gather' needs .* not on cuda; use layout.kind=ulysses"):
         setup.check_attention(config, torch.device("cuda"))
