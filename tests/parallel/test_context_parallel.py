@@ -207,8 +207,12 @@ def test_refused_before_any_work(kind: str, layout: Layout, heads: tuple[int, in
         )
 
 
-def test_lower_accepts_a_mesh_that_it_has_taken_care_of() -> None:
-    def build(mesh: Any) -> Program:
-        return lower(pipe(Program.of(None, mesh=mesh), context_parallel("gather", num_heads=4, num_kv_heads=2)))
+def test_gradients_of_a_spread_batch_need_data_parallel() -> None:
+    def build(mesh: Any, *more: Any) -> Program:
+        spread = context_parallel("gather", num_heads=4, num_kv_heads=2)
+        return lower(pipe(Program.of(None, mesh=mesh), spread, *more))
 
-    assert {"cp", "ulysses"} <= virtual(Layout(cp=2), build)[0].uses
+    done = virtual(Layout(cp=2), lambda mesh: build(mesh, data_parallel()))[0]
+    assert {"cp", "ulysses"} <= done.uses
+    with pytest.raises(ValueError, match=r"layout cp 2: no transform takes care of dp; add data_parallel\(\)"):
+        virtual(Layout(cp=2), build)
