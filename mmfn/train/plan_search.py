@@ -48,6 +48,8 @@ def read(path: str, overrides: Sequence[str]) -> Config:
     """A run's YAML file, or a bare `config.json`: then the settings that a plan does not read are filled in."""
     if not path.endswith(".json"):
         return load_config(path, overrides).config
+    if Path(path).name != "config.json":
+        raise ValueError(f"{path!r} is read as a model's config.json; give a file of that name, or a run's YAML file")
     with TemporaryDirectory() as folder:
         bare = Path(folder) / "config.yaml"
         bare.write_text(BARE, encoding="utf-8")

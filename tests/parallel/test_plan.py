@@ -235,6 +235,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == "the plans are equal\n"
     assert cli.main(["plan", path, "layout.cp=3", "--world", "4", *small]) == 2
     assert "world 4 is no multiple of replicate * cp = 3" in capsys.readouterr().err
+    other = str(tmp_path / "other.json")
+    (tmp_path / "other.json").write_text("{}")  # beside a config.json that is not meant
+    assert cli.main(["plan", other, *small]) == 2
+    assert "give a file of that name" in capsys.readouterr().err
     assert cli.main(["plan"]) == 2
     assert "needs CONFIG" in capsys.readouterr().err
     assert cli.main(["plan", path, "--search"]) == 2
