@@ -6,6 +6,7 @@ by DTensor's rule: ceil(n / ranks) rows each, so the last ranks may hold fewer r
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def rows(num_rows: int, size: int, index: int) -> tuple[int, int]:
 
 def wrap(local: Tensor, shape: torch.Size, sharding: Sharding) -> DTensor:
     """A local shard as a DTensor of the whole `shape`."""
-    stride = torch.empty(shape, device="meta").stride()
+    stride = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return DTensor.from_local(
         local, sharding.mesh, sharding.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
