@@ -41,26 +41,52 @@ def run(func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str,
     """
     if types:  # a DTensor: its own rules, on meta shards
         return func(*args, **kwargs)
-    packet = func.overloadpacket
-    tensors = list(_tensors(args, kwargs))
+    tensors = _tensors(args, kwargs)
+    kind = _kind(func)
     if not any(x.is_meta for x in tensors):
-        return _known(func, packet, args, kwargs)
-    if packet in _READ:
+        return _known(func, kind.packet, args, kwargs)
+    if kind.packet in _READ:
         raise ValueError(
-            f"the program reads a value that depends on parameters ({packet}), which a plan does not have; "
+            f"the program reads a value that depends on parameters ({kind.packet}), which a plan does not have; "
             "give the plan an op that decides without reading"
         )
-    if not func._schema.returns:  # writes its arguments and makes nothing
+    if kind.makes_nothing:  # writes its arguments
         return None
-    if packet in _CREATE and not _dtype_of(args, kwargs).is_floating_point:
+    if kind.packet in _CREATE and not _dtype_of(args, kwargs).is_floating_point:
         return func(*_swap(args, _stand_in), **_at(kwargs, _HOST))
-    if _is_functional(func):
+    if kind.is_functional:
         return _outputs(func, args, _at(kwargs, _META))
-    if (written := _written(func, args, kwargs)) is not None:
+    if (written := _written(kind, args, kwargs)) is not None:
         if not written.is_meta and not written.dtype.is_floating_point:
-            raise ValueError(f"the program writes a value that depends on parameters into integers ({packet})")
+            raise ValueError(f"the program writes a value that depends on parameters into integers ({kind.packet})")
         return written
-    return func(*_swap(args, _to_meta), **_at(kwargs, _META))
+    if not all(x.is_meta for x in tensors):
+        args = _swap(args, _to_meta)
+    return func(*args, **_at(kwargs, _META))
+
+
+class _Kind(NamedTuple):
+    """What the schema of an operator says."""
+
+    packet: Any
+    is_functional: bool  # makes new tensors from its arguments and writes none of them
+    makes_nothing: bool
+    written: tuple[int, str] | None  # the one argument that it writes and returns, its shape kept
+
+
+@cache
+def _kind(func: Any) -> _Kind:
+    schema = func._schema
+    is_view = func.overloadpacket is _aten._unsafe_view  # which its schema does not declare
+    named = [(i, x.name, x.alias_info) for i, x in enumerate(schema.arguments)]
+    written = [(i, name) for i, name, alias in named if alias is not None and alias.is_write]
+    keeps_shape = len(written) == 1 == len(schema.returns) and torch.Tag.inplace_view not in func.tags
+    return _Kind(
+        packet=func.overloadpacket,
+        is_functional=not is_view and all(x.alias_info is None for x in (*schema.arguments, *schema.returns)),
+        makes_nothing=not schema.returns,
+        written=written[0] if keeps_shape else None,
+    )
 
 
 def _known(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -73,22 +99,11 @@ def _known(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) 
     return func(*args, **_at(kwargs, _HOST)) if is_lost else out
 
 
-@cache
-def _is_functional(func: Any) -> bool:
-    """True for an operator that makes new tensors from its arguments and writes none of them."""
-    if func.overloadpacket is _aten._unsafe_view:  # a view that its schema does not declare
-        return False
-    return all(x.alias_info is None for x in (*func._schema.arguments, *func._schema.returns))
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What an operator writes and returns, if that is one tensor whose shape stays as it is."""
-    schema = func._schema
-    found = [x for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
-    if len(found) != 1 or len(schema.returns) != 1 or torch.Tag.inplace_view in func.tags:
+def _written(kind: _Kind, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    if kind.written is None:
         return None
-    place = schema.arguments.index(found[0])
-    value = kwargs[found[0].name] if found[0].name in kwargs else args[place]
+    place, name = kind.written
+    value = kwargs[name] if name in kwargs else args[place]
     return value if isinstance(value, Tensor) else None
 
 
@@ -154,12 +169,14 @@ def _at(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {**kwargs, "device": device} if kwargs.get("device") is not None else kwargs
 
 
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    for value in (*args, *kwargs.values()):
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from (x for x in value if isinstance(x, Tensor))
+            found += [x for x in value if isinstance(x, Tensor)]
+    return found
 
 
 def _swap(values: Sequence[Any], fn: Callable[[Tensor], Tensor]) -> list[Any]:

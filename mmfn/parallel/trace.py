@@ -7,7 +7,7 @@ transport. On shapes alone nothing has values and no rank but this one exists; o
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -150,6 +150,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._events += 1
 
         self._alive[key] = index, weakref.ref(storage, free)
+
+    def hold(self, phase: str, tensors: Iterable[Any]) -> None:
+        """Count tensors that were made outside, under the name of a phase."""
+        self.phase = phase
+        for x in tensors:
+            if isinstance(x, Tensor):
+                self.allocate(x, phase)
 
     def begin(self) -> None:
         """The step starts here: what is alive is its state, and peaks are counted from now on."""

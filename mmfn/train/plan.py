@@ -3,8 +3,10 @@
 Nothing here knows what a model does: the step is built as training builds it and runs under a recorder.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,66 +76,68 @@ def plan(
     Raises ValueError for a layout the program refuses, and for a compiled program: the eager step is what is traced.
     """
     L, V = setup.cfg.num_layers, setup.cfg.vision.depth
-    blocks = setup.family.specs(setup.cfg)["text"]["layers"]
+    mesh = recording_mesh(layout, rank, Recorder(is_fake=True))
+    program = setup.build(setup.cfg, mesh)
+    blocks = program.specs["text"]["layers"]
     depths = None if all_layers else scaling.choose_depths(blocks, len(setup.cfg.vision.deepstack), V)
+    shares = make_shares(setup, program)
+    run = partial(trace_step, setup, layout, rank=rank, shares=shares)
     trace, how = None, f"all {L} text blocks were traced"
     if depths is not None:
-        traces = [trace_step(setup, layout, n, rank=rank) for n in depths.all]
+        traces = [run(n) for n in depths.all]
         trace = scaling.extend(traces, depths, V, L)
         if trace is None:  # the first trace fills caches, which count as memory there: once more
-            traces[0] = trace_step(setup, layout, depths.first, rank=rank)
-            trace = scaling.extend(traces, depths, V, L)
+            trace = scaling.extend([run(depths.first), *traces[1:]], depths, V, L)
         how = f"text blocks: {', '.join(map(str, depths.all))} of {L} were traced; " + (
             "every figure is affine in their number, and extended" if trace else f"not affine, so all {L} were traced"
         )
-    trace = trace or trace_step(setup, layout, L, rank=rank)
-    leaves, balance, notes = facts(setup, layout, rank)
     return make_plan(
-        trace,
-        leaves,
-        recording_mesh(layout, rank, Recorder(is_fake=True)),
+        trace or run(L),
+        _leaves(setup, program, depths),
+        mesh,
         title=title,
         rank=rank,
         device=device,
         tokens=setup.workload.tokens * setup.workload.micro_batches,
-        balance=balance,
-        notes=[*notes, how],
+        balance=_balance(shares),
+        notes=[*program.notes, how],
         assumptions=_assumptions(setup),
     )
 
 
-def trace_step(setup: Setup, layout: Layout, num_layers: int, *, rank: int = 0, is_fake: bool = True) -> Trace:
+def trace_step(
+    setup: Setup,
+    layout: Layout,
+    num_layers: int,
+    *,
+    rank: int = 0,
+    is_fake: bool = True,
+    shares: Sequence[Batch] | None = None,
+) -> Trace:
     """One step of one rank of a model with the first `num_layers` text blocks.
 
-    `is_fake` False runs real tensors of zeros, for small models: what the plan is compared with in tests.
+    `shares`: this rank's micro-batches, where `make_shares` has made them before. `is_fake` False runs real tensors of
+    zeros, for small models: what the plan is compared with in tests.
     """
     recorder = Recorder(is_fake=is_fake)
     mesh = recording_mesh(layout, rank, recorder)
     cfg = replace(setup.cfg, num_layers=num_layers)
     program = _watched(setup.build(cfg, mesh), recorder)
     step = make_step(setup.family, cfg, program, setup.objective, setup.optimizer, schedule=_constant())
+    shares = shares or make_shares(setup, program, is_fake=is_fake)
     with recorder:
-        state, batches = _start(setup, cfg, program, mesh, recorder)
+        recorder.hold("batch", tree.leaves(list(shares)))
+        state = _state(setup, program, recorder)
         recorder.begin()
-        step(state, batches)
+        step(state, shares)
     return recorder.trace()
 
 
-def facts(setup: Setup, layout: Layout, rank: int = 0) -> tuple[list[Leaf], dict[str, float], tuple[str, ...]]:
-    """What is known without a trace: every leaf of the state, how full static sizes are, what transforms noted."""
-    recorder = Recorder(is_fake=True)
-    mesh = recording_mesh(layout, rank, recorder)
-    program = setup.build(setup.cfg, mesh)
-    with recorder:
-        state, batches = _start(setup, setup.cfg, program, mesh, recorder)
-        wide = setup.workload.micro_batches > 1
-        itemsize = max(4, setup.dtype.itemsize) if wide else None
-        leaves = plan_leaves(state["params"], state["opt"], program.specs, mesh, itemsize)
-    balance = {
-        "tokens": _share([(b.segment_T < b.num_segments).sum() for b in batches], [b.tokens_T for b in batches]),
-        "patches": _share([b.visual.segments.offsets_N[-1] for b in batches], [b.visual.coords_P4 for b in batches]),
-    }
-    return leaves, balance, program.notes
+def make_shares(setup: Setup, program: Program, *, is_fake: bool = True) -> list[Batch]:
+    """The micro-batches of a program's rank, equal ones; with `is_fake` their patches are on the meta device."""
+    with Recorder(is_fake=is_fake):
+        whole = make_batch(setup.family, setup.cfg, setup.workload, program.mesh["cp"].size)
+        return [program.split(whole)] * setup.workload.micro_batches
 
 
 def make_batch(family: Family, cfg: Any, workload: Workload, num_ranks: int) -> Batch:
@@ -178,21 +182,46 @@ def shortened(ops: Ops, recorder: Recorder) -> Ops:
     return replace(ops, linear_cross_entropy=linear_cross_entropy)
 
 
-def _start(
-    setup: Setup, cfg: Any, program: Program, mesh: Mesh, recorder: Recorder
-) -> tuple[dict[str, Any], list[Batch]]:
-    """State and micro-batches of a rank; the recorder counts what is made under the name it is given as a phase."""
-    recorder.phase = "batch"
-    whole = make_batch(setup.family, cfg, setup.workload, mesh["cp"].size)
-    batches = [program.split(whole)] * setup.workload.micro_batches
+def _state(setup: Setup, program: Program, recorder: Recorder) -> dict[str, Any]:
+    """A rank's state; the recorder counts what is made under the name it is given as a phase."""
     recorder.phase = "parameters"
     params: Tree = meta_params(program.specs, setup.dtype)
     if not recorder.is_fake:
         params = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype), params)
-    if mesh.layout.world > 1:
-        params = shard_params(params, program.specs, mesh)
+    if program.mesh.layout.world > 1:
+        params = shard_params(params, program.specs, program.mesh)
     recorder.phase = "optimizer"
-    return init_state(params, setup.optimizer), batches
+    return init_state(params, setup.optimizer)
+
+
+def _leaves(setup: Setup, program: Program, depths: scaling.Depths | None) -> list[Leaf]:
+    """Every leaf of the state. Blocks that repeat are declared alike, so one period of them is made and copied."""
+    specs, recorder = program.specs, Recorder(is_fake=True)
+    if depths is not None:
+        specs = {**specs, "text": {**specs["text"], "layers": specs["text"]["layers"][: depths.first]}}
+    wide = setup.workload.micro_batches > 1  # gradients are summed in float32 or wider
+    itemsize = max(4, setup.dtype.itemsize) if wide else None
+    with recorder:
+        state = _state(setup, replace(program, specs=specs), recorder)
+        leaves = plan_leaves(state["params"], state["opt"], specs, program.mesh, itemsize)
+    known = {leaf.path: leaf for leaf in leaves}
+
+    def find(path: str) -> Leaf:
+        if path in known or depths is None:
+            return known[path]
+        head, index, name = re.fullmatch(r"(text/layers/)(\d+)(/.*)", path).groups()  # type: ignore[union-attr]
+        alike = depths.first - depths.period + (int(index) - depths.first) % depths.period
+        return replace(known[f"{head}{alike}{name}"], path=path)
+
+    return [find(path) for path in tree.paths(program.specs)]
+
+
+def _balance(shares: Sequence[Batch]) -> dict[str, float]:
+    """How full static sizes are."""
+    return {
+        "tokens": _share([(b.segment_T < b.num_segments).sum() for b in shares], [b.tokens_T for b in shares]),
+        "patches": _share([b.visual.segments.offsets_N[-1] for b in shares], [b.visual.coords_P4 for b in shares]),
+    }
 
 
 def _watched(program: Program, recorder: Recorder) -> Program:
