@@ -2,7 +2,8 @@
 
 A product of [m, k] and [k, n] counts 2 m k n; attention counts its two products over the pairs of a query and a key it
 sees, half of a square under causality (five products in the backward, one of them a recomputation); all else counts
-nothing. Packed attention is one operator per segment, so each segment counts by its own length.
+nothing. Each segment of packed attention counts by its own length, whether it is an operator of its own or all segments
+are one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,37 @@ def _pairs(q_BHLC: Tensor, k_BHSC: Tensor, is_causal: bool) -> int:
     return B * H * C * (L * (L + 1) // 2 if is_causal else L * S)
 
 
-_aten = torch.ops.aten
+def packed_attention(
+    q_THC: Tensor,
+    k_SKC: Tensor,
+    v_SKC: Tensor,
+    offsets_N: Tensor,
+    is_causal: bool,
+    key_offsets_N: Tensor | None = None,
+) -> int:
+    """Of `mmfn.attention`. Keys with offsets of their own have no causal mask."""
+    lengths_N = offsets_N.diff()
+    keys_N = lengths_N if key_offsets_N is None else key_offsets_N.diff()
+    pairs_N = lengths_N * (lengths_N + 1) // 2 if is_causal else lengths_N * keys_N
+    return 4 * q_THC.shape[1] * q_THC.shape[2] * int(pairs_N.sum())
+
+
+def packed_attention_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *segments: Any) -> int:
+    """Of `mmfn.attention_grad`: five products for two."""
+    return 5 * packed_attention(q, k, v, *segments) // 2
+
+
+def grouped(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> int:
+    """Of `mmfn.grouped_linear`."""
+    return 2 * int(counts_E.sum()) * weight_EFD.shape[1] * weight_EFD.shape[2]
+
+
+def grouped_grad(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor) -> int:
+    """Of `mmfn.grouped_linear_grad`."""
+    return 2 * int(counts_E.sum()) * dy_RF.shape[1] * x_RD.shape[1]
+
+
+_aten, _mmfn = torch.ops.aten, torch.ops.mmfn
 _TABLE: dict[Any, Callable[..., int]] = {
     _aten.mm: product,
     _aten.mv: lambda a, b, **_: 2 * prod(a.shape),
@@ -64,4 +95,8 @@ _TABLE: dict[Any, Callable[..., int]] = {
     _aten.baddbmm: added_product,
     _aten._scaled_dot_product_flash_attention_for_cpu: attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_grad,
+    _mmfn.attention: packed_attention,
+    _mmfn.attention_grad: packed_attention_grad,
+    _mmfn.grouped_linear: grouped,
+    _mmfn.grouped_linear_grad: grouped_grad,
 }

@@ -58,8 +58,8 @@ class Work:
 class Plan:
     """One step of one rank. `peak_parts`: bytes by category when most bytes are alive, at the stretch `peak_at`.
 
-    `balance`: shares of static sizes that hold real work. `assumptions` say what is not known to a plan; `notes` what
-    each transform did.
+    `balance`: of what the ranks of a batch compute, the part that is real work. `assumptions` say what is not known to
+    a plan; `notes` what each transform did.
     """
 
     title: str

@@ -80,7 +80,7 @@ def plan(
     program = setup.build(setup.cfg, mesh)
     blocks = program.specs["text"]["layers"]
     depths = None if all_layers else scaling.choose_depths(blocks, len(setup.cfg.vision.deepstack), V)
-    shares = make_shares(setup, program)
+    whole, shares = make_shares(setup, program)
     run = partial(trace_step, setup, layout, rank=rank, shares=shares)
     trace, how = None, f"all {L} text blocks were traced"
     if depths is not None:
@@ -99,7 +99,7 @@ def plan(
         rank=rank,
         device=device,
         tokens=setup.workload.tokens * setup.workload.micro_batches,
-        balance=_balance(shares),
+        balance=_balance(whole, shares[0], mesh["cp"].size),
         notes=[*program.notes, how],
         assumptions=_assumptions(setup),
     )
@@ -124,7 +124,7 @@ def trace_step(
     cfg = replace(setup.cfg, num_layers=num_layers)
     program = _watched(setup.build(cfg, mesh), recorder)
     step = make_step(setup.family, cfg, program, setup.objective, setup.optimizer, schedule=_constant())
-    shares = shares or make_shares(setup, program, is_fake=is_fake)
+    shares = shares or make_shares(setup, program, is_fake=is_fake)[1]
     with recorder:
         recorder.hold("batch", tree.leaves(list(shares)))
         state = _state(setup, program, recorder)
@@ -133,11 +133,14 @@ def trace_step(
     return recorder.trace()
 
 
-def make_shares(setup: Setup, program: Program, *, is_fake: bool = True) -> list[Batch]:
-    """The micro-batches of a program's rank, equal ones; with `is_fake` their patches are on the meta device."""
+def make_shares(setup: Setup, program: Program, *, is_fake: bool = True) -> tuple[Batch, list[Batch]]:
+    """The batch of the ranks that share one, and the micro-batches of the program's rank: its share, repeated.
+
+    With `is_fake` patches are on the meta device.
+    """
     with Recorder(is_fake=is_fake):
         whole = make_batch(setup.family, setup.cfg, setup.workload, program.mesh["cp"].size)
-        return [program.split(whole)] * setup.workload.micro_batches
+        return whole, [program.split(whole)] * setup.workload.micro_batches
 
 
 def make_batch(family: Family, cfg: Any, workload: Workload, num_ranks: int) -> Batch:
@@ -216,11 +219,11 @@ def _leaves(setup: Setup, program: Program, depths: scaling.Depths | None) -> li
     return [find(path) for path in tree.paths(program.specs)]
 
 
-def _balance(shares: Sequence[Batch]) -> dict[str, float]:
-    """How full static sizes are."""
+def _balance(whole: Batch, share: Batch, num_ranks: int) -> dict[str, float]:
+    """The real part of what the ranks of a batch compute: all have the static size of the one with most."""
     return {
-        "tokens": _share([(b.segment_T < b.num_segments).sum() for b in shares], [b.tokens_T for b in shares]),
-        "patches": _share([b.visual.segments.offsets_N[-1] for b in shares], [b.visual.coords_P4 for b in shares]),
+        "tokens": int((whole.segment_T < whole.num_segments).sum()) / (num_ranks * share.tokens_T.shape[0]),
+        "patches": int(whole.visual.segments.offsets_N[-1]) / max(1, num_ranks * share.visual.coords_P4.shape[0]),
     }
 
 
@@ -243,10 +246,6 @@ def _sample(num_tokens: int, cfg: Any, side: int) -> Sample:
     tokens_T = torch.where(kinds_T == IMAGE, cfg.image_token_id, torch.arange(num_tokens) % cfg.vocab_size)
     labels_T = torch.where(kinds_T == IMAGE, IGNORE, tokens_T)
     return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images)
-
-
-def _share(used: Sequence[Tensor], sizes: Sequence[Tensor]) -> float:
-    return sum(map(int, used)) / max(1, sum(x.shape[0] for x in sizes))
 
 
 def _assumptions(setup: Setup) -> list[str]:

@@ -53,6 +53,16 @@ def test_a_trace_without_values_is_that_of_the_real_step(name: str) -> None:
         assert fake.peaks == real.peaks
 
 
+def test_what_selective_remat_keeps_is_computed_once_and_counted() -> None:
+    """Under it attention and experts are operators of ours, in place of torch's."""
+    plain, layout = make(moe=True)
+    kept, _ = make(moe=True, remat="selective", remat_save=["attention", "experts"])
+    expected, actual = (planning.trace_step(setup, layout, 2).flops for setup in (plain, kept))
+    for site in ("attention", "experts"):
+        for phase in ("forward", "backward"):
+            assert actual[phase, site] == expected[phase, site] > 0
+
+
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_peak_is_that_of_the_allocator(name: str) -> None:
     """torch's own allocation events know nothing of the recorder."""
