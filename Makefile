@@ -1,6 +1,7 @@
 # Everything runs in a private .venv, made on first use from the Python found here. Only Python >= 3.11 and make are needed.
 #
 #   make demo     train a small vision-language model on real images (a few minutes, 2 CPU cores are enough)
+#   make demo-lora  teach the demo's model another question by LoRA, after `make demo` (a minute)
 #   make test     the fast test suite          make test-full   with the slow tests
 #   make check    format, lint, types, tests   make format      rewrite files in the project's format
 #
@@ -17,7 +18,7 @@ STAMP := .venv/installed
 # Test processes share the cores: one thread each is faster than several that compete.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo test test-full check format clean
+.PHONY: demo demo-lora test test-full check format clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -33,6 +34,11 @@ demo: $(STAMP)
 	$(BIN)/python examples/digits.py $(DEMO)
 	$(BIN)/mmfn train configs/demo.yaml
 	$(BIN)/python examples/verify_export.py $(DEMO)
+
+demo-lora: $(STAMP)
+	@test -f $(DEMO)/run/checkpoint/config.json || { echo "there is no trained demo yet; run make demo first"; exit 1; }
+	$(BIN)/mmfn train configs/lora.yaml
+	$(BIN)/python examples/verify_adapter.py $(DEMO)
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"

@@ -3,8 +3,9 @@
     python examples/digits.py OUT
 
 writes the 1,797 images of scikit-learn's digits (8x8 pixels) as PNG files, `train.json` (1,437) and `eval.json` (360)
-in the messages/images format, and `model/`: the configuration of a Qwen3-VL of half a million parameters, a byte-level
-tokenizer with the special tokens of Qwen, its chat template and its processor. Running it again writes the same bytes.
+in the messages/images format, the same with another question as `train_parity.json` and `eval_parity.json`, and
+`model/`: the configuration of a Qwen3-VL of half a million parameters, a byte-level tokenizer with the special tokens
+of Qwen, its chat template and its processor. Running it again writes the same bytes.
 """
 
 import argparse
@@ -22,7 +23,10 @@ from transformers import PreTrainedTokenizerFast
 import mmfn.train.data
 from mmfn import rng
 
-QUESTION = "<image>Which digit is this?"
+QUESTIONS = {  # end of a data file's name -> what is asked, and the answer for a digit
+    "": ("<image>Which digit is this?", str),
+    "_parity": ("<image>Is this digit odd or even?", lambda digit: "odd" if digit % 2 else "even"),
+}
 NUM_TRAIN = 1437
 # how Qwen tokenizers split text into words
 WORDS = (
@@ -61,24 +65,27 @@ MARKS = (
 
 
 def write_demo(out: Path) -> None:
-    """Write images, both datasets and the model folder under `out`, which is created."""
+    """Write images, all datasets and the model folder under `out`, which is created."""
     write_dataset(out)
     write_model(out / "model")
 
 
 def write_dataset(out: Path) -> None:
-    """PNG files and the two lists of conversations. The split is a fixed permutation."""
+    """PNG files and, for each question, two lists of conversations. The split is a fixed permutation."""
     digits = load_digits()
     (out / "images").mkdir(parents=True, exist_ok=True)
-    entries = []
-    for index, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        name = f"images/{index:04d}.png"
+    names = [f"images/{index:04d}.png" for index in range(len(digits.images))]
+    for name, pixels in zip(names, digits.images, strict=True):
         Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).save(out / name)  # scikit-learn's range is 0 to 16
-        question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": str(digit)}
-        entries.append({"id": f"digit-{index:04d}", "messages": [question, answer], "images": [name]})
-    order = rng.permutation(len(entries), 0, "digits")
-    write_json(out / "train.json", [entries[i] for i in order[:NUM_TRAIN]])
-    write_json(out / "eval.json", [entries[i] for i in order[NUM_TRAIN:]])
+    order = rng.permutation(len(names), 0, "digits")
+    for suffix, (question, answer) in QUESTIONS.items():
+        asked = {"role": "user", "content": question}
+        entries = []
+        for index, (name, digit) in enumerate(zip(names, digits.target, strict=True)):
+            messages = [asked, {"role": "assistant", "content": answer(digit)}]
+            entries.append({"id": f"digit-{index:04d}", "messages": messages, "images": [name]})
+        write_json(out / f"train{suffix}.json", [entries[i] for i in order[:NUM_TRAIN]])
+        write_json(out / f"eval{suffix}.json", [entries[i] for i in order[NUM_TRAIN:]])
 
 
 def write_model(out: Path) -> None:

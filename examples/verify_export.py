@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 from transformers.utils import logging
 
-BATCH_SAMPLES = 120
+BATCH_SAMPLES, NEW_TOKENS = 120, 4
 
 
 def main(folder: Path) -> int:
@@ -48,7 +48,7 @@ def main(folder: Path) -> int:
 
 
 @torch.no_grad()
-def answers(entries: list[dict], root: Path, model, tokenizer, processor) -> list[str]:
+def answers(entries: list[dict], root: Path, model, tokenizer, processor, new_tokens: int = NEW_TOKENS) -> list[str]:
     """Greedy answers of transformers to the first user message of each entry."""
     images = [Image.open(root / entry["images"][0]).convert("RGB") for entry in entries]
     pixels = processor(images=images, return_tensors="pt")
@@ -62,7 +62,7 @@ def answers(entries: list[dict], root: Path, model, tokenizer, processor) -> lis
         texts.append(text.replace("<|image_pad|>", "<|image_pad|>" * num_features))
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     is_image = (inputs["input_ids"] == model.config.image_token_id).int()
-    ids = model.generate(**inputs, **pixels, mm_token_type_ids=is_image, max_new_tokens=4, do_sample=False)
+    ids = model.generate(**inputs, **pixels, mm_token_type_ids=is_image, max_new_tokens=new_tokens, do_sample=False)
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -85,7 +85,8 @@ def _conclude(result: "Result", num_steps: int) -> None:
     tokens = sum(record["tokens"] for record in result.records)
     rate = f"{tokens / result.train_s:,.0f} tokens/s"
     _say(f"trained {num_steps} steps in {format_duration(result.train_s)}, {rate}")
-    _say(f"checkpoint: {result.folder / 'checkpoint'}")
+    for name, path in result.saved.items():
+        _say(f"{name}: {path}")
     if result.evaluation is not None:
         _say(_summary(result.evaluation))
     _say(f"report: {result.folder / 'report.html'}")
@@ -130,11 +131,11 @@ def evaluate(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     """`mmfn generate`: one greedy answer."""
     from mmfn.train import setup
-    from mmfn.train.config import ModelSection
     from mmfn.train.evaluate import answer
+    from mmfn.train.sections import ModelSection
 
     processor = setup.load_model_processor(args.checkpoint)
-    section = ModelSection(path=args.checkpoint, dtype=args.dtype, device=args.device)
+    section = ModelSection(path=args.checkpoint, dtype=args.dtype, device=args.device, adapter=args.adapter)
     model = setup.load_model(section, seed=0)
     setup.check_match(model, processor)
     eos = setup.eos_token_ids(Path(args.checkpoint), processor, model.cfg.vocab_size)
@@ -166,7 +167,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.search:
         if args.world is None:
             raise ValueError("mmfn plan --search needs --world N, the number of ranks")
-        found = plan_search.search(request, args.world)
+        found = plan_search.search(request, args.world, say=_say)
         _say(plan_search.summary(found))
     else:
         request = replace(request, config=plan_search.with_world(config, args.world))
@@ -219,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sample-tokens", type=int, default=4096, metavar="N", help="of one sample (default 4096)")
     sub.add_argument("--image-side", type=int, default=32, metavar="N", help="patches; 0: no images (default 32)")
     sub.add_argument("--micro-batches", type=int, default=1, metavar="N", help="in a step (default 1)")
-    sub.add_argument("--search", action="store_true", help="plan every layout of --world ranks, and rank them")
+    sub.add_argument("--search", action="store_true", help="plan and rank all layouts that keep the given settings")
     sub.add_argument("--all-layers", action="store_true", help="trace every layer, also where extending is exact")
     sub.add_argument("--diff", nargs=2, metavar="FILE", help="what differs between two plans of --json")
     sub.add_argument("--json", metavar="FILE", help="write the plan (of a search: the best one)")
@@ -228,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a Hugging Face checkpoint")
     sub.add_argument("prompt", metavar="PROMPT", help="what the user says; <image> marks where an image stands")
     sub.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    sub.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of that checkpoint, in peft's format")
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     sub.add_argument("--device", default="cpu", help="torch device (default cpu)")

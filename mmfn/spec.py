@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,14 +13,15 @@ from mmfn.tree import Tree
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """How a leaf is drawn: `normal` (mean 0, `std`), `zeros` or `ones`."""
+    """How a leaf is drawn: `normal` (mean 0, `std`), `uniform` (between -`bound` and `bound`), `zeros` or `ones`."""
 
     kind: str
     std: float = 0.0
+    bound: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("normal", "zeros", "ones"):
-            raise ValueError(f"Init kind {self.kind!r} is unknown; use 'normal', 'zeros' or 'ones'")
+        if self.kind not in ("normal", "uniform", "zeros", "ones"):
+            raise ValueError(f"Init kind {self.kind!r} is unknown; use 'normal', 'uniform', 'zeros' or 'ones'")
 
 
 ZEROS, ONES = Init(kind="zeros"), Init(kind="ones")
@@ -31,14 +32,27 @@ def normal(std: float) -> Init:
     return Init(kind="normal", std=std)
 
 
+def uniform(bound: float) -> Init:
+    """Uniform draw between -`bound` and `bound`."""
+    return Init(kind="uniform", bound=bound)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
-    """One parameter: shape, a logical axis name per dim (`"embed"`, `"q_heads"`, ...), initial values and dtype."""
+    """One parameter: shape, a logical axis name per dim (`"embed"`, `"q_heads"`, ...), initial values and dtype.
+
+    `is_frozen`: it takes part in the computation but is not trained (see `freeze`). `compute`: the dtype it is computed
+    in, where that is not the program's (see `mmfn.parallel.precision`). `parts`: matrices that are stacked along the
+    rows, the dim before the last, as in a fused projection.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: Init
     dtype: torch.dtype = torch.float32
+    is_frozen: bool = False
+    compute: torch.dtype | None = None
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -52,9 +66,9 @@ class ParamSpec:
         return math.prod(self.shape)
 
 
-def spec(shape: Sequence[int], axes: str, init: Init) -> ParamSpec:
+def spec(shape: Sequence[int], axes: str, init: Init, parts: int = 1) -> ParamSpec:
     """`spec((F, D), "mlp embed", normal(0.02))`: axes as one space-separated string."""
-    return ParamSpec(shape=tuple(shape), axes=tuple(axes.split()), init=init)
+    return ParamSpec(shape=tuple(shape), axes=tuple(axes.split()), init=init, parts=parts)
 
 
 def init_params(specs: Tree, seed: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tree:
@@ -64,10 +78,13 @@ def init_params(specs: Tree, seed: int, dtype: torch.dtype | None = None, device
     """
 
     def draw(path: str, leaf: ParamSpec) -> Tensor:
-        if leaf.init.kind == "normal":
-            value = torch.empty(leaf.shape).normal_(0.0, leaf.init.std, generator=rng.generator(seed, path))
+        init, value = leaf.init, torch.empty(leaf.shape)
+        if init.kind == "normal":
+            value.normal_(0.0, init.std, generator=rng.generator(seed, path))
+        elif init.kind == "uniform":
+            value.uniform_(-init.bound, init.bound, generator=rng.generator(seed, path))
         else:
-            value = torch.full(leaf.shape, float(leaf.init.kind == "ones"))
+            value.fill_(float(init.kind == "ones"))
         return value.to(device=device, dtype=dtype or leaf.dtype)
 
     return tree.map_with_path(draw, specs)
@@ -81,3 +98,29 @@ def meta_params(specs: Tree, dtype: torch.dtype | None = None) -> Tree:
 def num_params(specs: Tree) -> int:
     """Total number of elements over all leaves."""
     return sum(s.numel for s in tree.leaves(specs))
+
+
+def freeze(specs: Tree, patterns: Sequence[str]) -> Tree:
+    """The specs with every leaf frozen whose path fully matches one of the regexes, beside those that are already.
+
+    A step computes no gradient of a frozen leaf, sums none over ranks and keeps no optimizer state for it. Raises
+    ValueError for a pattern that matches nothing and when no leaf is left to train.
+
+    >>> freeze({"head": spec((2,), "embed", ONES), "norm": spec((2,), "embed", ONES)}, ["norm"])["norm"].is_frozen
+    True
+    """
+    chosen = tree.mask(specs, [(pattern, True) for pattern in patterns], default=False)
+    frozen = tree.map(lambda leaf, is_chosen: replace(leaf, is_frozen=leaf.is_frozen or is_chosen), specs, chosen)
+    if not trained_paths(frozen):
+        raise ValueError(f"freezing {list(patterns)} leaves no parameter to train; leave one part out of it")
+    return frozen
+
+
+def trained_paths(specs: Tree) -> list[str]:
+    """Paths of the leaves that are not frozen, in path order."""
+    return [path for path, leaf in tree.items(specs) if not leaf.is_frozen]
+
+
+def num_trained(specs: Tree) -> int:
+    """Number of elements over the leaves that are not frozen."""
+    return sum(leaf.numel for leaf in tree.leaves(specs) if not leaf.is_frozen)

@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[1]
 NUM_TRAIN, NUM_HELD_OUT = 96, 24
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu run where there is one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def full_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that examples/digits.py writes. Do not change it."""

@@ -200,7 +200,7 @@ def test_broken_data_file(content: str, expected: str, tmp_path: Path, complaint
         ({"optimizer.no_decay": [".*nrom.*"]}, ["'.*nrom.*' matches none"]),
         ({"data.patch_buckets": [126]}, ["multiples of merge_size**2 = 4, got 126"]),
         ({"data.template": "nowhere.jinja"}, ["data.template 'nowhere.jinja' cannot be read"]),
-        ({"optimizer.rate": 1.0}, [":", "'optimizer.rate'", "'optimizer.lr'"]),
+        ({"optimizer.lrate": 1.0}, [":", "'optimizer.lrate'", "'optimizer.lr'"]),
     ],
     ids=str,
 )

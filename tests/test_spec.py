@@ -4,7 +4,20 @@ import pytest
 import torch
 
 from mmfn import spec, tree
-from mmfn.spec import ONES, ZEROS, Init, ParamSpec, init_params, meta_params, normal, num_params
+from mmfn.spec import (
+    ONES,
+    ZEROS,
+    Init,
+    ParamSpec,
+    freeze,
+    init_params,
+    meta_params,
+    normal,
+    num_params,
+    num_trained,
+    trained_paths,
+    uniform,
+)
 
 SPECS = {
     "embed": spec.spec((300, 40), "vocab embed", normal(0.5)),
@@ -63,5 +76,24 @@ def test_num_params_counts_init() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 3\) has 2 dims but axes \('embed',\) name 1"):
         spec.spec((2, 3), "embed", ZEROS)
-    with pytest.raises(ValueError, match="Init kind 'uniform' is unknown"):
-        Init(kind="uniform")
+    with pytest.raises(ValueError, match="Init kind 'orthogonal' is unknown"):
+        Init(kind="orthogonal")
+
+
+def test_uniform_draws() -> None:
+    value = init_params({"a": spec.spec((200, 300), "lora embed", uniform(0.3))}, seed=0)["a"]
+    assert 0.2999 < value.abs().max() <= 0.3
+    assert value.mean().item() == pytest.approx(0.0, abs=2e-3)
+    assert value.std().item() == pytest.approx(0.3 / 3**0.5, rel=0.01)
+
+
+def test_freeze_adds_to_what_is_frozen() -> None:
+    some = freeze(SPECS, [r"layers/0/.*"])
+    assert trained_paths(some) == ["embed", "layers/1/b", "layers/1/w", "norm", "scale"]
+    assert trained_paths(freeze(some, ["embed", "scale"])) == ["layers/1/b", "layers/1/w", "norm"]
+    assert num_trained(some) == num_params(SPECS) - 42
+    assert freeze(SPECS, []) == SPECS
+    with pytest.raises(ValueError, match="matches none of 7 paths"):
+        freeze(SPECS, ["head"])
+    with pytest.raises(ValueError, match="leaves no parameter to train"):
+        freeze(some, ["embed", "layers/1/.*", "norm", "scale"])

@@ -28,7 +28,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The dict in `folder/config.json`. Raises ValueError when it is missing or not a JSON object."""
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} is not a folder; pass a folder with config.json and {SINGLE}")
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def load_params(
@@ -52,6 +52,20 @@ def load_params(
             return value.to(device=device, dtype=own, copy=True, memory_format=torch.contiguous_format)
 
         return tree.map_with_path(read, specs)
+
+
+def load_file(file: Path, wanted: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """`{path: leaf}` of one safetensors file with the tensors `wanted`, by name, and no others.
+
+    Raises ValueError as `load_params` does.
+    """
+    with ExitStack() as stack:
+        found = _open(file, stack)
+        _check_tensors(file.parent, wanted, found, {})
+        return {
+            stored.path: stored.from_disk(found[name].read()).clone(memory_format=torch.contiguous_format)
+            for name, stored in wanted.items()
+        }
 
 
 def from_tensors(tensors: Mapping[str, Tensor], specs: Tree, key_map: KeyMap) -> Tree:
@@ -93,21 +107,26 @@ def _scan(folder: Path, stack: ExitStack) -> dict[str, _Found]:
     found: dict[str, _Found] = {}
     for file, listed in _files(folder).items():
         path = folder / file
-        try:
-            handle = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"weight file {path} is damaged or cut short ({error}); fetch it again") from error
-        names = set(handle.keys())
+        own = _open(path, stack)
+        names = set(own)
         if listed is not None and (absent := sorted(listed - names)):
             raise ValueError(f"weight file {path} lacks tensor {absent[0]!r} that {INDEX} lists; fetch the file again")
         if listed is not None and (extra := sorted(names - listed)):
             raise ValueError(
                 f"weight file {path} holds tensor {extra[0]!r} that {INDEX} does not list; fetch both again"
             )
-        for name in sorted(names):
-            view = handle.get_slice(name)
-            found[name] = _Found(name, file, tuple(view.get_shape()), view.get_dtype(), handle)
+        found |= own
     return found
+
+
+def _open(path: Path, stack: ExitStack) -> dict[str, _Found]:
+    """Every tensor of a file by name; reads the header only."""
+    try:
+        handle = stack.enter_context(safe_open(path, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"weight file {path} is damaged or cut short ({error}); fetch it again") from error
+    views = {name: handle.get_slice(name) for name in sorted(handle.keys())}
+    return {n: _Found(n, path.name, tuple(v.get_shape()), v.get_dtype(), handle) for n, v in views.items()}
 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:
@@ -120,7 +139,7 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
                 f"checkpoint {folder} holds pickled *.bin weights, which can run code; convert them to {SINGLE}"
             )
         raise ValueError(f"checkpoint {folder} holds neither {SINGLE} nor {INDEX}; fetch its weights")
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map of tensor names to files; fetch it again")
     files: dict[str, set[str] | None] = {}
@@ -219,7 +238,8 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -41,6 +41,7 @@ class Family:
     head: Callable[..., Tensor]  # (params, cfg, ops) -> weight_VD
     positions: Callable[..., Tensor]  # (sample, cfg) -> int64[3, T]
     key_map: Callable[[Any], KeyMap]
+    parts: Callable[[Any], Mapping[str, str]]  # cfg -> regexes over the paths of the parts a run can name
     empty_cache: Callable[..., Any]  # (cfg, num_rows, num_columns, dtype, device) -> a tree per layer, for generation
 
 

@@ -28,6 +28,7 @@ DEFAULTS = {
 }
 
 head, positions, empty_cache = vision_language.head, vision_language.positions, vision_language.empty_cache
+parts = vision_language.parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
 """The ops table: every primitive and hook a model calls, as one frozen dataclass of pure functions.
 
 `reference()` is slow and obvious, for any dtype: the oracle. `portable()` is fast plain torch: the CPU default. Both
-have the same signatures; `dataclasses.replace(table, attention=...)` swaps one entry. Hooks (`gather`, `layer`,
-`stack`, `place_features`, `kept`, `psum`) are what transforms of a program wrap; their base forms are here.
+have the same signatures; `dataclasses.replace(table, attention=...)` swaps one entry. Hooks (`gather`, `gather_head`,
+`layer`, `stack`, `place_features`, `kept`, `psum`) are what transforms of a program wrap; their base forms are here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,9 +59,20 @@ class AttentionBlockGrad(Protocol):
 
 
 class CrossEntropy(Protocol):
-    """Weighted sum of token cross entropies of a linear head; see `mmfn.ops.cross_entropy.linear_cross_entropy`."""
+    """Weighted sums of token losses of a linear head; see `mmfn.ops.cross_entropy.linear_cross_entropy`."""
 
-    def __call__(self, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor: ...
+    def __call__(
+        self,
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        weights_T: Tensor,
+        *,
+        bias_V: Tensor | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        chunk: int | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 Block = Callable[..., tuple[Tensor, Any]]  # (params, x, *xs) -> (x, out)
@@ -78,21 +89,23 @@ def run_stack(
     layers: Sequence[Tree],
     x: Tensor,
     *xs: Any,
+    name: str = "",
     each: Sequence[Any] = (),
-    between: Callable[[int, Tensor], Tensor] | None = None,
+    between: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
 ) -> tuple[Tensor, list[Any]]:
     """Base of the `stack` hook: a scan of `block` over `layers`; returns the last x and every layer's second output.
 
-    `run` is `ops.layer`. `xs` go to every layer; `each[i]`, if given, to layer i alone, last. `between(i, x)` runs
-    outside the block behind layer i and returns the next layer's x.
+    `run` is `ops.layer`. `xs` go to every layer; `each[i]`, if given, to layer i alone, last. `between[i](x)`, where
+    there is one, runs outside the block behind layer i and returns the next layer's x. `name` tells transforms which
+    stack it is: that of the parameters' path ("text", "vision").
     """
-    outs = []
+    outs, between = [], between or {}
     for i, params in enumerate(layers):
         own = (each[i],) if each else ()
         x, out = run(block, params, x, *xs, *own)
         outs.append(out)
-        if between is not None:
-            x = between(i, x)
+        if i in between:
+            x = between[i](x)
     return x, outs
 
 
@@ -108,7 +121,7 @@ def keep_all(counts_E: Tensor, num_rows: int) -> Tensor:
 
 
 def identity(x: Any) -> Any:
-    """Base of the `gather` and `psum` hooks on one device."""
+    """Base of the `gather`, `gather_head` and `psum` hooks on one device."""
     return x
 
 
@@ -130,6 +143,7 @@ class Ops:
     experts: Callable[[Tensor, Tensor, Tree], Tensor]
     linear_cross_entropy: CrossEntropy
     gather: Callable[[Tree], Tree] = identity
+    gather_head: Callable[[Tree], Tree] = identity
     layer: Callable[..., tuple[Tensor, Any]] = call_layer
     stack: Callable[..., tuple[Tensor, list[Any]]] = run_stack
     place_features: Callable[[Tensor, Tensor], Tensor] = place_features

@@ -25,23 +25,39 @@ def experts(x_RD: Tensor, counts_E: Tensor, weights: Tree) -> Tensor:
     """`down_e(silu(gate_e(x)) * up_e(x))` for every row of expert e; y_RD.
 
     `x_RD`: floating[R, D], the first `counts_E[0]` rows expert 0's, and so on. `counts_E`: int64[E] on x's device.
-    `weights`: `gate_up` [E, 2F, D] (rows 0..F-1 the gate) and `down` [E, D, F] of x's dtype. Rows behind the last
-    expert's give zeros and add nothing to any gradient, whatever they hold; an expert without rows gets a gradient of
-    exact zeros. Raises ValueError for shapes, dtypes or counts that do not fit. Source: `Qwen3VLMoeTextExperts` in
-    transformers 5.23; oracle `experts_reference`.
+    `weights`: `gate_up` [E, 2F, D] (rows 0..F-1 the gate) and `down` [E, D, F] of x's dtype, each with an adapter or
+    without (`mmfn.lora`: then `scale * b_e(a_e(x))` is added). Rows behind the last expert's give zeros and add nothing
+    to any gradient, whatever they hold; an expert without rows gets a gradient of exact zeros.
+    Raises ValueError for shapes, dtypes or counts that do not fit. Source: `Qwen3VLMoeTextExperts` in transformers
+    5.23; oracle `experts_reference`.
     """
-    gate_RF, up_RF = grouped_linear(x_RD, weights["gate_up"], counts_E).chunk(2, dim=-1)
-    return grouped_linear(swiglu(gate_RF, up_RF), weights["down"], counts_E)
+    gate_RF, up_RF = _adapted(x_RD, counts_E, weights, "gate_up").chunk(2, dim=-1)
+    return _adapted(swiglu(gate_RF, up_RF), counts_E, weights, "down")
 
 
 def experts_reference(x_RD: Tensor, counts_E: Tensor, weights: Tree) -> Tensor:
-    """`experts` one expert after the other."""
-    parts, left_RD = [], x_RD
+    """`experts` one expert after the other, adapters added to the weights."""
+    parts, left_RD, adapters = [], x_RD, weights.get("lora", {})
+
+    def weight(name: str, e: int) -> Tensor:
+        own: Tensor = weights[name][e]
+        return own + adapters[name].scale * adapters[name].b[e] @ adapters[name].a[e] if name in adapters else own
+
     for e, count in enumerate(counts_E.tolist()):
-        gate_NF, up_NF = (left_RD[:count] @ weights["gate_up"][e].T).chunk(2, dim=-1)
-        parts.append(swiglu_reference(gate_NF, up_NF) @ weights["down"][e].T)
+        gate_NF, up_NF = (left_RD[:count] @ weight("gate_up", e).T).chunk(2, dim=-1)
+        parts.append(swiglu_reference(gate_NF, up_NF) @ weight("down", e).T)
         left_RD = left_RD[count:]
     return torch.cat([*parts, torch.zeros_like(left_RD)])
+
+
+def _adapted(x_RD: Tensor, counts_E: Tensor, weights: Tree, name: str) -> Tensor:
+    """`grouped_linear` with one of the weights and its adapter, if it has one."""
+    y_RF = grouped_linear(x_RD, weights[name], counts_E)
+    adapter = weights.get("lora", {}).get(name)
+    if adapter is None:
+        return y_RF
+    low_RF = grouped_linear(x_RD, adapter.a, counts_E)
+    return y_RF + grouped_linear(adapter.scale * low_RF, adapter.b, counts_E)
 
 
 def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from mmfn.ops.eager import is_eager
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x**2) + eps)` in float32 or wider, cast to x's dtype, then times the weight.
 
-    `x_D`: floating[..., D]. `weight_D`: floating[D]. Returns the shape of x in the common dtype of x and weight.
-    Raises ValueError when the weight is not [D]. Source: Zhang and Sennrich 2019 (arXiv:1910.07467), with the casts of
-    `Qwen3RMSNorm` in transformers 5.23.
+    `x_D`: floating[..., D]. `weight_D`: floating[D]. Returns x's shape and dtype. A weight wider than x is multiplied
+    with before the cast. Raises ValueError when the weight is not [D]. Source: Zhang and Sennrich 2019
+    (arXiv:1910.07467), with the casts of `Qwen3RMSNorm` in transformers 5.23, whose weight is never wider than x.
     """
     _check(x_D, weight_D)
     if is_eager(x_D):
@@ -31,18 +31,19 @@ def rms_norm_reference(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`rms_norm` as it is written in the paper."""
     wide_D = x_D.to(_wide(x_D))
     normed_D = wide_D * torch.rsqrt(wide_D.square().mean(-1, keepdim=True) + eps)
-    return normed_D.to(x_D.dtype) * weight_D
+    return _weighted(normed_D, weight_D, x_D.dtype)
 
 
 def layer_norm(x_D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """`(x - mean) / sqrt(variance + eps) * weight + bias` with the biased variance, in float32 or wider.
 
-    `x_D`: floating[..., D]. `weight_D`, `bias_D`: [D] of x's dtype. Returns x's shape and dtype. Raises ValueError when
-    weight or bias is not [D]. Source: Ba et al. 2016 (arXiv:1607.06450); `torch.nn.LayerNorm`.
+    `x_D`: floating[..., D]. `weight_D`, `bias_D`: [D] of x's dtype or wider. Returns x's shape and dtype. Raises
+    ValueError when weight or bias is not [D]. Source: Ba et al. 2016 (arXiv:1607.06450); `torch.nn.LayerNorm`.
     """
     _check(x_D, weight_D)
     _check(x_D, bias_D)
-    return F.layer_norm(x_D, weight_D.shape, weight_D, bias_D, eps)
+    dtype = torch.promote_types(weight_D.dtype, bias_D.dtype)  # kernels of accelerators take one dtype
+    return F.layer_norm(x_D.to(dtype), weight_D.shape, weight_D.to(dtype), bias_D.to(dtype), eps).to(x_D.dtype)
 
 
 def layer_norm_reference(x_D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
@@ -64,6 +65,11 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _weighted(normed_D: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
+    """`normed * weight` in `dtype`; multiplied in it, or in the weight's where that is wider."""
+    return (normed_D.to(torch.promote_types(dtype, weight_D.dtype)) * weight_D).to(dtype)
+
+
 class _RmsNorm(torch.autograd.Function):
     """With n = x * rstd: dx = (dy * w - n * mean(dy * w * n)) * rstd and dw = sum(dy * n)."""
 
@@ -73,8 +79,10 @@ class _RmsNorm(torch.autograd.Function):
         norm_1 = torch.linalg.vector_norm(wide_D, dim=-1, keepdim=True)
         rstd_1 = norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_D, weight_D, rstd_1)
-        normed_D = (wide_D * rstd_1).to(x_D.dtype)
-        y_D: Tensor = normed_D.mul_(weight_D) if weight_D.dtype == x_D.dtype else normed_D * weight_D
+        normed_D = wide_D * rstd_1
+        if weight_D.dtype != x_D.dtype:
+            return _weighted(normed_D, weight_D, x_D.dtype)
+        y_D: Tensor = normed_D.to(x_D.dtype).mul_(weight_D)
         return y_D
 
     @staticmethod

@@ -72,6 +72,20 @@ class Cut:
         return flat.view(self.part)[:num_rows].movedim(0, self.dim)
 
 
+@dataclass(frozen=True)
+class Typed:
+    """A leaf on its way to `Gather` with a compute dtype of its own."""
+
+    leaf: Tensor
+    dtype: torch.dtype
+
+
+def typed(params: Tree, dtypes: Sequence[torch.dtype | None]) -> Tree:
+    """Parameters as `Gather` wants them where `dtypes`, one per leaf, names some: those leaves carry it."""
+    leaves, structure = tree.flatten(params)
+    return tree.unflatten(structure, [Typed(x, d) if d else x for x, d in zip(leaves, dtypes, strict=True)])
+
+
 class Like(NamedTuple):
     """What the gradient of a shard looks like: rows along the cut dim, dtype and device."""
 
@@ -148,60 +162,67 @@ class Pending:
 class Gather:
     """The hook: DTensor leaves -> whole tensors (experts: whole local experts) in the compute dtype.
 
-    `compute`: dtype of leaves in computation, default their own. `reduce`: dtype in which gradients are summed, default
-    the compute dtype. Gradients come back with the placement and dtype of the leaf: summed over "shard" (experts: edp)
-    by reduce-scatter and over "replicate" by all-reduce. Leaves that need no gradient go in a bucket of their own.
+    `compute`: dtype of leaves in computation, default their own; a `Typed` leaf brings one. `reduce`: dtype in which
+    gradients are summed, default the compute dtype. Gradients come back with the placement and dtype of the leaf:
+    summed over "shard" (experts: edp) by reduce-scatter and over "replicate" by all-reduce. Leaves that need no
+    gradient go in a bucket of their own. With `is_sharded` leaves stay this rank's shards, and what computes with them
+    has summed their gradients over "shard" itself.
     """
 
     mesh: Mesh
     compute: torch.dtype | None = None
     reduce: torch.dtype | None = None
+    is_sharded: bool = False
 
     def __call__(self, params: Tree | Pending) -> Tree:
         """Leaves that are whole already stay as they are, but for their dtype."""
         issued = None
         if isinstance(params, Pending):
             params, issued = params.params, params.take()
-        leaves, structure = tree.flatten(params)
-        buckets = self._buckets(leaves)
+        found, structure = tree.flatten(params)
+        leaves, dtypes = self._typed(found)
+        buckets = self._buckets(leaves, dtypes)
         for (bucket, members), started in zip(buckets, issued or [None] * len(buckets), strict=True):
             shards = [leaves[i].to_local(grad_placements=leaves[i].placements) for i in members]
             gathered = _Gather.apply(bucket, started, *shards)  # type: ignore[no-untyped-call]
             for i, whole in zip(members, gathered, strict=True):
                 leaves[i] = whole
-        return tree.unflatten(structure, [leaf if self.compute is None else leaf.to(self.compute) for leaf in leaves])
+        return tree.unflatten(structure, [leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)])
 
     def issue(self, pending: Pending) -> None:
         """Start the all-gathers of a block, unless they are under way."""
         if pending.issued is None:
-            leaves = tree.leaves(pending.params)
+            leaves, dtypes = self._typed(tree.leaves(pending.params))
             pending.issued = [
-                bucket.issue([local(leaves[i]) for i in members]) for bucket, members in self._buckets(leaves)
+                bucket.issue([local(leaves[i]) for i in members]) for bucket, members in self._buckets(leaves, dtypes)
             ]
 
-    def _buckets(self, leaves: Sequence[Tensor]) -> list[tuple[Bucket, list[int]]]:
+    def _typed(self, leaves: Sequence[Tensor | Typed]) -> tuple[list[Any], list[torch.dtype]]:
+        """The tensors of leaves and the dtypes they are computed in."""
+        bare = [x.leaf if isinstance(x, Typed) else x for x in leaves]
+        own = [x.dtype if isinstance(x, Typed) else self.compute or x.dtype for x in leaves]
+        return bare, own
+
+    def _buckets(self, leaves: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[tuple[Bucket, list[int]]]:
         """Buckets and the positions of their leaves, in the order of first leaves."""
         groups: dict[tuple[Any, ...], dict[int, DTensor]] = {}
-        for i, leaf in enumerate(leaves):
+        for i, (leaf, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
             if isinstance(leaf, DTensor):
-                groups.setdefault(_key(leaf, self.compute), {})[i] = leaf
+                key = leaf.device_mesh.mesh_dim_names, leaf.requires_grad, dtype  # leaves with one key share a bucket
+                groups.setdefault(key, {})[i] = leaf
         return [
-            (bucket_of(list(group.values()), self.mesh, self.compute, self.reduce), list(group))
-            for group in groups.values()
+            (bucket_of(list(group.values()), self.mesh, dtype, self.reduce, self.is_sharded), list(group))
+            for (*_, dtype), group in groups.items()
         ]
 
 
-def _key(leaf: DTensor, compute: torch.dtype | None) -> tuple[Any, ...]:
-    """Leaves with one key share a bucket."""
-    return leaf.device_mesh.mesh_dim_names, leaf.requires_grad, compute or leaf.dtype
-
-
-def bucket_of(leaves: Sequence[DTensor], mesh: Mesh, compute: torch.dtype | None, reduce: torch.dtype | None) -> Bucket:
-    """The bucket of leaves with one placement."""
+def bucket_of(
+    leaves: Sequence[DTensor], mesh: Mesh, compute: torch.dtype, reduce: torch.dtype | None, is_sharded: bool = False
+) -> Bucket:
+    """The bucket of leaves with one placement and compute dtype."""
     names = leaves[0].device_mesh.mesh_dim_names or ()
     (name,) = [n for n, p in zip(names, leaves[0].placements, strict=True) if isinstance(p, Shard) and n not in SHARDED]
-    axis = mesh[name]
-    compute = compute or leaves[0].dtype
+    axis = Axis(name="own") if is_sharded else mesh[name]
     return Bucket(
         axis=axis,
         replicate=mesh["replicate"],

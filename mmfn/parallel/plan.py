@@ -58,8 +58,8 @@ class Work:
 class Plan:
     """One step of one rank. `peak_parts`: bytes by category when most bytes are alive, at the stretch `peak_at`.
 
-    `balance`: of what the ranks of a batch compute, the part that is real work. `assumptions` say what is not known to
-    a plan; `notes` what each transform did.
+    `host_bytes`: beside them, what is kept on the host. `balance`: of what the ranks of a batch compute, the part that
+    is real work. `assumptions` say what is not known to a plan; `notes` what each transform did.
     """
 
     title: str
@@ -74,6 +74,7 @@ class Plan:
     peak_at: str
     peak_parts: dict[str, int]
     phase_peaks: dict[str, int]
+    host_bytes: int = 0
     time: Time
     balance: dict[str, float]
     notes: tuple[str, ...]
@@ -134,7 +135,7 @@ def make_plan(
         for key, count in sorted(trace.count.items(), key=lambda item: str(item[0]))
     ]
     transfers = [Transfer(site=c.site, wire_bytes=c.wire_bytes, is_inside_node=c.is_inside_node) for c in collectives]
-    state_bytes = sum(leaf.parameter_bytes for leaf in leaves)
+    state_bytes = sum(leaf.parameter_bytes for leaf in leaves if leaf.gradient_bytes)  # frozen leaves are not updated
     return Plan(
         title=title,
         layout=asdict(mesh.layout),
@@ -148,6 +149,7 @@ def make_plan(
         peak_at=f"{mark[0]} of block {mark[2]}, micro-batch {mark[1]}",
         peak_parts={name: peak.parts[name] for name in CATEGORIES if peak.parts.get(name)},
         phase_peaks=phases,
+        host_bytes=trace.host_bytes,
         time=devices.predict(sum(trace.flops.values()), state_bytes, transfers, device),
         balance=dict(balance),
         notes=tuple(notes),
@@ -174,7 +176,7 @@ def plan_leaves(params: Tree, opt: Tree, specs: Tree, mesh: Mesh, gradient_items
                 placement=str(sharding_of(spec, mesh)) if mesh.layout.world > 1 else "whole",
                 local_shape=tuple(own.shape),
                 parameter_bytes=own.nbytes,
-                gradient_bytes=own.numel() * (gradient_itemsize or own.element_size()),
+                gradient_bytes=0 if spec.is_frozen else own.numel() * (gradient_itemsize or own.element_size()),
                 optimizer_bytes=sizes.get(path, 0),
             )
         )
@@ -220,6 +222,7 @@ def diff(a: Plan, b: Plan) -> str:
     compare("peak", a.peak_bytes, b.peak_bytes, size)
     for name in CATEGORIES:
         compare(f"  {name}", a.peak_parts.get(name, 0), b.peak_parts.get(name, 0), size)
+    compare("host", a.host_bytes, b.host_bytes, size)
     compare("TFLOPs", a.flops, b.flops, lambda n: f"{n / 1e12:,.2f}")
     for field in fields(Time):
         compare(f"time {field.name}", getattr(a.time, field.name), getattr(b.time, field.name), lambda x: f"{x:.4g}")
@@ -265,6 +268,7 @@ def _lines(p: Plan) -> list[str]:
     lines += _table(("phase", "site", "axis", "operation", "calls", "given", "on the wire", "link"), rows)
     lines += ["", f"peak of allocated bytes: {size(p.peak_bytes)} ({p.peak_at})"]
     lines += _table(("category", "bytes"), [(name, size(n)) for name, n in p.peak_parts.items()])
+    lines += [f"  held on the host: {size(p.host_bytes)}"] * bool(p.host_bytes)
     lines += [f"  {p.device}: {size(limit)}, {'fits' if p.fits else 'DOES NOT FIT'}", "", "floating-point operations"]
     lines += _table(("phase", "site", "TFLOP"), [(w.phase, w.site, f"{w.flops / 1e12:,.3f}") for w in p.work])
     lines += [f"  {name}: {formula}" for name, formula in FORMULAS.items()]

@@ -15,6 +15,7 @@ from mmfn.parallel.recompute import Recomputed
 from mmfn.tree import Tree
 
 Run = Callable[..., tuple[Tensor, Any]]
+Own = Pending | list[Pending]  # a block's, or those of a group of blocks that are run as one (see `remat`)
 Stack = Callable[..., tuple[Tensor, list[Any]]]
 
 
@@ -22,8 +23,9 @@ def prefetched(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:
     """Start the all-gather of the next block before a block runs, so that the two overlap.
 
     `in_backward`: blocks that are computed again gather again; then the gather of the block before is started when the
-    gradient reaches a block. There is at most one gather ahead, and each is taken by the block it is for. Eager only:
-    what is under way is noted in `Pending`, which a graph cannot hold.
+    gradient reaches a block. There is at most one gather ahead, and each is taken by the block it is for; in a group
+    of blocks that are run as one, it is that of the second block, or (backward) of the first. Eager only: what is under
+    way is noted in `Pending`, which a graph cannot hold.
     """
 
     def ahead(run: Run, block: Any, layers: Sequence[Tree], x: Tensor, *xs: Any, **kwargs: Any) -> Any:
@@ -31,14 +33,16 @@ def prefetched(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:
         behind = iter([*pending[1:], None])
         again: list[Pending] = []  # blocks to compute again, so far
 
-        def run_ahead(block: Any, own: Pending, *xs: Any) -> tuple[Tensor, Any]:
-            gather.issue(own)
-            if (following := next(behind)) is not None:
-                gather.issue(following)
+        def run_ahead(block: Any, own: Own, *xs: Any) -> tuple[Tensor, Any]:
+            members = own if isinstance(own, list) else [own]
+            following = [next(behind) for _ in members][-1:]
+            for soon in [*members, *following][:2]:
+                if soon is not None:
+                    gather.issue(soon)
             x, out = run(block, own, *xs)
-            if in_backward and isinstance(block, Recomputed):
-                again.append(own)
-                x = _Issue.apply(x, gather, again[-2:])  # type: ignore[no-untyped-call]
+            if in_backward and isinstance(block, Recomputed) and x.requires_grad:  # a frozen stack has no backward
+                again.append(members[0])
+                x = on_gradient(x, partial(_issue, gather, again[-1:-3:-1]))
             return x, out
 
         return stack(run_ahead, block, pending, x, *xs, **kwargs)
@@ -46,19 +50,27 @@ def prefetched(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:
     return ahead
 
 
-class _Issue(torch.autograd.Function):
-    """The identity; when the gradient comes, the gathers of this block and of the one before are started."""
+def _issue(gather: Gather, blocks: Sequence[Pending]) -> None:
+    for pending in blocks:
+        gather.issue(pending)
 
+
+def on_gradient(x: Tensor, call: Callable[[], None]) -> Tensor:
+    """The identity; `call()` when the gradient comes, before it goes on. Nothing where x needs none."""
+    y: Tensor = _OnGradient.apply(x, call) if x.requires_grad else x  # type: ignore[no-untyped-call]
+    return y
+
+
+class _OnGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gather: Gather, pending: Sequence[Pending]) -> Tensor:
-        ctx.gather, ctx.pending = gather, pending
+    def forward(ctx: Any, x: Tensor, call: Callable[[], None]) -> Tensor:
+        ctx.call = call
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        for pending in reversed(ctx.pending):
-            ctx.gather.issue(pending)
-        return grad, None, None
+        ctx.call()
+        return grad, None
 
 
 def kept(stack: Stack, gather: Gather) -> Stack:
@@ -70,5 +82,6 @@ def kept(stack: Stack, gather: Gather) -> Stack:
     return keep
 
 
-def _run_whole(run: Run, gather: Gather, block: Any, params: Tree | Pending, *xs: Any) -> tuple[Tensor, Any]:
-    return run(block, gather(params), *xs)
+def _run_whole(run: Run, gather: Gather, block: Any, params: Tree | Own, *xs: Any) -> tuple[Tensor, Any]:
+    whole = [gather(member) for member in params] if isinstance(params, list) else gather(params)
+    return run(block, whole, *xs)

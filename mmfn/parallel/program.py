@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from mmfn import tree
 from mmfn.batch import Batch
 from mmfn.ops import Ops, portable
 from mmfn.parallel.axis import psum
-from mmfn.parallel.gather import Gather
+from mmfn.parallel.gather import Gather, typed
 from mmfn.parallel.mesh import Layout, Mesh, single_mesh
 from mmfn.parallel.prefetch import kept, prefetched
 from mmfn.tree import Tree
@@ -29,6 +30,11 @@ def whole_batch(batch: Batch) -> Batch:
     return batch
 
 
+def same_params(params: Tree) -> Tree:
+    """The base of `Program.enter`."""
+    return params
+
+
 def same_table(ops: Ops) -> Ops:
     """The base of `Program.watch`."""
     return ops
@@ -39,8 +45,11 @@ class Program:
     """How one rank runs a model.
 
     `mesh`: this rank's place; `uses`: the layout sizes that a transform has taken care of. `split(batch)`: this rank's
-    share of a batch. `compute_dtype` and `reduce_dtype`: of gathered parameters and of gradient sums (None: the leaf's
-    own, and the compute dtype). `prefetch` and `keep_gathered`: when whole weights are made (see `data_parallel`).
+    share of a batch. `enter(params)`: the parameters as a model that uses `ops` is given them. `compute_dtype` and
+    `reduce_dtype`: of gathered parameters and of gradient sums (None: the leaf's own, and the compute dtype).
+    `is_head_sharded`: the loss takes a rank's rows of the head. `prefetch` and `keep_gathered`: when whole weights are
+    made (see `data_parallel`). `period` and `num_special`: blocks of the text are treated alike in periods of so many,
+    behind so many that are not. `is_offloaded`: activations lie on the host.
     `compile` is "none", "layer" or "step" and `backend` the one torch.compile is given;
     `compiler`: settings of torch's compiler that the program's ops need. `watch` is applied to the lowered table, last:
     a plan labels ops by it. `notes` say what each transform did.
@@ -51,10 +60,15 @@ class Program:
     mesh: Mesh = field(default_factory=single_mesh)
     uses: frozenset[str] = frozenset()
     split: Callable[[Batch], Batch] = whole_batch
+    enter: Callable[[Tree], Tree] = same_params
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    is_head_sharded: bool = False
     prefetch: bool = False
     keep_gathered: bool = False
+    period: int = 1
+    num_special: int = 0
+    is_offloaded: bool = False
     compile: str = "none"
     backend: str | Callable[..., Any] = "inductor"
     compiler: Mapping[str, bool] = field(default_factory=dict)
@@ -109,12 +123,24 @@ def lower(program: Program) -> Program:
         is_needed = getattr(layout, name) > 1 or (name == "dp" and layout.world > 1)  # it sums the gradients of all
         if is_needed and name not in program.uses:
             raise ValueError(f"layout {layout}: no transform takes care of {name}; add {transform}")
+    if program.is_head_sharded and program.compile == "step":
+        raise ValueError("a step with a sharded head is no single graph; use compiled('layer') or gather the head")
+    if program.is_offloaded and program.compile == "step":
+        raise ValueError(
+            "offload('activations') moves memory between the blocks of a step but compiled('step') makes it one graph; "
+            "use compiled('layer')"
+        )
     ops = program.ops
     if program.compile == "layer":
         ops = replace(ops, layer=program.jit(ops.layer))
-    if layout.world > 1 or program.compute_dtype is not None:
+    dtypes = [spec.compute for spec in tree.leaves(program.specs)]
+    if any(dtypes):
+        program = replace(program, enter=partial(typed, dtypes=dtypes))
+    if layout.world > 1 or program.compute_dtype is not None or any(dtypes):
         gather = Gather(mesh=program.mesh, compute=program.compute_dtype, reduce=program.reduce_dtype)
-        ops = replace(ops, gather=gather, stack=_weights_in_time(program, ops.stack, gather))
+        gather_head = replace(gather, is_sharded=program.is_head_sharded)
+        stack = _weights_in_time(program, ops.stack, gather)
+        ops = replace(ops, gather=gather, gather_head=gather_head, stack=stack)
     if layout.world > 1:
         ops = replace(ops, psum=partial(psum, axis=program.mesh["world"], site="statistics"))
     return replace(program, ops=program.watch(ops))

@@ -8,16 +8,17 @@ from torch import Tensor
 from mmfn.parallel.mesh import Mesh
 
 
-def all_counts(counts_MN: Tensor, mesh: Mesh) -> tuple[Tensor, int]:
-    """Label counts of all micro-batches of all ranks, int64[B * M, N], and where this rank's M stand among them.
+def all_counts(counts_AN: Tensor, mesh: Mesh) -> tuple[Tensor, int]:
+    """Label counts of all ranks with their own data, int64[D, A, N], and which of the D this rank is.
 
-    `counts_MN`: of this rank's shares. Ranks of one cp group share the same micro-batches, so their counts are added.
+    `counts_AN`: of the A micro-batches of this rank, equally many on all. Ranks of one cp group share theirs, so their
+    counts are added.
     """
     if mesh.layout.world == 1:
-        return counts_MN, 0
-    gathered = mesh["world"].all_gather(counts_MN[None], "counts")  # ranks in order: batches, and within one its shares
-    all_BMN = gathered.view(mesh["batch"].size, mesh["cp"].size, *counts_MN.shape).sum(1)
-    return all_BMN.flatten(0, 1), mesh["batch"].index * counts_MN.shape[0]
+        return counts_AN[None], 0
+    gathered = mesh["world"].all_gather(counts_AN[None], "counts")  # ranks in order: batches, and within one its shares
+    counts_DAN = gathered.view(mesh["batch"].size, mesh["cp"].size, *counts_AN.shape).sum(1)
+    return counts_DAN, mesh["batch"].index
 
 
 def norm_and_sums(norm: Tensor, shares: Mapping[str, Tensor], mesh: Mesh) -> tuple[Tensor, dict[str, Tensor]]:

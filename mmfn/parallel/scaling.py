@@ -31,13 +31,14 @@ class Depths:
         return self.first, self.first + self.period, self.first + 2 * self.period
 
 
-def choose_depths(blocks: Sequence[Any], num_special: int, num_before: int) -> Depths | None:
+def choose_depths(blocks: Sequence[Any], num_special: int, num_before: int, step: int = 1) -> Depths | None:
     """Depths for a stack whose blocks are declared as `blocks`, or None where tracing all is as quick.
 
     `num_special`: blocks at the front that are treated differently. `num_before`: calls of blocks before this stack.
+    `step`: behind them blocks are treated alike in periods of so many.
     """
     L = len(blocks)
-    for period in range(1, L // 4 + 1):
+    for period in range(step, L // 4 + 1, step):
         start = next((i for i in range(L - period) if blocks[i:-period] == blocks[i + period :]), L)
         least = max(start, num_special) + 1
         first = least + period + (L - least) % period
@@ -62,7 +63,7 @@ def extend(traces: Sequence[Trace], depths: Depths, num_before: int, num_blocks:
             return None
         phase, batch, side, offset = stretch
         index = offset if side == "front" else num_before + num_blocks + offset
-        peaks[phase, batch, index] = _peak(parts)
+        peaks[phase, batch, index] = Peak.of(parts)
     peaks |= _middle(placed, depths, num_before + num_blocks, steps)
     count, sent_bytes, flops = (Counter(f) for f in figures if f is not None)
     return Trace(count=count, sent_bytes=sent_bytes, flops=flops, peaks=peaks)
@@ -110,9 +111,5 @@ def _middle(placed: Sequence[Mapping[Stretch, Peak]], depths: Depths, num_calls:
         ):
             two = placed[2][phase, batch, side, offset + shift]
             a, b = _Table(one.parts), _Table(two.parts)
-            found[phase, batch, index] = _peak({n: a[n] + (steps - 1) * (b[n] - a[n]) for n in {**a, **b}})
+            found[phase, batch, index] = Peak.of({n: a[n] + (steps - 1) * (b[n] - a[n]) for n in {**a, **b}})
     return found
-
-
-def _peak(parts: dict[str, int]) -> Peak:
-    return Peak(sum(parts.values()), parts)

@@ -42,6 +42,14 @@ def sharding_of(spec: ParamSpec, mesh: Mesh) -> Sharding:
     return Sharding(mesh=mesh.dense, placements=(Replicate(), Shard(0)))
 
 
+def cuts(spec: ParamSpec, mesh: Mesh) -> tuple[tuple[int, Axis], ...]:
+    """Where a rank's shard is cut: `(dim, axis)` for each axis of several ranks."""
+    sharding = sharding_of(spec, mesh)
+    placed = zip(sharding.mesh.mesh_dim_names or (), sharding.placements, strict=True)
+    found = [(p.dim, mesh[name]) for name, p in placed if isinstance(p, Shard)]
+    return tuple((dim, axis) for dim, axis in found if axis.size > 1)
+
+
 def shard_params(params: Tree, specs: Tree, mesh: Mesh) -> Tree:
     """Whole tensors, equal on all ranks -> DTensors of this rank's shards (copies). No communication."""
     return tree.map(lambda leaf, spec: shard(leaf, sharding_of(spec, mesh)), params, specs)
@@ -65,11 +73,15 @@ def rows(num_rows: int, size: int, index: int) -> tuple[int, int]:
 
 
 def wrap(local: Tensor, shape: torch.Size, sharding: Sharding) -> DTensor:
-    """A local shard as a DTensor of the whole `shape`."""
+    """A local shard as a DTensor of the whole `shape`; it stays where it is, if that is not the mesh's device."""
     stride = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return DTensor.from_local(
-        local, sharding.mesh, sharding.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    is_away = local.device.type != sharding.mesh.device_type
+    own = local.to("meta") if is_away else local  # from_local moves all but meta tensors to the mesh's device
+    out = DTensor.from_local(
+        own, sharding.mesh, sharding.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
+    out._local_tensor = local
+    return out
 
 
 def local(leaf: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.ops import Ops, flops
 from mmfn.parallel import shapes
+from mmfn.parallel.host_memory import HOST
 from mmfn.parallel.mesh import Layout, Mesh, Partition, make_mesh
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
@@ -34,8 +35,20 @@ CATEGORIES = (
     "temporaries",
 )
 _HOOKS = ("layer", "stack")
-_OF_SITE = {"communication": "communication", "weights": "gathered weights", "head": "logits"}
-_NAMES = {"gather": "weights", "linear_cross_entropy": "head"}  # sites of ops that are not called as the op is
+_OF_SITE = {
+    "communication": "communication",
+    "weights": "gathered weights",
+    "head": "logits",
+    "offloaded": "activations",
+    "optimizer": "optimizer",
+}
+_NAMES = {
+    "gather": "weights",
+    "gather_head": "weights",
+    "linear_cross_entropy": "head",
+}  # sites of ops that are not called as the op is
+
+_COUNTED = torch.ops.mmfn.counted_empty.default  # an operator whose last argument is the site of what it makes
 
 Mark = tuple[str, int, int]  # (phase, micro-batch, index of the call of `ops.layer` in it)
 
@@ -63,10 +76,15 @@ class Key:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes alive within one stretch of a step, and their categories at that time."""
+    """The most bytes alive on the device within one stretch of a step, and all categories at that time."""
 
     total: int
     parts: dict[str, int]
+
+    @staticmethod
+    def of(parts: dict[str, int]) -> "Peak":
+        """The peak of known parts; those on the host are not the device's."""
+        return Peak(sum(n for name, n in parts.items() if name != HOST), parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +104,11 @@ class Trace:
     def peak(self) -> Peak:
         """The largest of all stretches."""
         return max(self.peaks.values(), key=lambda p: p.total)
+
+    @property
+    def host_bytes(self) -> int:
+        """The most bytes on the host; buffers there are kept."""
+        return max(p.parts.get(HOST, 0) for p in self.peaks.values())
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -120,7 +143,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor):
-                self.allocate(x, self.site)
+                self.allocate(x, args[2] if func is _COUNTED else self.site)
         return out
 
     @property
@@ -175,7 +198,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def layer(block: Any, params: Any, *xs: Any) -> tuple[Tensor, Any]:
             self._start_forward()
             batch, index = self._place
-            self._place = (batch, index + 1)
+            self._place = (batch, index + (len(params) if isinstance(params, list) else 1))  # a list: a group of blocks
             self._mark(FORWARD, batch, index)
             x, out = inner(block, params, *xs)
             if x.grad_fn is not None:
@@ -266,12 +289,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 stretch += 1
                 found[self._marks[stretch][1]] = Peak(total, dict(alive))
             alive[category] += num_bytes
-            total += num_bytes
+            total += num_bytes if category != HOST else 0
             if stretch >= 0 and total > found[self._marks[stretch][1]].total:
                 found[self._marks[stretch][1]] = Peak(total, dict(alive))
         return found
 
     def _category(self, a: Allocation) -> str:
+        if a.site == HOST:
+            return HOST
         if a.phase not in (FORWARD, BACKWARD, UPDATE):  # held before the step
             return a.phase
         later = self._turns if a.phase == BACKWARD else self._ends

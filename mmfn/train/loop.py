@@ -17,13 +17,17 @@ from typing import Any
 
 from mmfn import batch as packing
 from mmfn import tree
+from mmfn.interop import adapter
 from mmfn.interop.hf import save_hf
+from mmfn.lora import merge
 from mmfn.model import Model
 from mmfn.parallel.sharding import whole_params
+from mmfn.spec import num_trained
 from mmfn.train import run_folder
 from mmfn.train.config import describe
 from mmfn.train.data import Share, agree, prefetch
 from mmfn.train.evaluate import Evaluation, evaluate, to_json
+from mmfn.train.optim import ema_params
 from mmfn.train.progress import Progress, format_duration
 from mmfn.train.report import render_report
 from mmfn.train.setup import Run
@@ -35,9 +39,13 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run left behind. `train_s`: time of all steps, without preparation and evaluation."""
+    """What a run left behind. `train_s`: time of all steps, without preparation and evaluation.
+
+    `saved`: where the trained parameters are, by kind: "checkpoint", "adapter".
+    """
 
     folder: Path
+    saved: dict[str, Path]
     model: Model
     records: list[Record]
     evaluation: Evaluation | None
@@ -58,11 +66,11 @@ def run_training(run: Run, progress: Progress) -> Result:
     start = time.perf_counter()
     state = _train_recorded(run, folder, progress, records) if run.place.is_first else train(run, records.append)
     train_s = time.perf_counter() - start
-    model = replace(run.model, params=whole_params(state["params"], run.place.mesh))
-    if run.place.is_first:
-        save_hf(folder / "checkpoint", model, assets=config.model.path, layout=config.output.experts)
+    params = ema_params(state) if config.output.weights == "ema" else state["params"]
+    model = replace(run.model, params=whole_params(params, run.place.mesh))
+    saved = _save(run, model, folder) if run.place.is_first else {}
     evaluation = _evaluate(run, model, progress)
-    result = Result(folder=folder, model=model, records=records, evaluation=evaluation, train_s=train_s)
+    result = Result(folder=folder, saved=saved, model=model, records=records, evaluation=evaluation, train_s=train_s)
     if run.place.is_first:
         if evaluation is not None:
             write_text(folder / "eval.json", to_json(evaluation))
@@ -71,6 +79,19 @@ def run_training(run: Run, progress: Progress) -> Result:
     if run.place.is_first:
         run_folder.drop_previous(folder)
     return result
+
+
+def _save(run: Run, model: Model, folder: Path) -> dict[str, Path]:
+    """Write what was trained: a checkpoint with adapters merged into it, the adapters themselves, or both."""
+    config, saved = run.loaded.config, {}
+    if config.has_adapters and config.output.adapter != "merged":
+        saved["adapter"] = folder / "adapter"
+        adapter.save(saved["adapter"], model, run.specs, base=config.model.path)
+    if not config.has_adapters or config.output.adapter != "separate":
+        saved["checkpoint"] = folder / "checkpoint"
+        plain = replace(model, params=merge(model.params))
+        save_hf(saved["checkpoint"], plain, assets=config.model.path, layout=config.output.experts)
+    return saved
 
 
 def _train_recorded(run: Run, folder: Path, progress: Progress, records: list[Record]) -> State:
@@ -94,11 +115,13 @@ def _train_recorded(run: Run, folder: Path, progress: Progress, records: list[Re
 def train(run: Run, emit: Callable[[Record], None]) -> State:
     """Take all steps and return the last state; the run's own is consumed. `emit(record)` is called once per step.
 
-    A record holds `step` (from 1), `loss`, with routers `aux_loss` and `dropped` (see `objective.loss_fn`),
-    `grad_norm`, `lr`, `skipped` (1: gradients were not finite, nothing changed), the counts of its data (`tokens`,
-    `supervised`, `image_tokens`, `samples`, `microbatches`, `padding` as a share), `wait_s` (time it waited for data),
-    `step_s`, `tokens_per_s` (no padding, over the last steps) and `eta_s`.
+    A record holds `step` (from 1), `loss`, `ce` if the loss has other terms, with routers `aux_loss` and `dropped` (see
+    `objective.loss_fn`), `grad_norm`, `lr`, `skipped` (1: loss or gradients were not finite or a spike, nothing
+    changed), `in_a_row` (skipped steps up to this one), the counts of its data (`tokens`, `supervised`, `image_tokens`,
+    `samples`, `microbatches`, `padding` as a share), `wait_s` (time it waited for data), `step_s`, `tokens_per_s` (no
+    padding, over the last steps) and `eta_s`.
     On a mesh counts are those of all ranks, `microbatches` the number each of them computes, and times this rank's.
+    Raises ValueError on all ranks, one step late, when `train.max_skips` steps in a row were skipped.
     """
     config = run.loaded.config
     num_steps = config.train.steps
@@ -106,16 +129,22 @@ def train(run: Run, emit: Callable[[Record], None]) -> State:
     meter = _Meter(num_steps)
     state, started = run.state, None
     shares = prefetch(run.loader.share, 0, num_steps, workers=config.data.workers, ahead=config.data.ahead)
+
+    def finish(facts: Record, metrics: Metrics) -> None:
+        record = meter.finish(facts, metrics)
+        emit(record)
+        _check_skips(record, config.train.max_skips)
+
     for step in range(1, num_steps + 1):
         asked = time.perf_counter()
         share = agree(next(shares), batch_axis, empty)
         facts = _facts(step, share, time.perf_counter() - asked)
         state, metrics = run.step(state, [packing.to(b, run.place.device) for b in share.microbatches])
         if started is not None:
-            emit(meter.finish(*started))
+            finish(*started)
         started = facts, metrics
     if started is not None:
-        emit(meter.finish(*started))
+        finish(*started)
     return state
 
 
@@ -145,7 +174,7 @@ class _Meter:
 
     def finish(self, facts: Record, metrics: Metrics) -> Record:
         """The complete record of a step that was started earlier."""
-        names = ("loss", "aux_loss", "dropped", "grad_norm", "lr", "skipped")
+        names = ("loss", "ce", "aux_loss", "dropped", "grad_norm", "lr", "skipped", "in_a_row")
         numbers = {name: metrics[name].item() for name in names if name in metrics}
         now = time.perf_counter()
         step_s, self.last = now - self.last, now
@@ -178,11 +207,21 @@ def _facts(step: int, share: Share, wait_s: float) -> Record:
     }
 
 
+def _check_skips(record: Record, max_skips: int) -> None:
+    """Raise ValueError where too many steps in a row were skipped to hope for better ones."""
+    if record["in_a_row"] >= max_skips:
+        raise ValueError(
+            f"{record['in_a_row']} steps in a row were skipped, the last of them step {record['step']} with loss "
+            f"{record['loss']:.4g} and gradient norm {record['grad_norm']:.4g}; lower optimizer.lr, check weights and "
+            "data, or raise train.max_skips"
+        )
+
+
 def _check_finite(result: Result) -> None:
     """Raise ValueError for a run that is complete but of no use."""
     fix = f"lower optimizer.lr or check weights and data (the run is in {str(result.folder)!r})"
     if all(record["skipped"] for record in result.records):
-        raise ValueError(f"all {len(result.records)} steps were skipped, their gradients were not finite; {fix}")
+        raise ValueError(f"all {len(result.records)} steps were skipped, their loss or gradients not finite; {fix}")
     if not math.isfinite(last := result.records[-1]["loss"]):
         raise ValueError(f"the training diverged, the loss of the last step is {last}; {fix}")
     if result.evaluation is not None:
@@ -238,14 +277,14 @@ def _report_facts(run: Run, result: Result, tokens: int, num_params: int) -> Seq
     padding = sum(r["padding"] for r in records) / len(records)
     facts = [
         ("model", f"{run.loaded.config.model.path} ({result.model.family.name}, {run.loaded.config.model.init})"),
-        ("parameters", f"{num_params:,}"),
+        ("parameters", f"{num_params:,}, of these {num_trained(run.specs):,} are trained"),
         ("tokens seen", f"{tokens:,}, of these {sum(r['image_tokens'] for r in records):,} from images"),
         ("supervised tokens", f"{sum(r['supervised'] for r in records):,}"),
         ("samples seen", f"{sum(r['samples'] for r in records):,} of {len(run.loader.dataset):,} different ones"),
         ("padding", f"{100 * padding:.1f} % of packed tokens"),
         ("time waiting for data", format_duration(sum(r["wait_s"] for r in records))),
-        ("steps skipped (gradients not finite)", f"{sum(r['skipped'] for r in records)}"),
-        ("checkpoint", str(result.folder / "checkpoint")),
+        ("steps skipped (not finite, or spikes)", f"{sum(r['skipped'] for r in records)}"),
+        *((name, str(path)) for name, path in result.saved.items()),
     ]
     if result.evaluation is not None:
         correct = f"{result.evaluation.num_correct} of {len(result.evaluation.answers)} exactly right"

@@ -1,11 +1,14 @@
-"""The objective: one weight per token, computed once per global step from label counts alone.
+"""The objective: what a step minimises. Its heart is one weight per token, computed once per global step from counts.
 
-The loss is `sum_t weights_T[t] * cross_entropy_T[t]`, so values and gradients of micro-batches (and of ranks) are
-summed, never averaged. Legend: M micro-batches, N segments (samples) of a micro-batch, T tokens, V vocabulary.
+The loss is `sum_t weights_T[t] * loss_T[t]`, so values and gradients of micro-batches (and of ranks) are summed, never
+averaged. A weighting is a pure function of how many tokens each sample has to learn; another one is one more function.
+What has nothing to learn does not count: no sample, micro-batch or micro-step without supervised tokens is part of a
+mean. Legend: D ranks with their own data, A micro-batches of each, N segments (samples) of a micro-batch, T tokens, V
+vocabulary. Sums below: S_dan of the losses and n_dan of the supervised tokens of sample n of micro-batch (d, a).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,49 +18,111 @@ from torch import Tensor
 from mmfn.batch import IGNORE, Batch
 from mmfn.models import Family
 from mmfn.ops import Ops, portable
+from mmfn.ops.cross_entropy import check_settings
 from mmfn.tree import Tree
 
-Objective = Callable[[Tensor], Tensor]
-"""counts_MN: int64[M, N], supervised tokens per micro-batch and sample -> float64[M, N], weight of each such token."""
+Weighting = Callable[[Tensor], Tensor]
+"""counts_DAN: int64[D, A, N], the supervised tokens of each sample -> float64[D, A, N], the weight of each of them."""
 
 
-def default(counts_MN: Tensor) -> Tensor:
-    """Mean over micro-batches of each one's mean over its supervised tokens. Depends on how samples are split.
+def default(counts_DAN: Tensor) -> Tensor:
+    """`mean_da (sum_n S_dan / sum_n n_dan)` over micro-batches that have a supervised token: mean of their means.
 
-    A micro-batch without supervised tokens does not count: ranks add empty ones to have equally many.
+    Depends on how samples are split into micro-batches.
     """
-    counts_M1 = counts_MN.sum(1, keepdim=True)
-    return _reciprocal(counts_M1 * (counts_M1 > 0).sum()).expand(counts_MN.shape)
+    counts_DA1 = counts_DAN.sum(2, keepdim=True)
+    return _reciprocal(counts_DA1 * (counts_DA1 > 0).sum()).expand(counts_DAN.shape)
 
 
-def per_token_loss(counts_MN: Tensor) -> Tensor:
-    """Mean over all supervised tokens of the global batch. Any split of the same batch gives the same gradient."""
-    return _reciprocal(counts_MN.sum()).expand(counts_MN.shape)
+def per_sample_loss(counts_DAN: Tensor) -> Tensor:
+    """`mean_dan (S_dan / n_dan)` over samples that have a supervised token. Any split gives the same gradient."""
+    return _reciprocal(counts_DAN * (counts_DAN > 0).sum())
 
 
-OBJECTIVES: dict[str, Objective] = {"default": default, "per_token_loss": per_token_loss}
+def per_token_loss(counts_DAN: Tensor) -> Tensor:
+    """`sum_dan S_dan / sum_dan n_dan`, the mean over all supervised tokens. Any split gives the same gradient."""
+    return _reciprocal(counts_DAN.sum()).expand(counts_DAN.shape)
 
 
-def resolve(objective: str | Objective) -> Objective:
-    """The function of a name in `OBJECTIVES`, or the function itself. Raises ValueError naming the nearest known."""
-    if not isinstance(objective, str):
+def token_loss(counts_DAN: Tensor) -> Tensor:
+    """`mean_a (sum_dn S_dan / sum_dn n_dan)` over micro-steps (all ranks' a-th micro-batches) with a supervised token.
+
+    Depends on which samples are in one micro-step, but not on how they are spread over its ranks.
+    """
+    counts_1A1 = counts_DAN.sum((0, 2), keepdim=True)
+    return _reciprocal(counts_1A1 * (counts_1A1 > 0).sum()).expand(counts_DAN.shape)
+
+
+def square_loss(counts_DAN: Tensor) -> Tensor:
+    """`mean_a (sum_dn w_dan S_dan / sum_dn w_dan n_dan)` with `w = 1 / sqrt(n)`, over micro-steps as in `token_loss`.
+
+    A sample counts as the root of its length: between `per_sample_loss` (not at all) and `token_loss` (in full). n
+    is the number of tokens that are predicted; MindSpeed-MM takes the labels before the shift, where one at the start
+    of a sample, which nothing predicts, counts as well.
+    """
+    roots_DAN = counts_DAN.double().sqrt()
+    roots_1A1 = roots_DAN.sum((0, 2), keepdim=True)
+    return _reciprocal(roots_DAN * roots_1A1 * (roots_1A1 > 0).sum())
+
+
+OBJECTIVES: dict[str, Weighting] = {
+    "default": default,
+    "per_sample_loss": per_sample_loss,
+    "per_token_loss": per_token_loss,
+    "token_loss": token_loss,
+    "square_loss": square_loss,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised.
+
+    `weighting`: the weight of each supervised token. `z_loss`: coefficient of logsumexp^2 beside a token's cross
+    entropy, and `label_smoothing`: the share of its target spread over the vocabulary (`ops.linear_cross_entropy`).
+    `chunk`: rows of logits held at a time; None: as many as suit the head. Raises ValueError for values out of range.
+    """
+
+    weighting: Weighting = per_token_loss
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.z_loss, self.label_smoothing, self.chunk)
+
+    @property
+    def is_plain(self) -> bool:
+        """True where a token's loss is its cross entropy."""
+        return self.z_loss == self.label_smoothing == 0
+
+
+Named = str | Weighting | Objective
+"""An objective, or one of only a weighting: a name in `OBJECTIVES`, or the function."""
+
+
+def resolve(objective: Named) -> Objective:
+    """The objective of a name or a weighting, or itself. Raises ValueError naming the nearest known."""
+    if isinstance(objective, Objective):
         return objective
+    if not isinstance(objective, str):
+        return Objective(weighting=objective)
     if objective not in OBJECTIVES:
         near = get_close_matches(objective, OBJECTIVES, n=1, cutoff=0.0)
         raise ValueError(f"objective {objective!r} is unknown; nearest is {near[0]!r}, known: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[objective]
+    return Objective(weighting=OBJECTIVES[objective])
 
 
 Exchange = Callable[[Tensor], tuple[Tensor, int]]
-"""counts_MN of this rank's shares -> (those of all micro-batches of all ranks, where this rank's stand among them)."""
+"""counts_AN of this rank's shares -> (counts_DAN of all ranks with their own data, which of them this rank is)."""
 
 
-def alone(counts_MN: Tensor) -> tuple[Tensor, int]:
+def alone(counts_AN: Tensor) -> tuple[Tensor, int]:
     """The exchange of a rank that holds the whole global batch."""
-    return counts_MN, 0
+    return counts_AN[None], 0
 
 
-def weigh(microbatches: Sequence[Batch], objective: str | Objective, exchange: Exchange = alone) -> list[Batch]:
+def weigh(microbatches: Sequence[Batch], objective: Named, exchange: Exchange = alone) -> list[Batch]:
     """All micro-batches of one step with `weights_T` and `aux_weight` set; only labels and segments are read.
 
     Weights are float32, or float64 where the batch's own `weights_T` are; zero where a token is not supervised. Raises
@@ -66,28 +131,44 @@ def weigh(microbatches: Sequence[Batch], objective: str | Objective, exchange: E
     if not microbatches:
         raise ValueError("weigh received no micro-batch; a global step needs at least one")
     width = max(b.num_segments for b in microbatches)
-    counts_MN, first = exchange(torch.stack([_counts(b, width) for b in microbatches]))
-    own_MN = resolve(objective)(counts_MN)[first : first + len(microbatches)]
-    weighed = [_spread(b, weights_N) for b, weights_N in zip(microbatches, own_MN.unbind(0), strict=True)]
+    counts_DAN, own = exchange(torch.stack([_counts(b, width) for b in microbatches]))
+    weights_AN = resolve(objective).weighting(counts_DAN)[own]
+    weighed = [_spread(b, weights_N) for b, weights_N in zip(microbatches, weights_AN.unbind(0), strict=True)]
     return [replace(b, aux_weight=b.weights_T.new_full((), 1 / len(weighed))) for b in weighed]
 
 
-def loss_fn(params: Tree, batch: Batch, family: Family, cfg: Any, ops: Ops) -> tuple[Tensor, dict[str, Tensor]]:
+PLAIN = Objective()
+
+
+def loss_fn(
+    params: Tree, batch: Batch, family: Family, cfg: Any, ops: Ops, objective: Objective = PLAIN
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`(loss, metrics)` of one weighed micro-batch: its share of the global loss, a plain weighted sum.
 
-    `loss`: 0-D, float32 or wider: cross entropies and, of a family with routers, `cfg.router_aux_coef` times the
-    load-balancing loss. `metrics`: 0-D tensors to be summed over micro-batches and ranks: `loss`, `tokens`, the number
-    of supervised tokens, and with routers `aux_loss`, the load-balancing loss (its mean over micro-batches), and
-    `dropped`, routed rows that the experts left out.
+    `loss`: 0-D, float32 or wider: the losses of tokens and, of a family with routers, `cfg.router_aux_coef` times the
+    load-balancing loss. `objective`: what a token's loss is; its weighting is in the batch already. `metrics`: 0-D
+    tensors to be summed over micro-batches and ranks: `loss`, `tokens`, the number of supervised tokens, `ce`, the
+    cross entropy alone, where the loss has other terms, and with routers `aux_loss`, the load-balancing loss (its mean
+    over micro-batches), and `dropped`, routed rows that the experts left out.
     """
     out = family.apply(params, batch, cfg, ops)
     weight_VD = family.head(params, cfg, ops)
-    value = ops.linear_cross_entropy(out.hidden_TD, weight_VD, batch.labels_T, batch.weights_T)
+    value, ce = ops.linear_cross_entropy(
+        out.hidden_TD.to(weight_VD.dtype),  # a head may be computed in a wider dtype than the blocks
+        weight_VD,
+        batch.labels_T,
+        batch.weights_T,
+        z_loss=objective.z_loss,
+        label_smoothing=objective.label_smoothing,
+        chunk=objective.chunk,
+    )
     metrics = {"tokens": (batch.labels_T != IGNORE).sum()}
     if out.aux is not None:
         aux_loss = batch.aux_weight * balance(out.aux, ops)
         value = value + cfg.router_aux_coef * aux_loss
         metrics |= {"aux_loss": aux_loss.detach(), "dropped": out.aux["dropped"]}
+    if out.aux is not None or not objective.is_plain:
+        metrics["ce"] = ce
     return value, {"loss": value.detach(), **metrics}
 
 
@@ -107,21 +188,23 @@ def balance(aux: Tree, ops: Ops) -> Tensor:
 
 
 def loss(
-    params: Tree, batch: Batch, model: Any, *, objective: str | Objective = "per_token_loss", ops: Ops | None = None
+    params: Tree, batch: Batch, model: Any, *, objective: Named = "per_token_loss", ops: Ops | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`(loss, metrics)` of one batch taken as the whole global step; differentiable with respect to `params`.
 
     `params`: shaped like `model.params`. `model`: a `Model` (its `family` and `cfg` are used). `ops` defaults to
-    `ops.portable()`. Raises ValueError for an unknown objective.
+    `ops.portable()`. `objective`: a name in `OBJECTIVES`, a function of counts, or an `Objective`. Raises ValueError
+    for an unknown one.
 
     >>> (value, metrics), grads = mmfn.value_and_grad(mmfn.loss, has_aux=True)(model.params, batch, model)
     """
+    objective = resolve(objective)
     (weighed,) = weigh([batch], objective)
-    return loss_fn(params, weighed, model.family, model.cfg, ops or portable())
+    return loss_fn(params, weighed, model.family, model.cfg, ops or portable(), objective)
 
 
 def _reciprocal(counts: Tensor) -> Tensor:
-    """1 / counts in float64, and 0 where there is nothing to weigh."""
+    """1 / counts in float64, and 0 where there is nothing to weigh. No count lies between 0 and 1."""
     return torch.where(counts > 0, 1.0 / counts.clamp(min=1).to(torch.float64), 0.0)
 
 

@@ -25,6 +25,7 @@ from mmfn.parallel.program import Program
 from mmfn.parallel.sharding import shard_params
 from mmfn.parallel.trace import Recorder, Trace, recording_mesh
 from mmfn.spec import meta_params
+from mmfn.train.objective import Named
 from mmfn.train.optim import Transform
 from mmfn.train.schedule import Schedule, schedule
 from mmfn.train.step import init_state, make_step
@@ -64,7 +65,7 @@ class Setup:
     optimizer: Transform
     workload: Workload
     dtype: torch.dtype = torch.float32
-    objective: str = "per_token_loss"
+    objective: Named = "per_token_loss"
 
 
 def plan(
@@ -79,7 +80,8 @@ def plan(
     mesh = recording_mesh(layout, rank, Recorder(is_fake=True))
     program = setup.build(setup.cfg, mesh)
     blocks = program.specs["text"]["layers"]
-    depths = None if all_layers else scaling.choose_depths(blocks, len(setup.cfg.vision.deepstack), V)
+    num_special = max(len(setup.cfg.vision.deepstack), program.num_special)
+    depths = None if all_layers else scaling.choose_depths(blocks, num_special, V, program.period)
     whole, shares = make_shares(setup, program)
     run = partial(trace_step, setup, layout, rank=rank, shares=shares)
     trace, how = None, f"all {L} text blocks were traced"
@@ -101,7 +103,7 @@ def plan(
         tokens=setup.workload.tokens * setup.workload.micro_batches,
         balance=_balance(whole, shares[0], mesh["cp"].size),
         notes=[*program.notes, how],
-        assumptions=_assumptions(setup),
+        assumptions=_assumptions(setup, program),
     )
 
 
@@ -171,16 +173,18 @@ def balanced(ops: Ops) -> Ops:
 def shortened(ops: Ops, recorder: Recorder) -> Ops:
     """The table with a loss that goes through two chunks of rows only, whose work counts for all: chunks are alike."""
 
-    def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+    def linear_cross_entropy(
+        x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, *, chunk: int | None = None, **given: Any
+    ) -> tuple[Tensor, Tensor]:
         index_N = ((labels_T != IGNORE) & (weights_T != 0)).nonzero()[:, 0]
-        N, rows = index_N.numel(), chunk_rows(weight_VD.shape[0])
+        N, rows = index_N.numel(), chunk or chunk_rows(weight_VD.shape[0])
         kept = 2 * -(-N // -(-N // rows)) if N else 0
         if 2 * kept >= N:
-            return ops.linear_cross_entropy(x_TD, weight_VD, labels_T, weights_T)
+            return ops.linear_cross_entropy(x_TD, weight_VD, labels_T, weights_T, chunk=chunk, **given)
         short_T = labels_T.index_fill(0, index_N[kept:], IGNORE)
         del index_N
         with recorder.standing_for(N, kept):
-            return ops.linear_cross_entropy(x_TD, weight_VD, short_T, weights_T)
+            return ops.linear_cross_entropy(x_TD, weight_VD, short_T, weights_T, chunk=chunk, **given)
 
     return replace(ops, linear_cross_entropy=linear_cross_entropy)
 
@@ -194,7 +198,7 @@ def _state(setup: Setup, program: Program, recorder: Recorder) -> dict[str, Any]
     if program.mesh.layout.world > 1:
         params = shard_params(params, program.specs, program.mesh)
     recorder.phase = "optimizer"
-    return init_state(params, setup.optimizer)
+    return init_state(params, setup.optimizer, program.specs)
 
 
 def _leaves(setup: Setup, program: Program, depths: scaling.Depths | None) -> list[Leaf]:
@@ -230,7 +234,12 @@ def _balance(whole: Batch, share: Batch, num_ranks: int) -> dict[str, float]:
 def _watched(program: Program, recorder: Recorder) -> Program:
     if program.compile != "none":
         raise ValueError(f"a plan traces the eager step but the program is compiled({program.compile!r}); leave it out")
-    return replace(program, watch=lambda ops: recorder.watch(shortened(balanced(ops), recorder)))
+
+    def watch(ops: Ops) -> Ops:
+        table = balanced(ops)
+        return recorder.watch(table if program.is_head_sharded else shortened(table, recorder))
+
+    return replace(program, watch=watch)
 
 
 def _sample(num_tokens: int, cfg: Any, side: int) -> Sample:
@@ -248,11 +257,12 @@ def _sample(num_tokens: int, cfg: Any, side: int) -> Sample:
     return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images)
 
 
-def _assumptions(setup: Setup) -> list[str]:
+def _assumptions(setup: Setup, program: Program) -> list[str]:
     w = setup.workload
     found = [
         f"samples of {w.sample_tokens:,} tokens with an image of {w.image_side} x {w.image_side} patches",
-        "all text is supervised; of the loss two chunks of rows are traced and count for all",
+        "all text is supervised"
+        + ("" if program.is_head_sharded else "; of the loss two chunks of rows are traced and count for all"),
         "other ranks do as this one does",
         "the portable ops; memory without the allocator's rounding and kernels' workspaces",
     ]

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +20,10 @@ from mmfn.parallel.program import Program
 from mmfn.parallel.split import segment_multiple
 from mmfn.parallel.trace import Recorder, recording_mesh
 from mmfn.train import setup as training
-from mmfn.train.config import Config, LayoutSection, load_config
+from mmfn.train.config import load_config
 from mmfn.train.plan import Setup, Workload, plan
+from mmfn.train.recipe import build_optimizer
+from mmfn.train.sections import Config, LayoutSection
 
 SHARDS = (1, 2, 4, 8, 16)  # of a search: parameters are whole on a world's 1, 1/2, 1/4, ... of the ranks
 CP_SIZES = (1, 2, 4, 8)
@@ -80,41 +82,72 @@ def make_setup(request: Request) -> tuple[Setup, Layout]:
     layout = training.layout_of(config.layout)
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
 
-    def build(cfg: Any, mesh: Mesh) -> Program:
-        return training.build_program(eager, found, cfg, mesh)
+    specs = training.model_specs(config, found, cfg)
+
+    def build(shallow: Any, mesh: Mesh) -> Program:
+        blocks = specs["text"]["layers"][: shallow.num_layers]
+        own = {**specs, "text": {**specs["text"], "layers": blocks}}
+        return training.build_program(eager, found, shallow, mesh, own)
 
     setup = Setup(
         family=found,
         cfg=cfg,
         build=build,
-        optimizer=training.build_optimizer(config.optimizer),
+        optimizer=build_optimizer(without_rules(config), specs),
         workload=replace(request.workload, segment_multiple=segment_multiple(config.layout.kind, layout)),
         dtype=getattr(torch, config.model.dtype),
-        objective=config.objective.name,
+        objective=training.build_objective(config.objective),
     )
     return setup, layout
 
 
-def search(request: Request, world: int, jobs: int | None = None) -> list[Plan]:
+def without_rules(config: Config) -> Config:
+    """The config without rules for single parameters: they change no shape, and a plan traces a few layers only."""
+    plain = {"no_decay": (), "lr_scales": {}, "layer_decay": 1.0}
+    return config.model_copy(
+        update={
+            "optimizer": config.optimizer.model_copy(update=plain),
+            "schedule": config.schedule.model_copy(update={"groups": {}}),
+        }
+    )
+
+
+def search(
+    request: Request, world: int, jobs: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> list[Plan]:
     """Plans of all layouts of `world` ranks that the model can take; those that fit first, then by predicted time.
 
     Tokens per rank are the same for all, so the time of a step compares them. `jobs`: processes, default one per core.
+    `say` is given a line before the work. Raises ValueError where there is no layout.
     """
     found = [replace(request, config=config) for config in candidates(request.config, world)]
     if not found:
-        raise ValueError(f"no layout of {world} ranks fits this model; try another number of ranks")
+        raise ValueError(
+            f"no layout of {world} ranks fits this model and the config's own layout settings; change one of them"
+        )
+    jobs = jobs or os.cpu_count() or 1
+    say(f"planning {len(found)} layouts of {world} ranks in {jobs} processes; layout settings that are given are kept")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
         plans = list(pool.map(plan_config, found))
     return sorted(plans, key=lambda p: (not p.fits, p.time.total_s))
 
 
 def candidates(config: Config, world: int) -> Iterator[Config]:
-    """Configs that differ in their layout only, each one that the program accepts."""
+    """Configs that differ in their layout only, each one that the program accepts.
+
+    A layout setting that the config gives is kept, but for dp, which makes the world.
+    """
     family_, cfg = _model(config)
+    given = config.layout.model_dump(exclude_unset=True)
+    given.pop("dp", None)
+    seen = []
     for values in _layouts(world, getattr(cfg, "moe", None)):
         try:
-            chosen = _with_layout(config, {**_kept(config.layout), **values})
+            chosen = _with_layout(config, {**values, **given})
+            if chosen.layout in seen or chosen.layout.world != world:
+                continue
+            seen.append(chosen.layout)
             layout = training.layout_of(chosen.layout)
             training.build_program(chosen, family_, cfg, recording_mesh(layout, 0, Recorder(is_fake=True)))
         except ValueError:
@@ -146,12 +179,6 @@ def _layouts(world: int, moe: Any) -> Iterator[dict[str, Any]]:
                 for ep in (n for n in experts if shard % n == 0):
                     for remat in ("none", "full"):
                         yield {"replicate": part, "dp": shard // cp, "cp": cp, "ep": ep, "remat": remat, **kind}
-
-
-def _kept(section: LayoutSection) -> dict[str, Any]:
-    """What a search leaves as it is."""
-    given = section.model_dump(exclude_unset=True)
-    return {name: given[name] for name in ("prefetch", "compute_dtype", "reduce_dtype") if name in given}
 
 
 def _with_layout(config: Config, values: dict[str, Any]) -> Config:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmfn.train.config import Loaded
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "eval.json", "report.html", "checkpoint")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "eval.json", "report.html", "adapter", "checkpoint")
 PREVIOUS = "previous"  # the run that was overwritten, whole
 _MOVING = ".previous"  # the same while it is being moved there
 _SCRATCH = tuple(f".{name}." for name in RUN_FILES)  # prefixes of what a run killed while writing leaves behind
@@ -115,6 +115,7 @@ def _inputs(loaded: Loaded) -> dict[str, str]:
     paths = {
         "the config file": str(loaded.path),
         "model.path": loaded.config.model.path,
+        "model.adapter": loaded.config.model.adapter,
         "data.train": data.train,
         "data.eval": data.eval,
         "data.root": data.root,

@@ -13,11 +13,13 @@ import torch
 
 from mmfn import tree
 from mmfn.batch import IGNORE
-from mmfn.interop import export
+from mmfn.interop import adapter, export
 from mmfn.interop.checkpoint import read_config
 from mmfn.interop.hf import init, load_hf
+from mmfn.lora import add_adapters, lora
 from mmfn.model import Model
 from mmfn.models import Family
+from mmfn.ops.cross_entropy import power_of_two
 from mmfn.parallel.compiled import compiled
 from mmfn.parallel.context_parallel import context_parallel
 from mmfn.parallel.data_parallel import data_parallel
@@ -25,20 +27,25 @@ from mmfn.parallel.expert_parallel import expert_parallel
 from mmfn.parallel.host import wait_for_all
 from mmfn.parallel.launch import Place, Ranks
 from mmfn.parallel.mesh import Layout, Mesh, single_mesh
+from mmfn.parallel.offload import offload
 from mmfn.parallel.precision import precision
 from mmfn.parallel.program import Program, pipe
+from mmfn.parallel.program import Transform as ProgramTransform
 from mmfn.parallel.remat import remat
 from mmfn.parallel.sharding import shard, sharding_of
 from mmfn.parallel.split import segment_multiple, token_multiple
-from mmfn.train import optim
-from mmfn.train.config import Config, LayoutSection, Loaded, ModelSection, OptimizerSection
+from mmfn.parallel.vocabulary import vocabulary_parallel
+from mmfn.spec import freeze, num_params, num_trained, trained_paths
+from mmfn.train.config import Loaded
 from mmfn.train.data import Dataset, Loader, Processor, load_processor
 from mmfn.train.data.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from mmfn.train.data.tokenizer import read_json
-from mmfn.train.objective import resolve
+from mmfn.train.objective import Objective, resolve
+from mmfn.train.recipe import build_guard, build_optimizer, build_schedule
 from mmfn.train.run_folder import check_output
-from mmfn.train.schedule import Schedule, schedule
+from mmfn.train.sections import Config, LayoutSection, ModelSection, ObjectiveSection
 from mmfn.train.step import State, Step, init_state, make_step
+from mmfn.tree import Tree
 
 MEDIA_TOKENS = {
     "image_token_id": IMAGE_PAD,
@@ -52,12 +59,13 @@ MEDIA_TOKENS = {
 class Run:
     """A checked run. `state` before the first step holds the model's own parameters, which training overwrites.
 
-    On a mesh the model's parameters are this rank's shards.
+    On a mesh the model's parameters are this rank's shards. `specs` are those of its parameters: see `model_specs`.
     """
 
     loaded: Loaded
     place: Place
     model: Model
+    specs: Tree
     processor: Processor
     loader: Loader
     held_out: Dataset | None
@@ -75,7 +83,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     config = loaded.config
     if place is None or place.is_first:  # the one that writes
         check_output(loaded)
-    resolve(config.objective.name)
+    build_objective(config.objective)
     processor = load_model_processor(config.model.path, config.data.template)
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
@@ -88,6 +96,8 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     program = build_program(config, model.family, model.cfg, place.mesh)
     for note in program.notes:
         say(note)
+    if config.has_adapters and config.output.adapter != "merged":  # what peft's format cannot express is refused now
+        adapter.stored(program.specs, model.family.specs(model.cfg), model.family.key_map(model.cfg))
     step, state = build_step(config, model, program)
     loader = build_loader(config, train_set, model, program)
     check_data(config, loader, train_set, held_out, place, say)
@@ -96,6 +106,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
         loaded=loaded,
         place=place,
         model=model,
+        specs=program.specs,
         processor=processor,
         loader=loader,
         held_out=held_out,
@@ -133,12 +144,56 @@ def find_device(name: str, ranks: Ranks | None = None) -> torch.device:
 
 
 def load_model(section: ModelSection, seed: int, device: torch.device | None = None) -> Model:
-    """The whole model, loaded or random, on `device` (default: that of the section)."""
+    """The whole model, loaded or random, on `device` (default: that of the section), with its adapter if it has one."""
     device, dtype = device or find_device(section.device), getattr(torch, section.dtype)
     if section.init == "load":
-        return load_hf(section.path, dtype=dtype, device=device)
-    model = init(read_config(Path(section.path)), seed, dtype)
-    return replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
+        model = load_hf(section.path, dtype=dtype, device=device)
+    else:
+        model = init(read_config(Path(section.path)), seed, dtype)
+        model = replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
+    return model if section.adapter is None else adapter.load(section.adapter, model)
+
+
+def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
+    """The parameters of a run's model: those of the family, adapters, and what is frozen.
+
+    Raises ValueError for a part the family does not have and for patterns that match nothing.
+    """
+    specs, chosen = family.specs(cfg), config.lora
+    if config.model.adapter is not None:
+        specs = adapter.read(config.model.adapter, specs, family.key_map(cfg))
+    elif chosen.rank is not None:
+        specs = lora(
+            specs,
+            rank=chosen.rank,
+            alpha=chosen.alpha,
+            targets=chosen.targets,
+            is_rs=chosen.rslora,
+            dropout=chosen.dropout,
+            keep=chosen.keep,
+        )
+    parts = family.parts(cfg)
+    if absent := [name for name in config.freeze.parts if name not in parts]:
+        raise ValueError(f"freeze.parts has {absent[0]!r} but this model's parts are {', '.join(parts)}; use these")
+    patterns = [*(parts[name] for name in config.freeze.parts), *config.freeze.patterns]
+    frozen = freeze(specs, patterns) if patterns else specs
+    if config.model.adapter is not None and (lost := _in_full(specs) - _in_full(frozen)):
+        raise ValueError(
+            f"freeze covers {min(lost)!r}, which model.adapter holds in full and the adapter of this run would lack; "
+            "leave it out of freeze"
+        )
+    return frozen
+
+
+def _in_full(specs: Tree) -> set[str]:
+    """Paths of what is trained beside adapters."""
+    return {path for path in trained_paths(specs) if "/lora/" not in path}
+
+
+def trained_note(specs: Tree) -> tuple[str, ...]:
+    """How much is trained, where it is not all."""
+    trained, total = num_trained(specs), num_params(specs)
+    return () if trained == total else (f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})",)
 
 
 def check_attention(config: Config, device: torch.device) -> None:
@@ -153,12 +208,13 @@ def check_attention(config: Config, device: torch.device) -> None:
 
 def load_shards(config: Config, place: Place) -> Model:
     """The model with this rank's shards. Every rank has the whole model in the host's memory while it cuts them."""
-    if place.mesh.layout.world == 1:
-        return load_model(config.model, config.train.seed, place.device)
-    model = load_model(config.model, config.train.seed, torch.device("cpu"))
-    specs = model.family.specs(model.cfg)
-    cut = tree.map(lambda leaf, spec: shard(leaf, sharding_of(spec, place.mesh), place.device), model.params, specs)
-    return replace(model, params=cut)
+    is_alone, seed = place.mesh.layout.world == 1, config.train.seed
+    model = load_model(config.model, seed, place.device if is_alone else torch.device("cpu"))
+    specs = model_specs(config, model.family, model.cfg)
+    params = add_adapters(model.params, specs, seed)
+    if not is_alone:
+        params = tree.map(lambda leaf, s: shard(leaf, sharding_of(s, place.mesh), place.device), params, specs)
+    return replace(model, params=params)
 
 
 def load_model_processor(path: str, template: str | None = None) -> Processor:
@@ -250,8 +306,11 @@ def layout_of(section: LayoutSection) -> Layout:
     return Layout(replicate=section.replicate, dp=section.dp, cp=section.cp, ulysses=ulysses, ep=section.ep)
 
 
-def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh) -> Program:
-    """How a rank of `mesh` runs a model under a config. Raises ValueError for a layout the model cannot take."""
+def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: Tree | None = None) -> Program:
+    """How a rank of `mesh` runs a model under a config; `specs` are by default those of `model_specs`.
+
+    Raises ValueError for a layout the model cannot take, and as `model_specs` does.
+    """
     chosen = config.layout
     compute, reduce = (name and getattr(torch, name) for name in (chosen.compute_dtype, chosen.reduce_dtype))
     transforms = [
@@ -263,29 +322,51 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh) -> Progr
             matmul_patches=2 * cfg.vision.d_model + cfg.vision.d_ff,
         ),
         expert_parallel("dropless" if chosen.capacity is None else "capacity", capacity=chosen.capacity),
-        remat(chosen.remat, save=chosen.remat_save if chosen.remat == "selective" else (), every=chosen.remat_every),
+        *build_remat(chosen),
+        *(offload(what) for what in chosen.offload if what == "activations"),
         data_parallel(prefetch=chosen.prefetch, keep_gathered=chosen.keep_gathered),
         compiled(config.train.compile),
     ]
-    if compute is not None or reduce is not None:
-        transforms.append(precision(compute=compute, reduce=reduce))
-    return pipe(Program.of(family.specs(cfg), mesh=mesh), *transforms)
+    rules = chosen.compute_rules
+    if compute is not None or reduce is not None or rules is not None:
+        dtypes = None if rules is None else {pattern: getattr(torch, name) for pattern, name in rules.items()}
+        transforms.append(precision(compute=compute, reduce=reduce, rules=dtypes))
+    if chosen.head == "sharded":
+        transforms.append(vocabulary_parallel())
+    specs = specs or model_specs(config, family, cfg)
+    return pipe(replace(Program.of(specs, mesh=mesh), notes=trained_note(specs)), *transforms)
 
 
-def build_optimizer(chosen: OptimizerSection) -> optim.Transform:
-    """The optimizer of a config."""
-    adamw = optim.adamw(betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay, no_decay=chosen.no_decay)
-    clip = [] if chosen.clip_norm is None else [optim.clip_by_global_norm(chosen.clip_norm)]
-    return optim.chain(*clip, adamw)
+def build_remat(chosen: LayoutSection) -> list[ProgramTransform]:
+    """What is computed again: one policy for all stacks, or one for the text and one for the vision tower."""
+
+    def build(key: str, where: str) -> ProgramTransform:
+        kind, save = getattr(chosen, key), getattr(chosen, f"{key}_save")
+        every, num_layers = getattr(chosen, f"{key}_every"), getattr(chosen, f"{key}_layers")
+        return remat(kind, save=save if kind == "selective" else (), every=every, num_layers=num_layers, where=where)
+
+    if chosen.remat_vision is None:
+        return [build("remat", "all")]
+    return [build("remat", "text"), build("remat_vision", "vision")]
+
+
+def build_objective(chosen: ObjectiveSection) -> Objective:
+    """The objective of a config. Raises ValueError for an unknown name."""
+    total = chosen.total_chunk_size
+    return replace(
+        resolve(chosen.name),
+        z_loss=chosen.z_loss,
+        label_smoothing=chosen.label_smoothing,
+        chunk=chosen.chunk_size if total is None else power_of_two(total),
+    )
 
 
 def build_step(config: Config, model: Model, program: Program) -> tuple[Step, State]:
     """The step of a config and the state before it."""
-    optimizer = build_optimizer(config.optimizer)
-    step = make_step(
-        model.family, model.cfg, program, config.objective.name, optimizer, schedule=_schedule(config), donate=True
-    )
-    return step, init_state(model.params, optimizer)
+    optimizer, guard = build_optimizer(config, program.specs), build_guard(config)
+    objective, rate = build_objective(config.objective), build_schedule(config)
+    step = make_step(model.family, model.cfg, program, objective, optimizer, schedule=rate, guard=guard)
+    return step, init_state(model.params, optimizer, program.specs, guard)
 
 
 def check_data(
@@ -348,17 +429,6 @@ def eos_token_ids(folder: Path, processor: Processor, vocab_size: int) -> tuple[
             "list of them; correct the file"
         )
     return tuple(ids)
-
-
-def _schedule(config: Config) -> Schedule:
-    chosen = config.schedule
-    return schedule(
-        chosen.kind,
-        peak=config.optimizer.lr,
-        num_steps=config.train.steps,
-        warmup_steps=chosen.warmup_steps,
-        final_scale=chosen.final_scale,
-    )
 
 
 def _drain(results: Iterable[Any]) -> None:

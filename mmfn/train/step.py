@@ -1,8 +1,8 @@
 """The training step: `step(state, microbatches) -> (state, metrics)`, a pure function over a pytree of state.
 
-`state = {"params", "opt", "step"}`: the parameter tree, the optimizer's state and the number of steps taken, an int64
-0-D tensor on the host. Everything that is decided from values (clipping, skipping a non-finite step) is decided on the
-device, so a step never waits for it.
+`state = {"params", "opt", "guard", "step"}`: the parameter tree, the optimizer's state, the counters of skipped steps
+(`mmfn.train.guard`) and the number of steps, an int64 0-D tensor on the host. Everything that is decided from values
+(clipping, skipping a step) is decided on the device, so a step never waits for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,15 @@ from mmfn import tree
 from mmfn.batch import Batch
 from mmfn.grad import value_and_grad
 from mmfn.models import Family
-from mmfn.ops import Ops
 from mmfn.parallel.mesh import Mesh
 from mmfn.parallel.program import Program, lower
 from mmfn.parallel.reduce import all_counts, norm_and_sums
 from mmfn.parallel.sharding import like, local, placed
+from mmfn.spec import trained_paths
 from mmfn.train import optim
-from mmfn.train.objective import Objective, loss_fn, resolve, weigh
-from mmfn.train.optim import Leaves, Transform, Update, UpdateFn
+from mmfn.train.guard import PLAIN, Guard
+from mmfn.train.objective import Named, Objective, loss_fn, resolve, weigh
+from mmfn.train.optim import Leaves, Transform, Update, UpdateFn, facts_of
 from mmfn.train.schedule import Schedule
 from mmfn.tree import Tree
 
@@ -33,31 +34,41 @@ Step = Callable[[State, Sequence[Batch]], tuple[State, Metrics]]
 Gradients = Callable[[Tree, Batch], tuple[Leaves, Metrics]]
 
 
-def init_state(params: Tree, optimizer: Transform) -> State:
+def init_state(params: Tree, optimizer: Transform, specs: Tree | None = None, guard: Guard = PLAIN) -> State:
     """The state before the first step. It holds `params` themselves: a donating step overwrites them.
 
-    On a mesh the optimizer runs on shards, and what it keeps for a leaf is placed as the leaf is.
+    On a mesh the optimizer runs on shards, and what it keeps for a leaf is placed as the leaf is. It keeps nothing for
+    leaves that `specs` (those of the program; default: every leaf is trained) say are frozen.
     """
     leaves = dict(tree.items(params))
+    if specs is not None:
+        leaves = {path: leaves[path] for path in trained_paths(specs)}
     opt = optimizer.init({path: local(leaf) for path, leaf in leaves.items()})
-    return {"params": params, "opt": placed(opt, leaves), "step": torch.zeros((), dtype=torch.int64)}
+    return {
+        "params": params,
+        "opt": placed(opt, leaves),
+        "guard": guard.init(next(iter(leaves.values())).device),
+        "step": torch.zeros((), dtype=torch.int64),
+    }
 
 
 def make_step(
     family: Family,
     cfg: Any,
     program: Program,
-    objective: str | Objective,
+    objective: Named,
     optimizer: Transform,
     *,
     schedule: Schedule,
+    guard: Guard = PLAIN,
     donate: bool = True,
 ) -> Step:
     """Build `step(state, microbatches) -> (state, metrics)`.
 
     Token weights are computed once over all micro-batches, their gradients are summed (several: in float32 or wider),
     and the optimizer runs once. `metrics`, all 0-D tensors: `loss`, `tokens` (supervised), `grad_norm` (before
-    clipping), `lr`, `skipped` (1 where the gradient norm is not finite: then only `state["step"]` advances).
+    clipping), `lr`, `skipped` (1 where loss or gradient norm are not finite, or a spike by `guard`: then parameters and
+    `state["opt"]` stay as they were) and `in_a_row` (skipped steps up to this one).
 
     `donate`: the given state is consumed, its tensors overwritten and returned; with False it is left as it was. This
     is the only place where that is decided. On a mesh, `microbatches` are this rank's shares (`program.split` of each),
@@ -71,25 +82,31 @@ def make_step(
     an empty list of micro-batches.
     """
     program = lower(program)
-    paths = tree.paths(program.specs)
+    paths = trained_paths(program.specs)
+    places = [i for i, leaf in enumerate(tree.leaves(program.specs)) if not leaf.is_frozen]
     exchange = partial(all_counts, mesh=program.mesh)
-    weights = resolve(objective)
-    gradients = _gradients(paths, family, cfg, program.ops)
-    kernel = "fused" if program.compile == "none" else "traced"
-    apply_ = _apply(optimizer.update(paths), schedule, kernel, program.mesh)
+    chosen = resolve(objective)
+    gradients = _gradients(paths, places, family, cfg, program, chosen)
+    is_compiled = program.compile != "none" and optimizer.is_traceable
+    if program.compile == "step" and not optimizer.is_traceable:
+        raise ValueError("compiled('step') has no place for an optimizer on_host; use compiled('layer')")
+    kernel = "traced" if is_compiled else "fused"
+    specs = dict(zip(paths, _select(program.specs, places), strict=True))
+    apply_ = _apply(optimizer.update(facts_of(specs, program.mesh)), schedule, guard, kernel, program.mesh)
 
-    def one(state: State, batch: Batch) -> tuple[Tree, Metrics]:
-        (weighed,) = weigh([batch], weights, exchange)
+    def one(state: State, batch: Batch) -> tuple[State, Metrics]:
+        (weighed,) = weigh([batch], chosen, exchange)
         return update(state, apply_, *gradients(state["params"], weighed))
 
-    def update(state: State, run: Callable[..., Any], grads: Leaves, sums: Metrics) -> tuple[Tree, Metrics]:
-        leaves = {path: local(leaf) for path, leaf in zip(paths, tree.leaves(state["params"]), strict=True)}
-        opt, metrics = run(leaves, grads, tree.map(local, state["opt"]), state["step"], sums)
-        return opt, metrics
+    def update(state: State, run: Callable[..., Any], grads: Leaves, sums: Metrics) -> tuple[State, Metrics]:
+        leaves = {path: local(leaf) for path, leaf in zip(paths, _select(state["params"], places), strict=True)}
+        kept = {"opt": tree.map(local, state["opt"]), "guard": state["guard"]}
+        new, metrics = run(leaves, grads, kept, state["step"], sums)
+        return new, metrics
 
     run_one = program.jit(one) if program.compile == "step" else one
     run_gradients = program.jit(gradients) if program.compile == "step" else gradients
-    run_apply = apply_ if program.compile == "none" else program.jit(apply_)
+    run_apply = program.jit(apply_) if is_compiled else apply_
 
     @torch.no_grad()
     def step(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
@@ -97,41 +114,61 @@ def make_step(
             state = tree.map(lambda leaf: like(local(leaf).clone(), leaf), state)
         with program.compiling():
             if program.compile == "step" and len(microbatches) == 1:
-                opt, metrics = run_one(state, microbatches[0])
+                new, metrics = run_one(state, microbatches[0])
             else:
-                weighed = weigh(microbatches, weights, exchange)
+                weighed = weigh(microbatches, chosen, exchange)
                 grads, sums = scan_gradients(run_gradients, state["params"], weighed)
                 owned = dict(zip(grads, optim.own(list(grads.values())), strict=True))
-                opt, metrics = update(state, run_apply, owned, sums)
-        opt = tree.map(like, opt, state["opt"])  # outside of any graph: it looks at memory
-        return {"params": state["params"], "opt": opt, "step": state["step"] + 1}, metrics
+                new, metrics = update(state, run_apply, owned, sums)
+        opt = tree.map(like, new["opt"], state["opt"])  # outside of any graph: it looks at memory
+        return {"params": state["params"], "opt": opt, "guard": new["guard"], "step": state["step"] + 1}, metrics
 
     return step
 
 
-def _gradients(paths: Sequence[str], family: Family, cfg: Any, ops: Ops) -> Gradients:
-    differentiate = value_and_grad(lambda params, batch: loss_fn(params, batch, family, cfg, ops), has_aux=True)
+def _select(params: Tree, places: Sequence[int]) -> list[Any]:
+    leaves = tree.leaves(params)
+    return [leaves[i] for i in places]
+
+
+def _gradients(
+    paths: Sequence[str], places: Sequence[int], family: Family, cfg: Any, program: Program, objective: Objective
+) -> Gradients:
+    """Gradients of the leaves at `places`: autograd knows of no others, and keeps nothing for what lies before them."""
+
+    def loss(trained: Sequence[Tensor], params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
+        leaves, structure = tree.flatten(params)
+        for i, leaf in zip(places, trained, strict=True):
+            leaves[i] = leaf
+        given = program.enter(tree.unflatten(structure, leaves))
+        return loss_fn(given, batch, family, cfg, program.ops, objective)
+
+    differentiate = value_and_grad(loss, has_aux=True)
 
     def gradients(params: Tree, batch: Batch) -> tuple[Leaves, Metrics]:
-        (_, metrics), grads = differentiate(params, batch)
-        return {path: local(grad) for path, grad in zip(paths, tree.leaves(grads), strict=True)}, metrics
+        (_, metrics), grads = differentiate(_select(params, places), params, batch)
+        return {path: local(grad) for path, grad in zip(paths, grads, strict=True)}, metrics
 
     return gradients
 
 
-def _apply(update: UpdateFn, schedule: Schedule, kernel: str, mesh: Mesh) -> Callable[..., tuple[Tree, Metrics]]:
-    """`apply_(params, grads, opt, step, sums) -> (opt, metrics)`: one optimizer update of this rank's shards.
+def _apply(
+    update: UpdateFn, schedule: Schedule, guard: Guard, kernel: str, mesh: Mesh
+) -> Callable[..., tuple[State, Metrics]]:
+    """`apply_(params, grads, kept, step, sums) -> (kept, metrics)`: one optimizer update of this rank's shards.
 
-    Parameters are written in place. `sums`: this rank's shares of metrics, summed here along with the norm.
+    Parameters are written in place. `kept`: "opt" and "guard" of the state. `sums`: this rank's shares of metrics,
+    summed here along with the norm.
     """
 
-    def apply_(params: Leaves, grads: Leaves, opt: Tree, step: Tensor, sums: Metrics) -> tuple[Tree, Metrics]:
+    def apply_(params: Leaves, grads: Leaves, kept: State, step: Tensor, sums: Metrics) -> tuple[State, Metrics]:
         lr = schedule(step)
         norm, sums = norm_and_sums(optim.global_norm(grads), sums, mesh)
-        finite = torch.isfinite(norm)
-        given = Update(params=params, grads=grads, norm=norm, finite=finite, lr=lr, kernel=kernel)
-        _, opt = update(given, opt)
-        return opt, {**sums, "grad_norm": norm, "lr": lr, "skipped": (~finite).to(torch.int64)}
+        is_taken, counters = guard.judge(kept["guard"], sums["loss"], norm)
+        given = Update(params=params, grads=grads, norm=norm, finite=is_taken, lr=lr, step=step, kernel=kernel)
+        _, opt = update(given, kept["opt"])
+        skips = {"skipped": (~is_taken).to(torch.int64), "in_a_row": counters["in_a_row"]}
+        return {"opt": opt, "guard": counters}, {**sums, "grad_norm": norm, "lr": lr, **skips}
 
     return apply_
 

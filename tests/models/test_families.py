@@ -329,7 +329,7 @@ def test_every_block_gathers_its_parameters_once(pair):
         return params
 
     batch = mmfn.batch_from_hf(oracles.inputs(oracles.config(), 0, rows=1), model)
-    ops = replace(op_tables.portable(), gather=gather)
+    ops = replace(op_tables.portable(), gather=gather, gather_head=gather)
     model.family.apply(model.params, batch, model.cfg, ops)
     assert sorted(seen) == sorted(id(leaf) for leaf in tree.leaves(model.params))
     seen.clear()

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 import mmfn
-from mmfn import tree
+from mmfn import rng, tree
 from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, pack
+from mmfn.lora import add_adapters, lora
 from mmfn.parallel.mesh import Layout, Mesh, single_mesh
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.sharding import shard_params, whole
 from mmfn.parallel.virtual import Call, World, run_virtual
+from mmfn.spec import freeze
 from mmfn.train.optim import adamw, chain, clip_by_global_norm
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
+from mmfn.tree import Tree
 
 NUM_SAMPLES = 8
 PAD_TOKENS = 48  # a batch rank's tokens are padded to a multiple of this, which up to 8 cp ranks of any kind divide
@@ -65,6 +68,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "moe": {**CONFIG, "model_type": "qwen3_vl_moe", "text_config": {**CONFIG["text_config"], **EXPERTS}},
 }
 
+TRAINED: dict[str, Callable[[Tree], Tree]] = {  # specs -> specs: what is trained
+    "all": lambda specs: specs,
+    "decoder": lambda specs: freeze(specs, [r"vision/.*", r"text/embed/.*"]),
+    "second block": lambda specs: freeze(specs, [r"vision/.*", r"text/(embed|norm|layers/0)/.*"]),
+    "lora": lambda specs: lora(specs, rank=3, alpha=2.0, targets=[r"text/layers/\d+/attention/.", r".*/experts/.*"]),
+    "lora of both": lambda specs: lora(
+        specs, rank=2, alpha=2.0, targets=[r".*/(qkv|q|o)"], is_rs=True, keep=[r"text/norm/weight"]
+    ),
+    "lora of the tower": lambda specs: lora(specs, rank=4, alpha=16.0, targets=[r"vision/layers/\d/mlp/up"]),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -72,7 +86,7 @@ class Cell:
 
     `transforms` come in any order and `name` says what they are. `batch`: a name in `BATCHES`. `pack`: further
     arguments of `mmfn.batch.pack`. `dtype`: the narrowest one in use, which sets the tolerance. `num_layers`: text
-    blocks, to count what one costs.
+    blocks, to count what one costs. `trained`: a name in `TRAINED`.
     """
 
     layout: Layout
@@ -83,6 +97,7 @@ class Cell:
     pack: Mapping[str, int] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     num_layers: int = 2
+    trained: str = "all"
 
     def __str__(self) -> str:
         return f"{self.family}, {self.layout}, {self.name}, {self.batch}"
@@ -163,8 +178,9 @@ def batch_of(cell: Cell, index: int = 0, size: int = 1) -> Batch:
 def prepared(cell: Cell, mesh: Mesh, *, donate: bool = True) -> tuple[Step, State, Batch]:
     """The step, its first state and this rank's share of the batch."""
     model = model_of(cell.family, cell.num_layers)
-    program = pipe(Program.of(model.family.specs(model.cfg), mesh=mesh), *cell.transforms)
-    params = tree.map(torch.clone, model.params)
+    specs = TRAINED[cell.trained](model.family.specs(model.cfg))
+    program = pipe(Program.of(specs, mesh=mesh), *cell.transforms)
+    params = _with_adapters(model.params, specs)
     if mesh.layout.world > 1:
         params = shard_params(params, program.specs, mesh)
     # With beta1 = 0 the first moment is the clipped gradient. A large eps keeps the update smooth where it is tiny.
@@ -172,7 +188,18 @@ def prepared(cell: Cell, mesh: Mesh, *, donate: bool = True) -> tuple[Step, Stat
     rate = schedule("constant", peak=1e-2, num_steps=1)
     step = make_step(model.family, model.cfg, program, "per_token_loss", optimizer, schedule=rate, donate=donate)
     own = program.split(batch_of(cell, mesh["batch"].index, mesh["batch"].size))
-    return step, init_state(params, optimizer), own
+    return step, init_state(params, optimizer, specs), own
+
+
+def _with_adapters(params: Tree, specs: Tree) -> Tree:
+    """Copies of the parameters, and adapters that matter: none of their leaves is zero."""
+
+    def draw(path: str, leaf: Tensor) -> Tensor:
+        if "/lora/" not in path:
+            return leaf.clone()
+        return torch.randn(leaf.shape, generator=rng.generator(2, path), dtype=leaf.dtype) * leaf.shape[-1] ** -0.5
+
+    return tree.map_with_path(draw, add_adapters(params, specs, 0))
 
 
 def outcome(cell: Cell, mesh: Mesh) -> dict[str, Tensor]:
@@ -186,15 +213,14 @@ def outcome(cell: Cell, mesh: Mesh) -> dict[str, Tensor]:
 
 
 @cache
-def _alone(family: str, batch: str, num_layers: int) -> dict[str, Tensor]:
-    return outcome(
-        Cell(layout=Layout(), name="", transforms=(), family=family, batch=batch, num_layers=num_layers), single_mesh()
-    )
+def _alone(family: str, batch: str, num_layers: int, trained: str) -> dict[str, Tensor]:
+    plain = Cell(layout=Layout(), name="", transforms=(), family=family, batch=batch, num_layers=num_layers)
+    return outcome(replace(plain, trained=trained), single_mesh())
 
 
 def one_device(cell: Cell) -> dict[str, Tensor]:
     """The same step without mesh and transforms, on all samples in one batch packed without further arguments."""
-    return _alone(cell.family, cell.batch, cell.num_layers)
+    return _alone(cell.family, cell.batch, cell.num_layers, cell.trained)
 
 
 def run_cell(cell: Cell) -> World:

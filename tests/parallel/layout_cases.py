@@ -8,7 +8,8 @@ from typing import Any
 
 from tests.parallel.conformance import BATCHES
 
-Case = dict[str, Any]  # settings of the section `layout`; "batch": a name in BATCHES; "moe": a model with experts
+Case = dict[str, Any]
+"""Settings of the section `layout`; "batch": a name in BATCHES; "moe": a model with experts; "trained": in TRAINED."""
 
 FAST: list[Case] = [  # what no other test covers
     {"cp": 2, "kind": "gather", "ep": 2, "batch": "mixed"},
@@ -19,6 +20,12 @@ FAST: list[Case] = [  # what no other test covers
     {"replicate": 2, "cp": 2, "kind": "ring", "ep": 2, "batch": "first half without images"},
     {"replicate": 2, "dp": 2, "cp": 2, "kind": "gather", "ep": 2, "remat": "full", "batch": "mixed"},
     {"dp": 2, "cp": 2, "kind": "gather", "ep": 4, "capacity": 4.0, "batch": "first half unsupervised"},
+    {"dp": 2, "cp": 2, "kind": "ring", "ep": 2, "remat": "full", "trained": "lora", "batch": "mixed"},
+    {"dp": 3, "cp": 2, "kind": "gather", "remat": "full", "trained": "second block", "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "ulysses", "moe": True, "head": "sharded", "batch": "first half unsupervised"},
+    {"cp": 2, "kind": "ring", "remat": "uniform", "remat_layers": 2, "offload": ["activations"], "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "gather", "remat": "block", "offload": ["activations"], "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "ulysses", "remat": "selective", "remat_vision": "full", "batch": "mixed"},
 ]
 AROUND_CP: list[Case] = [
     {},
@@ -68,7 +75,29 @@ OTHERS: list[Case] = [
     {"dp": 2, "cp": 4, "kind": "usp", "ulysses": 2, "ep": 4, "capacity": 4.0, "batch": "video"},
     {"replicate": 2, "cp": 2, "kind": "gather", "ep": 2, "capacity": 2.0, "remat": "full", "batch": "text"},
 ]
-LAYOUTS = [*FAST, *BY_KIND, *OTHERS]
+PARTLY: list[Case] = [
+    {"dp": 2, "cp": 2, "kind": "ulysses", "trained": "decoder", "batch": "first half without images"},
+    {
+        "replicate": 2,
+        "dp": 2,
+        "cp": 2,
+        "kind": "ring",
+        "ep": 2,
+        "remat": "full",
+        "trained": "decoder",
+        "batch": "mixed",
+    },
+    {"replicate": 2, "dp": 2, "ep": 2, "trained": "lora", "batch": "first half unsupervised"},
+    {"dp": 2, "cp": 2, "kind": "gather", "ep": 4, "capacity": 4.0, "trained": "lora", "batch": "mixed"},
+    {"dp": 2, "cp": 4, "kind": "usp", "ulysses": 2, "remat": "full", "trained": "lora of both", "batch": "video"},
+    {"dp": 8, "trained": "lora of both", "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "gather", "head": "sharded", "trained": "decoder", "batch": "mixed"},
+    {"cp": 2, "kind": "ring", "remat": "uniform", "remat_layers": 2, "trained": "second block", "batch": "mixed"},
+    {"dp": 2, "remat": "full", "offload": ["activations"], "trained": "second block", "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "ulysses", "remat_vision": "full", "trained": "lora of both", "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "ring", "remat": "full", "trained": "lora of the tower", "batch": "mixed"},
+]
+LAYOUTS = [*FAST, *BY_KIND, *OTHERS, *PARTLY]
 
 
 def name_of(case: Case) -> str:
@@ -78,7 +107,7 @@ def name_of(case: Case) -> str:
 
 def settings_of(case: Case) -> dict[str, Any]:
     """Settings of the section `layout` alone."""
-    return {name: value for name, value in case.items() if name not in ("batch", "moe")}
+    return {name: value for name, value in case.items() if name not in ("batch", "moe", "trained")}
 
 
 def has_experts(case: Case) -> bool:

@@ -6,9 +6,10 @@ from mmfn import models
 from mmfn.parallel.mesh import Layout
 from mmfn.parallel.split import segment_multiple
 from mmfn.train import setup as training
-from mmfn.train.config import Config, LayoutSection
-from mmfn.train.optim import adamw, chain, clip_by_global_norm
+from mmfn.train.optim import adamw, chain, clip_by_global_norm, on_host
 from mmfn.train.plan import Setup, Workload
+from mmfn.train.sections import Config, LayoutSection
+from tests.parallel.conformance import TRAINED
 
 TEXT = {
     "vocab_size": 1000,
@@ -46,9 +47,9 @@ def hf_config(*, moe: bool = False, layers: int = 2) -> dict[str, Any]:
 
 
 def make(
-    *, moe: bool = False, layers: int = 2, micro_batches: int = 1, side: int = 4, **chosen: Any
+    *, moe: bool = False, layers: int = 2, micro_batches: int = 1, side: int = 4, trained: str = "all", **chosen: Any
 ) -> tuple[Setup, Layout]:
-    """A step and its layout; `chosen`: settings of the config's section `layout`."""
+    """A step and its layout; `trained`: a name in `TRAINED`, `chosen`: settings of the config's section `layout`."""
     hf, section = hf_config(moe=moe, layers=layers), LayoutSection(**chosen)
     found = models.family(hf["model_type"])
     layout = training.layout_of(section)
@@ -61,11 +62,12 @@ def make(
             "output": {"path": ""},
         }
     ).model_copy(update={"layout": section})
+    writer = adamw(weight_decay=0.1)
     setup = Setup(
         family=found,
         cfg=found.config_from_hf(hf),
-        build=lambda cfg, mesh: training.build_program(config, found, cfg, mesh),
-        optimizer=chain(clip_by_global_norm(0.5), adamw(weight_decay=0.1)),
+        build=lambda cfg, mesh: training.build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg))),
+        optimizer=chain(clip_by_global_norm(0.5), on_host(writer, 4096) if "optimizer" in section.offload else writer),
         workload=Workload(
             tokens=64,
             sample_tokens=32,
@@ -81,6 +83,19 @@ CASES: dict[str, dict[str, Any]] = {
     "one device": {},
     "remat": {"remat": "full"},
     "selective remat": {"remat": "selective"},
+    "uniform remat": {"remat": "uniform", "remat_layers": 2, "layers": 4},
+    "block remat": {"remat": "block", "remat_layers": 2, "layers": 3},
+    "every 2": {"remat": "full", "remat_every": 2, "layers": 3},
+    "remat of the tower": {"remat_vision": "full", "remat": "none"},
+    "offload": {"offload": ["activations"]},
+    "offload, remat, dp": {"offload": ["activations"], "remat": "full", "dp": 2, "layers": 4},
+    "frozen tower": {"trained": "decoder"},
+    "lora": {"trained": "lora", "moe": True, "micro_batches": 2},
+    "lora, remat": {"trained": "lora of both", "remat": "full"},
+    "lora, dp, cp": {"trained": "lora", "moe": True, "dp": 2, "cp": 2, "ep": 2, "remat": "full"},
+    "frozen blocks, dp": {"trained": "second block", "dp": 2, "remat": "full"},
+    "offload optimizer": {"offload": ["optimizer"]},
+    "offload both, dp": {"offload": ["activations", "optimizer"], "remat": "full", "dp": 3},
     "micro-batches": {"micro_batches": 3},
     "text only": {"side": 0},
     "experts": {"moe": True},
@@ -93,6 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dp, no prefetch": {"dp": 2, "prefetch": False},
     "hsdp": {"replicate": 2, "dp": 2, "micro_batches": 2},
     "gather": {"cp": 2},
+    "sharded head": {"dp": 2, "cp": 2, "head": "sharded", "micro_batches": 2},
     "ulysses": {"cp": 2, "kind": "ulysses"},
     "ring": {"cp": 2, "kind": "ring"},
     "ring, dp": {"dp": 2, "cp": 2, "kind": "ring", "remat": "full"},

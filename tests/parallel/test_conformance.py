@@ -13,6 +13,7 @@ import torch
 from mmfn import tree
 from mmfn.parallel.data_parallel import data_parallel
 from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.offload import offload
 from mmfn.parallel.precision import precision
 from mmfn.parallel.program import Transform
 from mmfn.parallel.remat import remat
@@ -51,6 +52,21 @@ LINES = [
     line("remat every 2", data_parallel(), remat("full", every=2), layouts=(THREE, HSDP)),
     line("selective", data_parallel(), remat("selective", save=KEPT), layouts=(TWO, HSDP)),
     line("selective every 2", remat("selective", save=("attention",), every=2), data_parallel(), layouts=(FOUR,)),
+    line("uniform", remat("uniform", num_layers=2), data_parallel(), layouts=(TWO, HSDP), num_layers=5),
+    line("uniform, no prefetch", data_parallel(prefetch=False), remat("uniform", num_layers=3), layouts=(THREE,)),
+    line("uniform, kept", data_parallel(keep_gathered=True), remat("uniform", num_layers=2), layouts=(TWO,)),
+    line("block", data_parallel(), remat("block", num_layers=1), layouts=(TWO, HSDP)),
+    line(
+        "by stack",
+        remat("full", where="vision"),
+        data_parallel(),
+        remat("selective", save=KEPT, where="text"),
+        layouts=(TWO, HSDP),
+    ),
+    line("offload", offload("activations"), data_parallel(), layouts=(Layout(), TWO, HSDP)),
+    line("offload, remat", data_parallel(), offload("activations"), remat("full"), layouts=(THREE, HSDP), num_layers=4),
+    line("offload, uniform", data_parallel(), remat("uniform"), offload("activations"), layouts=(TWO,), num_layers=4),
+    line("offload, kept", data_parallel(keep_gathered=True), remat("full"), offload("activations"), layouts=(TWO,)),
     line("kept", data_parallel(keep_gathered=True), remat("full"), layouts=(TWO, HSDP)),
     line("wide sums", data_parallel(), precision(reduce=torch.float64), layouts=(TWO,)),
     line("float32", data_parallel(), precision(compute=torch.float32), layouts=(TWO,), dtype=torch.float32),

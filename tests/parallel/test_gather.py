@@ -250,6 +250,11 @@ def log_of_a_stack(*transforms: Any, num_layers: int = 3) -> str:
         ((data_parallel(prefetch=False), remat("full", every=2)), "WBWBWB WBGR GR WBGR"),
         ((data_parallel(keep_gathered=True), remat("full")), "WWBWBB BGR BGR BGR"),
         ((data_parallel(keep_gathered=True, prefetch=False), remat("full")), "WBWBWB BGR BGR BGR"),
+        # two blocks and one: of a group the first two are gathered ahead in the forward, its first one in the backward
+        ((data_parallel(), remat("uniform", num_layers=2)), "WWBB WB WWBGR BWBGRGR"),
+        ((data_parallel(prefetch=False), remat("uniform", num_layers=2)), "WBWB WB WBGR WBWBGRGR"),
+        ((data_parallel(keep_gathered=True), remat("uniform", num_layers=2)), "WWBB WB BGR BBGGRR"),
+        ((data_parallel(), remat("block", num_layers=2)), "WWBWBB GR WWBGR BGR"),
     ],
 )
 def test_order_of_gathers(transforms: Sequence[Any], log: str) -> None:

@@ -5,10 +5,11 @@ import pytest
 from mmfn.parallel.context_parallel import context_parallel
 from mmfn.parallel.data_parallel import data_parallel
 from mmfn.parallel.expert_parallel import expert_parallel
-from mmfn.parallel.remat import remat
+from mmfn.parallel.offload import offload
 from mmfn.parallel.split import segment_multiple
-from mmfn.train.config import LayoutSection
-from mmfn.train.setup import layout_of
+from mmfn.parallel.vocabulary import vocabulary_parallel
+from mmfn.train.sections import LayoutSection
+from mmfn.train.setup import build_remat, layout_of
 from tests.parallel.conformance import Cell, check_cell
 from tests.parallel.layout_cases import FAST, LAYOUTS, Case, has_experts, name_of, settings_of
 
@@ -27,10 +28,13 @@ def cell(case: Case) -> Cell:
             expert_parallel("dropless" if capacity is None else "capacity", capacity=capacity),
             data_parallel(),
             context_parallel(kind, num_heads=8, num_kv_heads=2, matmul_patches=56),
-            remat(section.remat),
+            *build_remat(section),
+            *(offload(what) for what in section.offload),
+            *([vocabulary_parallel()] if section.head == "sharded" else []),
         ),
         family="moe" if has_experts(case) else "dense",
         batch=case["batch"],
+        trained=case.get("trained", "all"),
         pack=pack | ({} if capacity is None else {"num_tokens": ROW}),
     )
 

@@ -8,24 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from mmfn import cli, tree
 from mmfn.parallel import devices, plan, scaling
 from mmfn.parallel.compiled import compiled
 from mmfn.parallel.mesh import Layout, Mesh
-from mmfn.parallel.sharding import local, shard_params
+from mmfn.parallel.sharding import local
 from mmfn.parallel.trace import Key, Recorder, recording_mesh
 from mmfn.parallel.virtual import run_virtual
-from mmfn.spec import init_params
 from mmfn.train import plan as planning
 from mmfn.train.plan_report import render
 from mmfn.train.schedule import schedule
-from mmfn.train.step import init_state, make_step
+from mmfn.train.step import make_step
+from tests.parallel.allocated import allocated_peak, start
 from tests.parallel.layout_cases import LAYOUTS, has_experts, name_of, settings_of
 from tests.parallel.plan_cases import CASES, hf_config, make
 
-SAMPLE = ("one device", "remat", "micro-batches", "experts", "dp, remat", "hsdp", "gather", "ring, dp", "ep")
+SAMPLE = (
+    *("one device", "remat", "uniform remat", "block remat", "remat of the tower", "offload", "offload, remat, dp"),
+    *("offload optimizer", "offload both, dp"),
+    *("frozen tower", "lora", "micro-batches", "experts", "dp, remat", "hsdp", "gather", "ring, dp", "ep"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +44,10 @@ def undefined_memory() -> Any:
 def test_a_trace_without_values_is_that_of_the_real_step(name: str) -> None:
     """Collectives, operations and bytes alive in every stretch, to the byte."""
     setup, layout = make(**CASES[name])
-    planning.trace_step(setup, layout, 2)  # caches of attention
-    real = planning.trace_step(setup, layout, 2, is_fake=False)
-    fake = planning.trace_step(setup, layout, 2)
+    num_layers = setup.cfg.num_layers
+    planning.trace_step(setup, layout, num_layers)  # caches of attention
+    real = planning.trace_step(setup, layout, num_layers, is_fake=False)
+    fake = planning.trace_step(setup, layout, num_layers)
     assert fake.count == real.count
     assert fake.sent_bytes == real.sent_bytes
     assert fake.flops == real.flops
@@ -67,45 +71,9 @@ def test_what_selective_remat_keeps_is_computed_once_and_counted() -> None:
 def test_the_peak_is_that_of_the_allocator(name: str) -> None:
     """torch's own allocation events know nothing of the recorder."""
     setup, layout = make(**CASES[name])
-    planned = planning.trace_step(setup, layout, 2).peak.total
-    allocated, held = _allocated_peak(setup, layout)
+    planned = planning.trace_step(setup, layout, setup.cfg.num_layers).peak.total
+    allocated, held = allocated_peak(setup, layout)
     assert planned == pytest.approx(allocated + held, rel=0.01)
-
-
-def _allocated_peak(setup: planning.Setup, layout: Layout) -> tuple[int, int]:
-    """The most bytes allocated at a time within a step on real tensors, and the bytes held before it."""
-    mesh = recording_mesh(layout, 0, Recorder(is_fake=False))
-    program = setup.build(setup.cfg, mesh)
-    program = replace(program, ops=planning.balanced(program.ops))
-    state, batches = _start(setup, program, mesh)
-    step = make_step(
-        setup.family,
-        setup.cfg,
-        program,
-        setup.objective,
-        setup.optimizer,
-        schedule=schedule("constant", peak=1e-3, num_steps=1),
-    )
-    held = _storages([local(x) for x in tree.leaves(state)] + [x for b in batches for x in tree.leaves(b)])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step(state, batches)
-    alive, most = 0, 0
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    return most, held
-
-
-def _storages(tensors: list[torch.Tensor]) -> int:
-    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
-
-
-def _start(setup: planning.Setup, program: Any, mesh: Mesh) -> tuple[Any, list[Any]]:
-    params = init_params(program.specs, 0)
-    params = shard_params(params, program.specs, mesh) if mesh.layout.world > 1 else params
-    whole = planning.make_batch(setup.family, setup.cfg, setup.workload, mesh["cp"].size)
-    return init_state(params, setup.optimizer), [program.split(whole)] * setup.workload.micro_batches
 
 
 @pytest.mark.parametrize(
@@ -113,7 +81,11 @@ def _start(setup: planning.Setup, program: Any, mesh: Mesh) -> tuple[Any, list[A
     [
         *(pytest.param(chosen, id=name) for name, chosen in CASES.items() if make(**chosen)[1].world > 1),
         *(
-            pytest.param({"moe": has_experts(case), **settings_of(case)}, id=name_of(case), marks=pytest.mark.slow)
+            pytest.param(
+                {"moe": has_experts(case), "trained": case.get("trained", "all"), **settings_of(case)},
+                id=name_of(case),
+                marks=pytest.mark.slow,
+            )
             for case in LAYOUTS
         ),
     ],
@@ -124,13 +96,13 @@ def test_planned_collectives_are_those_of_virtual_ranks(chosen: dict[str, Any]) 
     def run(mesh: Mesh) -> None:
         program = setup.build(setup.cfg, mesh)
         program = replace(program, ops=planning.balanced(program.ops))
-        state, batches = _start(setup, program, mesh)
+        state, batches = start(setup, program, mesh)
         rate = schedule("constant", peak=1e-3, num_steps=1)
         make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)(state, batches)
 
     world = run_virtual(layout, run)
     for rank in {0, layout.world - 1}:
-        trace = planning.trace_step(setup, layout, 2, rank=rank)
+        trace = planning.trace_step(setup, layout, setup.cfg.num_layers, rank=rank)
         count: Counter[Any] = Counter()
         sent: Counter[Any] = Counter()
         for call in world.calls[rank]:
@@ -148,13 +120,19 @@ def _by_call(table: Counter[Key]) -> Counter[Any]:
     return out
 
 
-@pytest.mark.parametrize("name", ["one device", "dp, remat", "experts", "ring, dp", "micro-batches"])
+EXTENDED = (
+    *("one device", "dp, remat", "experts", "ring, dp", "micro-batches", "uniform remat", "block remat", "every 2"),
+    *("remat of the tower", "offload", "offload both, dp"),
+)
+
+
+@pytest.mark.parametrize("name", EXTENDED)
 def test_extended_traces_equal_whole_ones(name: str) -> None:
-    setup, layout = make(**CASES[name], layers=9)
+    setup, layout = make(**{**CASES[name], "layers": 11})
     cpu = devices.device("cpu")
     short, whole = (planning.plan(setup, layout, cpu, all_layers=every) for every in (False, True))
     assert "and extended" in short.notes[-1]
-    assert "all 9" in whole.notes[-1]
+    assert "all 11" in whole.notes[-1]
     assert replace(short, notes=()) == replace(whole, notes=())
 
 
@@ -178,7 +156,7 @@ def test_state_is_exact_and_a_plan_survives_json(tmp_path: Path) -> None:
     setup, layout = make(moe=True, dp=3, remat="full")
     found = planning.plan(setup, layout, devices.device("910b"), rank=2)
     program = setup.build(setup.cfg, recording_mesh(layout, 2, Recorder(is_fake=False)))
-    state, _ = _start(setup, program, program.mesh)
+    state, _ = start(setup, program, program.mesh)
     params = tree.leaves(state["params"])
     assert [leaf.parameter_bytes for leaf in found.leaves] == [local(x).nbytes for x in params]
     assert found.total("gradient") == found.total("parameter")
@@ -195,6 +173,19 @@ def test_state_is_exact_and_a_plan_survives_json(tmp_path: Path) -> None:
     assert "http" not in page
     with pytest.raises(ValueError, match="is no plan"):
         plan.from_json("{}")
+
+
+def test_what_lies_on_the_host_is_shown_and_is_not_the_devices() -> None:
+    cpu = devices.device("cpu")
+    plain, moved = (planning.plan(*make(offload=chosen), cpu) for chosen in ([], ["optimizer", "activations"]))
+    moments = 8 * sum(leaf.parameter_bytes for leaf in moved.leaves) // 4
+    assert plain.host_bytes == 0
+    assert moved.host_bytes >= moments == moved.total("optimizer")
+    assert sum(moved.peak_parts.values()) == moved.peak_bytes < plain.peak_bytes
+    assert "held on the host" in str(moved)
+    assert "held on the host" not in str(plain)
+    assert "host: 0 B ->" in plan.diff(plain, moved)
+    assert plan.from_json(moved.to_json()) == moved
 
 
 def test_time_model() -> None:

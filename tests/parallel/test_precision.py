@@ -1,15 +1,25 @@
 """Dtypes of computation and of gradient sums; what travels in which is in `test_gather.py`."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
+from mmfn import ops as op_tables
+from mmfn import tree
+from mmfn.models.layers import moe, norm
 from mmfn.parallel.data_parallel import data_parallel
+from mmfn.parallel.gather import Typed
 from mmfn.parallel.mesh import Layout, single_mesh
-from mmfn.parallel.precision import precision
+from mmfn.parallel.precision import SENSITIVE, precision
 from mmfn.parallel.program import Program, lower, pipe
-from tests.parallel.conformance import Cell, one_device, outcome, run_cell
+from mmfn.spec import init_params
+from tests.parallel.conformance import Cell, model_of, one_device, outcome, run_cell
+
+MOE = moe.MoeConfig(d_model=64, d_ff=8, num_experts=64, num_chosen=4, init_std=1.0)
+TABLES = {"reference": op_tables.reference(), "portable": op_tables.portable()}
 
 
 def test_facts() -> None:
@@ -28,20 +38,51 @@ def test_one_device_computes_in_it_and_keeps_its_parameters() -> None:
     assert grad.dtype == leaf.dtype == torch.float32
 
 
+def dtypes(family: str, **chosen: Any) -> dict[str, torch.dtype]:
+    """Path -> the dtype `gather` gives the leaf in, for float64 parameters."""
+    model = model_of(family, 2)
+    program = lower(pipe(Program.of(model.family.specs(model.cfg)), precision(**chosen)))
+    return {path: leaf.dtype for path, leaf in tree.items(program.ops.gather(program.enter(model.params)))}
+
+
+def test_routers_and_norms_stay_float32_unless_rules_say_otherwise() -> None:
+    found = dtypes("moe", compute=torch.bfloat16)
+    wide = {path for path, dtype in found.items() if dtype == torch.float32}
+    assert wide == {path for path in found if "norm" in path or "/router/" in path}
+    assert {"text/norm/weight", "text/layers/1/moe/router/weight", "vision/merger/norm/bias"} <= wide
+    assert set(found.values()) == {torch.float32, torch.bfloat16}
+    assert set(dtypes("moe", compute=torch.bfloat16, rules={}).values()) == {torch.bfloat16}
+    assert set(dtypes("moe", compute=torch.float32).values()) == {torch.float32}  # no default rules
+    rules = {r"text/layers/0/.*norm/.*": torch.float32, r"text/.*": torch.float16}
+    found = dtypes("dense", rules=rules)
+    assert found["text/layers/0/mlp_norm/weight"] == torch.float32
+    assert found["text/layers/1/mlp_norm/weight"] == torch.float16
+    assert found["vision/merger/norm/weight"] == torch.float64
+
+
+@pytest.mark.parametrize(
+    "path", ["A_log", "text/layers/3/linear_attention/A_log", "text/layers/0/attention/q_norm/weight"]
+)
+def test_sensitive_paths(path: str) -> None:
+    assert re.fullmatch(SENSITIVE, path)
+
+
 @pytest.mark.parametrize("reduce", [None, torch.float32])
+@pytest.mark.parametrize("family", ["dense", "moe"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(replicate=2)], ids=str)
-def test_a_step_in_bfloat16_is_near_one_in_float64(layout: Layout, reduce: Any) -> None:
+def test_a_step_in_bfloat16_is_near_one_in_float64(layout: Layout, family: str, reduce: Any) -> None:
     """Loss and norm; single gradients of a model this small are noise of rounding where they cancel."""
     transforms = (data_parallel(), precision(compute=torch.bfloat16, reduce=reduce))
-    cell = Cell(layout=layout, name="bf16", transforms=transforms, dtype=torch.bfloat16)
+    cell = Cell(layout=layout, name="bf16", transforms=transforms, dtype=torch.bfloat16, family=family)
     if layout.world == 1:
         found = outcome(cell, single_mesh())
     else:
         world = run_cell(cell)
         found = world.results[0]
         travels = {(c.site, c.dtype) for c in world.calls[0] if c.site in ("weights", "gradients")}
-        weights = {("weights", torch.bfloat16)} if layout.shard > 1 else set()
-        assert travels == weights | {("gradients", reduce or torch.bfloat16)}
+        both = (torch.bfloat16, torch.float32)
+        weights = {("weights", dtype) for dtype in both} if layout.shard > 1 else set()
+        assert travels == weights | {("gradients", reduce or dtype) for dtype in both}
     want = one_device(cell)
     for name in ("loss", "grad_norm"):
         error = (found[f"metrics/{name}"].double() / want[f"metrics/{name}"] - 1).abs()
@@ -49,8 +90,88 @@ def test_a_step_in_bfloat16_is_near_one_in_float64(layout: Layout, reduce: Any) 
     assert all(x.dtype == torch.float64 for name, x in found.items() if name.startswith("params/"))
 
 
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_float32_norm_of_bfloat16_is_one_rounding_from_exact(kind: str, name: str) -> None:
+    """Forward and gradients; transformers, whose norms are in bfloat16 then, is not nearer."""
+    x_TD, dy_TD = (draw(33, 48, dtype=torch.bfloat16, seed=s) for s in (1, 2))
+    params = {"weight": 1 + 0.3 * draw(48, seed=3), "bias": draw(48, seed=4)}
+    if kind == "rms":
+        params.pop("bias")
+    apply = norm.rms if kind == "rms" else norm.layer
+
+    def run(dtype_x: torch.dtype, dtype_p: torch.dtype) -> list[torch.Tensor]:
+        x, own = x_TD.to(dtype_x).requires_grad_(), {n: p.to(dtype_p).requires_grad_() for n, p in params.items()}
+        y = apply(own, x, 1e-6, TABLES[name])
+        assert y.dtype == dtype_x
+        grads = torch.autograd.grad(y, [x, *own.values()], dy_TD.to(dtype_x))
+        assert [g.dtype for g in grads] == [dtype_x, *[dtype_p] * len(own)]
+        return [y.detach(), *grads]
+
+    params = {n: p.to(torch.float32).double() for n, p in params.items()}
+    exact = run(torch.float64, torch.float64)
+    for got, want in zip(run(torch.bfloat16, torch.float32), exact, strict=True):
+        assert (got.double() - want).abs().max() <= (2**-8 if got.dtype == torch.bfloat16 else 1e-5) * want.abs().max()
+    if kind == "rms":
+        theirs = Qwen3VLTextRMSNorm(48, eps=1e-6).bfloat16()
+        theirs.weight.data.copy_(params["weight"])
+        error = (run(torch.bfloat16, torch.float32)[0].double() - exact[0]).abs().mean()
+        assert error < (theirs(x_TD).double() - exact[0]).abs().mean()
+
+
+def test_a_float32_router_chooses_as_in_float64() -> None:
+    """Of tokens in bfloat16, whose logits would be rounded to few values."""
+    params = tree.map(lambda p: p * p.shape[-1] ** -0.5, init_params(moe.specs(MOE), 0))
+    x_TD = draw(200, 64, dtype=torch.bfloat16)
+    real_T = torch.ones(200, dtype=torch.bool)
+
+    def run(dtype: torch.dtype, router: torch.dtype) -> tuple[torch.Tensor, Any]:
+        own = tree.map(lambda p: p.to(dtype), params)
+        own["router"] = tree.map(lambda p: p.to(router), params["router"])
+        y_TD, statistics = moe.apply(own, x_TD.to(dtype), real_T, cfg=MOE, ops=TABLES["portable"])
+        assert y_TD.dtype == dtype
+        return y_TD, statistics
+
+    (_, exact), (_, wide), (_, narrow) = (
+        run(torch.float64, torch.float64),
+        run(torch.bfloat16, torch.float32),
+        run(torch.bfloat16, torch.bfloat16),
+    )
+    assert torch.equal(wide["counts_E"], exact["counts_E"])
+    assert not torch.equal(narrow["counts_E"], exact["counts_E"])
+    torch.testing.assert_close(wide["probs_E"].double(), exact["probs_E"], rtol=1e-5, atol=0)
+
+
+def test_rules_for_single_linear_layers() -> None:
+    errors = []
+    for rules in ({}, {r"(text|vision)/layers/\d+/.*": torch.float32}):
+        transforms = (precision(compute=torch.bfloat16, rules=rules),)
+        cell = Cell(layout=Layout(), name="rules", transforms=transforms, dtype=torch.bfloat16)
+        found, want = outcome(cell, single_mesh()), one_device(cell)
+        errors.append((found["metrics/loss"].double() - want["metrics/loss"]).abs())
+    assert errors[0] != errors[1]
+    assert max(errors) < 0.1
+
+
+def test_leaves_of_another_dtype_are_handed_over_by_enter() -> None:
+    model = model_of("dense", 2)
+    specs = model.family.specs(model.cfg)
+    program = lower(pipe(Program.of(specs), precision(rules={"text/norm/weight": torch.float32})))
+    entered = program.enter(model.params)
+    assert [path for path, leaf in tree.items(entered) if isinstance(leaf, Typed)] == ["text/norm/weight"]
+    assert lower(Program.of(specs)).enter(model.params) is model.params
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"precision got compute=torch\.int64 but it must be floating-point"):
         precision(compute=torch.int64)
     with pytest.raises(ValueError, match=r"precision got reduce=torch\.bool"):
         precision(reduce=torch.bool)
+    with pytest.raises(ValueError, match=r"precision got rules\['a'\]=torch\.int8"):
+        precision(rules={"a": torch.int8})
+    with pytest.raises(ValueError, match="pattern 'nrom' matches none of"):
+        pipe(Program.of(moe.specs(MOE)), precision(rules={"nrom": torch.float32}))

@@ -14,6 +14,7 @@ from mmfn.parallel.data_parallel import data_parallel
 from mmfn.parallel.mesh import Layout, distributed_mesh
 from mmfn.parallel.program import Transform
 from mmfn.parallel.remat import remat
+from mmfn.parallel.vocabulary import vocabulary_parallel
 from tests.parallel.conformance import Cell, check_outcome, outcome, run_cell
 from tests.parallel.ranks import run_ranks
 
@@ -24,6 +25,7 @@ CELLS = {
         Cell(layout=Layout(dp=4), name="remat", transforms=(data_parallel(), remat("full"))),
         Cell(layout=Layout(replicate=2, dp=2), name="hsdp", transforms=(data_parallel(), remat("full")), family="moe"),
         Cell(layout=Layout(replicate=4), name="ddp", transforms=(data_parallel(),), batch="first half unsupervised"),
+        Cell(layout=Layout(dp=4), name="sharded head", transforms=(data_parallel(), vocabulary_parallel())),
     )
 }
 OPERATORS = {
@@ -66,6 +68,7 @@ COMPILED: dict[str, tuple[str, tuple[Transform, ...], int]] = {
     "layer": ("layer", (data_parallel(), remat("full")), 3),
     "layer plain": ("layer", (data_parallel(),), 3),
     "layer selective": ("layer", (data_parallel(), remat("selective", save=("attention", "matmul"))), 3),
+    "layer sharded head": ("layer", (data_parallel(), vocabulary_parallel()), 3),
     "layer kept": ("layer", (data_parallel(keep_gathered=True), remat("full")), 3),
     "step": ("step", (data_parallel(),), 1),
     "step remat": ("step", (data_parallel(), remat("full")), 1),
@@ -96,6 +99,7 @@ CASES = [
     pytest.param("layer", "inductor", True, marks=SLOW),
     pytest.param("layer plain", "aot_eager", False, marks=SLOW),
     pytest.param("layer selective", "aot_eager", False, marks=SLOW),
+    pytest.param("layer sharded head", "aot_eager", False, marks=SLOW),
     pytest.param("layer kept", "aot_eager", False, marks=SLOW),
     pytest.param("step", "aot_eager", False, marks=SLOW),
     pytest.param("step remat", "aot_eager", False, marks=SLOW),

@@ -51,6 +51,7 @@ BLOCKS = TEXT + VISION
         ("selective", ("attention", "matmul"), 1, 0, False),
         ("selective", ("matmul",), 2, BLOCKS / 2, False),
         ("none", (), 1, 0, False),
+        ("uniform", (), 1, BLOCKS, True),
     ],
 )
 def test_what_runs_again(kind: str, save: Sequence[str], every: int, attention: int, has_more_mm: bool) -> None:
@@ -59,6 +60,60 @@ def test_what_runs_again(kind: str, save: Sequence[str], every: int, attention: 
     assert again[ATTENTION] - plain[ATTENTION] == attention
     assert (again[MM] + again["aten::addmm"] > plain[MM] + plain["aten::addmm"]) == has_more_mm
     assert again[EMBED] == plain[EMBED]  # what is outside of blocks runs once
+
+
+@pytest.mark.parametrize(
+    ("transforms", "again"),
+    [
+        ([remat("block", num_layers=1)], 2),  # the first block of each stack
+        ([remat("block", num_layers=9)], BLOCKS),
+        ([remat("full", where="vision")], VISION),
+        ([remat("full", where="text")], TEXT),
+        ([remat("full", where="vision"), remat("selective", save=("attention",), where="text")], VISION),
+        ([remat("block", where="text"), remat("full", where="vision")], VISION + 1),
+        ([remat("uniform", num_layers=2, where="text")], TEXT),
+    ],
+)
+def test_some_blocks_and_some_stacks(transforms: Sequence[Any], again: int) -> None:
+    assert counted("dense", *transforms)[ATTENTION] - counted("dense")[ATTENTION] == again
+
+
+def run_blocks(num: int, between: Sequence[int], *transforms: Any, each: bool = False) -> tuple[Any, int]:
+    """Outputs and gradients of a stack of small blocks, and the bytes that autograd keeps."""
+    program = pipe(Program.of(None), *transforms)
+    seen: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x.detach()
+
+    def block(params: Any, x: torch.Tensor, scale: torch.Tensor, own: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.tanh(torch.tanh(x @ params["w"]).sin() * scale).cos() * own
+        return x, x.sum()
+
+    g = torch.Generator().manual_seed(0)
+    layers = [{"w": torch.randn(8, 8, generator=g).requires_grad_()} for _ in range(num)]
+    x, scale = torch.ones(16, 8, requires_grad=True), torch.tensor(2.0)
+    given = {"each": [1.0 + i for i in range(num)]} if each else {}
+    taps = {i: (lambda x, i=i: x + i) for i in between}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y, outs = program.ops.stack(program.ops.layer, block, layers, x, scale, between=taps, **given)
+    grads = torch.autograd.grad(y.sum() + sum(outs), [x, *(layer["w"] for layer in layers)])
+    return [y, *outs, *grads], sum(seen.values()) - sum(layer["w"].nbytes for layer in layers)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("between", [(), (0,), (1, 2, 6)])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
+def test_groups_of_blocks(size: int, between: Sequence[int], each: bool) -> None:
+    """The same bits, and the input of every group alone is kept; groups end where something happens between blocks."""
+    want, _ = run_blocks(7, between, each=each)
+    got, kept_bytes = run_blocks(7, between, remat("uniform", num_layers=size), each=each)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    ends = [i for i in range(7) if i in between or i == 6]
+    starts = [0, *(i + 1 for i in ends[:-1])]
+    num_groups = sum(-(-(end + 1 - start) // size) for start, end in zip(starts, ends, strict=True))
+    assert kept_bytes - 16 * 8 * 4 * num_groups in (-(8 * 8 * 4) * 7, -(8 * 8 * 4) * 7 + 4)  # and the scale
 
 
 def test_experts_are_kept() -> None:
@@ -103,9 +158,30 @@ def test_notes() -> None:
     assert pipe(Program.of(None), remat("full")).notes == ("remat('full')",)
 
 
+def test_facts_for_plans() -> None:
+    specs = {"text": {"layers": []}, "vision": {"layers": []}, "head": {}}
+    program = pipe(
+        Program.of(specs), remat("full", every=2), remat("uniform", num_layers=3), remat("block", num_layers=4)
+    )
+    assert (program.period, program.num_special) == (6, 4)
+    program = pipe(Program.of(specs), remat("uniform", num_layers=3, where="vision"))
+    assert (program.period, program.num_special) == (1, 0)
+    assert program.notes == ("remat('uniform', num_layers=3, where='vision')",)
+    with pytest.raises(ValueError, match="remat got where='audio' but the model has stacks text, vision; use one"):
+        pipe(Program.of(specs), remat("full", where="audio"))
+
+
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="remat kind 'half' is unknown; use one of none, full, selective"):
+    with pytest.raises(
+        ValueError, match="remat kind 'half' is unknown; use one of none, full, selective, uniform, block"
+    ):
         remat("half")
+    with pytest.raises(ValueError, match="remat kind 'uniform' got num_layers=0; it must be at least 1"):
+        remat("uniform", num_layers=0)
+    with pytest.raises(ValueError, match=r"remat kind 'full' got num_layers=2; .* is for uniform or block only"):
+        remat("full", num_layers=2)
+    with pytest.raises(ValueError, match=r"remat kind 'block' got every=2; .* is for full or selective only"):
+        remat("block", every=2)
     with pytest.raises(ValueError, match=f"remat cannot save 'norm'; it knows {', '.join(OPERATORS)}"):
         remat("selective", save=("attention", "norm"))
     with pytest.raises(ValueError, match=r"remat kind 'selective' got save=\[\]; name what to save"):

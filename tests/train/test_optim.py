@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmfn.train import optim
-from mmfn.train.optim import KERNELS, Leaves, Transform, Update
+from mmfn.train.optim import KERNELS, Facts, Leaves, Transform, Update, by_path
 
 SHAPES = {"a/weight": (5, 3), "b/bias": (7,), "b/weight": (4, 1, 2), "c/scale": ()}
 
@@ -15,6 +15,9 @@ SHAPES = {"a/weight": (5, 3), "b/bias": (7,), "b/weight": (4, 1, 2), "c/scale": 
 def leaves(seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Leaves:
     g = torch.Generator().manual_seed(seed)
     return {p: (torch.randn(s, generator=g, dtype=torch.float64) * scale).to(dtype) for p, s in SHAPES.items()}
+
+
+FACTS = {p: Facts(shape=s) for p, s in SHAPES.items()}
 
 
 def run(tx: Transform, params: Leaves, grads: Leaves, state: object, lr: float = 1e-2, kernel: str = "fused") -> object:
@@ -25,15 +28,17 @@ def run(tx: Transform, params: Leaves, grads: Leaves, state: object, lr: float =
         norm=norm,
         finite=torch.isfinite(norm),
         lr=torch.tensor(lr, dtype=torch.float64),
+        step=torch.tensor(0),
         kernel=kernel,
     )
-    return tx.update(list(params))(u, state)[1]
+    facts = {p: Facts(shape=tuple(x.shape)) for p, x in params.items()}
+    return tx.update(facts)(u, state)[1]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("clip", [None, 0.7, 1e6])
 def test_adamw_is_torch_adamw_over_100_steps(kernel: str, clip: float | None) -> None:
-    adamw = optim.adamw(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, no_decay=[r".*bias", r"c/.*"])
+    adamw = by_path(optim.adamw(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1), no_decay=[r".*bias", r"c/.*"])
     tx = adamw if clip is None else optim.chain(optim.clip_by_global_norm(clip), adamw)
     params = leaves(0)
     theirs = {p: x.clone().requires_grad_() for p, x in params.items()}
@@ -153,7 +158,7 @@ def test_own_copies_only_what_it_must() -> None:
 
 
 def test_lr_scales_and_masked() -> None:
-    slow = optim.adamw(lr_scales=[(r"a/.*", 0.1), (r".*bias", 0.0)])
+    slow = by_path(optim.adamw(), lr_scales=[(r"a/.*", 0.1), (r".*bias", 0.0)])
     params, base = leaves(0), leaves(0)
     run(slow, params, leaves(1), slow.init(params))
     run(optim.adamw(), base, leaves(1), optim.adamw().init(base))
@@ -175,8 +180,20 @@ def test_lr_scales_and_masked() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: optim.adamw(no_decay=[".*nrom.*"]).update(list(SHAPES)), "'.*nrom.*' matches none of 4 paths"),
-        (lambda: optim.adamw(lr_scales=[("x", 0.1)]).update(list(SHAPES)), "'x' matches none"),
+        (lambda: by_path(optim.adamw(), no_decay=[".*nrom.*"]).update(FACTS), "'.*nrom.*' matches none of 4 paths"),
+        (lambda: by_path(optim.adamw(), lr_scales=[("x", 0.1)]).update(FACTS), "'x' matches none"),
+        (lambda: by_path(optim.adamw(), layer_decay=0.0), r"layer_decay must lie in \(0, 1\], got 0.0"),
+        (lambda: optim.adamw(moments_dtype=torch.float16), "moments_dtype must be bfloat16 or None"),
+        (lambda: optim.sgd(momentum=1.0), r"momentum must lie in \[0, 1\), got 1.0"),
+        (lambda: optim.sgd(nesterov=True), "nesterov needs momentum"),
+        (lambda: optim.sgd(weight_decay=-0.1), "weight_decay must not be negative"),
+        (lambda: optim.muon(momentum=-0.1), r"momentum must lie in \[0, 1\), got -0.1"),
+        (lambda: optim.muon(weight_decay=-0.1), "weight_decay must not be negative"),
+        (lambda: optim.muon(num_iterations=0), "num_iterations must be at least 1"),
+        (lambda: optim.muon(adjust_lr="rms"), "adjust_lr 'rms' is unknown; use one of original, match_rms_adamw"),
+        (lambda: optim.muon().update(FACTS), "muon got b/bias of shape .* but takes matrices only; use with_others"),
+        (lambda: optim.ema(1.0), r"decay of the average must lie in \[0, 1\), got 1.0"),
+        (lambda: optim.ema_params({"params": {}, "opt": [{"count": 0}]}), "no averages of parameters"),
         (lambda: optim.masked(optim.adamw(), ["x"]).init(leaves(0)), "'x' matches none"),
         (lambda: optim.adamw(betas=(0.9, 1.0)), r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
         (lambda: optim.adamw(eps=0.0), "eps must be positive"),
@@ -211,7 +228,7 @@ def test_first_steps_keep_float32_accuracy() -> None:
 
 
 def test_update_compiles_to_one_graph_and_equals_eager() -> None:
-    tx = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(weight_decay=0.1, no_decay=[r".*bias"]))
+    tx = optim.chain(optim.clip_by_global_norm(0.5), by_path(optim.adamw(weight_decay=0.1), no_decay=[r".*bias"]))
     graphs = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> object:
@@ -220,11 +237,12 @@ def test_update_compiles_to_one_graph_and_equals_eager() -> None:
 
         return aot_eager(gm, example_inputs)
 
-    update = tx.update(list(SHAPES))
+    update = tx.update(FACTS)
 
     def step(params: Leaves, grads: Leaves, state: object, lr: Tensor, kernel: str = "traced") -> object:
         norm = optim.global_norm(grads)
-        u = Update(params=params, grads=grads, norm=norm, finite=torch.isfinite(norm), lr=lr, kernel=kernel)
+        finite, step = torch.isfinite(norm), torch.tensor(0)
+        u = Update(params=params, grads=grads, norm=norm, finite=finite, lr=lr, step=step, kernel=kernel)
         return update(u, state)[1]
 
     compiled = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)

@@ -38,7 +38,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("key", ["model.path", "data.train", "data.eval", "data.root", "data.template"])
+@pytest.mark.parametrize(
+    "key", ["model.path", "model.adapter", "data.train", "data.eval", "data.root", "data.template"]
+)
 @pytest.mark.parametrize("entry", ["checkpoint", "checkpoint/part", "metrics.jsonl", "previous/checkpoint"])
 def test_what_a_run_reads_is_not_overwritten(folder: Path, tmp_path: Path, key: str, entry: str) -> None:
     (folder / "previous").mkdir()

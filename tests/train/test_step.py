@@ -13,7 +13,7 @@ from mmfn import ops, tree
 from mmfn.batch import IGNORE, Batch, Media, Sample, pack
 from mmfn.parallel.compiled import compiled
 from mmfn.parallel.program import Program, pipe
-from mmfn.train.optim import Transform, adamw, chain, clip_by_global_norm
+from mmfn.train.optim import Transform, adamw, by_path, chain, clip_by_global_norm
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
 from tests import oracles
@@ -30,7 +30,7 @@ def model() -> Any:
 
 
 def optimizer() -> Transform:
-    return chain(clip_by_global_norm(1.0), adamw(weight_decay=0.1, no_decay=NO_DECAY))
+    return chain(clip_by_global_norm(1.0), by_path(adamw(weight_decay=0.1), no_decay=NO_DECAY))
 
 
 def build(model: Any, kind: str = "none", *, backend: Any = "aot_eager", donate: bool = True, **kw: Any) -> Step:
@@ -114,7 +114,7 @@ def test_three_steps_equal_transformers_with_torch_adamw_and_clip(tmp_path: Any)
         {"params": [p for n, p in named.items() if n.endswith(skip)], "weight_decay": 0.0},
     ]
     torch_adamw = torch.optim.AdamW(groups, lr=1.0, eps=1e-5)
-    tx = chain(clip_by_global_norm(1.0), adamw(weight_decay=0.1, no_decay=NO_DECAY, eps=1e-5))
+    tx = chain(clip_by_global_norm(1.0), by_path(adamw(weight_decay=0.1, eps=1e-5), no_decay=NO_DECAY))
     program = Program.of(ours.family.specs(ours.cfg))
     step = make_step(ours.family, ours.cfg, program, "per_token_loss", tx, schedule=RATE)
     state = init_state(ours.params, tx)
@@ -334,6 +334,6 @@ def test_errors(model: Any) -> None:
             model.cfg,
             Program.of(model.family.specs(model.cfg)),
             "default",
-            adamw(no_decay=["nothing"]),
+            by_path(adamw(), no_decay=["nothing"]),
             schedule=RATE,
         )

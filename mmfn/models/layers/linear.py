@@ -7,14 +7,21 @@ from mmfn.spec import ZEROS, normal, spec
 from mmfn.tree import Tree
 
 
-def specs(d_out: int, d_in: int, axes: str, *, std: float, bias: bool = False) -> Tree:
+def specs(d_out: int, d_in: int, axes: str, *, std: float, bias: bool = False, parts: int = 1) -> Tree:
     """`specs(F, D, "mlp embed", std=0.02)`: weight [F, D], and with `bias` a zero bias [F]."""
-    tree = {"weight": spec((d_out, d_in), axes, normal(std))}
+    tree = {"weight": spec((d_out, d_in), axes, normal(std), parts)}
     if bias:
         tree["bias"] = spec((d_out,), axes.split()[0], ZEROS)
     return tree
 
 
 def apply(params: Tree, x: Tensor) -> Tensor:
-    """`x @ weight.T (+ bias)` over the last dim; `x`: float[..., in] of the weight's dtype."""
-    return F.linear(x, params["weight"], params.get("bias"))
+    """`x @ weight.T (+ bias)` over the last dim, computed in the weight's dtype; `x`: float[..., in].
+
+    The result has the dtype of x. With an adapter (`mmfn.lora`), `scale * x @ a.T @ b.T` is added.
+    """
+    y = F.linear(x.to(params["weight"].dtype), params["weight"], params.get("bias")).to(x.dtype)
+    if "lora" not in params:
+        return y
+    adapter = params["lora"]["weight"]
+    return y + F.linear(adapter.scale * F.linear(x, adapter.a), adapter.b)

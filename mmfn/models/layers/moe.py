@@ -38,7 +38,7 @@ def specs(cfg: MoeConfig) -> Tree:
     return {
         "router": linear.specs(E, D, "router embed", std=cfg.init_std),
         "experts": {
-            "gate_up": spec((E, 2 * F, D), "experts mlp embed", init),
+            "gate_up": spec((E, 2 * F, D), "experts mlp embed", init, parts=2),
             "down": spec((E, D, F), "experts embed mlp", init),
         },
     }
@@ -51,11 +51,13 @@ def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops:
     crowds one of them. Statistics, sums over tokens in float32 or wider: `counts_E` tokens sent to each expert (a
     constant), `probs_E` the router's probabilities, `rows` tokens, `dropped` rows that `ops.experts` leaves out. A
     token's experts are added in a fixed order; on a GPU the gradient of x is only under
-    `torch.use_deterministic_algorithms`. Source: `Qwen3VLMoeTextSparseMoeBlock` in transformers 5.23.
+    `torch.use_deterministic_algorithms`. The router computes in its weight's dtype. Source:
+    `Qwen3VLMoeTextSparseMoeBlock` in transformers 5.23.
     """
     (T, D), E, X = x_TD.shape, cfg.num_experts, cfg.num_chosen
-    logits_TE = linear.apply(params["router"], x_TD)
+    logits_TE = linear.apply(params["router"], x_TD.to(params["router"]["weight"].dtype))
     weights_TX, experts_TX = ops.route(logits_TE, X)
+    weights_TX = weights_TX.to(x_TD.dtype)
     slots_TX = torch.arange(T * X, device=x_TD.device).view(T, X)
     is_real_T1 = is_real_T[:, None]
     experts_TX = torch.where(is_real_T1, experts_TX, slots_TX % E)

@@ -110,15 +110,15 @@ def encode(params: Tree, visual: Visual, cfg: VisionConfig, ops: Ops) -> tuple[T
     x_PD = x_PD + position_embed(params["positions"], visual.coords_P4, cfg, ops).to(x_PD.dtype)
     deepstack: list[Tensor] = []
 
-    def tap(i: int, x_PD: Tensor) -> Tensor:
-        if i in cfg.deepstack:
-            merger = params["deepstack"][cfg.deepstack.index(i)]
-            deepstack.append(merge(merger, x_PD, cfg, ops, norm_merged=True))
+    def tap(merger: Tree, x_PD: Tensor) -> Tensor:
+        deepstack.append(merge(merger, x_PD, cfg, ops, norm_merged=True))
         return x_PD
 
     cos_PR, sin_PR = rope.axial(visual.coords_P4, cfg.head_dim // 2, cfg.rope_theta)
     block = partial(vision_block, cfg=cfg, ops=ops)
-    x_PD, _ = ops.stack(ops.layer, block, params["layers"], x_PD, cos_PR, sin_PR, visual.segments, between=tap)
+    taps = {i: partial(tap, merger) for i, merger in zip(cfg.deepstack, params["deepstack"], strict=True)}
+    xs = (cos_PR, sin_PR, visual.segments)
+    x_PD, _ = ops.stack(ops.layer, block, params["layers"], x_PD, *xs, name="vision", between=taps)
     return merge(params["merger"], x_PD, cfg, ops, norm_merged=False), deepstack
 
 
@@ -162,7 +162,7 @@ def block_specs(cfg: VisionConfig) -> Tree:
     D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
     return {
         "attention": {
-            "qkv": linear.specs(3 * D, D, "vision_heads vision_embed", std=std, bias=True),
+            "qkv": linear.specs(3 * D, D, "vision_heads vision_embed", std=std, bias=True, parts=3),
             "o": linear.specs(D, D, "vision_embed vision_heads", std=std, bias=True),
         },
         "attention_norm": norm.layer_specs(D, "vision_embed"),

@@ -8,6 +8,7 @@ Legend: T tokens, D width, N features, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,27 +134,26 @@ def apply(
         is_visual_T = batch.feature_index_T >= 0
         x_TD = torch.where(is_visual_T[:, None], placed_TD, x_TD)
 
-    def add_deepstack(i: int, x_TD: Tensor) -> Tensor:
-        if i >= len(deepstack):
-            return x_TD
-        return x_TD + ops.place_features(deepstack[i].to(x_TD.dtype), batch.feature_index_T)
+    def add(features_ND: Tensor, x_TD: Tensor) -> Tensor:
+        return x_TD + ops.place_features(features_ND.to(x_TD.dtype), batch.feature_index_T)
 
     cos_TR, sin_TR = rope.interleaved(batch.positions_3T, cfg.rope_sections, cfg.rope_theta)
     is_real_T = batch.segment_T < batch.num_segments
     xs = (cos_TR.to(x_TD.dtype), sin_TR.to(x_TD.dtype), batch.segments, is_real_T)
-    layers, between = params["text"]["layers"], add_deepstack
+    between = {i: partial(add, features_ND) for i, features_ND in enumerate(deepstack)}
+    stack = partial(ops.stack, ops.layer, block, params["text"]["layers"], x_TD, *xs, name="text", between=between)
     if cache is None:
-        x_TD, outs = ops.stack(ops.layer, block, layers, x_TD, *xs, between=between)
+        x_TD, outs = stack()
     else:
-        x_TD, outs = ops.stack(ops.layer, block, layers, x_TD, *xs, cache.slots, each=cache.layers, between=between)
+        x_TD, outs = stack(cache.slots, each=cache.layers)
         cache = Cache(layers=[out["cached"] for out in outs], slots=cache.slots)
     x_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, cfg.decoder.norm_eps, ops)
     return Output(hidden_TD=x_TD, aux=moe.total([out["router"] for out in outs]), cache=cache)
 
 
 def head(params: Tree, cfg: VisionLanguageConfig, ops: Ops) -> Tensor:
-    """`weight_VD` of the language-model head."""
-    weight_VD: Tensor = ops.gather(params["text"]["embed"] if cfg.is_tied else params["head"])["weight"]
+    """`weight_VD` of the language-model head, or those of its rows that `ops.linear_cross_entropy` takes."""
+    weight_VD: Tensor = ops.gather_head(params["text"]["embed"] if cfg.is_tied else params["head"])["weight"]
     return weight_VD
 
 
@@ -168,6 +168,16 @@ def empty_cache(
 def positions(sample: Sample, cfg: VisionLanguageConfig) -> Tensor:
     """int64[3, T]: see `layers.positions.mrope`."""
     return layer_positions.mrope(sample, cfg.vision.merge_size)
+
+
+def parts(cfg: VisionLanguageConfig) -> dict[str, str]:
+    """Regexes over the paths of the parts a run can freeze; a tied head is the embedding, so no part of its own."""
+    found = {
+        "vision_encoder": r"vision/(patch_embed|positions|layers)/.*",
+        "vision_projector": r"vision/(merger|deepstack)/.*",
+        "text_decoder": r"text/.*",
+    }
+    return found if cfg.is_tied else {**found, "lm_head": r"head/.*"}
 
 
 def entries(cfg: VisionLanguageConfig) -> tuple[Entry, ...]:

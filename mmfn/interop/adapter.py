@@ -1,0 +1,237 @@
+"""LoRA adapters in peft's format: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+Layers have the names transformers gives its modules. Experts are peft's `target_parameters`: adapters of one module are
+nested, the parameter its class registers last outermost. Parameters trained in full are peft's `modules_to_save`.
+Source: peft 0.21 (`LoraConfig`, `ParamWrapper`, `get_peft_model_state_dict`), the oracle.
+
+Legend: r rank, E experts.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from mmfn import tree
+from mmfn.interop.checkpoint import load_file, read_json
+from mmfn.interop.keymap import KeyMap, Stored
+from mmfn.lora import Adapter, adapt, adapters_of, layers
+from mmfn.model import Model
+from mmfn.spec import trained_paths
+from mmfn.tree import Tree
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every name: peft wraps a model twice
+FOREIGN = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "layers_to_transform",
+    "lora_bias",
+    "monteclora_config",
+    "rank_pattern",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+"""Settings with which an adapter is something else than `mmfn.lora` has."""
+PLAIN_STARTS = ("gaussian", "orthogonal", "eva")  # others of peft's named initialisations change the base weights
+
+
+def save(folder: str | PathLike[str], model: Model, specs: Tree, base: str = "") -> None:
+    """Write a model's adapters, and what else is trained, as peft reads them; the folder appears complete or not.
+
+    `specs`: those of `model.params` (`mmfn.lora.lora`). `base`: the name or folder of the model without adapters.
+    Raises ValueError for a folder that is not empty and for what peft's format cannot express (see `stored`).
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"target {folder} exists and is not an empty folder; choose another")
+    leaves = dict(tree.items(model.params))
+    names = stored(specs, *_plain(model))
+    tensors = {name: s.to_disk(leaves[s.path]).detach().cpu().contiguous() for name, s in names.items()}
+    config = settings(specs, *_plain(model)) | {"base_model_name_or_path": base}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        try:
+            save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # its form of a full disk
+            raise OSError(f"adapter {str(folder)!r} cannot be written: {error}") from error
+        os.chmod(fresh / WEIGHTS, 0o644)  # safetensors makes files only the owner can read
+        os.rename(fresh, folder)
+
+
+def load(folder: str | PathLike[str], model: Model) -> Model:
+    """The model with the adapters of a folder that peft or `save` wrote, in the dtype of its parameters.
+
+    Every stored tensor is used once and every leaf filled once. Raises ValueError for an adapter of another model and
+    for settings that mmfn does not have (see `read`).
+    """
+    specs = read(folder, *_plain(model))
+    values = dict(tree.items(model.params))
+    like = next(iter(values.values()))
+    found = load_file(Path(folder) / WEIGHTS, stored(specs, *_plain(model)))
+    values |= {path: leaf.to(device=like.device, dtype=like.dtype) for path, leaf in found.items()}
+    return replace(model, params=tree.map_with_path(lambda path, leaf: values[path], specs))
+
+
+def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
+    """The specs `plain` of a model with the adapters that a folder's config names, all else frozen as peft does.
+
+    Dropout is no part of what an adapter computes and is not taken over. Raises ValueError for a missing or broken
+    config, one that is not plain LoRA, and one that names no layer of this model.
+    """
+    config = read_json(Path(folder) / CONFIG)
+    _check_plain(config, str(folder))
+    names = _names(plain, key_map)
+    layer_of = {path: layer for layer, path in layers(plain).items()}
+    experts = {path for path, layer in layer_of.items() if path == layer}
+    weights = [path for path in layer_of if _is_target(names[path], path in experts, config)]
+    if not weights:
+        raise ValueError(
+            f"adapter {str(folder)!r} targets {config.get('target_modules')!r}, which is no layer of this model; use "
+            "the model it was trained on"
+        )
+    kept = _kept(names, config.get("modules_to_save") or ())
+    is_rs = bool(config.get("use_rslora"))
+    return adapt(plain, weights, kept, rank=config["r"], alpha=config["lora_alpha"], is_rs=is_rs)
+
+
+def stored(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Stored]:
+    """`{name on disk: Stored}` of all that is trained: adapters, [E * r, in] and [out, r * E] of experts, and the rest.
+
+    `plain`: the specs without adapters. Raises ValueError where a module is trained in part, which peft cannot express.
+    """
+    names, found = _names(plain, key_map), {}
+    adapters = adapters_of(specs)
+    for path, adapter in adapters.items():
+        head, _, name = path.rpartition("/")
+        holder = _holder(path, adapters, names, key_map)
+        for side, leaf in (("a", adapter.a), ("b", adapter.b)):
+            found[f"{PREFIX}{holder}.lora_{side.upper()}.weight"] = _on_disk(f"{head}/lora/{name}/{side}", leaf, side)
+    kept = [path for path in trained_paths(specs) if path in names]
+    together = _kept(names, {names[path].rpartition(".")[0] for path in kept})
+    if partial := set(together) - set(kept):
+        raise ValueError(
+            f"an adapter holds whole modules but {min(partial)!r} is not trained while others of its module are; train "
+            "all of them, or set output.adapter to merged"
+        )
+    own = {s.path: s for s in key_map.stored(plain, "transformers").values()}
+    return found | {f"{PREFIX}{names[path]}": own[path] for path in kept}
+
+
+def settings(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Any]:
+    """The `adapter_config.json` of adapted specs. Raises ValueError unless all adapters have one rank and one alpha."""
+    names, adapters = _names(plain, key_map), adapters_of(specs)
+    kinds = {(adapter.rank, adapter.alpha, adapter.is_rs) for adapter in adapters.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"peft's format needs adapters of one rank and alpha, got {sorted(kinds)}; save them merged")
+    ((rank, alpha, is_rs),) = kinds
+    experts = [path for path in adapters if _is_stack(adapters[path])]
+    kept = [names[path].rpartition(".")[0] for path in trained_paths(specs) if path in names]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "use_rslora": is_rs,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(names[path].removesuffix(".weight") for path in adapters if path not in experts),
+        "target_parameters": sorted(names[path] for path in experts) or None,
+        "modules_to_save": sorted(set(kept)) or None,
+    }
+
+
+def _plain(model: Model) -> tuple[Tree, KeyMap]:
+    return model.family.specs(model.cfg), model.family.key_map(model.cfg)
+
+
+def _names(plain: Tree, key_map: KeyMap) -> dict[str, str]:
+    """`{path: name of the parameter in transformers}`."""
+    return {s.path: name for name, s in key_map.stored(plain, "transformers").items()}
+
+
+def _is_stack(adapter: Adapter) -> bool:
+    return len(adapter.a.shape) == 3
+
+
+def _on_disk(path: str, leaf: Any, side: str) -> Stored:
+    if len(leaf.shape) == 2:
+        return Stored(path=path, dims=(0, 1), shape=leaf.shape, leaf=leaf)
+    dims = (0, 1, 2) if side == "a" else (1, 2, 0)
+    first, second, third = (leaf.shape[d] for d in dims)
+    shape = (first * second, third) if side == "a" else (first, second * third)
+    return Stored(path=path, dims=dims, shape=shape, leaf=leaf)
+
+
+def _holder(path: str, adapters: Mapping[str, Adapter], names: Mapping[str, str], key_map: KeyMap) -> str:
+    """The module that holds a weight's adapter. Of one module's parameters the last registered is outermost."""
+    module, _, parameter = names[path].rpartition(".")
+    if not _is_stack(adapters[path]):
+        return module
+    order = [entry.name.rpartition(".")[2] for entry in key_map.layouts["transformers"]]
+    others = [names[other].rpartition(".") for other in adapters if _is_stack(adapters[other])]
+    behind = [p for m, _, p in others if m == module and order.index(p) > order.index(parameter)]
+    return module + ".base_layer" * len(behind)
+
+
+def _is_target(name: str, is_stack: bool, config: Mapping[str, Any]) -> bool:
+    """Whether peft adapts the parameter of a name: by module, a stack of experts by its own name."""
+    if is_stack:
+        return _ends(name, config.get("target_parameters") or ())
+    module, targets = name.removesuffix(".weight"), config.get("target_modules") or ()
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return _ends(module, targets)
+
+
+def _kept(names: Mapping[str, str], modules: Collection[str]) -> list[str]:
+    """Paths of the parameters of the modules that are trained in full."""
+    return [path for path, name in names.items() if _ends(name.rpartition(".")[0], modules)]
+
+
+def _ends(name: str, targets: Collection[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _check_plain(config: Mapping[str, Any], folder: str) -> None:
+    kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
+    if kind != "LORA" or config.get("bias", "none") != "none":
+        raise ValueError(f"adapter {folder!r} is {kind!r} with bias {config.get('bias')!r}; only LORA without is read")
+    if foreign := [name for name in FOREIGN if config.get(name)]:
+        raise ValueError(
+            f"adapter {folder!r} has {foreign[0]} {config[foreign[0]]!r}, which mmfn does not have; merge it with peft"
+        )
+    if isinstance(start, str) and start not in PLAIN_STARTS:
+        raise ValueError(f"adapter {folder!r} changed its base by init_lora_weights {start!r}; convert it with peft")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
+        raise ValueError(f"adapter {folder!r} has r {rank!r} and lora_alpha {alpha!r}; both must be positive numbers")
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
+        given = config.get(name) or ()
+        is_list = isinstance(given, list | tuple) and all(isinstance(entry, str) for entry in given)
+        if not is_list and not (name == "target_modules" and isinstance(given, str)):
+            raise ValueError(f"adapter {folder!r} has {name} {given!r}, which must be a list of names")
+    if isinstance(targets := config.get("target_modules"), str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"adapter {folder!r}: target_modules {targets!r} is no regular expression") from error

@@ -1,0 +1,174 @@
+"""LoRA: low-rank adapters beside frozen weights, as a transform of the spec tree.
+
+The adapter of the weight `P/name` is the node `P/lora/name`, an `Adapter`: where it is there, a layer adds
+`scale * b @ a @ x` to what it computes. Everything else about parameters (shards, optimizer state, plans) follows from
+the tree. Source: Hu et al. 2021 (arXiv:2106.09685); rank-stabilised: Kalajdzievski 2023 (arXiv:2312.03732).
+
+Legend: r rank, E experts; a weight is [out, in], or [E, out, in] of experts.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn import tree
+from mmfn.spec import ZEROS, ParamSpec, init_params, spec, uniform
+from mmfn.tree import Tree
+
+NOT_LINEAR = {"vocab", "positions", "patch_values", "router", "lora"}
+"""Axes of matrices without adapters: tables, the head (part of the loss), a convolution, routers, and adapters."""
+
+
+@tree.register
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """`a`: [r, in] and `b`: [out, r], of experts [E, r, in] and [E, out, r]: tensors, or specs in a spec tree."""
+
+    a: Any
+    b: Any
+    alpha: float = field(metadata={"static": True})
+    is_rs: bool = field(metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        rank: int = self.a.shape[-2]
+        return rank
+
+    @property
+    def scale(self) -> float:
+        """`alpha / r`, rank-stabilised `alpha / sqrt(r)`."""
+        return self.alpha / (sqrt(self.rank) if self.is_rs else self.rank)
+
+
+def lora(
+    specs: Tree,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    is_rs: bool = False,
+    dropout: float = 0.0,
+    keep: Sequence[str] = (),
+) -> Tree:
+    """The specs with an adapter beside every targeted weight, and everything else frozen.
+
+    `targets`: regexes over linear layers (`text/layers/0/attention/q`) and stacks of experts
+    (`text/layers/0/moe/experts/gate_up`). `keep`: regexes over paths of parameters that are trained as well. `a` is
+    drawn as `torch.nn.Linear` draws its weight and `b` is zero: at first the model computes what it did. Ranks that are
+    multiples of 8 let experts use the grouped kernel of a GPU (see `mmfn.ops.experts`).
+
+    Raises ValueError for a pattern that matches nothing, a rank or alpha that is not positive, and for dropout.
+    """
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"LoRA needs a rank of at least 1 and a positive alpha, got rank {rank} and alpha {alpha}")
+    if dropout:
+        raise ValueError(
+            f"LoRA dropout is {dropout} but is not supported: its mask would depend on how tokens are laid out over "
+            "ranks; set it to 0"
+        )
+    found = layers(specs)
+    chosen = tree.mask(dict.fromkeys(found, 0), [(pattern, True) for pattern in targets], default=False)
+    weights = [found[layer] for layer, is_chosen in chosen.items() if is_chosen]
+    if not weights:
+        raise ValueError(r"LoRA got no targets; name layers, such as text/layers/\d+/attention/(q|v)")
+    kept = tree.mask(specs, [(pattern, True) for pattern in keep], default=False)
+    trained = [path for path, is_kept in tree.items(kept) if is_kept]
+    if clash := set(trained) & set(weights):
+        raise ValueError(f"parameter {min(clash)!r} is kept trainable and has an adapter; choose one of the two")
+    return adapt(specs, weights, trained, rank=rank, alpha=alpha, is_rs=is_rs)
+
+
+def adapt(
+    specs: Tree, weights: Collection[str], kept: Collection[str], *, rank: int, alpha: float, is_rs: bool = False
+) -> Tree:
+    """`lora` for paths: adapters beside `weights`, and every leaf frozen but `kept`."""
+    leaves = dict(tree.items(specs))
+    made = {path: adapter_specs(leaves[path], rank, alpha, is_rs=is_rs) for path in weights}
+    frozen = tree.map_with_path(lambda path, leaf: replace(leaf, is_frozen=leaf.is_frozen or path not in kept), specs)
+    return insert(frozen, made)
+
+
+def layers(specs: Tree) -> dict[str, str]:
+    """What can have an adapter: `{layer: path of its weight}`. A stack of experts is its own weight."""
+    found = {}
+    for path, leaf in tree.items(specs):
+        layer, _, name = path.rpartition("/")
+        if NOT_LINEAR & set(leaf.axes):
+            continue
+        if leaf.axes[0] == "experts" and len(leaf.shape) == 3:
+            found[path] = path
+        elif name == "weight" and len(leaf.shape) == 2:
+            found[layer] = path
+    return found
+
+
+def adapter_specs(weight: ParamSpec, rank: int, alpha: float, *, is_rs: bool) -> Adapter:
+    """The adapter of a weight [..., out, in]."""
+    *stack, d_out, d_in = weight.shape
+    *names, out, into = weight.axes
+    return Adapter(
+        a=spec((*stack, rank, d_in), " ".join((*names, "lora", into)), uniform(d_in**-0.5)),
+        b=spec((*stack, d_out, rank), " ".join((*names, out, "lora")), ZEROS, weight.parts),
+        alpha=float(alpha),
+        is_rs=is_rs,
+    )
+
+
+def insert(node: Tree, adapters: Mapping[str, Adapter], prefix: str = "") -> Tree:
+    """The tree with each adapter beside its weight. `adapters`: by path of the weight."""
+    if isinstance(node, list):
+        return [insert(child, adapters, f"{prefix}{i}/") for i, child in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    inner = {name: insert(child, adapters, f"{prefix}{name}/") for name, child in node.items()}
+    own = {name: adapters[prefix + name] for name in node if prefix + name in adapters}
+    return {**inner, "lora": {**node.get("lora", {}), **own}} if own else inner
+
+
+def adapters_of(node: Tree, prefix: str = "") -> dict[str, Adapter]:
+    """Inverse of `insert`: `{path of the weight: its adapter}`."""
+    children = enumerate(node) if isinstance(node, list) else sorted(node.items()) if isinstance(node, dict) else ()
+    found: dict[str, Adapter] = {}
+    for name, child in children:
+        if isinstance(child, Adapter):
+            found[f"{prefix.removesuffix('lora/')}{name}"] = child
+        else:
+            found |= adapters_of(child, f"{prefix}{name}/")
+    return found
+
+
+def add_adapters(params: Tree, specs: Tree, seed: int) -> Tree:
+    """`params` of a model with what `specs` has besides, drawn at random (see `lora`), in their dtype."""
+    given = dict(tree.items(params))
+    like = next(iter(given.values()))
+    absent = {path: leaf for path, leaf in tree.items(specs) if path not in given}
+    values = given | init_params(absent, seed, dtype=like.dtype, device=like.device)
+    return tree.map_with_path(lambda path, leaf: values[path], specs)
+
+
+def merge(params: Tree) -> Tree:
+    """The parameters of the plain model that computes the same: `weight + scale * b @ a`, and no adapters.
+
+    Sums are float32 or wider and rounded to the weight's dtype. Leaves are whole tensors.
+    """
+    if isinstance(params, list):
+        return [merge(child) for child in params]
+    if not isinstance(params, dict):
+        return params
+    own = params.get("lora", {})
+    return {
+        name: _merged(child, own[name]) if name in own else merge(child)
+        for name, child in params.items()
+        if name != "lora"
+    }
+
+
+def _merged(weight: Tensor, adapter: Adapter) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    delta: Tensor = adapter.scale * (adapter.b.to(wide) @ adapter.a.to(wide))
+    return (weight.to(wide) + delta).to(weight.dtype)

@@ -1,0 +1,192 @@
+"""What one chunk of logits goes through on its way to a loss and gradients: shared by heads that are whole and sliced.
+
+A row's loss is `lse - l_y + z * lse^2 + s * (l_y - mean_v l_v)`: cross entropy, z-loss and label smoothing, with lse =
+logsumexp(l) and y the label. Its gradient by l_v is `f p_v - (1 - s) [v = y] - s / V`, where p = softmax(l) and f =
+1 + 2 z lse. All but the last term is `scale * (exp(l_v - max) - pull * [v = y])` with two numbers per row, so neither
+z-loss nor smoothing costs a pass over the logits; the last term is the same for all tokens of the vocabulary, and its
+share of loss and gradients is worked out from sums over rows of x and of the head (`smooth_`).
+
+Logits are float32 also where x and the head are narrower: rounded, they would cost the head's gradient as much again
+as rounding it.
+
+Legend: T tokens, N supervised tokens (or those of one chunk), D width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmfn.batch import IGNORE
+
+ALIGN = 16  # a chunk of more rows gets zero rows to a multiple: logits of 511 rows take 1.4 times as long as of 512
+STAGE_VALUES = 2**20  # logits become gradients in pieces of this many values, which stay in the cache
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, head and bias; None where not asked for
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of losses and sums: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def supervised(labels_T: Tensor, weights_T: Tensor, num_vocabulary: int) -> Tensor:
+    """Places of the supervised tokens: int64[N]. Raises ValueError for a label of one that is no token id."""
+    index_N = ((labels_T != IGNORE) & (weights_T != 0)).nonzero()[:, 0]
+    labels_N = labels_T[index_N]
+    if index_N.numel() and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_vocabulary:
+        raise ValueError(
+            f"labels span {int(labels_N.min())} to {int(labels_N.max())} but the head has {num_vocabulary} rows; fix "
+            "them"
+        )
+    return index_N
+
+
+def aligned(rows: int) -> int:
+    """Rows of a chunk, zero rows included."""
+    return rows if rows < ALIGN else -(-rows // ALIGN) * ALIGN
+
+
+def logits_(out_VN: Tensor, weight_VD: Tensor, x_ND: Tensor, bias_V: Tensor | None) -> None:
+    """Write logits, V x N: all three products of a chunk are faster in this layout. `out_VN` is wide."""
+    if out_VN.dtype != weight_VD.dtype:
+        for out, weight in zip(_pieces(out_VN, x_ND), _pieces(weight_VD, x_ND), strict=True):
+            out.copy_(_product(weight, x_ND.t()))
+        if bias_V is not None:
+            out_VN += bias_V[:, None]
+    elif bias_V is None:
+        torch.mm(weight_VD, x_ND.t(), out=out_VN)
+    else:
+        torch.addmm(bias_V[:, None], weight_VD, x_ND.t(), out=out_VN)
+
+
+def exponentiate_(logits_VN: Tensor, max_N: Tensor) -> Tensor:
+    """Overwrite logits with exp(logits - max); returns the sums over V."""
+    sums_N = torch.zeros_like(max_N)
+    for block_VN in torch.split(logits_VN, max(1, STAGE_VALUES // max_N.numel())):
+        sums_N += block_VN.sub_(max_N).exp_().sum(0)
+    return sums_N
+
+
+class Rows(NamedTuple):
+    """Figures of rows of logits: `ce_N`, the cross entropies; `losses_N`, what is minimised but for the mean logit of
+    smoothing; `scale_N` and `pull_N`, of the gradient (see above)."""
+
+    ce_N: Tensor
+    losses_N: Tensor
+    scale_N: Tensor
+    pull_N: Tensor
+
+
+def rows_of(max_N: Tensor, sums_N: Tensor, label_N: Tensor, z_loss: float, label_smoothing: float) -> Rows:
+    """From the largest logit, the sum of exp(logits - max) and the label's logit - max; all float32 or wider."""
+    log_sums_N = sums_N.log()
+    ce_N = losses_N = log_sums_N - label_N
+    scale_N, pull_N = 1 / sums_N, (1 - label_smoothing) * sums_N
+    if z_loss:
+        lse_N = log_sums_N + max_N
+        losses_N = losses_N + z_loss * lse_N.square()
+        factor_N = 1 + 2 * z_loss * lse_N
+        factor_N = torch.where(factor_N == 0, torch.finfo(factor_N.dtype).eps, factor_N)  # it is divided by
+        scale_N, pull_N = scale_N * factor_N, pull_N / factor_N
+    if label_smoothing:
+        losses_N = losses_N + label_smoothing * (label_N + max_N)
+    return Rows(ce_N, losses_N, scale_N, pull_N)
+
+
+def input_grad(weight_VD: Tensor, grad_VN: Tensor, scale_N: Tensor) -> Tensor:
+    """`(weight_VD.T @ grad_VN * scale_N).T`, [N, D]."""
+    if grad_VN.dtype == weight_VD.dtype:
+        return (weight_VD.t() @ grad_VN).mul_(scale_N).t()
+    dx_DN = grad_VN.new_zeros(weight_VD.shape[1], grad_VN.shape[1])
+    for weight, grad in zip(_pieces(weight_VD, weight_VD), _pieces(grad_VN, weight_VD), strict=True):
+        dx_DN += _product(weight.t(), grad)
+    return dx_DN.mul_(scale_N).t()
+
+
+def add_head_grad_(sum_VD: Tensor, grad_VN: Tensor, x_ND: Tensor, scale_N: Tensor) -> None:
+    """`sum_VD += grad_VN @ (scale_N[:, None] * x_ND)`; x is consumed."""
+    if sum_VD.dtype == x_ND.dtype:
+        sum_VD.addmm_(grad_VN, x_ND.mul_(scale_N[:, None]))
+        return
+    for part, grad in zip(_pieces(sum_VD, x_ND), _pieces(grad_VN, x_ND), strict=True):
+        part += _product(x_ND.t(), (grad * scale_N).t()).t()
+
+
+def _pieces(x_V: Tensor, like_D: Tensor) -> tuple[Tensor, ...]:
+    """Rows of the vocabulary in stages, so that what is wide for a while is small."""
+    return torch.split(x_V, max(1, 4 * STAGE_VALUES // like_D.shape[1]))
+
+
+def _product(narrow: Tensor, other: Tensor) -> Tensor:
+    """`narrow @ other` in float32 with nothing rounded in between, where `other` is narrow or float32.
+
+    A GPU multiplies narrow factors into float32 by itself; a float32 factor goes there as a sum of two narrow ones. A
+    CPU takes float32 factors (and is the faster for it unless it has matrix units).
+    """
+    if not narrow.is_cuda:
+        return narrow.float() @ other.float()
+    high = other.to(narrow.dtype)
+    product = torch.mm(narrow, high, out_dtype=torch.float32)
+    if other.dtype != narrow.dtype:
+        product += torch.mm(narrow, (other - high).to(narrow.dtype), out_dtype=torch.float32)
+    return product
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+def smooth_(
+    grads: Gradients,
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    index_N: Tensor,
+    weights_N: Tensor,
+    *,
+    share: float,
+    total: Callable[[Tensor], Tensor] = _alone,
+) -> Tensor:
+    """`-share * sum_n weights_n sum_v logits_nv`, 0-D; its gradients are added to `grads`.
+
+    `share`: label smoothing / V. `total`: the sum over ranks, where a head is sliced and others have other rows of x.
+    """
+    dx_TD, dw_VD, db_V = grads
+    D, dtype = x_TD.shape[1], weights_N.dtype
+    head_D = weight_VD.sum(0, dtype=dtype)
+    bias = weights_N.new_zeros(1) if bias_V is None else bias_V.sum(0, dtype=dtype)[None]
+    own_D, weight = weights_N @ x_TD[index_N].to(dtype), weights_N.sum()[None]
+    sums = total(torch.cat([head_D, bias, own_D, weight]))
+    head_D, bias, rows_D, weight_of_all = torch.split(sums, [D, 1, D, 1])
+    if dx_TD is not None:
+        dx_TD.index_add_(0, index_N, (-share * weights_N[:, None] * head_D).to(dx_TD.dtype))
+    if dw_VD is not None:
+        dw_VD -= share * rows_D
+    if db_V is not None:
+        db_V -= share * weight_of_all
+    loss: Tensor = -share * (own_D @ head_D + (weight * bias)[0])
+    return loss
+
+
+class GradientsInForward(torch.autograd.Function):
+    """`(loss, ce)` of `compute(x, head, bias) -> (loss, ce, gradients)`; gradients of the loss alone.
+
+    The backward scales them in place: a second copy of the head's gradient is never made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Any], *leaves: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss, ce, grads = compute(*leaves)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(ce)
+        return loss, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _dce: Tensor) -> tuple[Tensor | None, ...]:
+        # autograd itself refuses a second backward: the saved tensors were modified in place
+        saved: Sequence[Tensor | None] = ctx.saved_tensors
+        return None, *(None if grad is None else grad.mul_(dloss) for grad in saved)

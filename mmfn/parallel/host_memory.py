@@ -1,0 +1,76 @@
+"""The host's memory beside a device's: reused pinned buffers, and copies that run beside the computation.
+
+Where the device is the CPU, the same code makes plain copies; a plan counts them as if the host were another device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HOST_DEVICE = torch.device("cpu")
+HOST = "host memory"  # what plans count buffers of the host under, beside the memory of the device
+
+
+@torch.library.custom_op("mmfn::counted_empty", mutates_args=())
+def counted_empty(x: Tensor, device: torch.device, site: str, is_pinned: bool = False) -> Tensor:
+    """Memory without values for what `x` holds, counted by plans under `site`."""
+    return torch.empty(x.shape, dtype=x.dtype, device=device, pin_memory=is_pinned)
+
+
+@counted_empty.register_fake
+def _(x: Tensor, device: torch.device, site: str, is_pinned: bool = False) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device if x.is_meta else device)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Copies of a device under way; `event` None: they are complete."""
+
+    event: Any = None
+    device: torch.device | None = None
+
+    def wait(self) -> None:
+        """What the device's current stream is given from here on runs behind the copies. The host does not wait."""
+        if self.event is not None:
+            torch.accelerator.current_stream(self.device).wait_event(self.event)
+
+
+@dataclass(eq=False)
+class HostMemory:
+    """Buffers by dtype and shape, made once and reused, and one stream per device that all copies go through in order.
+
+    A buffer may be given back as soon as the copy from it is issued: the next copy into it comes later on that stream.
+    """
+
+    free: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = field(default_factory=dict)
+    streams: dict[torch.device, torch.Stream] = field(default_factory=dict)
+
+    def take(self, x: Tensor, device: torch.device | None = None) -> Tensor:
+        """A buffer for what `x` holds, for copies to and from `device` (default: that of x)."""
+        found = self.free.get((x.dtype, x.shape))
+        is_pinned = (device or x.device).type not in ("cpu", "meta")
+        return found.pop() if found else counted_empty(x, HOST_DEVICE, HOST, is_pinned)
+
+    def give(self, buffers: Sequence[Tensor]) -> None:
+        """Buffers that `take` may hand out again."""
+        for buffer in buffers:
+            self.free.setdefault((buffer.dtype, buffer.shape), []).append(buffer)
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Arrival:
+        """Copy (to, from) pairs behind all that the current stream was given; the caller keeps both until then."""
+        device = next((x.device for pair in pairs for x in pair if x.device.type not in ("cpu", "meta")), None)
+        if device is None:
+            for to, source in pairs:
+                to.copy_(source)
+            return Arrival()
+        if device not in self.streams:
+            self.streams[device] = torch.Stream(device)
+        side = self.streams[device]
+        side.wait_stream(torch.accelerator.current_stream(device))
+        with side:
+            for to, source in pairs:
+                to.copy_(source, non_blocking=True)
+        return Arrival(side.record_event(), device)

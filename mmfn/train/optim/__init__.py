@@ -1,0 +1,55 @@
+"""Optimizers as `Transform(init, update)` pairs: `chain(clip_by_global_norm(1.0), adamw(weight_decay=0.1))`.
+
+`transform` says what a transform is and combines them, `by_path` holds the rules for single leaves, and each optimizer
+has a file of its own: `adamw`, `muon`, `sgd`.
+"""
+
+from mmfn.train.optim.adamw import adamw
+from mmfn.train.optim.by_path import by_path, depth_scales
+from mmfn.train.optim.ema import ema, ema_params
+from mmfn.train.optim.muon import muon, with_others
+from mmfn.train.optim.norm import clip_by_global_norm, global_norm
+from mmfn.train.optim.on_host import on_host
+from mmfn.train.optim.sgd import sgd
+from mmfn.train.optim.transform import (
+    KERNELS,
+    Facts,
+    Leaves,
+    Rate,
+    Transform,
+    Update,
+    UpdateFn,
+    chain,
+    facts_of,
+    masked,
+    master,
+    own,
+    wide,
+)
+
+__all__ = [
+    "KERNELS",
+    "Facts",
+    "Leaves",
+    "Rate",
+    "Transform",
+    "Update",
+    "UpdateFn",
+    "adamw",
+    "by_path",
+    "chain",
+    "clip_by_global_norm",
+    "depth_scales",
+    "ema",
+    "ema_params",
+    "facts_of",
+    "global_norm",
+    "masked",
+    "master",
+    "muon",
+    "on_host",
+    "own",
+    "sgd",
+    "wide",
+    "with_others",
+]

@@ -1,0 +1,64 @@
+"""From a config to what turns gradients into updates: optimizer, schedule and guard."""
+
+import torch
+
+from mmfn.train import optim
+from mmfn.train.guard import Guard
+from mmfn.train.schedule import Schedule, schedule
+from mmfn.train.sections import Config, OptimizerSection, ScheduleShape
+from mmfn.tree import Tree
+
+
+def build_optimizer(config: Config, specs: Tree) -> optim.Transform:
+    """The optimizer for a program's parameters. Raises ValueError for values that do not fit together."""
+    chosen = config.optimizer
+    average = [] if chosen.ema_decay is None else [optim.ema(chosen.ema_decay)]
+    optimizer = optim.by_path(
+        optim.chain(_writer(chosen, specs), *average),
+        no_decay=chosen.no_decay,
+        lr_scales=list(chosen.lr_scales.items()),
+        schedules=[(pattern, _rate(config, group, group.lr)) for pattern, group in config.schedule.groups.items()],
+        layer_decay=chosen.layer_decay,
+    )
+    clip = [] if chosen.clip_norm is None else [optim.clip_by_global_norm(chosen.clip_norm)]
+    optimizer = optim.master(optimizer) if chosen.master else optimizer
+    return optim.chain(*clip, optim.on_host(optimizer) if "optimizer" in config.layout.offload else optimizer)
+
+
+def build_schedule(config: Config) -> Schedule:
+    """The learning rate of parameters without a schedule of their own."""
+    return _rate(config, config.schedule, config.optimizer.lr)
+
+
+def build_guard(config: Config) -> Guard:
+    """Which steps are skipped."""
+    return Guard(window=config.train.spike_window, factor=config.train.spike_factor)
+
+
+def _writer(chosen: OptimizerSection, specs: Tree) -> optim.Transform:
+    """What updates parameters."""
+    momentum, nesterov, decay = chosen.momentum, chosen.nesterov, chosen.weight_decay
+    if chosen.kind == "sgd":
+        return optim.sgd(momentum=momentum, nesterov=nesterov, weight_decay=decay)
+    dtype = torch.bfloat16 if chosen.moments_dtype == "bfloat16" else None
+    adamw = optim.adamw(betas=chosen.betas, eps=chosen.eps, weight_decay=decay, moments_dtype=dtype)
+    if chosen.kind == "adamw":
+        return adamw
+    muon = optim.muon(
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=decay,
+        adjust_lr=chosen.adjust_lr,
+        compute=getattr(torch, chosen.muon_dtype),
+    )
+    return optim.with_others(muon, adamw, specs)
+
+
+def _rate(config: Config, chosen: ScheduleShape, peak: float) -> Schedule:
+    return schedule(
+        chosen.kind,
+        peak=peak,
+        num_steps=config.train.steps,
+        warmup_steps=chosen.warmup_steps,
+        final_scale=chosen.final_scale,
+    )

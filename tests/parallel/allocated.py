@@ -1,0 +1,54 @@
+"""The memory of a step on real tensors, by torch's own allocation events, which know nothing of plans."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mmfn import tree
+from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.program import Program
+from mmfn.parallel.sharding import local, shard_params
+from mmfn.parallel.trace import Recorder, recording_mesh
+from mmfn.spec import init_params
+from mmfn.train import plan as planning
+from mmfn.train.schedule import schedule
+from mmfn.train.step import init_state, make_step
+
+
+def allocated_peak(setup: planning.Setup, layout: Layout) -> tuple[int, int]:
+    """The most bytes allocated at a time within the second step, and the bytes held before it.
+
+    By then the buffers of the host have been made, so that they are no part of it.
+    """
+    mesh = recording_mesh(layout, 0, Recorder(is_fake=False))
+    program = setup.build(setup.cfg, mesh)
+    program = replace(program, ops=planning.balanced(program.ops))
+    state, batches = start(setup, program, mesh)
+    rate = schedule("constant", peak=1e-3, num_steps=1)
+    step = make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)
+    state, _ = step(state, batches)
+    is_on_host = not setup.optimizer.is_traceable
+    opt = [x for x in tree.leaves(state["opt"]) if not (is_on_host and x.ndim)]
+    held = _storages([local(x) for x in (*tree.leaves({**state, "opt": opt}), *tree.leaves(batches))])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step(state, batches)
+    alive, most = 0, 0
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most, held
+
+
+def _storages(tensors: list[torch.Tensor]) -> int:
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def start(setup: planning.Setup, program: Program, mesh: Mesh) -> tuple[Any, list[Any]]:
+    """The state before the first step, and the micro-batches of the rank."""
+    params = init_params(program.specs, 0)
+    params = shard_params(params, program.specs, mesh) if mesh.layout.world > 1 else params
+    whole = planning.make_batch(setup.family, setup.cfg, setup.workload, mesh["cp"].size)
+    return init_state(params, setup.optimizer, program.specs), [program.split(whole)] * setup.workload.micro_batches
