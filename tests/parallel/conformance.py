@@ -155,6 +155,7 @@ BATCHES: dict[str, Callable[[int], tuple[Sequence[int], bool]]] = {
     "video": lambda i: ((VIDEO,), True),
     "first half without images": lambda i: ((IMAGE,) * (2 * i // NUM_SAMPLES), True),
     "first half unsupervised": lambda i: ((IMAGE,) * (i % 2), 2 * i >= NUM_SAMPLES),
+    "unsupervised": lambda i: ((IMAGE,) * (i % 2), False),  # of a model with experts the balancing loss is left
 }
 
 
@@ -232,7 +233,8 @@ def check_outcome(cell: Cell, found: Mapping[str, Tensor]) -> None:
     """Assert that a rank's outcome is one device's; every value relative to the largest of its leaf."""
     expected = one_device(cell)
     assert found.keys() == expected.keys()
-    assert expected["metrics/grad_norm"] > 0.5, "clipping is part of the step"
+    least = 0.5 if cell.batch != "unsupervised" else 1e-3  # where clipping is part of the step
+    assert expected["metrics/grad_norm"] > least
     for name, want in expected.items():
         error = (found[name].double() - want).abs().max() if want.numel() else torch.zeros(())
         assert error <= RTOL[cell.dtype] * want.abs().max(), f"{cell}: {name} is off by {error:.1e}"

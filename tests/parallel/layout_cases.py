@@ -26,7 +26,13 @@ FAST: list[Case] = [  # what no other test covers
     {"cp": 2, "kind": "ring", "remat": "uniform", "remat_layers": 2, "offload": ["activations"], "batch": "mixed"},
     {"dp": 2, "cp": 2, "kind": "gather", "remat": "block", "offload": ["activations"], "batch": "mixed"},
     {"dp": 2, "cp": 2, "kind": "ulysses", "remat": "selective", "remat_vision": "full", "batch": "mixed"},
+    {"cp": 2, "kind": "ulysses", "moe": True, "batch": "unsupervised"},
+    {"cp": 4, "kind": "ring", "moe": True, "batch": "unsupervised"},
+    {"dp": 2, "ep": 2, "batch": "unsupervised"},
+    {"dp": 4, "ep": 4, "batch": "unsupervised"},
+    {"cp": 4, "kind": "gather", "ep": 4, "batch": "unsupervised"},
 ]
+SUPERVISED = tuple(name for name in BATCHES if name != "unsupervised")
 AROUND_CP: list[Case] = [
     {},
     {"dp": 2},
@@ -47,7 +53,7 @@ BY_KIND: list[Case] = [  # remat and batches take turns: 2, 5 and 7 have no comm
     for (kind, sizes), remat, batch in zip(
         [(kind, sizes) for kind in KINDS for sizes in AROUND_CP],
         cycle(("none", "full")),
-        cycle(BATCHES),
+        cycle(SUPERVISED),
         strict=False,
     )
 ]
