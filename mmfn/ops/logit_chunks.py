@@ -117,7 +117,7 @@ def add_head_grad_(sum_VD: Tensor, grad_VN: Tensor, x_ND: Tensor, scale_N: Tenso
 
 def _pieces(x_V: Tensor, like_D: Tensor) -> tuple[Tensor, ...]:
     """Rows of the vocabulary in stages, so that what is wide for a while is small."""
-    return torch.split(x_V, max(1, 4 * STAGE_VALUES // like_D.shape[1]))
+    return torch.split(x_V, max(1, 16 * STAGE_VALUES // like_D.shape[1]))
 
 
 def _product(narrow: Tensor, other: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ It stands under the step as a dispatch mode, around its ops as labels, and at th
 transport. On shapes alone nothing has values and no rank but this one exists; on real tensors it only watches.
 """
 
+import gc
 import weakref
 from bisect import bisect_right
 from collections import Counter
@@ -124,6 +125,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count: Counter[Key] = Counter()
         self.sent_bytes: Counter[Key] = Counter()
         self.flops: Counter[tuple[str, str]] = Counter()
+        self._collects = False
         self._events = 0
         self._marks: list[tuple[int, Mark]] = []
         self._alive: dict[int, tuple[int, Any]] = {}
@@ -133,6 +135,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._times = (1, 1)
         self._ends: list[int] = []  # where forwards end
         self._turns: list[int] = []  # where backwards end
+
+    def __enter__(self) -> "Recorder":
+        """Python's collector of cycles rests meanwhile: memory is freed where the program frees it, at every run."""
+        self._collects = gc.isenabled()
+        gc.disable()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if self._collects:
+            gc.enable()
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Run one operator and note what it did."""
