@@ -96,7 +96,7 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
     """The specs `plain` of a model with the adapters that a folder's config names, all else frozen as peft does.
 
     Dropout is no part of what an adapter computes and is not taken over. Raises ValueError for a missing or broken
-    config, one that is not plain LoRA, and one that names no layer of this model.
+    config, one that is not plain LoRA, one that names no layer of this model, and one that holds a tied embedding.
     """
     config = read_json(Path(folder) / CONFIG)
     _check_plain(config, str(folder))
@@ -109,7 +109,14 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
             f"adapter {str(folder)!r} targets {config.get('target_modules')!r}, which is no layer of this model; use "
             "the model it was trained on"
         )
-    kept = _kept(names, config.get("modules_to_save") or ())
+    modules = config.get("modules_to_save") or ()
+    shared = [name for copy, path in key_map.copies.items() for name in (copy, names[path])]
+    if tied := [name for name in shared if _ends(name.rpartition(".")[0], modules)]:
+        raise ValueError(
+            f"adapter {str(folder)!r} holds {tied[0]!r} in full, which is tied to a module that peft leaves on the old "
+            "matrix; merge it with peft (output.adapter: merged), or leave the embedding out of lora.keep"
+        )
+    kept = _kept(names, modules)
     is_rs = bool(config.get("use_rslora"))
     return adapt(plain, weights, kept, rank=config["r"], alpha=config["lora_alpha"], is_rs=is_rs)
 
@@ -117,7 +124,8 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
 def stored(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Stored]:
     """`{name on disk: Stored}` of all that is trained: adapters, [E * r, in] and [out, r * E] of experts, and the rest.
 
-    `plain`: the specs without adapters. Raises ValueError where a module is trained in part, which peft cannot express.
+    `plain`: the specs without adapters. Raises ValueError for what peft cannot express: a module that is trained in
+    part, and an embedding trained in full that is the head too.
     """
     names, found = _names(plain, key_map), {}
     adapters = adapters_of(specs)
@@ -132,6 +140,11 @@ def stored(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Stored]:
         raise ValueError(
             f"an adapter holds whole modules but {min(partial)!r} is not trained while others of its module are; train "
             "all of them, or set output.adapter to merged"
+        )
+    if tied := set(key_map.copies.values()) & set(kept):
+        raise ValueError(
+            f"{min(tied)!r} is trained in full and tied to the head, which peft leaves on the old matrix; set "
+            "output.adapter to merged, or leave the embedding out of lora.keep"
         )
     own = {s.path: s for s in key_map.stored(plain, "transformers").values()}
     return found | {f"{PREFIX}{names[path]}": own[path] for path in kept}

@@ -8,10 +8,13 @@ import torch
 
 from mmfn import tree
 from mmfn.parallel.program import Program, Transform, noted
+from mmfn.tree import Tree
 
 SENSITIVE = r"(.*/)?((router|\w*norm)/.*|A_log)"
 """Paths of routers, norms and `A_log`: few values, read by all tokens, of which a rounding moves discrete choices (the
 experts of a token), whole rows, or an exponent."""
+UNCAST = {"vocab", "experts"}
+"""Axes of the embedding, whose dtype what flows through the text has, and of what takes that without a cast."""
 
 
 def precision(
@@ -25,11 +28,13 @@ def precision(
     Parameters stay in their dtype, the master copy: `gather` casts shards before they travel, and the gradient's sum to
     the leaf's dtype. Placements do not change. `rules`: regexes over paths and the dtype those leaves are computed in
     instead, the first match wins; default: with a `compute` narrower than float32 what is `SENSITIVE` stays float32. A
-    norm's or linear layer's result has the dtype of its input, whatever that of its parameters; a router's
-    probabilities keep float32. Experts, embedding and head have no cast of their own: leave them at `compute`.
-    Leaves of another dtype travel in a bucket of their own. `Program.enter` hands them to `gather`.
+    norm's or linear layer's result has the dtype of its input, whatever that of its parameters and adapter; a router's
+    probabilities keep float32. What the embedding gives is cast for a head of its own, but not for experts (their
+    adapters included): these must be computed in one dtype. Leaves of another dtype than `compute` travel in a bucket
+    of their own. `Program.enter` hands them to `gather`.
 
-    Raises ValueError for a dtype that is not floating-point and, when applied, for a rule that matches no path.
+    Raises ValueError for a dtype that is not floating-point and, when applied, for a rule that matches no path and one
+    that tells apart what must have one dtype.
     """
     chosen = {"compute": compute, "reduce": reduce, **{f"rules[{name!r}]": d for name, d in (rules or {}).items()}}
     for name, dtype in chosen.items():
@@ -47,6 +52,21 @@ def precision(
             return noted(replace(program, compute_dtype=compute, reduce_dtype=reduce), note)
         dtypes = tree.mask(program.specs, wanted, default=False)
         specs = tree.map(lambda spec, dtype: replace(spec, compute=dtype or None), program.specs, dtypes)
+        _check_uncast(specs, wanted, compute)
         return noted(replace(program, specs=specs, compute_dtype=compute, reduce_dtype=reduce), note)
 
     return transform
+
+
+def _check_uncast(specs: Tree, rules: list[tuple[str, torch.dtype]], compute: torch.dtype | None) -> None:
+    """Raise ValueError for a rule with which not all leaves of `UNCAST` axes, but for the head, have one dtype."""
+    leaves = {p: leaf for p, leaf in tree.items(specs) if UNCAST & set(leaf.axes) and not p.startswith("head/")}
+    dtypes = {path: leaf.compute or compute or leaf.dtype for path, leaf in leaves.items()}
+    for pattern, dtype in rules:
+        same = [path for path in dtypes if dtypes[path] == dtype and re.fullmatch(pattern, path)]
+        others = [path for path in dtypes if dtypes[path] != dtype]
+        if same and others:
+            raise ValueError(
+                f"precision's rule {pattern!r} computes {same[0]!r} in {dtype} but {others[0]!r} is computed in "
+                f"{dtypes[others[0]]} and nothing casts between embedding and experts; give all of them one dtype"
+            )

@@ -18,7 +18,8 @@ class Guard:
 
     A spike: the gradient norm exceeds `factor` times the median of the last `window` steps that were taken. The norm,
     since it is what moves the parameters, where a loss also differs with the data of a step; the median, since a mean
-    is drawn along by the first spike that gets through. While less than half the window is filled nothing is a spike.
+    is drawn along by the first spike that gets through. While less than half the window is filled nothing is a spike,
+    nor is anything above a median of 0, which no norm is a multiple of.
     Raises ValueError for values out of range.
     """
 
@@ -44,7 +45,7 @@ class Guard:
         window: Tree = {}
         if (norms := state.get("norms")) is not None:
             median = norms.sort().values[(len(norms) - 1) // 2]
-            is_taken = is_taken & (norm <= self.factor * median)
+            is_taken = is_taken & ((norm <= self.factor * median) | (median == 0))
             window = {"norms": torch.where(is_taken, torch.cat([norms[1:], norm.to(norms.dtype)[None]]), norms)}
         is_skipped = (~is_taken).to(torch.int64)
         counters = {"skipped": state["skipped"] + is_skipped, "in_a_row": (state["in_a_row"] + 1) * is_skipped}

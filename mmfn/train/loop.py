@@ -30,6 +30,7 @@ from mmfn.train.evaluate import Evaluation, evaluate, to_json
 from mmfn.train.optim import ema_params
 from mmfn.train.progress import Progress, format_duration
 from mmfn.train.report import render_report
+from mmfn.train.sections import TrainSection
 from mmfn.train.setup import Run
 from mmfn.train.step import Metrics, State
 
@@ -133,7 +134,7 @@ def train(run: Run, emit: Callable[[Record], None]) -> State:
     def finish(facts: Record, metrics: Metrics) -> None:
         record = meter.finish(facts, metrics)
         emit(record)
-        _check_skips(record, config.train.max_skips)
+        _check_skips(record, config.train)
 
     for step in range(1, num_steps + 1):
         asked = time.perf_counter()
@@ -207,23 +208,41 @@ def _facts(step: int, share: Share, wait_s: float) -> Record:
     }
 
 
-def _check_skips(record: Record, max_skips: int) -> None:
+def _check_skips(record: Record, chosen: TrainSection) -> None:
     """Raise ValueError where too many steps in a row were skipped to hope for better ones."""
-    if record["in_a_row"] >= max_skips:
-        raise ValueError(
-            f"{record['in_a_row']} steps in a row were skipped, the last of them step {record['step']} with loss "
-            f"{record['loss']:.4g} and gradient norm {record['grad_norm']:.4g}; lower optimizer.lr, check weights and "
-            "data, or raise train.max_skips"
+    if record["in_a_row"] < chosen.max_skips:
+        return
+    fix = "lower optimizer.lr, check weights and data, or raise train.max_skips"
+    if _is_finite(record):
+        fix = (
+            f"it was a spike, so raise train.spike_factor ({chosen.spike_factor:g}), change train.spike_window "
+            f"({chosen.spike_window}; 0 looks for no spikes), lower optimizer.lr, or raise train.max_skips"
         )
+    raise ValueError(
+        f"{record['in_a_row']} steps in a row were skipped, the last of them step {record['step']} with loss "
+        f"{record['loss']:.4g} and gradient norm {record['grad_norm']:.4g}; {fix}"
+    )
+
+
+def _is_finite(record: Record) -> bool:
+    return math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
 
 
 def _check_finite(result: Result) -> None:
-    """Raise ValueError for a run that is complete but of no use."""
+    """Raise ValueError for a run that is complete but of no use.
+
+    A step that was taken was finite, and one that was skipped left the parameters as they were, so a few that are not
+    finite at the end say nothing about them: it takes more of those than steps that were taken before.
+    """
     fix = f"lower optimizer.lr or check weights and data (the run is in {str(result.folder)!r})"
-    if all(record["skipped"] for record in result.records):
+    last, num_taken = result.records[-1], sum(not record["skipped"] for record in result.records)
+    if num_taken == 0:
         raise ValueError(f"all {len(result.records)} steps were skipped, their loss or gradients not finite; {fix}")
-    if not math.isfinite(last := result.records[-1]["loss"]):
-        raise ValueError(f"the training diverged, the loss of the last step is {last}; {fix}")
+    if last["in_a_row"] > num_taken and not _is_finite(last):
+        raise ValueError(
+            f"the training diverged, the loss of the last step is {last['loss']:.4g} and its gradient norm "
+            f"{last['grad_norm']:.4g}, and {num_taken} of {len(result.records)} steps were taken; {fix}"
+        )
     if result.evaluation is not None:
         result.evaluation.check_finite()
 

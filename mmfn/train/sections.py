@@ -294,7 +294,10 @@ class LayoutSection(Section):
             "capacity": (self.ep == 1, "ep 1"),
             "prefetch": (self.dp * self.cp == 1, "dp 1 and cp 1"),
             "head": (self.dp * self.cp == 1, "dp 1 and cp 1"),
-            "keep_gathered": (self.remat == "none" or self.world == 1, "remat 'none' or one rank"),
+            "keep_gathered": (
+                self.world == 1 or {self.remat, self.remat_vision} <= {"none", None},
+                "remat 'none' or one rank",
+            ),
             "reduce_dtype": (self.world == 1, "one rank"),
             "timeout_s": (self.world == 1, "one rank"),
         }
@@ -306,6 +309,8 @@ class LayoutSection(Section):
         for name, (is_idle, reason) in idle.items():
             if is_idle and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect with {reason}; remove it or change that")
+        if len(set(self.offload)) < len(self.offload):
+            raise ValueError(f"offload names one thing twice: {list(self.offload)}; name each once")
         if self.kind == "usp" and (self.ulysses in (1, self.cp) or self.cp % self.ulysses):
             raise ValueError(
                 f"ulysses {self.ulysses} must divide cp {self.cp} and lie between 1 and it for kind 'usp'; change it, "
@@ -363,18 +368,31 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        if self.layout.head == "sharded" and self.train.compile == "step":
-            raise ValueError("layout.head 'sharded' needs train.compile 'none' or 'layer'; change one of them")
+        for name, is_set in (("head", self.layout.head == "sharded"), ("offload", bool(self.layout.offload))):
+            if is_set and self.train.compile == "step":
+                chosen = getattr(self.layout, name)
+                raise ValueError(f"layout.{name} {chosen!r} needs train.compile 'none' or 'layer'; change one of them")
         if self.layout.compute_dtype == self.model.dtype:
             raise ValueError(f"layout.compute_dtype {self.model.dtype!r} has no effect, model.dtype says so; remove it")
         if self.model.adapter is not None and self.lora.rank is not None:
             raise ValueError("lora has no effect with model.adapter, which says what is adapted; remove one of them")
         if not self.has_adapters and self.output.adapter != "both":
             raise ValueError(f"output.adapter {self.output.adapter!r} has no effect without LoRA; remove it")
+        if self.has_adapters and self.model.init == "random" and self.output.adapter == "separate":
+            raise ValueError(
+                "output.adapter 'separate' saves nowhere the base that model.init 'random' draws; choose merged or both"
+            )
         if self.optimizer.master and self.model.dtype == "float32":
             raise ValueError("optimizer.master has no effect with model.dtype 'float32'; remove it or choose bfloat16")
         if self.output.weights == "ema" and self.optimizer.ema_decay is None:
             raise ValueError("output.weights 'ema' needs averages; set optimizer.ema_decay or remove it")
+        if self.output.weights == "last" and self.optimizer.ema_decay is not None:
+            raise ValueError("optimizer.ema_decay has no effect with output.weights 'last'; remove it or choose ema")
+        if self.train.spike_window >= 2 * self.train.steps:
+            raise ValueError(
+                f"train.spike_window {self.train.spike_window} has no effect in {self.train.steps} steps: nothing "
+                "is a spike before half of it is filled; lower it"
+            )
         if self.layout.capacity is not None and len(self.data.token_buckets) > 1:
             raise ValueError(
                 f"layout.capacity needs batches of one size on all ranks, but data.token_buckets has "

@@ -157,7 +157,7 @@ def load_model(section: ModelSection, seed: int, device: torch.device | None = N
 def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
     """The parameters of a run's model: those of the family, adapters, and what is frozen.
 
-    Raises ValueError for a part the family does not have and for patterns that match nothing.
+    Raises ValueError for a part the family does not have, for patterns that match nothing, and for freezing adapters.
     """
     specs, chosen = family.specs(cfg), config.lora
     if config.model.adapter is not None:
@@ -177,17 +177,18 @@ def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
         raise ValueError(f"freeze.parts has {absent[0]!r} but this model's parts are {', '.join(parts)}; use these")
     patterns = [*(parts[name] for name in config.freeze.parts), *config.freeze.patterns]
     frozen = freeze(specs, patterns) if patterns else specs
-    if config.model.adapter is not None and (lost := _in_full(specs) - _in_full(frozen)):
+    lost = set(trained_paths(specs)) - set(trained_paths(frozen))
+    if adapters := [path for path in lost if "/lora/" in path]:
+        raise ValueError(
+            f"freeze covers the adapter {min(adapters)!r} but LoRA already freezes the weights; leave the part out of "
+            "freeze, or out of lora.targets"
+        )
+    if config.model.adapter is not None and lost:
         raise ValueError(
             f"freeze covers {min(lost)!r}, which model.adapter holds in full and the adapter of this run would lack; "
             "leave it out of freeze"
         )
     return frozen
-
-
-def _in_full(specs: Tree) -> set[str]:
-    """Paths of what is trained beside adapters."""
-    return {path for path in trained_paths(specs) if "/lora/" not in path}
 
 
 def trained_note(specs: Tree) -> tuple[str, ...]:
@@ -312,7 +313,9 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
     Raises ValueError for a layout the model cannot take, and as `model_specs` does.
     """
     chosen = config.layout
-    compute, reduce = (name and getattr(torch, name) for name in (chosen.compute_dtype, chosen.reduce_dtype))
+    narrow = "bfloat16" if config.model.dtype == "bfloat16" else None  # of which what is sensitive is in float32 too
+    names = (chosen.compute_dtype or narrow, chosen.reduce_dtype)
+    compute, reduce = (None if name is None else getattr(torch, name) for name in names)
     transforms = [
         context_parallel(
             kind=chosen.kind,

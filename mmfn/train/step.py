@@ -91,8 +91,7 @@ def make_step(
     if program.compile == "step" and not optimizer.is_traceable:
         raise ValueError("compiled('step') has no place for an optimizer on_host; use compiled('layer')")
     kernel = "traced" if is_compiled else "fused"
-    specs = dict(zip(paths, _select(program.specs, places), strict=True))
-    apply_ = _apply(optimizer.update(facts_of(specs, program.mesh)), schedule, guard, kernel, program.mesh)
+    apply_ = _apply(optimizer.update(facts_of(program.specs, program.mesh)), schedule, guard, kernel, program.mesh)
 
     def one(state: State, batch: Batch) -> tuple[State, Metrics]:
         (weighed,) = weigh([batch], chosen, exchange)

@@ -205,6 +205,31 @@ def test_what_does_not_fit_is_refused(
         adapter.load(saved, pairs["qwen3_vl"].model)
 
 
+def test_a_kept_embedding_that_is_the_head_is_refused(pairs: dict[str, Pair], saved: Path, tmp_path: Path) -> None:
+    """peft would leave the head on the old matrix: another model than the one trained."""
+    tied = mmfn.init(oracles.config(tie_word_embeddings=True).to_dict(), seed=0)
+    specs = lora(tied.family.specs(tied.cfg), rank=2, alpha=2.0, targets=LINEAR, keep=(r"text/embed/weight",))
+    params = add_adapters(tied.params, specs, seed=1)
+    with pytest.raises(ValueError, match=r"'text/embed/weight' is trained in full and tied .*adapter to merged"):
+        adapter.save(tmp_path / "new", replace(tied, params=params), specs)
+    assert not (tmp_path / "new").exists()
+    config = json.loads((saved / adapter.CONFIG).read_text())
+    for module in ("embed_tokens", "lm_head"):
+        (saved / adapter.CONFIG).write_text(json.dumps(config | {"modules_to_save": [module]}))
+        with pytest.raises(ValueError, match=rf"{module}.weight' in full, which is tied to a module that peft leaves"):
+            adapter.load(saved, tied)
+
+    pair = pairs["qwen3_vl"]  # whose head is its own
+    model, specs = pair.adapted({"targets": LINEAR, "rank": 2, "alpha": 2.0, "keep": (r"text/embed/.*", "head/.*")})
+    adapter.save(tmp_path / "new", model, specs)
+    torch.testing.assert_close(
+        mmfn.logits(adapter.load(tmp_path / "new", pair.model), pair.batch),
+        oracles.real_logits(pair.with_peft(tmp_path / "new"), pair.inputs).detach(),
+        rtol=RTOL,
+        atol=ATOL,
+    )
+
+
 def test_damaged_files_are_refused(pairs: dict[str, Pair], saved: Path) -> None:
     model = pairs["qwen3_vl"].model
     tensors = load_file(saved / adapter.WEIGHTS)

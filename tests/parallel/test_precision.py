@@ -9,13 +9,14 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from mmfn import ops as op_tables
 from mmfn import tree
-from mmfn.models.layers import moe, norm
+from mmfn.lora import Adapter, lora
+from mmfn.models.layers import linear, moe, norm
 from mmfn.parallel.data_parallel import data_parallel
 from mmfn.parallel.gather import Typed
 from mmfn.parallel.mesh import Layout, single_mesh
 from mmfn.parallel.precision import SENSITIVE, precision
 from mmfn.parallel.program import Program, lower, pipe
-from mmfn.spec import init_params
+from mmfn.spec import ZEROS, init_params, spec
 from tests.parallel.conformance import Cell, model_of, one_device, outcome, run_cell
 
 MOE = moe.MoeConfig(d_model=64, d_ff=8, num_experts=64, num_chosen=4, init_std=1.0)
@@ -155,6 +156,46 @@ def test_rules_for_single_linear_layers() -> None:
         errors.append((found["metrics/loss"].double() - want["metrics/loss"]).abs())
     assert errors[0] != errors[1]
     assert max(errors) < 0.1
+
+
+@pytest.mark.parametrize("rules", [{r".*/(q|o)/lora/.*": torch.float32}, {r".*/(q|o)/.*lora/weight/b": torch.float32}])
+def test_rules_for_adapters(rules: dict[str, torch.dtype]) -> None:
+    """Adapters in another dtype than their layers, and of one whose two leaves differ."""
+    transforms = (precision(compute=torch.bfloat16, rules=rules),)
+    cell = Cell(
+        layout=Layout(), name="rules", transforms=transforms, dtype=torch.bfloat16, family="moe", trained="lora"
+    )
+    found, want = outcome(cell, single_mesh()), one_device(cell)
+    for name in ("loss", "grad_norm"):
+        assert 0 < (found[f"metrics/{name}"].double() / want[f"metrics/{name}"] - 1).abs() < 0.03, name
+
+
+def test_an_adapter_computes_in_its_own_dtype() -> None:
+    """Of bfloat16 input exactly what it gives in float32, rounded once."""
+    x_TD, weight_FD = draw(7, 16, dtype=torch.bfloat16), torch.zeros(5, 16, dtype=torch.bfloat16)
+    a, b = draw(3, 16, dtype=torch.float32, seed=1), draw(5, 3, dtype=torch.float32, seed=2)
+    lora = {"weight": Adapter(a=a, b=b, alpha=6.0, is_rs=False)}
+    got_TF = linear.apply({"weight": weight_FD, "lora": lora}, x_TD)
+    assert got_TF.dtype == torch.bfloat16
+    want_TF = 2 * x_TD.double() @ (b.double() @ a.double()).T
+    torch.testing.assert_close(got_TF.double(), want_TF, rtol=2**-8, atol=1e-4)
+
+
+def test_embedding_and_experts_take_one_dtype() -> None:
+    """What tells them apart is refused before the first step; all of them in another dtype than the rest run."""
+    model = model_of("moe", 2)
+    program = Program.of(lora(model.family.specs(model.cfg), rank=2, alpha=1.0, targets=[r".*/experts/.*"]))
+    for rule in (r".*/experts/.*", r".*/experts/lora/down/a", r"text/embed/.*"):
+        with pytest.raises(ValueError, match=rf"rule {re.escape(repr(rule))} computes .* give all of them one dtype"):
+            pipe(program, precision(compute=torch.bfloat16, rules={rule: torch.float32}))
+    vocab = spec((3, 2), "vocab embed", ZEROS)
+    untied = {"embed": {"weight": vocab}, "head": {"weight": vocab}}  # the loss casts for the head
+    wide = pipe(Program.of(untied), precision(compute=torch.bfloat16, rules={"head/.*": torch.float32}))
+    assert wide.specs["head"]["weight"].compute == torch.float32
+    transforms = (precision(compute=torch.bfloat16, rules={r"text/(embed/.*|.*/experts/.*)": torch.float32}),)
+    cell = Cell(layout=Layout(), name="rules", transforms=transforms, dtype=torch.bfloat16, family="moe")
+    error = outcome(cell, single_mesh())["metrics/loss"].double() / one_device(cell)["metrics/loss"] - 1
+    assert 0 < error.abs() < 0.03
 
 
 def test_leaves_of_another_dtype_are_handed_over_by_enter() -> None:

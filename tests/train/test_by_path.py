@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from mmfn.parallel.mesh import single_mesh
+from mmfn.spec import ONES, freeze, spec
 from mmfn.train import optim
-from mmfn.train.optim import Facts, Update, by_path, depth_scales
+from mmfn.train.optim import Facts, Update, by_path, distances, facts_of
 from mmfn.train.schedule import schedule
 
 PATHS = (
@@ -21,11 +23,20 @@ PATHS = (
 )
 
 
-def test_factors_by_depth() -> None:
-    exponents = (0, 3, 2, 0, 0, 1, 0, 0, 2, 2)
-    assert depth_scales(PATHS, 0.5) == {p: 0.5**n for p, n in zip(PATHS, exponents, strict=True)}
-    assert set(depth_scales(PATHS, 1.0).values()) == {1.0}
-    assert depth_scales(["norm/weight", "embed/weight"], 0.5) == {"norm/weight": 1.0, "embed/weight": 1.0}
+DISTANCES = dict(zip(PATHS, (0, 3, 2, 0, 0, 1, 0, 0, 2, 2), strict=True))
+
+
+def test_distances() -> None:
+    assert distances(PATHS) == DISTANCES
+    assert distances(["norm/weight", "embed/weight"]) == {"norm/weight": 0, "embed/weight": 0}
+
+
+def test_frozen_blocks_count() -> None:
+    frozen = ["text/layers/2/.*", "text/norm/.*", "vision/layers/1/.*"]
+    specs = freeze({p: spec((2, 2), "mlp embed", ONES) for p in PATHS}, frozen)
+    found = {path: known.distance for path, known in facts_of(specs, single_mesh()).items()}
+    left_out = ("text/layers/2/mlp/up/weight", "text/norm/weight", "vision/layers/1/mlp/up/bias")
+    assert found == {path: n for path, n in DISTANCES.items() if path not in left_out}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
@@ -48,8 +59,8 @@ def test_schedules_scales_and_depth_multiply_in_every_optimizer(kind: str) -> No
         lr=torch.tensor(0.1, dtype=torch.float64),
         step=torch.tensor(2),
     )
-    tx.update({p: Facts(shape=(2, 2)) for p in PATHS})(u, tx.init(params))
+    tx.update({p: Facts(shape=(2, 2), distance=n) for p, n in DISTANCES.items()})(u, tx.init(params))
     for path, x in params.items():  # without gradients decay alone is left: 1 - lr
         lr = 0.4 * (1 - 2 / 8) * (0.5 if "merger" in path else 0.25) if path.startswith("vision") else 0.1
-        lr *= depth_scales(PATHS, 0.5)[path] * (path != "text/norm/weight")
+        lr *= 0.5 ** DISTANCES[path] * (path != "text/norm/weight")
         torch.testing.assert_close(x, torch.full_like(x, 1 - lr), rtol=1e-12, atol=0, msg=path)

@@ -96,6 +96,9 @@ def test_describe_lists_every_value_with_its_origin_and_reads_back(config_file: 
         ("layout.remat_every=2", "remat_every has no effect with remat 'none'"),
         ("layout.reduce_dtype=float32", "reduce_dtype has no effect with one rank"),
         ("layout.timeout_s=60", "timeout_s has no effect with one rank"),
+        ("layout.offload=[activations, activations]", "offload names one thing twice"),
+        ("optimizer.ema_decay=0.9", "optimizer.ema_decay has no effect with output.weights 'last'"),
+        ("train.spike_window=10000", "train.spike_window 10000 has no effect in"),
         ("layout.compute_dtype=float32", "layout.compute_dtype 'float32' has no effect, model.dtype says so"),
         ("layout.dp=0", "layout.dp is 0 but input should be greater than 0"),
         ("layout.tp=2", "unknown key 'layout.tp'; the nearest known key is 'layout.dp'"),
@@ -162,6 +165,18 @@ def test_usp_needs_both_of_its_parts(config_file: Path, ulysses: int) -> None:
     with pytest.raises(ValueError, match=f"ulysses {ulysses} must divide cp 4 and lie between 1 and it for kind 'usp'"):
         load_config(config_file, ["layout.cp=4", "layout.kind=usp", f"layout.ulysses={ulysses}"])
     assert load_config(config_file, ["layout.cp=4", "layout.kind=usp", "layout.ulysses=2"]).config.layout.world == 4
+
+
+def test_kept_weights_with_the_tower_alone_computed_again(config_file: Path) -> None:
+    chosen = ["layout.dp=2", "layout.keep_gathered=true"]
+    assert load_config(config_file, [*chosen, "layout.remat_vision=full"]).config.layout.keep_gathered
+    with pytest.raises(ValueError, match="keep_gathered has no effect"):
+        load_config(config_file, chosen)
+
+
+def test_what_is_moved_to_the_host_is_no_part_of_one_graph(config_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"layout.offload \('optimizer',\) needs train.compile 'none' or 'layer'"):
+        load_config(config_file, ["layout.offload=[optimizer]", "train.compile=step"])
 
 
 def test_fixed_capacity_needs_one_size_of_batch(config_file: Path) -> None:

@@ -1,5 +1,7 @@
 """Skipped steps: which ones, counted where, the same on every rank; and when the run stops."""
 
+import io
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,7 @@ from mmfn.parallel.virtual import run_virtual
 from mmfn.train import loop, optim, setup
 from mmfn.train.config import load_config
 from mmfn.train.guard import Guard
+from mmfn.train.progress import Progress
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, init_state, make_step
 from tests.parallel.conformance import Cell, batch_of, model_of
@@ -63,6 +66,12 @@ def test_spikes_are_those_of_the_written_rule(window: int, factor: float) -> Non
     assert expected[60:62] == [False, False]
     assert int(state["skipped"]) == expected.count(False)
     assert state["norms"].tolist() == pytest.approx(accepted[-window:])
+
+
+def test_nothing_is_a_spike_above_a_median_of_zero() -> None:
+    taken, state = judged(Guard(window=3), [0.0, 0.0, 0.0, 1.0, torch.inf, 2.0, 100.0])
+    assert taken == [True, True, True, True, False, True, False]
+    assert int(state["in_a_row"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -187,6 +196,15 @@ def spoil(run: setup.Run, is_bad: Callable[[int], bool]) -> setup.Run:
     return replace(run, step=step)
 
 
+def test_a_run_whose_last_step_is_skipped_is_complete(make_config: Callable[..., Path]) -> None:
+    config = make_config({"train.steps": 3, "data.eval": None})
+    run = spoil(setup.prepare(load_config(config), say=lambda text: None), lambda step: step == 2)
+    result = loop.run_training(run, Progress(num_steps=3, log_every=3, stream=io.StringIO()))
+    assert [r["skipped"] for r in result.records] == [0, 0, 1]
+    assert math.isnan(result.records[-1]["loss"])
+    assert all(x.isfinite().all() for x in tree.leaves(result.model.params))
+
+
 def test_the_run_stops_after_skips_in_a_row_and_only_then(make_config: Callable[..., Path]) -> None:
     config = make_config({"train.steps": 9, "train.max_skips": 3})
     run = spoil(setup.prepare(load_config(config), say=lambda text: None), lambda step: step in (1, 2, 4, 5, 6, 7))
@@ -195,6 +213,21 @@ def test_the_run_stops_after_skips_in_a_row_and_only_then(make_config: Callable[
         loop.train(run, records.append)
     assert [r["in_a_row"] for r in records] == [0, 1, 2, 0, 1, 2, 3]
     assert [r["skipped"] for r in records] == [0, 1, 1, 0, 1, 1, 1]
+
+
+def test_a_run_that_stops_over_spikes_names_their_settings(make_config: Callable[..., Path]) -> None:
+    changes = {"train.steps": 6, "train.max_skips": 2, "train.spike_window": 2, "train.spike_factor": 2.0}
+    run = setup.prepare(load_config(make_config(changes)), say=lambda text: None)
+    real = run.step
+
+    def step(state: State, microbatches: Any) -> Any:
+        if int(state["step"]) == 2:  # from here on all norms are far above the window
+            state = {**state, "guard": {**state["guard"], "norms": state["guard"]["norms"] * 1e-3}}
+        return real(state, microbatches)
+
+    message = r"2 steps in a row .* step 4 with loss \d.*; it was a spike, so raise train.spike_factor \(2\), change "
+    with pytest.raises(ValueError, match=message + r"train.spike_window \(2; 0 looks for no spikes\)"):
+        loop.train(replace(run, step=step), lambda record: None)
 
 
 def test_a_run_with_spikes_goes_on(make_config: Callable[..., Path]) -> None:

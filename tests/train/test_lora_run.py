@@ -172,6 +172,12 @@ def test_a_frozen_part_in_a_run(make_config: MakeConfig, base: Path) -> None:
         ({"output.adapter": "merged"}, "output.adapter 'merged' has no effect without LoRA"),
         ({"model.adapter": "nowhere"}, r"adapter_config.json does not exist"),
         ({"lora.rank": 2, "lora.keep": ["vision/merger/norm/bias"]}, "'vision/merger/norm/weight' is not trained"),
+        ({"lora.rank": 2, "lora.keep": ["text/embed/weight"]}, "'text/embed/weight' is trained in full and tied"),
+        ({"lora.rank": 2, "output.adapter": "separate"}, "'separate' saves nowhere the base that model.init"),
+        (
+            {"lora.rank": 2, "lora.keep": ["vision/merger/norm/.*"], "freeze.parts": ["text_decoder"]},
+            "freeze covers the adapter 'text/layers/0/attention/k/lora/weight/a' but LoRA already freezes",
+        ),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -29,12 +29,17 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any, t
     [
         ("layout.remat=uniform", "layout.remat_layers=2", "layout.offload=[activations]"),
         ("layout.remat=block", "layout.remat_vision=full", "layout.offload=[optimizer]", "optimizer.kind=muon"),
-        ("layout.remat_vision=full", "layout.offload=[activations, optimizer]", "optimizer.ema_decay=0.9"),
+        (
+            "layout.remat_vision=full",
+            "layout.offload=[activations, optimizer]",
+            "optimizer.ema_decay=0.9",
+            "output.weights=ema",
+        ),
     ],
 )
 def test_policies_change_no_bit(overrides: Sequence[str], make_config: MakeConfig) -> None:
     config = make_config({"train.steps": 2, "data.check": "first"})
-    plain = [text for text in overrides if text.startswith("optimizer.")]
+    plain = [text for text in overrides if text.startswith(("optimizer.", "output."))]
     records, params, _ = trained(config, *plain)
     other_records, other, said = trained(config, *overrides)
     assert [r["loss"] for r in records] == [r["loss"] for r in other_records]

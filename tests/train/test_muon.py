@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.models import family
 from mmfn.parallel.mesh import Layout
@@ -12,6 +13,7 @@ from mmfn.parallel.virtual import run_virtual
 from mmfn.spec import freeze
 from mmfn.train import optim
 from mmfn.train import plan as planning
+from mmfn.train.optim import Facts, Update
 from mmfn.train.optim.muon import is_matrix, orthogonalize, with_others
 from mmfn.tree import items, leaves
 from tests.parallel.plan_cases import hf_config, make
@@ -50,6 +52,32 @@ def test_bfloat16_iterations_are_those_of_torch() -> None:
     found = orthogonalize(x.bfloat16()[None], 1, 5)[0]
     torch.testing.assert_close(found.float(), -weight.detach(), rtol=0, atol=2e-2)
     assert torch.equal(orthogonalize(torch.zeros(1, 3, 5), 1, 5), torch.zeros(1, 3, 5))
+
+
+class _Moves(TorchDispatchMode):
+    """Notes tensors that go from the host to the device "meta"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and out.device.type == "meta":
+            self.moved.append(out.shape)
+        return out
+
+
+def test_the_learning_rate_stays_on_the_host() -> None:
+    tx = optim.muon(compute=torch.float32)
+    params, grads = ({"w": torch.empty(4, 3, device="meta")} for _ in range(2))
+    norm, finite = torch.empty((), device="meta"), torch.empty((), dtype=torch.bool, device="meta")
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    u = Update(params=params, grads=grads, norm=norm, finite=finite, lr=lr, step=torch.tensor(0))
+    with _Moves() as moves:
+        lr.to("meta")
+        tx.update({"w": Facts(shape=(4, 3))})(u, tx.init(params))
+    assert moves.moved == [torch.Size([])]  # the one above
 
 
 @pytest.mark.parametrize("moe", [False, True])

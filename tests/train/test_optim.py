@@ -157,6 +157,18 @@ def test_own_copies_only_what_it_must() -> None:
     assert all(torch.equal(o, i) for o, i in zip(out, [x, view, alone, alone], strict=True))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sgd_clips_narrow_gradients_in_float32(kernel: str) -> None:
+    tx = optim.chain(optim.clip_by_global_norm(0.7), optim.sgd(momentum=0.9))
+    params, grads = leaves(0, torch.bfloat16), leaves(1, torch.bfloat16)
+    exact = {p: x.double() for p, x in grads.items()}
+    norm = math.sqrt(sum(x.square().sum().item() for x in exact.values()))
+    state = tx.init(params)
+    run(tx, params, grads, state, kernel=kernel)
+    for path, momentum in state[1]["momentum"].items():
+        torch.testing.assert_close(momentum.double(), exact[path] * 0.7 / norm, rtol=1e-6, atol=0)
+
+
 def test_lr_scales_and_masked() -> None:
     slow = by_path(optim.adamw(), lr_scales=[(r"a/.*", 0.1), (r".*bias", 0.0)])
     params, base = leaves(0), leaves(0)

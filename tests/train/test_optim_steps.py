@@ -110,7 +110,7 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], State,
         ("optimizer.kind=muon", "optimizer.weight_decay=0.1", "optimizer.no_decay=['.*bias']"),
         ("optimizer.kind=sgd", "optimizer.nesterov=false"),
         ("optimizer.moments_dtype=bfloat16", "optimizer.layer_decay=0.5"),
-        ("model.dtype=bfloat16", "optimizer.master=true", "optimizer.ema_decay=0.9"),
+        ("model.dtype=bfloat16", "optimizer.master=true", "optimizer.ema_decay=0.9", "output.weights=ema"),
     ],
 )
 def test_every_kind_trains(make_config: Callable[..., Path], overrides: tuple[str, ...]) -> None:
@@ -157,8 +157,16 @@ def test_rules_of_a_config_reach_single_parameters(make_config: Callable[..., Pa
         (("schedule.groups={x: {lr: 1e-3}}",), "pattern 'x' matches none of"),
         (("optimizer.lr_scales={x: 1.0}",), "pattern 'x' matches none of"),
         (
+            ("freeze.parts=[vision_encoder]", "optimizer.no_decay=['vision/layers/.*']"),
+            r"'vision/layers/\.\*' matches only frozen parameters; remove it from optimizer.no_decay",
+        ),
+        (
+            ("freeze.parts=[vision_encoder]", "optimizer.lr_scales={'vision/layers/.*': 0.1}"),
+            r"'vision/layers/\.\*' matches only frozen parameters; remove it from optimizer.lr_scales",
+        ),
+        (
             ("schedule.groups={'.*': {lr: 1e-3, warmup_steps: 9}}",),
-            "warmup_steps must be at least 0 and below num_steps",
+            r"schedule.groups '\.\*' has warmup_steps 9, which must be below train.steps 4; shorten it",
         ),
     ],
 )

@@ -18,10 +18,11 @@ def specs(d_out: int, d_in: int, axes: str, *, std: float, bias: bool = False, p
 def apply(params: Tree, x: Tensor) -> Tensor:
     """`x @ weight.T (+ bias)` over the last dim, computed in the weight's dtype; `x`: float[..., in].
 
-    The result has the dtype of x. With an adapter (`mmfn.lora`), `scale * x @ a.T @ b.T` is added.
+    The result has the dtype of x. With an adapter (`mmfn.lora`), `scale * x @ a.T @ b.T` is added, computed in its own.
     """
     y = F.linear(x.to(params["weight"].dtype), params["weight"], params.get("bias")).to(x.dtype)
     if "lora" not in params:
         return y
     adapter = params["lora"]["weight"]
-    return y + F.linear(adapter.scale * F.linear(x, adapter.a), adapter.b)
+    low = adapter.scale * F.linear(x.to(adapter.a.dtype), adapter.a)
+    return y + F.linear(low.to(adapter.b.dtype), adapter.b).to(x.dtype)

@@ -5,7 +5,7 @@ has a file of its own: `adamw`, `muon`, `sgd`.
 """
 
 from mmfn.train.optim.adamw import adamw
-from mmfn.train.optim.by_path import by_path, depth_scales
+from mmfn.train.optim.by_path import by_path
 from mmfn.train.optim.ema import ema, ema_params
 from mmfn.train.optim.muon import muon, with_others
 from mmfn.train.optim.norm import clip_by_global_norm, global_norm
@@ -20,6 +20,7 @@ from mmfn.train.optim.transform import (
     Update,
     UpdateFn,
     chain,
+    distances,
     facts_of,
     masked,
     master,
@@ -39,7 +40,7 @@ __all__ = [
     "by_path",
     "chain",
     "clip_by_global_norm",
-    "depth_scales",
+    "distances",
     "ema",
     "ema_params",
     "facts_of",

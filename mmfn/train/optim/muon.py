@@ -147,10 +147,9 @@ def _point_(
 
 
 def _descend_(param: Tensor, step: Tensor, lr: Tensor, finite: Tensor, factor: float, decay: float) -> None:
-    """Write a parameter."""
+    """Write a parameter. `lr` may stay on the host: torch hands a 0-D tensor to a kernel by value, without waiting."""
     p = param.to(wide(param.dtype))
-    rate = lr.to(device=p.device, dtype=p.dtype)
-    param.copy_(torch.where(finite, p - rate * (factor * step.to(p.dtype) + decay * p), p))
+    param.copy_(torch.where(finite, p - lr * (factor * step.to(p.dtype) + decay * p), p))
 
 
 _point_traced_ = torch.library.custom_op("mmfn::muon_point_", _point_, mutates_args=("points", "buffers"))

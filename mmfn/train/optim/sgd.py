@@ -60,8 +60,7 @@ def _fused_(
 ) -> None:
     """torch's fused kernel, which writes nothing where `found_inf` is 1, behind the decay, then a factor of 1."""
     grads = own(grads)
-    if scale is not None:
-        torch._foreach_mul_(grads, scale.to(grads[0].device))
+    factor = None if scale is None else scale.to(grads[0].device)
     fused_ = partial(
         torch._fused_sgd_,
         weight_decay=0.0,
@@ -75,12 +74,15 @@ def _fused_(
     )
     kept = torch.where(finite, 1 - lr.to(finite.device) * decay, 1.0)
     if all(p.dtype == g.dtype == wide(p.dtype) and p.is_contiguous() for p, g in zip(params, grads, strict=True)):
+        if factor is not None:
+            torch._foreach_mul_(grads, factor)
         torch._foreach_mul_(params, kept)
         fused_(params, grads, buffers)
         return
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):  # the kernel takes one dtype: widen by leaf
-        widened = param.to(wide(param.dtype)).contiguous() * kept
-        fused_([widened], [grad.to(widened.dtype)], buffers[i : i + 1])
+        dtype = wide(param.dtype)
+        widened, g = param.to(dtype).contiguous() * kept.to(dtype), grad.to(dtype)
+        fused_([widened], [g if factor is None else g * factor.to(dtype)], buffers[i : i + 1])
         param.copy_(widened)
 
 

@@ -13,6 +13,7 @@ it may overwrite and return them. `mmfn.train.step.make_step` is the one place t
 tensors are given away.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -32,6 +33,7 @@ T = TypeVar("T")
 Leaves = dict[str, Tensor]  # slash path -> tensor
 Rules = Sequence[tuple[str, float]]  # (regex over paths, value); first full match wins
 
+LAYER = re.compile(r"(.*/layers)/(\d+)/.*")  # a stack and the number of a block in it
 KERNELS = ("fused", "traced", "reference")
 """Fused in-place kernels; the same as operators `torch.compile` can put into a graph; the written formulas."""
 
@@ -75,13 +77,15 @@ class Facts:
     """What is static about a leaf.
 
     `shape`: of the whole leaf; `parts`: see `ParamSpec`. `cuts`: where this rank's shard is cut, `(dim, axis)` for each
-    axis of several ranks; `copies`: the axis of ranks that hold the same shard. `rate` and `is_decayed`: see `by_path`.
+    axis of several ranks; `copies`: the axis of ranks that hold the same shard. `distance`: in blocks, see `distances`.
+    `rate` and `is_decayed`: see `by_path`.
     """
 
     shape: tuple[int, ...]
     parts: int = 1
     cuts: tuple[tuple[int, Axis], ...] = ()
     copies: Axis = field(default_factory=lambda: Axis(name="replicate"))
+    distance: int = 0
     rate: Rate = Rate()
     is_decayed: bool = True
 
@@ -98,13 +102,40 @@ class Transform:
     is_traceable: bool = True
 
 
-def facts_of(specs: Mapping[str, ParamSpec], mesh: Mesh) -> dict[str, Facts]:
-    """The facts of leaves by path, as a rank of `mesh` holds them."""
-    copies = mesh["replicate"]
+def facts_of(specs: Tree, mesh: Mesh) -> dict[str, Facts]:
+    """The facts, by path, of the leaves that are trained, as a rank of `mesh` holds them.
+
+    `specs`: of all leaves (ParamSpec), since a block stands where it does whether or not those around it are frozen.
+    """
+    leaves: list[tuple[str, ParamSpec]] = tree.items(specs)
+    far, copies = distances([path for path, _ in leaves]), mesh["replicate"]
     return {
-        path: Facts(shape=spec.shape, parts=spec.parts, cuts=cuts(spec, mesh), copies=copies)
-        for path, spec in specs.items()
+        path: Facts(shape=spec.shape, parts=spec.parts, cuts=cuts(spec, mesh), copies=copies, distance=far[path])
+        for path, spec in leaves
+        if not spec.is_frozen
     }
+
+
+def distances(paths: Sequence[str]) -> dict[str, int]:
+    """How many blocks behind the end each leaf is, for layer-wise learning rates as for fine-tuning encoders.
+
+    The distance of a block is counted back from the last one of its stack (`.../layers/7/...`), which has 0. Leaves
+    outside of stacks stand behind all text blocks and have 0, but embeddings (and positions) before the first block
+    of theirs. Source: Bao et al. 2022 (BEiT), appendix; Clark et al. 2020 (ELECTRA), section 3.
+    """
+    found = {path: LAYER.fullmatch(path) for path in paths}
+    last: dict[str, int] = {}
+    for match in filter(None, found.values()):
+        last[match[1]] = max(last.get(match[1], 0), int(match[2]))
+
+    def distance(path: str) -> int:
+        if match := found[path]:
+            return last[match[1]] - int(match[2])
+        stack = f"{path.split('/')[0]}/layers"
+        is_input = any(part in ("embed", "patch_embed", "positions") for part in path.split("/"))
+        return last[stack] + 1 if is_input and stack in last else 0
+
+    return {path: distance(path) for path in paths}
 
 
 def chain(*transforms: Transform) -> Transform:
