@@ -147,6 +147,8 @@ class OptimizerSection(Section):
         for name, is_idle in idle.items():
             if is_idle and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect with kind {self.kind!r}; remove it or change that")
+        if self.no_decay and self.weight_decay == 0:
+            raise ValueError("no_decay has no effect with weight_decay 0; remove it or set that")
         if self.kind == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov has no effect with momentum 0; set it to false")
         return self

@@ -181,6 +181,16 @@ def test_an_adapter_computes_in_its_own_dtype() -> None:
     torch.testing.assert_close(got_TF.double(), want_TF, rtol=2**-8, atol=1e-4)
 
 
+def test_a_rule_may_part_a_weight_from_its_bias() -> None:
+    """The layer computes in the dtype of its weight, of bfloat16 input as in float32, rounded once."""
+    x_TD, weight_FD = draw(7, 16, dtype=torch.bfloat16), draw(5, 16, dtype=torch.float32, seed=1)
+    bias_F = draw(5, dtype=torch.bfloat16, seed=2)
+    got_TF = linear.apply({"weight": weight_FD, "bias": bias_F}, x_TD)
+    want_TF = x_TD.double() @ weight_FD.double().T + bias_F.double()
+    assert got_TF.dtype == torch.bfloat16
+    torch.testing.assert_close(got_TF.double(), want_TF, rtol=2**-8, atol=1e-4)
+
+
 def test_embedding_and_experts_take_one_dtype() -> None:
     """What tells them apart is refused before the first step; all of them in another dtype than the rest run."""
     model = model_of("moe", 2)

@@ -97,6 +97,7 @@ def test_describe_lists_every_value_with_its_origin_and_reads_back(config_file: 
         ("layout.reduce_dtype=float32", "reduce_dtype has no effect with one rank"),
         ("layout.timeout_s=60", "timeout_s has no effect with one rank"),
         ("layout.offload=[activations, activations]", "offload names one thing twice"),
+        ("optimizer.no_decay=['.*bias']", "no_decay has no effect with weight_decay 0"),
         ("optimizer.ema_decay=0.9", "optimizer.ema_decay has no effect with output.weights 'last'"),
         ("train.spike_window=10000", "train.spike_window 10000 has no effect in"),
         ("layout.compute_dtype=float32", "layout.compute_dtype 'float32' has no effect, model.dtype says so"),

@@ -157,7 +157,7 @@ def test_rules_of_a_config_reach_single_parameters(make_config: Callable[..., Pa
         (("schedule.groups={x: {lr: 1e-3}}",), "pattern 'x' matches none of"),
         (("optimizer.lr_scales={x: 1.0}",), "pattern 'x' matches none of"),
         (
-            ("freeze.parts=[vision_encoder]", "optimizer.no_decay=['vision/layers/.*']"),
+            ("freeze.parts=[vision_encoder]", "optimizer.weight_decay=0.1", "optimizer.no_decay=['vision/layers/.*']"),
             r"'vision/layers/\.\*' matches only frozen parameters; remove it from optimizer.no_decay",
         ),
         (

@@ -20,7 +20,8 @@ def apply(params: Tree, x: Tensor) -> Tensor:
 
     The result has the dtype of x. With an adapter (`mmfn.lora`), `scale * x @ a.T @ b.T` is added, computed in its own.
     """
-    y = F.linear(x.to(params["weight"].dtype), params["weight"], params.get("bias")).to(x.dtype)
+    weight, bias = params["weight"], params.get("bias")
+    y = F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
     if "lora" not in params:
         return y
     adapter = params["lora"]["weight"]
