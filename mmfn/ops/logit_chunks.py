@@ -52,8 +52,9 @@ def aligned(rows: int) -> int:
 def logits_(out_VN: Tensor, weight_VD: Tensor, x_ND: Tensor, bias_V: Tensor | None) -> None:
     """Write logits, V x N: all three products of a chunk are faster in this layout. `out_VN` is wide."""
     if out_VN.dtype != weight_VD.dtype:
-        for out, weight in zip(_pieces(out_VN, x_ND), _pieces(weight_VD, x_ND), strict=True):
-            out.copy_(_product(weight, x_ND.t()))
+        out_VN.zero_()
+        for out, weight in zip(_pieces(out_VN, out_VN), _pieces(weight_VD, out_VN), strict=True):
+            _add_product_(out, weight, x_ND.t())
         if bias_V is not None:
             out_VN += bias_V[:, None]
     elif bias_V is None:
@@ -101,8 +102,8 @@ def input_grad(weight_VD: Tensor, grad_VN: Tensor, scale_N: Tensor) -> Tensor:
     if grad_VN.dtype == weight_VD.dtype:
         return (weight_VD.t() @ grad_VN).mul_(scale_N).t()
     dx_DN = grad_VN.new_zeros(weight_VD.shape[1], grad_VN.shape[1])
-    for weight, grad in zip(_pieces(weight_VD, weight_VD), _pieces(grad_VN, weight_VD), strict=True):
-        dx_DN += _product(weight.t(), grad)
+    for weight, grad in zip(_pieces(weight_VD, grad_VN), _pieces(grad_VN, grad_VN), strict=True):
+        _add_product_(dx_DN, weight.t(), grad)
     return dx_DN.mul_(scale_N).t()
 
 
@@ -111,28 +112,35 @@ def add_head_grad_(sum_VD: Tensor, grad_VN: Tensor, x_ND: Tensor, scale_N: Tenso
     if sum_VD.dtype == x_ND.dtype:
         sum_VD.addmm_(grad_VN, x_ND.mul_(scale_N[:, None]))
         return
-    for part, grad in zip(_pieces(sum_VD, x_ND), _pieces(grad_VN, x_ND), strict=True):
-        part += _product(x_ND.t(), (grad * scale_N).t()).t()
+    for part, grad in zip(_pieces(sum_VD, grad_VN), _pieces(grad_VN, grad_VN), strict=True):
+        _add_product_(part, grad * scale_N, x_ND)
 
 
-def _pieces(x_V: Tensor, like_D: Tensor) -> tuple[Tensor, ...]:
-    """Rows of the vocabulary in stages, so that what is wide for a while is small."""
-    return torch.split(x_V, max(1, 16 * STAGE_VALUES // like_D.shape[1]))
+def _pieces(x_V: Tensor, logits_VN: Tensor) -> tuple[Tensor, ...]:
+    """Rows of the vocabulary in stages, so that what is wide for a while is small: on a CPU, stays in the cache."""
+    values = STAGE_VALUES if x_V.device.type == "cpu" else 16 * STAGE_VALUES
+    return torch.split(x_V, max(1, values // logits_VN.shape[1]))
 
 
-def _product(narrow: Tensor, other: Tensor) -> Tensor:
-    """`narrow @ other` in float32 with nothing rounded in between, where `other` is narrow or float32.
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b` in float32 with nothing rounded in between; a or b is narrow, the other narrow or float32.
 
     A GPU multiplies narrow factors into float32 by itself; a float32 factor goes there as a sum of two narrow ones. A
-    CPU takes float32 factors (and is the faster for it unless it has matrix units).
+    CPU takes float32 factors: its narrow products come out rounded, also those of matrix units (AMX).
     """
-    if not narrow.is_cuda:
-        return narrow.float() @ other.float()
-    high = other.to(narrow.dtype)
-    product = torch.mm(narrow, high, out_dtype=torch.float32)
-    if other.dtype != narrow.dtype:
-        product += torch.mm(narrow, (other - high).to(narrow.dtype), out_dtype=torch.float32)
-    return product
+    if not total.is_cuda:
+        total.addmm_(a.float(), b.float())
+        return
+    dtype = a.dtype if b.dtype == torch.float32 else b.dtype
+    for left in _narrowed(a, dtype):
+        for right in _narrowed(b, dtype):
+            total += torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Narrow tensors that add up to x."""
+    high = x.to(dtype)
+    return (high,) if x.dtype == dtype else (high, (x - high).to(dtype))
 
 
 def _alone(x: Tensor) -> Tensor:
