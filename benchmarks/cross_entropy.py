@@ -11,25 +11,19 @@ comparison. Linux with glibc only.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import re
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measure import in_a_process, peak_mib, seconds
 from torch import Tensor
 
 from mmfn.ops.cross_entropy import chunk_rows, linear_cross_entropy
+from mmfn.train.allocator import retain_freed_memory
 
 SIZES = ("4096x16384x512/3", "4096x16384x512", "4096x32768x512")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 MIB = 2**20
 
 
@@ -62,10 +56,8 @@ def main() -> None:
 
 def row(size: str, allocator: str, args: argparse.Namespace) -> str:
     """One line of the table, measured in a new process."""
-    command = [sys.executable, __file__, "--child", "--sizes", size, "--allocators", allocator]
-    command += ["--dtype", args.dtype, "--rounds", str(args.rounds)]
-    command += ["--chunk", str(args.chunk)] if args.chunk else []
-    r = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    options = ["--sizes", size, "--allocators", allocator, "--dtype", args.dtype, "--rounds", str(args.rounds)]
+    r = in_a_process(__file__, options + (["--chunk", str(args.chunk)] if args.chunk else []))
     beyond = (r["mmfn_mib"] - r["head_mib"]) / (r["full_mib"] - r["head_mib"])
     return (
         f"| {size} | {allocator} | {r['chunk']} | {r['full_s']:.3f} | {r['mmfn_s']:.3f} | **{r['ratio']:.2f}** "
@@ -75,10 +67,8 @@ def row(size: str, allocator: str, args: argparse.Namespace) -> str:
 
 def measure(size: str, dtype: str, allocator: str, rounds: int, chunk: int | None) -> dict[str, float]:
     """Times in seconds and memory in MiB of both variants, and the median ratio of times."""
-    libc = ctypes.CDLL("libc.so.6")
     if allocator == "retained":
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        retain_freed_memory()
     leaves, labels_T, weights_T = inputs(size, getattr(torch, dtype))
     chunk = chunk or chunk_rows(leaves[1].shape[0])
 
@@ -88,7 +78,10 @@ def measure(size: str, dtype: str, allocator: str, rounds: int, chunk: int | Non
     def mmfn() -> None:
         torch.autograd.grad(linear_cross_entropy(*leaves, labels_T, weights_T, chunk=chunk)[0], leaves)
 
-    memory = {fn.__name__: peak_mib(fn, libc) for fn in (full, mmfn)}
+    memory = {}
+    for fn in (full, mmfn):
+        fn()
+        memory[fn.__name__] = peak_mib(fn)
     times = [(seconds(full), seconds(mmfn)) for _ in range(rounds)]
     return {
         "chunk": chunk,
@@ -113,31 +106,6 @@ def inputs(size: str, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor
     labels_T = torch.randint(V, (T,), generator=draw)
     labels_T[torch.arange(T) % every != 0] = -100
     return (x_TD, weight_VD), labels_T, torch.rand(T, generator=draw)
-
-
-def seconds(fn: Callable[[], None]) -> float:
-    """Wall-clock time of one call."""
-    gc.collect()
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
-
-
-def peak_mib(fn: Callable[[], None], libc: ctypes.CDLL) -> float:
-    """Resident high-water mark of a second call (the first loads code) above the level before it."""
-    fn()
-    gc.collect()
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    before = status_mib("VmRSS")
-    fn()
-    return status_mib("VmHWM") - before
-
-
-def status_mib(field: str) -> float:
-    """A field of /proc/self/status in MiB."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{field}:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":

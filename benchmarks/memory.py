@@ -40,10 +40,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Policy:
-    """Transforms of the program, and where the optimizer's state lies."""
+    """Transforms of the program, and what of the optimizer's state and parameters lies on the host."""
 
     transforms: tuple[Transform, ...] = ()
-    is_on_host: bool = False
+    on_host: tuple[str, ...] = ()
 
 
 POLICIES = {
@@ -59,9 +59,14 @@ POLICIES = {
     "full, text": Policy((remat("full", where="text"),)),
     "offload activations": Policy((offload("activations"),)),
     "offload activations, full": Policy((offload("activations"), remat("full"))),
-    "offload optimizer": Policy(is_on_host=True),
-    "offload optimizer, full": Policy((remat("full"),), is_on_host=True),
-    "offload both, full": Policy((offload("activations"), remat("full")), is_on_host=True),
+    "offload optimizer": Policy(on_host=("optimizer",)),
+    "offload optimizer, full": Policy((remat("full"),), on_host=("optimizer",)),
+    "offload both, full": Policy((offload("activations"), remat("full")), on_host=("optimizer",)),
+    "offload parameters": Policy((offload("parameters"),), on_host=("parameters",)),
+    "offload parameters, full": Policy((offload("parameters"), remat("full")), on_host=("parameters",)),
+    "offload all, full": Policy(
+        (offload("activations"), offload("parameters"), remat("full")), on_host=("optimizer", "parameters")
+    ),
 }
 
 
@@ -101,7 +106,9 @@ def make_setup(policy: Policy, args: argparse.Namespace) -> planning.Setup:
     hf = config(args.width, args.layers)
     family = models.family(hf["model_type"])
     adamw = optim.adamw(weight_decay=0.1)
-    writer = optim.on_host(adamw, args.group_values) if policy.is_on_host else adamw
+    device = torch.device(args.device)
+    away = policy.on_host
+    writer = optim.on_host(adamw, args.group_values, what=away, device=device) if away else adamw
     return planning.Setup(
         family=family,
         cfg=family.config_from_hf(hf),
@@ -116,7 +123,8 @@ def real_step(setup: planning.Setup, device: torch.device) -> tuple[Callable[[],
     program = setup.build(setup.cfg, single_mesh())
     rate = schedule("constant", peak=1e-4, num_steps=1)
     step = make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)
-    state = init_state(init_params(program.specs, 0, device=device), setup.optimizer)
+    where = "cpu" if program.is_hosted else device
+    state = init_state(init_params(program.specs, 0, device=where), setup.optimizer, device=device)
     batch = real_batch(setup, device)
 
     def run() -> None:
@@ -125,9 +133,10 @@ def real_step(setup: planning.Setup, device: torch.device) -> tuple[Callable[[],
         metrics["loss"].item()
 
     def held() -> int:
-        is_on_host = not setup.optimizer.is_traceable
-        opt = [x for x in tree.leaves(state["opt"]) if not (is_on_host and x.ndim)]
-        storages = {x.untyped_storage() for x in tree.leaves([{**state, "opt": opt}, batch])}
+        away = setup.optimizer.on_host
+        opt = [x for x in tree.leaves(state["opt"]) if not ("optimizer" in away and x.ndim)]
+        params = [] if "parameters" in away else state["params"]
+        storages = {x.untyped_storage() for x in tree.leaves([{**state, "opt": opt, "params": params}, batch])}
         return sum({x._cdata: x.nbytes() for x in storages}.values())
 
     return run, held

@@ -18,21 +18,16 @@ the other side in the same round. Memory is the resident high-water mark of one 
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import statistics
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from measure import in_a_process, peak_mib, seconds
 from torch import Tensor
 
 import mmfn
@@ -50,7 +45,6 @@ IMAGE_ID, FIRST_WORD = 1, 8
 BUCKET = 256  # packed tokens and patches are padded to a multiple of it
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0
 VARIANTS = ("eager", "layer", "step")
-MIB = 2**20
 Step = Callable[[], Tensor]  # runs one training step, returns its loss
 
 
@@ -229,29 +223,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"times": times, "memory": memory, "loss": max(losses.values()), **facts}
 
 
-def seconds(step: Step) -> float:
-    """Wall-clock time of one step."""
-    gc.collect()
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def peak_mib(step: Step) -> float:
-    """Resident high-water mark of a step that has run before, above the level before it."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    before = status_mib("VmRSS")
-    step()
-    return status_mib("VmHWM") - before
-
-
-def status_mib(field: str) -> float:
-    """A field of /proc/self/status in MiB."""
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
-
-
 COMPARISONS = (
     ("mmfn eager", "hf eager"),
     ("mmfn layer", "hf eager"),
@@ -277,14 +248,9 @@ def ratios(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 def child(size: str, shape: str, seed: int, allocator: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one cell in a new process."""
-    command = [sys.executable, __file__, "--child", "--sizes", size, "--shapes", shape, "--seed", str(seed)]
-    command += ["--allocators", allocator, "--dtype", args.dtype, "--rounds", str(args.rounds)]
-    command += ["--variants", *args.variants]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=None if args.verbose else subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{size} {shape} seed {seed} {allocator} failed: {done.stderr or 'see above'}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    options = ["--sizes", size, "--shapes", shape, "--seed", str(seed), "--allocators", allocator]
+    options += ["--dtype", args.dtype, "--rounds", str(args.rounds), "--variants", *args.variants]
+    return in_a_process(__file__, options, is_verbose=args.verbose)
 
 
 def main() -> None:

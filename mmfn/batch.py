@@ -4,7 +4,7 @@ A `Sample` is one conversation after tokenization and preprocessing. `pack` lays
 dimension of static size, the only layout inside a model. Legend: T tokens, P patches, F values of a patch, N segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -46,7 +46,9 @@ class Sample:
 
     `tokens_T`: int64[T], every visual placeholder repeated once per merged feature. `labels_T`: int64[T], the token
     itself where it is supervised and `IGNORE` elsewhere (not shifted). `kinds_T`: int64[T] of TEXT, IMAGE, VIDEO.
-    `images` and `videos` in the order of their placeholders.
+    `images` and `videos` in the order of their placeholders. `number`: its place in the order of all data, in
+    [0, 2**31), which tells its tokens from those of other samples (None: its place in the pack). Raises ValueError for
+    one outside.
     """
 
     tokens_T: Tensor
@@ -55,6 +57,11 @@ class Sample:
     images: tuple[Media, ...] = ()
     videos: tuple[Media, ...] = ()
     id: str = ""
+    number: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.number is not None and not 0 <= self.number < 2**31:
+            raise ValueError(f"sample {self.id!r} has number {self.number} but it must be in [0, 2**31); count from 0")
 
     @property
     def num_patches(self) -> int:
@@ -74,11 +81,14 @@ class Visual:
 
     `patches_PF`: float[P, F]. `coords_P4`: int32[P, 4], each patch's row, column, and its grid's height and width, in
     patches (padding: 0, 0, 1, 1). `segments`: one per frame. Consecutive merge-block patches form one feature.
+    `patch_ids_P`: int64[P], which patch it is, wherever it lies: `number << 32 | place among its sample's patches`, or
+    -1 (padding).
     """
 
     patches_PF: Tensor
     coords_P4: Tensor
     segments: Segments
+    patch_ids_P: Tensor
 
 
 @tree.register
@@ -91,8 +101,10 @@ class Batch:
     `weights_T`: float32[T], the weight of each token's cross entropy (see `mmfn.train.objective`). `feature_index_T`:
     int64[T], the row of the visual features that replaces the token's embedding, or -1 for text. `segment_T`:
     int64[T], the segment of each token, or N (one past the last) where a token is padding: behind the last segment, or
-    at the end of one whose length was rounded up (no other token attends to it). `aux_weight`: 0-D, what auxiliary
-    losses of the whole batch count, 0 until a step weighs it.
+    at the end of one whose length was rounded up (no other token attends to it). `token_ids_T`: int64[T], which token
+    it is, wherever it lies: `number << 32 | place in its sample`, or -1 (padding). `aux_weight`: 0-D, what auxiliary
+    losses of the whole batch count, 0 until a step weighs it. `salts`: those of the dropout masks of a training step,
+    by path (`mmfn.lora.salts_of`); None, as everywhere else: nothing is dropped.
     """
 
     tokens_T: Tensor
@@ -102,8 +114,10 @@ class Batch:
     weights_T: Tensor
     feature_index_T: Tensor
     segment_T: Tensor
+    token_ids_T: Tensor
     visual: Visual
     aux_weight: Tensor = field(default_factory=lambda: torch.zeros(()))
+    salts: Mapping[str, Tensor] | None = None
 
     @property
     def num_segments(self) -> int:
@@ -133,6 +147,8 @@ def pack(
     for sample, own in zip(samples, positions, strict=True):
         _check_shapes(sample, own, merge_size, patch_values)
         _check_placeholders(sample, merge_size)
+    ids = [_ids(s, i, s.tokens_T.numel()) for i, s in enumerate(samples)]
+    patch_ids = [_ids(s, i, s.num_patches) for i, s in enumerate(samples)]
     pads = [-s.tokens_T.numel() % segment_multiple for s in samples]
     samples = [_pad_end(s, n) for s, n in zip(samples, pads, strict=True)]
     positions = [pad(own, (0, n)) for own, n in zip(positions, pads, strict=True)]
@@ -157,10 +173,12 @@ def pack(
         weights_T=(labels_T != IGNORE).float(),
         feature_index_T=_feature_index(samples, T, merge_size),
         segment_T=torch.repeat_interleave(segments, sizes),
+        token_ids_T=_pad_ids([pad(own, (0, n), value=-1) for own, n in zip(ids, pads, strict=True)], T),
         visual=Visual(
             patches_PF=_pad(torch.cat([torch.zeros(0, patch_values), *(m.patches_PF for m in media)]), P),
             coords_P4=_coords(media, P, merge_size),
             segments=Segments(offsets_N=_offsets(frames, _size("frames", num_frames, len(frames)))),
+            patch_ids_P=_pad_ids(patch_ids, P),
         ),
     )
 
@@ -191,6 +209,16 @@ def _pad_end(sample: Sample, num: int) -> Sample:
 
 def _shift(labels_T: Tensor) -> Tensor:
     return torch.cat([labels_T[1:], labels_T.new_full((min(1, labels_T.numel()),), IGNORE)])
+
+
+def _ids(sample: Sample, place: int, num: int) -> Tensor:
+    """Ids of `num` tokens or patches of the sample at a place of the pack."""
+    return torch.arange(num) | (place if sample.number is None else sample.number) << 32
+
+
+def _pad_ids(ids: Sequence[Tensor], num: int) -> Tensor:
+    used = sum(own.numel() for own in ids)
+    return torch.cat([*ids, torch.full((num - used,), -1)])
 
 
 def _offsets(lengths: Sequence[int], num: int) -> Tensor:

@@ -8,7 +8,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -145,33 +145,42 @@ def generate(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """`mmfn plan`: what a rank of a layout holds, computes and sends, without an accelerator; nothing is trained."""
     from mmfn.parallel import plan as plans
-    from mmfn.train import loop, plan_search
+    from mmfn.train import loop, plan_search, run_folder
     from mmfn.train.plan import Workload
     from mmfn.train.plan_report import render
 
     if args.diff is not None:
+        alone = vars(_parse(["plan", "--diff", *args.diff]))
+        if others := [name for name, value in alone.items() if getattr(args, name) != value and name != "debug"]:
+            raise ValueError(f"mmfn plan --diff compares two files, {others[0]!r} has no effect beside it; remove it")
         _say(plans.diff(*map(plans.read_plan, args.diff)))
         return
     if args.config is None:
         raise ValueError("mmfn plan needs CONFIG, a run's YAML file or a model's config.json; see mmfn plan --help")
-    config = plan_search.read(args.config, args.overrides)
+    if args.search and args.world is None:
+        raise ValueError("mmfn plan --search needs --world N, the number of ranks")
+    settings = plan_search.read(args.config, args.overrides)
+    for name, target in (("--json", args.json), ("--html", args.html)):
+        if target is not None:
+            run_folder.check_file(name, target, settings)
+    if args.json is not None and args.html is not None and Path(args.json).resolve() == Path(args.html).resolve():
+        raise ValueError(f"--json and --html are both {args.json!r}; choose two files")
     workload = Workload(
         tokens=args.tokens,
         sample_tokens=args.sample_tokens,
         image_side=args.image_side,
         micro_batches=args.micro_batches,
     )
-    request = plan_search.Request(
-        config=config, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers
+    request = partial(
+        plan_search.Request, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers
     )
     if args.search:
-        if args.world is None:
-            raise ValueError("mmfn plan --search needs --world N, the number of ranks")
-        found = plan_search.search(request, args.world, say=_say)
+        found = plan_search.search(
+            [request(config=config) for config in plan_search.candidates(settings, args.world)], say=_say
+        )
         _say(plan_search.summary(found))
     else:
-        request = replace(request, config=plan_search.with_world(config, args.world))
-        found = [plan_search.plan_config(request)]
+        found = [plan_search.plan_config(request(config=plan_search.with_world(settings, args.world)))]
         _say(found[0])
     if args.json is not None:
         loop.write_text(Path(args.json), found[0].to_json())

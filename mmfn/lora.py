@@ -4,18 +4,22 @@ The adapter of the weight `P/name` is the node `P/lora/name`, an `Adapter`: wher
 `scale * b @ a @ x` to what it computes. Everything else about parameters (shards, optimizer state, plans) follows from
 the tree. Source: Hu et al. 2021 (arXiv:2106.09685); rank-stabilised: Kalajdzievski 2023 (arXiv:2312.03732).
 
-Legend: r rank, E experts; a weight is [out, in], or [E, out, in] of experts.
+An adapter with dropout drops from x in training: where a batch has salts (`salts_of`), a model calls `with_drops` on
+the parameters of whatever computes with rows of known ids, and the layers below drop.
+
+Legend: r rank, E experts, T rows, A adapters that drop; a weight is [out, in], or [E, out, in] of experts.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfn import tree
+from mmfn import dropout as masks
+from mmfn import rng, tree
 from mmfn.spec import ZEROS, ParamSpec, init_params, spec, uniform
 from mmfn.tree import Tree
 
@@ -23,15 +27,34 @@ NOT_LINEAR = {"vocab", "positions", "patch_values", "router", "lora"}
 """Axes of matrices without adapters: tables, the head (part of the loss), a convolution, routers, and adapters."""
 
 
+Salts = Callable[[Tensor, torch.device], dict[str, Tensor]]
+"""(0-D int64 step, device) -> `{path of the weight: 0-D int64}`, what a batch's `salts` are in that step."""
+
+
+@tree.register
+@dataclass(frozen=True, kw_only=True)
+class Drops:
+    """What an adapter's dropout mask is a function of: `ids_T`, int64[T], which rows of x there are, and a 0-D salt."""
+
+    ids_T: Tensor
+    salt: Tensor
+
+
 @tree.register
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """`a`: [r, in] and `b`: [out, r], of experts [E, r, in] and [E, out, r]: tensors, or specs in a spec tree."""
+    """`a`: [r, in] and `b`: [out, r], of experts [E, r, in] and [E, out, r]: tensors, or specs in a spec tree.
+
+    `dropout`: the share of x that is zeroed where there are `drops`. These are no parameters: `with_drops` adds them to
+    what a model is about to compute with.
+    """
 
     a: Any
     b: Any
     alpha: float = field(metadata={"static": True})
     is_rs: bool = field(metadata={"static": True})
+    dropout: float = field(default=0.0, metadata={"static": True})
+    drops: Drops | None = None
 
     @property
     def rank(self) -> int:
@@ -60,17 +83,16 @@ def lora(
     `targets`: regexes over linear layers (`text/layers/0/attention/q`) and stacks of experts
     (`text/layers/0/moe/experts/gate_up`). `keep`: regexes over paths of parameters that are trained as well. `a` is
     drawn as `torch.nn.Linear` draws its weight and `b` is zero: at first the model computes what it did. Ranks that are
-    multiples of 8 let experts use the grouped kernel of a GPU (see `mmfn.ops.experts`).
+    multiples of 8 let experts use the grouped kernel of a GPU (see `mmfn.ops.experts`). `dropout`: the share of an
+    adapter's inputs that a training step zeroes, the others divided by what is left (`mmfn.dropout`).
 
-    Raises ValueError for a pattern that matches nothing, a rank or alpha that is not positive, and for dropout.
+    Raises ValueError for a pattern that matches nothing, a rank or alpha that is not positive, a dropout outside
+    [0, 1), and one with targets that are stacks of experts.
     """
-    if rank < 1 or not alpha > 0:
-        raise ValueError(f"LoRA needs a rank of at least 1 and a positive alpha, got rank {rank} and alpha {alpha}")
-    if dropout:
-        raise ValueError(
-            f"LoRA dropout is {dropout} but is not supported: its mask would depend on how tokens are laid out over "
-            "ranks; set it to 0"
-        )
+    if rank < 1 or not 0 < alpha < inf:
+        raise ValueError(f"LoRA needs a rank of at least 1 and a positive, finite alpha, got rank {rank} and alpha {alpha}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"LoRA dropout is {dropout} but must be at least 0 and below 1; change it")
     found = layers(specs)
     chosen = tree.mask(dict.fromkeys(found, 0), [(pattern, True) for pattern in targets], default=False)
     weights = [found[layer] for layer, is_chosen in chosen.items() if is_chosen]
@@ -80,15 +102,27 @@ def lora(
     trained = [path for path, is_kept in tree.items(kept) if is_kept]
     if clash := set(trained) & set(weights):
         raise ValueError(f"parameter {min(clash)!r} is kept trainable and has an adapter; choose one of the two")
-    return adapt(specs, weights, trained, rank=rank, alpha=alpha, is_rs=is_rs)
+    return adapt(specs, weights, trained, rank=rank, alpha=alpha, is_rs=is_rs, dropout=dropout)
 
 
 def adapt(
-    specs: Tree, weights: Collection[str], kept: Collection[str], *, rank: int, alpha: float, is_rs: bool = False
+    specs: Tree,
+    weights: Collection[str],
+    kept: Collection[str],
+    *,
+    rank: int,
+    alpha: float,
+    is_rs: bool = False,
+    dropout: float = 0.0,
 ) -> Tree:
     """`lora` for paths: adapters beside `weights`, and every leaf frozen but `kept`."""
     leaves = dict(tree.items(specs))
-    made = {path: adapter_specs(leaves[path], rank, alpha, is_rs=is_rs) for path in weights}
+    if stacks := [path for path in weights if dropout and len(leaves[path].shape) == 3]:
+        raise ValueError(
+            f"LoRA dropout is {dropout} but {min(stacks)!r} is a stack of experts, whose adapters have none (nor have "
+            "peft's); leave experts out of the targets, or set it to 0"
+        )
+    made = {path: adapter_specs(leaves[path], rank, alpha, is_rs=is_rs, dropout=dropout) for path in weights}
     frozen = tree.map_with_path(lambda path, leaf: replace(leaf, is_frozen=leaf.is_frozen or path not in kept), specs)
     return insert(frozen, made)
 
@@ -107,7 +141,7 @@ def layers(specs: Tree) -> dict[str, str]:
     return found
 
 
-def adapter_specs(weight: ParamSpec, rank: int, alpha: float, *, is_rs: bool) -> Adapter:
+def adapter_specs(weight: ParamSpec, rank: int, alpha: float, *, is_rs: bool, dropout: float) -> Adapter:
     """The adapter of a weight [..., out, in]."""
     *stack, d_out, d_in = weight.shape
     *names, out, into = weight.axes
@@ -116,6 +150,7 @@ def adapter_specs(weight: ParamSpec, rank: int, alpha: float, *, is_rs: bool) ->
         b=spec((*stack, d_out, rank), " ".join((*names, out, "lora")), ZEROS, weight.parts),
         alpha=float(alpha),
         is_rs=is_rs,
+        dropout=float(dropout),
     )
 
 
@@ -132,14 +167,54 @@ def insert(node: Tree, adapters: Mapping[str, Adapter], prefix: str = "") -> Tre
 
 def adapters_of(node: Tree, prefix: str = "") -> dict[str, Adapter]:
     """Inverse of `insert`: `{path of the weight: its adapter}`."""
-    children = enumerate(node) if isinstance(node, list) else sorted(node.items()) if isinstance(node, dict) else ()
+    names: Sequence[Any] = (
+        range(len(node)) if isinstance(node, list) else sorted(node) if isinstance(node, dict) else ()
+    )
     found: dict[str, Adapter] = {}
-    for name, child in children:
+    for name in names:
+        child = node[name]
         if isinstance(child, Adapter):
             found[f"{prefix.removesuffix('lora/')}{name}"] = child
         else:
             found |= adapters_of(child, f"{prefix}{name}/")
     return found
+
+
+def salts_of(specs: Tree, seed: int | None) -> Salts | None:
+    """The salts of a run's dropout masks by step, or None where no adapter of `specs` drops.
+
+    A salt is a function of (seed, step, path of the weight). `seed` None: masks have shapes only, as in a plan.
+
+    >>> salts = salts_of(specs, seed=0)(torch.tensor(0), torch.device("cpu"))
+    >>> mmfn.loss(params, replace(batch, salts=salts), model)
+    """
+    paths = [path for path, adapter in adapters_of(specs).items() if adapter.dropout]
+    if not paths:
+        return None
+    if seed is None:
+        keys_A = torch.empty(len(paths), dtype=torch.int64, device="meta")
+    else:
+        keys_A = torch.tensor([rng.key(seed, "dropout", path) for path in paths])
+
+    def salts(step: Tensor, device: torch.device) -> dict[str, Tensor]:
+        salts_A = masks.salts(keys_A, step).to(device)
+        return dict(zip(paths, salts_A.unbind(0), strict=True))
+
+    return salts
+
+
+def with_drops(params: Tree, ids_T: Tensor, salts: Mapping[str, Tensor] | None, path: str) -> Tree:
+    """The parameters at `path` of a model, about to compute with rows `ids_T`, their adapters told what to drop.
+
+    `ids_T`: int64[T]. Without salts, as outside of training, and where no adapter drops: `params` themselves.
+    """
+    if salts is None:
+        return params
+    found = {name: adapter for name, adapter in adapters_of(params, f"{path}/").items() if name in salts}
+    if not found:
+        return params
+    told = {n: replace(adapter, drops=Drops(ids_T=ids_T, salt=salts[n])) for n, adapter in found.items()}
+    return insert(params, told, f"{path}/")
 
 
 def add_adapters(params: Tree, specs: Tree, seed: int) -> Tree:

@@ -65,6 +65,23 @@ def test_only_images_and_videos_take_features():
     assert batch.feature_index_T.tolist() == [-1, -1, 0, -1]
 
 
+def test_ids_say_which_token_and_which_patch_it_is(two):
+    """Wherever it lies: by the number of its sample, by default its place in the pack."""
+    batch = packed(*two)
+    assert batch.token_ids_T.dtype == batch.visual.patch_ids_P.dtype == torch.int64
+    assert batch.token_ids_T.tolist() == [0, 1, 2, *range(2**32, 2**32 + 8)]
+    assert batch.visual.patch_ids_P.tolist() == list(range(2**32, 2**32 + 16))
+    text, mixed = replace(two[0], number=2**31 - 1), replace(two[1], number=7)
+    other = packed(mixed, text, num_tokens=20, num_patches=24, segment_multiple=3)
+    mine = [7 * 2**32 + i for i in range(16)]
+    last = (2**31 - 1) * 2**32
+    assert other.token_ids_T.tolist() == [*mine[:8], -1, last, last + 1, last + 2, *[-1] * 8]
+    assert other.visual.patch_ids_P.tolist() == [*mine, *[-1] * 8]
+    for number in (-1, 2**31):
+        with pytest.raises(ValueError, match=rf"sample 's' has number {number} but it must be in \[0, 2\*\*31\)"):
+            replace(text, number=number)
+
+
 def test_coordinates_follow_merge_blocks(two):
     coords = packed(*two).visual.coords_P4.tolist()
     assert [c[:2] for c in coords[:8]] == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]

@@ -1,5 +1,6 @@
 """Adapters against the plain model with merged weights: values and gradients, in every place they can stand."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import mmfn
 from mmfn import lora as adapters
 from mmfn import ops as op_tables
 from mmfn import rng, spec, tree
-from mmfn.lora import Adapter, adapters_of, add_adapters, insert, lora, merge
+from mmfn.lora import Adapter, adapters_of, add_adapters, insert, lora, merge, salts_of, with_drops
 from mmfn.models import FAMILIES
 from mmfn.models.layers import linear
 from mmfn.spec import freeze, trained_paths
@@ -130,6 +131,70 @@ def test_generation_through_the_cache(family: str) -> None:
     assert ids == mmfn.generate(model, batch, max_new_tokens=5, ops=op_tables.reference())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_hands_its_rows_to_what_drops(family: str) -> None:
+    """Blocks of the text get the ids of tokens, those of the tower ids of patches, mergers those of first patches."""
+    model = model_of(family)
+    plain = model.family.specs(model.cfg)
+    targets = [re.escape(layer) for layer, weight in adapters.layers(plain).items() if layer != weight]
+    specs = lora(plain, rank=2, alpha=2.0, targets=targets, dropout=0.25)  # every layer that can have dropout
+    params = add_adapters(model.params, specs, 0)
+    salts_at = salts_of(specs, 5)
+    assert salts_at is not None
+    salts = salts_at(torch.tensor(3), torch.device("cpu"))
+    assert salts.keys() == adapters_of(specs).keys()
+    assert len({int(salt) for salt in salts.values()}) == len(salts)
+    batch, gathered = replace(batch_of(model), salts=salts), []
+
+    def gather(node: Any) -> Any:
+        gathered.append(node)
+        return node
+
+    table = replace(op_tables.portable(), gather=gather)
+    model.family.apply(params, batch, model.cfg, table)
+    told = {int(a.drops.salt): a.drops.ids_T for node in gathered for a in adapters_of(node).values()}
+    visual = batch.visual
+    for path, salt in salts.items():
+        ids = batch.token_ids_T if path.startswith("text/") else visual.patch_ids_P
+        ids = ids[::4] if path.startswith(("vision/merger", "vision/deepstack")) else ids
+        assert torch.equal(told.pop(int(salt)), ids), path
+    assert not told
+
+    assert with_drops(params, batch.token_ids_T, None, "") is params
+    assert with_drops(params["text"]["norm"], batch.token_ids_T, salts, "text/norm") is params["text"]["norm"]
+    assert tree.paths(params) == tree.paths(specs), "what is dropped is no part of the parameters"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_dropped_outside_of_training(family: str) -> None:
+    """Loss, logits and generation of a model whose adapters drop are, bitwise, those of one whose adapters never do."""
+    model = model_of(family)
+    targets = (r".*/attention/(q|qkv)", r"vision/merger/up")
+    specs = [lora(model.family.specs(model.cfg), rank=2, alpha=8.0, targets=targets, dropout=p) for p in (0.0, 0.5)]
+
+    def draw(path: str, leaf: Tensor) -> Tensor:
+        noise = torch.randn(leaf.shape, generator=rng.generator(0, path), dtype=leaf.dtype)
+        return noise if "/lora/" in path else leaf
+
+    models = [replace(model, params=tree.map_with_path(draw, add_adapters(model.params, s, 0))) for s in specs]
+    batch = batch_of(model)
+    batch = replace(batch, labels_T=batch.tokens_T)
+    assert torch.equal(*(mmfn.logits(m, batch) for m in models))
+    (values, grads) = zip(*(mmfn.value_and_grad(value_of)(m.params, batch, m) for m in models), strict=True)
+    assert torch.equal(*values)
+    assert all(torch.equal(x, y) for x, y in zip(*(tree.leaves(g) for g in grads), strict=True))
+    assert len({str(mmfn.generate(m, batch, max_new_tokens=4)) for m in models}) == 1
+    assert salts_of(specs[0], 0) is None
+    salts_at = salts_of(specs[1], 0)
+    assert salts_at is not None
+    dropped = replace(batch, salts=salts_at(torch.tensor(0), torch.device("cpu")))
+    assert abs(value_of(models[1].params, dropped, models[1]) - values[0]) > 1e-3
+
+
+def value_of(params: Any, batch: Any, model: Any) -> Tensor:
+    return mmfn.loss(params, batch, model)[0]
+
+
 def test_the_spec_tree() -> None:
     model = model_of("qwen3_vl_moe")
     plain = model.family.specs(model.cfg)
@@ -162,7 +227,12 @@ def test_the_spec_tree() -> None:
         ({"targets": ()}, "got no targets"),
         ({"rank": 0}, "a rank of at least 1"),
         ({"alpha": 0.0}, "a positive alpha"),
-        ({"dropout": 0.1}, "dropout is 0.1 but is not supported"),
+        ({"dropout": 1.0}, "dropout is 1.0 but must be at least 0 and below 1"),
+        ({"dropout": -0.1}, "dropout is -0.1 but must be"),
+        (
+            {"dropout": 0.1, "targets": ALL[:1] + EXPERTS},
+            "dropout is 0.1 but 'text/layers/0/moe/experts/down' is a stack of experts, .* leave experts out",
+        ),
         ({"keep": (r"text/nrom/weight",)}, "matches none of"),
         ({"keep": (r"text/layers/0/attention/q/weight",)}, "kept trainable and has an adapter"),
     ],

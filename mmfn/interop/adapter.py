@@ -10,6 +10,7 @@ Legend: r rank, E experts.
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -95,8 +96,8 @@ def load(folder: str | PathLike[str], model: Model) -> Model:
 def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
     """The specs `plain` of a model with the adapters that a folder's config names, all else frozen as peft does.
 
-    Dropout is no part of what an adapter computes and is not taken over. Raises ValueError for a missing or broken
-    config, one that is not plain LoRA, one that names no layer of this model, and one that holds a tied embedding.
+    Its dropout is that of training on. Raises ValueError for a missing or broken config, one that is not plain LoRA,
+    one that names no layer of this model, and one that holds a tied embedding.
     """
     config = read_json(Path(folder) / CONFIG)
     _check_plain(config, str(folder))
@@ -116,9 +117,15 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
             f"adapter {str(folder)!r} holds {tied[0]!r} in full, which is tied to a module that peft leaves on the old "
             "matrix; merge it with peft (output.adapter: merged), or leave the embedding out of lora.keep"
         )
-    kept = _kept(names, modules)
-    is_rs = bool(config.get("use_rslora"))
-    return adapt(plain, weights, kept, rank=config["r"], alpha=config["lora_alpha"], is_rs=is_rs)
+    return adapt(
+        plain,
+        weights,
+        _kept(names, modules),
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        is_rs=config.get("use_rslora", False),
+        dropout=config.get("lora_dropout", 0.0),
+    )
 
 
 def stored(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Stored]:
@@ -151,12 +158,17 @@ def stored(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Stored]:
 
 
 def settings(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Any]:
-    """The `adapter_config.json` of adapted specs. Raises ValueError unless all adapters have one rank and one alpha."""
+    """The `adapter_config.json` of adapted specs.
+
+    Raises ValueError unless all adapters have one rank, one alpha and one dropout.
+    """
     names, adapters = _names(plain, key_map), adapters_of(specs)
-    kinds = {(adapter.rank, adapter.alpha, adapter.is_rs) for adapter in adapters.values()}
+    kinds = {(adapter.rank, adapter.alpha, adapter.is_rs, adapter.dropout) for adapter in adapters.values()}
     if len(kinds) != 1:
-        raise ValueError(f"peft's format needs adapters of one rank and alpha, got {sorted(kinds)}; save them merged")
-    ((rank, alpha, is_rs),) = kinds
+        raise ValueError(
+            f"peft's format needs adapters of one rank, alpha and dropout, got {sorted(kinds)}; save them merged"
+        )
+    ((rank, alpha, is_rs, dropout),) = kinds
     experts = [path for path in adapters if _is_stack(adapters[path])]
     kept = [names[path].rpartition(".")[0] for path in trained_paths(specs) if path in names]
     return {
@@ -164,7 +176,7 @@ def settings(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "use_rslora": is_rs,
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "bias": "none",
         "inference_mode": True,
         "target_modules": sorted(names[path].removesuffix(".weight") for path in adapters if path not in experts),
@@ -236,8 +248,13 @@ def _check_plain(config: Mapping[str, Any], folder: str) -> None:
     if isinstance(start, str) and start not in PLAIN_STARTS:
         raise ValueError(f"adapter {folder!r} changed its base by init_lora_weights {start!r}; convert it with peft")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
         raise ValueError(f"adapter {folder!r} has r {rank!r} and lora_alpha {alpha!r}; both must be positive numbers")
+    if not isinstance(is_rs := config.get("use_rslora", False), bool):
+        raise ValueError(f"adapter {folder!r} has use_rslora {is_rs!r}, which must be true or false")
+    dropout = config.get("lora_dropout", 0.0)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"adapter {folder!r} has lora_dropout {dropout!r}, which must be in [0, 1)")
     for name in ("target_modules", "target_parameters", "modules_to_save"):
         given = config.get(name) or ()
         is_list = isinstance(given, list | tuple) and all(isinstance(entry, str) for entry in given)

@@ -20,9 +20,12 @@ from mmfn.tree import Tree
 def load_hf(path: str | PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Model:
     """A model from a folder with `config.json` and safetensors, single or sharded.
 
-    `dtype` None keeps the stored dtypes. Raises ValueError, one sentence, for a config mmfn does not support and for
-    weights that do not fit it exactly (see `checkpoint.load_params`). No remote code, no pickle.
+    `dtype` None keeps the stored dtypes. Raises ValueError, one sentence, for a config mmfn does not support, for
+    weights that do not fit it exactly (see `checkpoint.load_params`), and for a dtype or device that parameters cannot
+    have. No remote code, no pickle.
     """
+    _check_dtype(dtype)
+    _check_device(device)
     folder = Path(path)
     hf_config = checkpoint.read_config(folder)
     found, cfg = _resolve(hf_config)
@@ -33,8 +36,9 @@ def load_hf(path: str | PathLike[str], dtype: torch.dtype | None = None, device:
 def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None = None) -> Model:
     """A model with random parameters from the dict of a `config.json` alone; float32 unless `dtype` says otherwise.
 
-    The draws depend on `seed` and each parameter's path only. Raises ValueError for an unsupported config.
+    The draws depend on `seed` and each parameter's path only. Raises ValueError for an unsupported config or dtype.
     """
+    _check_dtype(dtype)
     found, cfg = _resolve(hf_config)
     params = spec.init_params(found.specs(cfg), seed, dtype)
     return Model(family=found, cfg=cfg, params=params, hf_config=copy.deepcopy(dict(hf_config)))
@@ -51,9 +55,10 @@ def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
     wanted = model.family.key_map(model.cfg).stored(specs, layout)
     if leaves.keys() != (paths := {s.path for s in wanted.values()}):
         odd = sorted(leaves.keys() ^ paths)[0]
+        plain = "mmfn.lora.merge(params), which adds adapters to their weights"
         raise ValueError(
             f"the tree has {len(leaves)} leaves and the model {len(paths)} parameters, {odd!r} is in one of them only; "
-            "pass a tree shaped like model.params"
+            f"pass {plain if '/lora/' in odd else 'a tree shaped like model.params'}"
         )
     for stored in wanted.values():
         if tuple(leaves[stored.path].shape) != tuple(stored.leaf.shape):
@@ -97,6 +102,19 @@ def save_hf(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        return
+    raise ValueError(f"dtype is {dtype!r} but must be a floating torch.dtype of 16 bits or more, or None; use one")
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        raise ValueError(f"device {device!r} cannot be used by this torch {torch.__version__}; try 'cpu'") from error
 
 
 def _resolve(hf_config: Mapping[str, Any]) -> tuple[Family, Any]:

@@ -28,10 +28,11 @@ class Output:
 class Family:
     """The functions every family module defines, under the same names.
 
-    Code shared by the families reads these fields of a Config: `vocab_size`, `image_token_id`, `video_token_id`, and of
-    `vision` (a `layers.vision.VisionConfig`, or one like it) `merge_size`, `patch_values`, `patch_size` and
-    `temporal_patch_size`; and `router_aux_coef` where `apply` returns router statistics as `aux`. A new family is one
-    module with these functions and one line in `FAMILIES`.
+    Code shared by the families reads these fields of a Config: `vocab_size`, `num_layers`, `image_token_id`,
+    `video_token_id`, `decoder` (a `layers.decoder.DecoderConfig`, or one with its `num_heads` and `num_kv_heads`) and
+    `vision` (a `layers.vision.VisionConfig`, or one like it); where `apply` returns router statistics as `aux`, also
+    `router_aux_coef` and `moe` (a `layers.moe.MoeConfig`). Blocks of the text lie under `text/layers`. A new family is
+    one module with these functions and one line in `FAMILIES`.
     """
 
     name: str

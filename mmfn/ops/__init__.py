@@ -139,7 +139,7 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
-    route: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    route: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
     experts: Callable[[Tensor, Tensor, Tree], Tensor]
     linear_cross_entropy: CrossEntropy
     gather: Callable[[Tree], Tree] = identity

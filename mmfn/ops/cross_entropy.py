@@ -26,7 +26,7 @@ from mmfn.ops.logit_chunks import (
     input_grad,
     logits_,
     rows_of,
-    smooth_,
+    smoothing,
     supervised,
     wide,
 )
@@ -174,6 +174,9 @@ def _compute(
     labels_N, weights_N = labels_T[index_N], weights_T[index_N].to(dtype)
     N = index_N.numel()
     rows = -(-N // max(1, -(-N // rows)))  # chunks of even size
+    smooth = None
+    if label_smoothing:
+        smooth = smoothing(x_TD, weight_VD, bias_V, index_N, weights_N, share=label_smoothing / V)
     buffer = x_TD.new_empty(V * aligned(rows), dtype=dtype)
     losses_N, ce_N = torch.empty_like(weights_N), torch.empty_like(weights_N)
     dx_TD = torch.zeros_like(x_TD) if needs[0] else None
@@ -194,16 +197,26 @@ def _compute(
         losses_N[part], ce_N[part] = row.losses_N[:n], row.ce_N[:n]
         scale_N = F.pad(weights_N[part], (0, pad)) * row.scale_N
         if dx_TD is not None:
-            dx_TD[index] = input_grad(weight_VD, grad_VN, scale_N)[:n].to(x_TD.dtype)
+            dx_ND = input_grad(weight_VD, grad_VN, scale_N)[:n]
+            if smooth is not None:
+                dx_ND.addr_(weights_N[part], smooth.x_D)
+            dx_TD[index] = dx_ND.to(x_TD.dtype)
         if db_V is not None:
             db_V += grad_VN @ scale_N
         if dw_VD is not None:
             add_head_grad_(dw_VD, grad_VN, x_ND, scale_N)
     loss, ce = (losses_N * weights_N).sum(), (ce_N * weights_N).sum()
-    if label_smoothing:
-        grads = (dx_TD, dw_VD, db_V)
-        loss += smooth_(grads, x_TD, weight_VD, bias_V, index_N, weights_N, share=label_smoothing / V)
+    if smooth is not None:
+        loss += smooth.loss
+        add_to_all_(dw_VD, smooth.row_D)
+        add_to_all_(db_V, smooth.bias)
     return loss, ce, (dx_TD, narrow(dw_VD, weight_VD), narrow(db_V, weight_VD))
+
+
+def add_to_all_(grad: Tensor | None, shared: Tensor) -> None:
+    """Add what all rows share to a gradient, where there is one."""
+    if grad is not None:
+        grad += shared
 
 
 def narrow(grad: Tensor | None, leaf: Tensor) -> Tensor | None:

@@ -4,7 +4,7 @@ A row's loss is `lse - l_y + z * lse^2 + s * (l_y - mean_v l_v)`: cross entropy,
 logsumexp(l) and y the label. Its gradient by l_v is `f p_v - (1 - s) [v = y] - s / V`, where p = softmax(l) and f =
 1 + 2 z lse. All but the last term is `scale * (exp(l_v - max) - pull * [v = y])` with two numbers per row, so neither
 z-loss nor smoothing costs a pass over the logits; the last term is the same for all tokens of the vocabulary, and its
-share of loss and gradients is worked out from sums over rows of x and of the head (`smooth_`).
+share of loss and gradients is worked out from sums over rows of x and of the head (`smoothing`).
 
 Logits are float32 also where x and the head are narrower: rounded, they would cost the head's gradient as much again
 as rounding it.
@@ -33,10 +33,16 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def supervised(labels_T: Tensor, weights_T: Tensor, num_vocabulary: int) -> Tensor:
-    """Places of the supervised tokens: int64[N]. Raises ValueError for a label of one that is no token id."""
+    """Places of the supervised tokens: int64[N], whose number the host reads.
+
+    Raises ValueError for a label of one that is no token id; on an accelerator the device raises, and nobody waits.
+    """
     index_N = ((labels_T != IGNORE) & (weights_T != 0)).nonzero()[:, 0]
     labels_N = labels_T[index_N]
-    if index_N.numel() and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_vocabulary:
+    if labels_T.device.type not in ("cpu", "meta"):
+        is_token = ((labels_N >= 0) & (labels_N < num_vocabulary)).all()
+        torch._assert_async(is_token, f"a label lies outside of the head's {num_vocabulary} rows; fix the labels")
+    elif index_N.numel() and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_vocabulary:
         raise ValueError(
             f"labels span {int(labels_N.min())} to {int(labels_N.max())} but the head has {num_vocabulary} rows; fix "
             "them"
@@ -147,8 +153,17 @@ def _alone(x: Tensor) -> Tensor:
     return x
 
 
-def smooth_(
-    grads: Gradients,
+class Smoothing(NamedTuple):
+    """The last term of the loss, 0-D, and its gradients: `x_D` by a row of x of weight 1, `row_D` by any row of the
+    head, `bias` by any value of the bias."""
+
+    loss: Tensor
+    x_D: Tensor
+    row_D: Tensor
+    bias: Tensor
+
+
+def smoothing(
     x_TD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
@@ -157,26 +172,19 @@ def smooth_(
     *,
     share: float,
     total: Callable[[Tensor], Tensor] = _alone,
-) -> Tensor:
-    """`-share * sum_n weights_n sum_v logits_nv`, 0-D; its gradients are added to `grads`.
+) -> Smoothing:
+    """`-share * sum_n weights_n sum_v logits_nv` and its gradients, in the dtype of `weights_N`.
 
     `share`: label smoothing / V. `total`: the sum over ranks, where a head is sliced and others have other rows of x.
     """
-    dx_TD, dw_VD, db_V = grads
     D, dtype = x_TD.shape[1], weights_N.dtype
     head_D = weight_VD.sum(0, dtype=dtype)
     bias = weights_N.new_zeros(1) if bias_V is None else bias_V.sum(0, dtype=dtype)[None]
     own_D, weight = weights_N @ x_TD[index_N].to(dtype), weights_N.sum()[None]
     sums = total(torch.cat([head_D, bias, own_D, weight]))
     head_D, bias, rows_D, weight_of_all = torch.split(sums, [D, 1, D, 1])
-    if dx_TD is not None:
-        dx_TD.index_add_(0, index_N, (-share * weights_N[:, None] * head_D).to(dx_TD.dtype))
-    if dw_VD is not None:
-        dw_VD -= share * rows_D
-    if db_V is not None:
-        db_V -= share * weight_of_all
-    loss: Tensor = -share * (own_D @ head_D + (weight * bias)[0])
-    return loss
+    loss = -share * (own_D @ head_D + (weight * bias)[0])
+    return Smoothing(loss, -share * head_D, -share * rows_D, -share * weight_of_all)
 
 
 class GradientsInForward(torch.autograd.Function):

@@ -4,26 +4,29 @@ import torch
 from torch import Tensor
 
 
-def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
-    """Softmax router: `(weights_TX, experts_TX)`, the likeliest experts of each token with weights that add up to 1.
+def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax router: `(weights_TX, experts_TX, probs_TE)`, the likeliest experts of each token, with weights that add
+    up to 1, and the probabilities of all.
 
-    `logits_TE`: floating[T, E]. `num_chosen`: X in [1, E]. Probabilities are float32 or wider; the chosen ones are
-    divided by their sum and cast to the dtype of the logits. `experts_TX`: int64, likeliest first; equal logits in any
-    order. Raises ValueError for other shapes and dtypes. Source: `Qwen3VLMoeTextTopKRouter` in transformers 5.23.
+    `logits_TE`: floating[T, E]. `num_chosen`: X in [1, E]. `probs_TE`: float32 or wider; the chosen ones are divided by
+    their sum and cast to the dtype of the logits. `experts_TX`: int64, likeliest first; equal logits in any order.
+    Raises ValueError for other shapes and dtypes. Source: `Qwen3VLMoeTextTopKRouter` in transformers 5.23.
     """
     _check(logits_TE, num_chosen)
     probs_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
     chosen_TX, experts_TX = probs_TE.topk(num_chosen, dim=-1)
     weights_TX = chosen_TX / chosen_TX.sum(-1, keepdim=True)
-    return weights_TX.to(logits_TE.dtype), experts_TX
+    return weights_TX.to(logits_TE.dtype), experts_TX, probs_TE
 
 
-def route_reference(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
-    """`route` as a softmax over the chosen logits alone, which is the same."""
+def route_reference(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`route` with weights by a softmax over the chosen logits alone, which are the same."""
     _check(logits_TE, num_chosen)
     wide_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     experts_TX = wide_TE.sort(dim=-1, descending=True, stable=True).indices[:, :num_chosen]
-    return wide_TE.gather(-1, experts_TX).softmax(-1).to(logits_TE.dtype), experts_TX
+    shares_TE = (wide_TE - wide_TE.detach().amax(-1, keepdim=True)).exp()
+    probs_TE = shares_TE / shares_TE.sum(-1, keepdim=True)
+    return wide_TE.gather(-1, experts_TX).softmax(-1).to(logits_TE.dtype), experts_TX, probs_TE
 
 
 def _check(logits_TE: Tensor, num_chosen: int) -> None:

@@ -4,12 +4,15 @@ A collective names its `site`, the purpose it serves ("weights", "experts", ...)
 methods of an `Axis` are not differentiable; `psum`, `all_gather`, `exchange` and `shift` below are.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from mmfn.ops.eager import is_eager
 
 Sizes = Sequence[int] | None  # rows to or from every rank of an axis; None: equal parts
 
@@ -19,12 +22,17 @@ class Transport(Protocol):
 
     Tensors are contiguous. `all_gather`: [n, ...] -> [size * n, ...], by rank. `reduce_scatter`: [size * n, ...] ->
     [n, ...], the sum of this rank's parts. `all_to_all`: the first dim is cut by `in_sizes`, part i goes to rank i.
+    `shift`: the same where every rank gives all of it to one other. `name`: the fourth argument of the operator that
+    `all_to_all` is to what watches operators.
     """
 
+    @property
+    def name(self) -> str: ...
     def all_gather(self, x: Tensor, site: str) -> Tensor: ...
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor: ...
     def all_reduce(self, x: Tensor, site: str) -> Tensor: ...
     def all_to_all(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor: ...
+    def shift(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor: ...
     def wait(self, x: Tensor) -> Tensor: ...
 
 
@@ -78,7 +86,7 @@ class Axis:
             return x
         sizes_in, sizes_out = [0] * self.size, [0] * self.size
         sizes_in[(self.index + by) % self.size] = sizes_out[(self.index - by) % self.size] = x.shape[0]
-        return self.transport.all_to_all(x, sizes_out, sizes_in, site)
+        return self.transport.shift(x, sizes_out, sizes_in, site)
 
 
 @dataclass(frozen=True)
@@ -108,10 +116,52 @@ class Group:
         out: Tensor = torch.ops._c10d_functional.all_to_all_single(x, list(out_sizes), list(in_sizes), self.name)
         return out
 
+    def shift(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        """See `Transport`."""
+        return self.all_to_all(x, out_sizes, in_sizes, site)
+
     def wait(self, x: Tensor) -> Tensor:
         """See `Transport`."""
         out: Tensor = torch.ops._c10d_functional.wait_tensor(x)
         return out
+
+
+class InProcess(ABC):
+    """A transport in plain Python. To what watches operators its all-to-all is one, as that of real ranks is."""
+
+    @property
+    def name(self) -> str:
+        """See `Transport`; no other transport has it while this one lives."""
+        return f"{type(self).__name__} {id(self):x}"
+
+    def all_to_all(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        """See `Transport`."""
+        if is_eager(x):
+            return self.move(x, out_sizes, in_sizes, site)
+        _calling[self.name] = self
+        try:
+            out: Tensor = _all_to_all(x, out_sizes, in_sizes, self.name, site)
+            return out
+        finally:
+            del _calling[self.name]
+
+    @abstractmethod
+    def move(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        """`all_to_all`, unseen."""
+
+
+_calling: dict[str, InProcess] = {}  # by name, for the time of a call: an operator takes no objects
+
+
+@torch.library.custom_op("mmfn::all_to_all", mutates_args=())
+def _all_to_all(x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], transport: str, site: str) -> Tensor:
+    """`InProcess.move` as one operator."""
+    return _calling[transport].move(x, out_sizes, in_sizes, site)
+
+
+@_all_to_all.register_fake
+def _(x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], transport: str, site: str) -> Tensor:
+    return _calling[transport].move(x, out_sizes, in_sizes, site)
 
 
 def psum(x: Tensor, axis: Axis, site: str) -> Tensor:

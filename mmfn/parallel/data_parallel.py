@@ -16,15 +16,17 @@ def data_parallel(*, prefetch: bool = True, keep_gathered: bool = False) -> Tran
     backward; a block compiled with its gather inside has none ahead. `keep_gathered`: with `remat`, whole weights of
     all blocks are kept from the forward, one gather per block instead of two. Without `remat` autograd keeps them in
     any case. It takes the gather out of compiled blocks.
+
+    On one device nothing is gathered, and both are for the copies of parameters that lie on the host (`offload`).
     """
 
     def transform(program: Program) -> Program:
         layout = program.mesh.layout
         if layout.world == 1:
-            return program
+            return replace(program, prefetch=prefetch, keep_gathered=keep_gathered)
         note = f"data_parallel: parameters over {layout.shard} ranks"
         note += f", {layout.replicate} replicas" if layout.replicate > 1 else ""
-        note += ", next gather ahead" if prefetch else ""
+        note += ", next gather ahead (eager)" if prefetch else ""
         note += ", weights kept for the backward" if keep_gathered else ""
         done = replace(program, prefetch=prefetch, keep_gathered=keep_gathered)
         return noted(uses(done, "dp", "replicate"), note)

@@ -82,13 +82,12 @@ DEVICES = {
 
 EFFICIENCY = 0.5  # of the peak in matrix products; what well-tuned training reaches
 BANDWIDTH_EFFICIENCY = 0.8  # of links and memory
-OVERLAPPED = ("weights", "gradients")  # sites whose collectives run beside computation
 MODEL = (
-    f"time = max(FLOPs / ({EFFICIENCY:g} peak), transfers of {' and '.join(OVERLAPPED)}) + all other transfers "
-    f"+ update; a transfer takes its bytes on the wire / ({BANDWIDTH_EFFICIENCY:g} of link or network), "
-    f"the update 7 passes over its shards / ({BANDWIDTH_EFFICIENCY:g} of memory bandwidth)"
+    f"time = max(FLOPs / ({EFFICIENCY:g} peak), transfers that run ahead) + all other transfers + update; a transfer "
+    f"takes its bytes on the wire / ({BANDWIDTH_EFFICIENCY:g} of link or network), the update its FLOPs / "
+    f"({EFFICIENCY:g} peak) + (parameters and state read and written, gradients read) / ({BANDWIDTH_EFFICIENCY:g} of "
+    "memory bandwidth)"
 )
-UPDATE_PASSES = 7  # AdamW reads four tensors and writes three
 
 
 def device(name: str) -> Device:
@@ -101,8 +100,14 @@ def device(name: str) -> Device:
 def wire_bytes(op: str, sent_bytes: int, size: int) -> float:
     """Bytes one rank puts on the wire for a collective it gives `sent_bytes` to, by the ring algorithms."""
     others = (size - 1) / size
-    factor = {"all_gather": size - 1, "reduce_scatter": others, "all_reduce": 2 * others, "all_to_all": others}[op]
-    return sent_bytes * factor
+    factors = {
+        "all_gather": size - 1,
+        "reduce_scatter": others,
+        "all_reduce": 2 * others,
+        "all_to_all": others,
+        "shift": 1,
+    }
+    return sent_bytes * factors[op]
 
 
 def is_inside_node(layout: Layout, axis: str, chosen: Device, rank: int = 0) -> bool:
@@ -113,11 +118,11 @@ def is_inside_node(layout: Layout, axis: str, chosen: Device, rank: int = 0) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """All calls of one kind: which `site`, how many bytes on the wire and whether within a node."""
+    """All calls of one kind: bytes on the wire, whether within a node, and whether beside the computation."""
 
-    site: str
     wire_bytes: float
     is_inside_node: bool
+    is_ahead: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,19 +137,18 @@ class Time:
     mfu: float
 
 
-def predict(flops: float, state_bytes: float, transfers: Sequence[Transfer], chosen: Device) -> Time:
-    """See `MODEL`. `state_bytes`: the parameters of this rank in the update, per pass."""
-    compute = flops / (EFFICIENCY * chosen.flops)
+def predict(
+    flops: float, update_flops: float, update_bytes: float, transfers: Sequence[Transfer], chosen: Device
+) -> Time:
+    """See `MODEL`. `flops`: forward and backward; `update_bytes`: what the update reads and writes on this rank."""
+    compute, update = (n / (EFFICIENCY * chosen.flops) for n in (flops, update_flops))
     spent = [
-        (
-            t.site in OVERLAPPED,
-            t.wire_bytes / (BANDWIDTH_EFFICIENCY * (chosen.link if t.is_inside_node else chosen.network)),
-        )
+        (t.is_ahead, t.wire_bytes / (BANDWIDTH_EFFICIENCY * (chosen.link if t.is_inside_node else chosen.network)))
         for t in transfers
     ]
-    overlapped = sum(s for is_overlapped, s in spent if is_overlapped)
-    exposed = sum(s for is_overlapped, s in spent if not is_overlapped)
-    update = UPDATE_PASSES * state_bytes / (BANDWIDTH_EFFICIENCY * chosen.memory_bandwidth)
+    overlapped = sum(s for is_ahead, s in spent if is_ahead)
+    exposed = sum(s for is_ahead, s in spent if not is_ahead)
+    update += update_bytes / (BANDWIDTH_EFFICIENCY * chosen.memory_bandwidth)
     total = max(compute, overlapped) + exposed + update
     mfu = flops / (total * chosen.flops) if total else 0.0
     return Time(

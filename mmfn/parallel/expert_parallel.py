@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmfn import tree
+from mmfn.ops.eager import is_eager
 from mmfn.parallel.axis import Axis, exchange
 from mmfn.parallel.program import Program, Transform, noted, uses
 from mmfn.tree import Tree
@@ -33,7 +34,7 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
 
     "dropless": a rank sends every row there is. A layer costs one all-to-all of counts, one host read of how many rows
     go to and come from each rank, and an all-to-all of rows there, back, and each again in the backward; remat repeats
-    the forward's part. Compiled, row counts are unknowns of one graph.
+    the forward's part, unless it saves "exchange". Compiled, row counts are unknowns of one graph.
 
     "capacity": a rank sends `ceil(capacity * R / W)` rows to every rank, empty ones included: static shapes and no host
     read, for the same collectives. `capacity` is a factor of the even share: at W, the default, nothing can be dropped,
@@ -115,10 +116,29 @@ def dropless(
     if balanced:
         sizes_out = sizes_in = _even(R, to_WG, from_WG)
     else:
-        sizes_in, sizes_out = torch.stack([to_WG.sum(1), from_WG.sum(1)]).tolist()
+        sizes_in, sizes_out = _read(torch.stack([to_WG.sum(1), from_WG.sum(1)]))
     arrived_SD = exchange(x_RD, axis, "experts", sizes_out, sizes_in)
     y_SD = _by_expert(arrived_SD, from_WG, weights, base)
     return exchange(y_SD, axis, "experts", sizes_in, sizes_out)
+
+
+def _read(sizes_2W: Tensor) -> list[list[int]]:
+    """The values, on the host. To what watches operators the copy is one; a compiler reads by operators of its own."""
+    if not torch.compiler.is_compiling() and not is_eager(sizes_2W):
+        sizes_2W = _host_copy(sizes_2W)
+    values: list[list[int]] = sizes_2W.tolist()
+    return values
+
+
+@torch.library.custom_op("mmfn::host_copy", mutates_args=())
+def _host_copy(x: Tensor) -> Tensor:
+    """A complete copy in the host's memory."""
+    return x.to("cpu", copy=True)
+
+
+@_host_copy.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="cpu")
 
 
 def _even(num_rows: int, to_WG: Tensor, from_WG: Tensor) -> list[int]:

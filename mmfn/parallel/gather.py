@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from mmfn import tree
 from mmfn.parallel.axis import Axis
+from mmfn.parallel.host_memory import HostMemory
+from mmfn.parallel.hosted import Fetched, Hosted, fetch, fetch_in_graph, hosted_of, stand_for
 from mmfn.parallel.mesh import Mesh
 from mmfn.parallel.sharding import local
 from mmfn.tree import Tree
@@ -79,6 +81,11 @@ class Typed:
     leaf: Tensor
     dtype: torch.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """That of the leaf."""
+        return self.leaf.device
+
 
 def typed(params: Tree, dtypes: Sequence[torch.dtype | None]) -> Tree:
     """Parameters as `Gather` wants them where `dtypes`, one per leaf, names some: those leaves carry it."""
@@ -118,6 +125,11 @@ class Bucket:
         pieces = torch.split(gathered.view(self.axis.size, -1), [cut.numel for cut in self.cuts], dim=1)
         return [cut.join(piece) for cut, piece in zip(self.cuts, pieces, strict=True)]
 
+    def gather(self, shards: Sequence[Tensor], issued: Issued | None) -> list[Tensor]:
+        """The whole leaves; `issued`: their all-gather, where it is under way."""
+        gathered, _sent = issued or self.issue(shards)
+        return self.join(self.axis.wait(gathered))
+
     def sum_gradients(self, grads: Sequence[Tensor | None], like: Sequence[Like]) -> list[Tensor]:
         """This rank's shards of the gradients, summed over all ranks that used the leaves; None counts as zeros."""
         whole = [
@@ -137,8 +149,7 @@ class _Gather(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.bucket = bucket
         ctx.like = [Like(x.shape[c.dim], x.dtype, x.device) for x, c in zip(shards, bucket.cuts, strict=True)]
-        gathered, _sent = issued or bucket.issue(shards)
-        return tuple(bucket.join(bucket.axis.wait(gathered)))
+        return tuple(bucket.gather(shards, issued))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -147,15 +158,20 @@ class _Gather(torch.autograd.Function):
 
 @dataclass(kw_only=True, eq=False)
 class Pending:
-    """A block's parameters, and their all-gathers under way: `Gather.issue` starts them, a `Gather` takes them."""
+    """A block's parameters, and their copies from the host and all-gathers under way.
+
+    `Gather.fetch` and `Gather.issue` start them, a `Gather` takes them.
+    """
 
     params: Tree
+    fetched: Fetched | None = None
     issued: list[Issued] | None = None
 
-    def take(self) -> list[Issued] | None:
+    def take(self) -> tuple[Fetched | None, list[Issued] | None]:
         """What is under way; nothing is from here on, so that gathered weights are not kept alive."""
-        issued, self.issued = self.issued, None
-        return issued
+        found = self.fetched, self.issued
+        self.fetched = self.issued = None
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,41 +182,72 @@ class Gather:
     gradients are summed, default the compute dtype. Gradients come back with the placement and dtype of the leaf:
     summed over "shard" (experts: edp) by reduce-scatter and over "replicate" by all-reduce. Leaves that need no
     gradient go in a bucket of their own. With `is_sharded` leaves stay this rank's shards, and what computes with them
-    has summed their gradients over "shard" itself.
+    has summed their gradients over "shard" itself. `Hosted` leaves are copied to the device before, through `memory`;
+    without one the copies are operators of a graph.
     """
 
     mesh: Mesh
     compute: torch.dtype | None = None
     reduce: torch.dtype | None = None
     is_sharded: bool = False
+    memory: HostMemory | None = None
 
     def __call__(self, params: Tree | Pending) -> Tree:
         """Leaves that are whole already stay as they are, but for their dtype."""
-        issued = None
-        if isinstance(params, Pending):
-            params, issued = params.params, params.take()
+        params, fetched, issued = self._under_way(params)
         found, structure = tree.flatten(params)
         leaves, dtypes = self._typed(found)
+        away, copies = hosted_of(found), fetched.arrived() if fetched is not None else {}
+        for i, leaf in away.items():
+            if not isinstance(leaves[i], DTensor):
+                leaves[i] = stand_for(leaves[i], copies.pop(i)) if i in copies else fetch_in_graph(leaves[i], leaf.host)
         buckets = self._buckets(leaves, dtypes)
-        for (bucket, members), started in zip(buckets, issued or [None] * len(buckets), strict=True):
+        given: Sequence[Issued | None] = issued or [None] * len(buckets)
+        for (bucket, members), started in zip(buckets, given, strict=True):
             shards = [leaves[i].to_local(grad_placements=leaves[i].placements) for i in members]
-            gathered = _Gather.apply(bucket, started, *shards)  # type: ignore[no-untyped-call]
+            if started is None and away:
+                shards = [fetch_in_graph(x, away[i].host) for i, x in zip(members, shards, strict=True)]
+            if shards[0].requires_grad:
+                gathered = _Gather.apply(bucket, started, *shards)  # type: ignore[no-untyped-call]
+            else:  # torch's compiler confuses the arguments of a Function that needs no gradient
+                gathered = bucket.gather(shards, started)
             for i, whole in zip(members, gathered, strict=True):
                 leaves[i] = whole
         return tree.unflatten(structure, [leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)])
 
+    def fetch(self, pending: Pending) -> None:
+        """Start the copies of a block's leaves that lie on the host, unless they or its all-gathers are under way."""
+        if self.memory is not None and pending.fetched is None and pending.issued is None:
+            pending.fetched = fetch(hosted_of(tree.leaves(pending.params)), self.memory)
+
     def issue(self, pending: Pending) -> None:
-        """Start the all-gathers of a block, unless they are under way."""
+        """Start the all-gathers of a block, unless they are under way; of what lies on the host, behind its copies."""
         if pending.issued is None:
+            self.fetch(pending)
             leaves, dtypes = self._typed(tree.leaves(pending.params))
+            buckets = self._buckets(leaves, dtypes)
+            copies = pending.fetched.arrived() if pending.fetched is not None and buckets else {}
             pending.issued = [
-                bucket.issue([local(leaves[i]) for i in members]) for bucket, members in self._buckets(leaves, dtypes)
+                bucket.issue([copies.pop(i) if i in copies else local(leaves[i]) for i in members])
+                for bucket, members in buckets
             ]
 
-    def _typed(self, leaves: Sequence[Tensor | Typed]) -> tuple[list[Any], list[torch.dtype]]:
-        """The tensors of leaves and the dtypes they are computed in."""
+    def _under_way(self, params: Tree | Pending) -> tuple[Tree, Fetched | None, list[Issued] | None]:
+        """Parameters, and what is under way for them: of a program with a `memory` all that they need."""
+        if not isinstance(params, Pending):
+            if self.memory is None:
+                return params, None, None
+            params = Pending(params=params)
+        if self.memory is not None:
+            self.issue(params)
+        return params.params, *params.take()
+
+    def _typed(self, leaves: Sequence[Any]) -> tuple[list[Any], list[torch.dtype]]:
+        """The tensors of leaves (handles) and the dtypes they are computed in; integers stay what they are."""
+        leaves = [x.leaf if isinstance(x, Hosted) else x for x in leaves]
         bare = [x.leaf if isinstance(x, Typed) else x for x in leaves]
-        own = [x.dtype if isinstance(x, Typed) else self.compute or x.dtype for x in leaves]
+        kept = [isinstance(x, Typed) or not x.is_floating_point() for x in leaves]
+        own = [x.dtype if is_kept else self.compute or x.dtype for x, is_kept in zip(leaves, kept, strict=True)]
         return bare, own
 
     def _buckets(self, leaves: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[tuple[Bucket, list[int]]]:

@@ -14,6 +14,17 @@ HOST_DEVICE = torch.device("cpu")
 HOST = "host memory"  # what plans count buffers of the host under, beside the memory of the device
 
 
+def is_pinned_for(device: torch.device) -> bool:
+    """Whether memory of the host is pinned for copies to and from a device."""
+    return device.type not in ("cpu", "meta")
+
+
+def complete(device: torch.device) -> None:
+    """Wait, on the host, until all copies to and from a device are complete."""
+    if is_pinned_for(device):
+        torch.accelerator.synchronize(device)
+
+
 @torch.library.custom_op("mmfn::counted_empty", mutates_args=())
 def counted_empty(x: Tensor, device: torch.device, site: str, is_pinned: bool = False) -> Tensor:
     """Memory without values for what `x` holds, counted by plans under `site`."""
@@ -51,8 +62,7 @@ class HostMemory:
     def take(self, x: Tensor, device: torch.device | None = None) -> Tensor:
         """A buffer for what `x` holds, for copies to and from `device` (default: that of x)."""
         found = self.free.get((x.dtype, x.shape))
-        is_pinned = (device or x.device).type not in ("cpu", "meta")
-        return found.pop() if found else counted_empty(x, HOST_DEVICE, HOST, is_pinned)
+        return found.pop() if found else counted_empty(x, HOST_DEVICE, HOST, is_pinned_for(device or x.device))
 
     def give(self, buffers: Sequence[Tensor]) -> None:
         """Buffers that `take` may hand out again."""
@@ -61,7 +71,7 @@ class HostMemory:
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Arrival:
         """Copy (to, from) pairs behind all that the current stream was given; the caller keeps both until then."""
-        device = next((x.device for pair in pairs for x in pair if x.device.type not in ("cpu", "meta")), None)
+        device = next((x.device for pair in pairs for x in pair if is_pinned_for(x.device)), None)
         if device is None:
             for to, source in pairs:
                 to.copy_(source)

@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _register_process_group, _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
 
 from mmfn.parallel.axis import Axis, Group, Transport
@@ -150,6 +151,7 @@ def distributed_mesh(layout: Layout, device_type: str = "cpu", timeout: timedelt
 def process_groups(timeout: timedelta | None = None, backend: str | None = None) -> Connect:
     """What connects real ranks: one process group for all axes over the same ranks, as groups hold sockets and memory.
 
+    ep has a name of its own for its group, by which recomputation tells its all-to-alls from those of other axes.
     `backend`: default that of torch.distributed's own group.
     """
     groups: dict[Partition, Group] = {}
@@ -159,9 +161,17 @@ def process_groups(timeout: timedelta | None = None, backend: str | None = None)
             ranks = list(map(list, partition))
             own, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend)  # type: ignore[no-untyped-call]
             groups[partition] = Group(own.group_name, own.size())
-        return groups[partition]
+        return _renamed(groups[partition], "ep") if name == "ep" else groups[partition]
 
     return connect
+
+
+def _renamed(group: Group, name: str) -> Group:
+    """The same process group under one more name."""
+    other = Group(f"{group.name}/{name}", group.size)
+    own = _resolve_process_group(group.name)  # type: ignore[arg-type]
+    _register_process_group(other.name, own)  # type: ignore[arg-type]
+    return other
 
 
 def single_mesh() -> Mesh:

@@ -12,30 +12,43 @@ from torch.autograd.graph import saved_tensors_hooks
 from mmfn import tree
 from mmfn.parallel.gather import Pending, Typed
 from mmfn.parallel.host_memory import Arrival, HostMemory, counted_empty
+from mmfn.parallel.hosted import Hosted
 from mmfn.parallel.prefetch import on_gradient
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.sharding import local
 
-OFFLOAD_KINDS = ("activations",)
+OFFLOAD_KINDS = ("activations", "parameters")
 LEAST_BYTES = 4096  # what is smaller stays: a copy costs more than it saves
 
 
 def offload(what: str) -> Transform:
-    """Keep on the host what blocks keep for their backward: `offload("activations")`.
+    """Keep on the host what blocks keep for their backward, or the parameters between their uses.
 
-    While a block runs, what the one before keeps is copied out, and freed when the block is done; when the gradient
-    reaches a block, what the one before keeps is copied back. So the device holds that of two blocks, and the last
-    block of a stack keeps its own. With `remat("full")` that is the blocks' inputs alone; what "selective" saves stays.
-    Weights a block has gathered are part of what it keeps, unless it is computed again.
+    "activations": while a block runs, what the one before keeps is copied out, and freed when the block is done; when
+    the gradient reaches a block, what the one before keeps is copied back. So the device holds that of two blocks, and
+    the last block of a stack keeps its own. With `remat("full")` that is the blocks' inputs alone; what "selective"
+    saves stays. Weights a block has gathered or fetched are part of what it keeps, unless it is computed again.
 
-    Copies run on a stream of their own through reused pinned buffers, and the host never waits. Placements do not
-    change. Raises ValueError for anything else (the state of an optimizer: `mmfn.train.optim.on_host`), and when the
-    program is lowered with `compiled("step")`.
+    "parameters": this rank's shards, or whole leaves (`mmfn.parallel.hosted.to_host`), are copied to the device when a
+    block gathers them, the frozen ones too. The copies are freed when it is done with them: with `remat` at the end of
+    its forward, and again of its backward; without, or with `keep_gathered`, of its backward alone. With `prefetch` the
+    copies of the next block are under way while one runs. So with `remat("full")` the device holds, in place of all
+    parameters, those of two blocks (of several ranks: gathered, and the shards of a third), embedding or head while in
+    use, and from their forward on those of what is no block and keeps them for its backward (mergers of a tower).
+    Gradients stay on the device until the update, which moves groups of leaves: the optimizer must be wrapped in
+    `on_host(..., what=("parameters",))`. A compiled block's copies are part of its graph, and none of them ahead.
+
+    Copies run on a stream of their own from and to pinned memory, and the host never waits. Placements do not change.
+    Raises ValueError for anything else (the state of an optimizer: `mmfn.train.optim.on_host`), and when the program is
+    lowered with `compiled("step")`.
     """
     if what not in OFFLOAD_KINDS:
-        raise ValueError(f"offload({what!r}) is unknown; use 'activations', and on_host for an optimizer's state")
+        kinds = " or ".join(map(repr, OFFLOAD_KINDS))
+        raise ValueError(f"offload({what!r}) is unknown; use {kinds}, and on_host for an optimizer's state")
 
     def transform(program: Program) -> Program:
+        if what == "parameters":
+            return noted(replace(program, is_hosted=True), "offload: parameters to the host")
         stack = offloaded(program.ops.stack, HostMemory())
         done = replace(program, ops=replace(program.ops, stack=stack), is_offloaded=True)
         return noted(done, "offload: activations to the host")
@@ -55,6 +68,8 @@ def offloaded(stack: Callable[..., Any], memory: HostMemory) -> Callable[..., An
                 before.send()
             with saved_tensors_hooks(own.pack, own.unpack):
                 x, out = run(block, params, x, *xs)
+            if not x.requires_grad:
+                own.kept.clear()  # of a frozen block: no gradient comes to bring it back
             last.append(own)
             if before is not None:
                 before.release()
@@ -168,7 +183,7 @@ def _storages(values: Any) -> set[int]:
     for value in tree.leaves(values):
         if isinstance(value, Pending):
             found |= _storages(value.params)
-        elif isinstance(value, Typed):
+        elif isinstance(value, Typed | Hosted):
             found |= _storages(value.leaf)
         elif isinstance(value, Tensor):
             found.add(local(value).untyped_storage()._cdata)

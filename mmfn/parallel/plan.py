@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mmfn import tree
 from mmfn.ops.flops import FORMULAS
@@ -13,7 +13,7 @@ from mmfn.parallel import devices
 from mmfn.parallel.devices import Device, Time, Transfer
 from mmfn.parallel.mesh import Layout, Mesh
 from mmfn.parallel.sharding import local, sharding_of
-from mmfn.parallel.trace import CATEGORIES, Trace
+from mmfn.parallel.trace import CATEGORIES, UPDATE, Trace
 from mmfn.tree import Tree
 
 
@@ -114,8 +114,9 @@ def make_plan(
     balance: Mapping[str, float],
     notes: Sequence[str],
     assumptions: Sequence[str],
+    ahead: Container[str] = (),
 ) -> Plan:
-    """A plan from what was traced and what is known of the leaves."""
+    """A plan from what was traced and what is known of the leaves. `ahead`: sites whose transfers run beside work."""
     mark = max(trace.peaks, key=lambda m: trace.peaks[m].total)
     peak = trace.peaks[mark]
     phases = {phase: 0 for phase, *_ in trace.peaks}
@@ -134,8 +135,13 @@ def make_plan(
         )
         for key, count in sorted(trace.count.items(), key=lambda item: str(item[0]))
     ]
-    transfers = [Transfer(site=c.site, wire_bytes=c.wire_bytes, is_inside_node=c.is_inside_node) for c in collectives]
-    state_bytes = sum(leaf.parameter_bytes for leaf in leaves if leaf.gradient_bytes)  # frozen leaves are not updated
+    transfers = [
+        Transfer(wire_bytes=c.wire_bytes, is_inside_node=c.is_inside_node, is_ahead=c.site in ahead)
+        for c in collectives
+    ]
+    update_flops = sum(n for (phase, _), n in trace.flops.items() if phase == UPDATE)
+    trained = [leaf for leaf in leaves if leaf.gradient_bytes]
+    update_bytes = sum(2 * (leaf.parameter_bytes + leaf.optimizer_bytes) + leaf.gradient_bytes for leaf in trained)
     return Plan(
         title=title,
         layout=asdict(mesh.layout),
@@ -150,7 +156,7 @@ def make_plan(
         peak_parts={name: peak.parts[name] for name in CATEGORIES if peak.parts.get(name)},
         phase_peaks=phases,
         host_bytes=trace.host_bytes,
-        time=devices.predict(sum(trace.flops.values()), state_bytes, transfers, device),
+        time=devices.predict(sum(trace.flops.values()) - update_flops, update_flops, update_bytes, transfers, device),
         balance=dict(balance),
         notes=tuple(notes),
         assumptions=tuple(assumptions),
@@ -186,14 +192,11 @@ def plan_leaves(params: Tree, opt: Tree, specs: Tree, mesh: Mesh, gradient_items
 def from_json(text: str, source: str = "the plan") -> Plan:
     """The plan of `Plan.to_json`. Raises ValueError for other text."""
     try:
-        values = json.loads(text)
-        lists = {"leaves": Leaf, "collectives": Collective, "work": Work}
-        for name, kind in lists.items():
-            values[name] = tuple(kind(**_tuples(entry)) for entry in values[name])
-        for name in ("notes", "assumptions"):
-            values[name] = tuple(values[name])
-        return Plan(**{**values, "time": Time(**values["time"])})
-    except (ValueError, TypeError, KeyError) as error:
+        found: Plan = _typed(Plan, json.loads(text), "plan")
+        devices.device(found.device)
+        Layout(**found.layout)
+        return found
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{source} is no plan ({error}); write one with mmfn plan CONFIG --json FILE") from error
 
 
@@ -247,8 +250,23 @@ def size(num_bytes: float) -> str:
     raise AssertionError
 
 
-def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """A value of JSON as a dataclass, tuple, dict or scalar of an annotation. Raises ValueError where it is none."""
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        required = {field.name for field in fields(kind) if field.default is MISSING}
+        if wrong := sorted((required - value.keys()) | (value.keys() - hints.keys())):
+            raise ValueError(f"{name} has {wrong[0]!r} missing or too much")
+        made: Any = kind
+        return made(**{key: _typed(hints[key], item, key) for key, item in value.items()})
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(inner[0], item, name) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(inner[1], item, key) for key, item in value.items()}
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{name} is {str(value)[:50]!r} but should be of type {getattr(kind, '__name__', kind)}")
+    return value
 
 
 def _lines(p: Plan) -> list[str]:

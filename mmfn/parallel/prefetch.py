@@ -25,24 +25,24 @@ def prefetched(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:
     `in_backward`: blocks that are computed again gather again; then the gather of the block before is started when the
     gradient reaches a block. There is at most one gather ahead, and each is taken by the block it is for; in a group
     of blocks that are run as one, it is that of the second block, or (backward) of the first. Eager only: what is under
-    way is noted in `Pending`, which a graph cannot hold.
+    way is noted in `Pending`, which a graph cannot hold. Where parameters lie on the host their copies are started with
+    the gather on one device, and one block before it on several, so that the gather does not wait for them.
     """
+    is_on_several = gather.mesh.layout.world > 1
 
     def ahead(run: Run, block: Any, layers: Sequence[Tree], x: Tensor, *xs: Any, **kwargs: Any) -> Any:
         pending = [Pending(params=params) for params in layers]
-        behind = iter([*pending[1:], None])
+        rest = list(pending)  # blocks to run, from the next one on
         again: list[Pending] = []  # blocks to compute again, so far
 
         def run_ahead(block: Any, own: Own, *xs: Any) -> tuple[Tensor, Any]:
             members = own if isinstance(own, list) else [own]
-            following = [next(behind) for _ in members][-1:]
-            for soon in [*members, *following][:2]:
-                if soon is not None:
-                    gather.issue(soon)
+            _start(gather, rest, is_on_several)
+            del rest[: len(members)]
             x, out = run(block, own, *xs)
             if in_backward and isinstance(block, Recomputed) and x.requires_grad:  # a frozen stack has no backward
                 again.append(members[0])
-                x = on_gradient(x, partial(_issue, gather, again[-1:-3:-1]))
+                x = on_gradient(x, partial(_start, gather, again[-1:-4:-1], is_on_several))
             return x, out
 
         return stack(run_ahead, block, pending, x, *xs, **kwargs)
@@ -50,9 +50,12 @@ def prefetched(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:
     return ahead
 
 
-def _issue(gather: Gather, blocks: Sequence[Pending]) -> None:
-    for pending in blocks:
+def _start(gather: Gather, blocks: Sequence[Pending], is_on_several: bool) -> None:
+    """Start the gathers of two blocks, and the copies for that of the third."""
+    for pending in blocks[:2]:
         gather.issue(pending)
+    for pending in blocks[2:3] if is_on_several else ():
+        gather.fetch(pending)
 
 
 def on_gradient(x: Tensor, call: Callable[[], None]) -> Tensor:

@@ -18,6 +18,7 @@ from mmfn.batch import Batch
 from mmfn.ops import Ops, portable
 from mmfn.parallel.axis import psum
 from mmfn.parallel.gather import Gather, typed
+from mmfn.parallel.host_memory import HostMemory
 from mmfn.parallel.mesh import Layout, Mesh, single_mesh
 from mmfn.parallel.prefetch import kept, prefetched
 from mmfn.tree import Tree
@@ -49,7 +50,7 @@ class Program:
     `reduce_dtype`: of gathered parameters and of gradient sums (None: the leaf's own, and the compute dtype).
     `is_head_sharded`: the loss takes a rank's rows of the head. `prefetch` and `keep_gathered`: when whole weights are
     made (see `data_parallel`). `period` and `num_special`: blocks of the text are treated alike in periods of so many,
-    behind so many that are not. `is_offloaded`: activations lie on the host.
+    behind so many that are not. `is_offloaded`: activations lie on the host; `is_hosted`: parameters do.
     `compile` is "none", "layer" or "step" and `backend` the one torch.compile is given;
     `compiler`: settings of torch's compiler that the program's ops need. `watch` is applied to the lowered table, last:
     a plan labels ops by it. `notes` say what each transform did.
@@ -64,11 +65,12 @@ class Program:
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     is_head_sharded: bool = False
-    prefetch: bool = False
+    prefetch: bool = True
     keep_gathered: bool = False
     period: int = 1
     num_special: int = 0
     is_offloaded: bool = False
+    is_hosted: bool = False
     compile: str = "none"
     backend: str | Callable[..., Any] = "inductor"
     compiler: Mapping[str, bool] = field(default_factory=dict)
@@ -125,19 +127,22 @@ def lower(program: Program) -> Program:
             raise ValueError(f"layout {layout}: no transform takes care of {name}; add {transform}")
     if program.is_head_sharded and program.compile == "step":
         raise ValueError("a step with a sharded head is no single graph; use compiled('layer') or gather the head")
-    if program.is_offloaded and program.compile == "step":
-        raise ValueError(
-            "offload('activations') moves memory between the blocks of a step but compiled('step') makes it one graph; "
-            "use compiled('layer')"
-        )
+    for what, is_moved in (("activations", program.is_offloaded), ("parameters", program.is_hosted)):
+        if is_moved and program.compile == "step":
+            raise ValueError(
+                f"offload({what!r}) moves memory between the blocks of a step but compiled('step') makes it one graph; "
+                "use compiled('layer')"
+            )
     ops = program.ops
     if program.compile == "layer":
         ops = replace(ops, layer=program.jit(ops.layer))
     dtypes = [spec.compute for spec in tree.leaves(program.specs)]
     if any(dtypes):
         program = replace(program, enter=partial(typed, dtypes=dtypes))
-    if layout.world > 1 or program.compute_dtype is not None or any(dtypes):
+    if layout.world > 1 or program.is_hosted or program.compute_dtype is not None or any(dtypes):
         gather = Gather(mesh=program.mesh, compute=program.compute_dtype, reduce=program.reduce_dtype)
+        if program.is_hosted and (program.compile == "none" or program.keep_gathered):  # else it is part of a graph
+            gather = replace(gather, memory=HostMemory())
         gather_head = replace(gather, is_sharded=program.is_head_sharded)
         stack = _weights_in_time(program, ops.stack, gather)
         ops = replace(ops, gather=gather, gather_head=gather_head, stack=stack)
@@ -148,6 +153,8 @@ def lower(program: Program) -> Program:
 
 def _weights_in_time(program: Program, stack: Callable[..., Any], gather: Gather) -> Callable[..., Any]:
     """`ops.stack` with gathers ahead, and outside of blocks, as the program's facts say."""
+    if program.mesh.layout.world == 1 and not program.is_hosted:
+        return stack
     is_outside = program.keep_gathered and program.compile != "step"
     if program.prefetch and (is_outside or program.compile == "none"):
         stack = prefetched(stack, gather, in_backward=not program.keep_gathered)

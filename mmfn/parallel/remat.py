@@ -1,6 +1,6 @@
 """`remat`: what blocks compute is computed again in the backward instead of being kept."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mmfn import tree
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.recompute import Recomputed
 
 REMAT_KINDS = ("none", "full", "selective", "uniform", "block")
+ALL_TO_ALL = ("_c10d_functional::all_to_all_single", "mmfn::all_to_all")  # of these, only the calls on ep are meant
 OPERATORS = {
     "attention": (
         "mmfn::attention",
@@ -25,6 +27,7 @@ OPERATORS = {
     ),
     "experts": ("mmfn::grouped_linear",),
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "exchange": (*ALL_TO_ALL, "mmfn::host_copy"),
 }
 """What "selective" can keep: the name of an op -> the torch operators whose results are its own."""
 
@@ -35,15 +38,17 @@ def remat(kind: str, *, save: Sequence[str] = (), every: int = 1, num_layers: in
     Kinds: "full", all blocks, each from its own input; "selective", the same but for the results of ops named in `save`
     (see `OPERATORS`); "uniform", groups of `num_layers` blocks, each from the input of its first (groups end where
     something happens between two blocks, as deepstack features); "block", only the first `num_layers` blocks; "none".
+    In `save`, "exchange" is what arrives by the all-to-alls of ep, and the host's read of how many rows: so none of
+    them is repeated. "experts" beside it spares the products whose results are sent back.
     `every`: of so many blocks only the first is computed again ("full" and "selective"). `where`: the stack it is for,
     such as "vision" or "text"; "all" for every one. Transforms for different stacks go side by side.
 
     Placements do not change. A block gathers its weights in its first line, so they are gathered again as well and
     never kept (`data_parallel(keep_gathered=True)` keeps them); the gradient is reduced once, as without.
-    Raises ValueError for an unknown kind, op or stack, and for settings the kind does not use.
+    Raises ValueError for an unknown kind, op or stack, for settings the kind does not use, and for "exchange" where
+    nothing is exchanged.
     """
     _check(kind, save, every, num_layers)
-    policy = partial(_policy, _overloads(save)) if save else None
 
     def transform(program: Program) -> Program:
         if kind == "none":
@@ -53,7 +58,7 @@ def remat(kind: str, *, save: Sequence[str] = (), every: int = 1, num_layers: in
             raise ValueError(
                 f"remat got where={where!r} but the model has stacks {stacks or 'none'}; use one, or 'all'"
             )
-        inner = program.ops.stack
+        inner, policy = program.ops.stack, _policy_of(save, program, where) if save else None
 
         def stack(run: Any, block: Any, layers: Sequence[Any], *xs: Any, name: str = "", **kwargs: Any) -> Any:
             if where not in ("all", name):
@@ -128,13 +133,29 @@ def _spans(num_layers: int, size: int, ends: Container[int]) -> list[tuple[int, 
     return spans
 
 
-def _policy(kept: frozenset[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy_of(save: Sequence[str], program: Program, where: str) -> Callable[..., CheckpointPolicy]:
+    """What is kept of a stack. Raises ValueError for "exchange" where nothing is exchanged."""
+    names, ep = [name for op in save for name in OPERATORS[op]], program.mesh["ep"]
+    if "exchange" in save:
+        if ep.transport is None:
+            raise ValueError("remat got save 'exchange' but ep is 1, so that no rows are exchanged; leave it out")
+        if where != "all" and all(leaf.axes[0] != "experts" for leaf in tree.leaves(program.specs[where])):
+            raise ValueError(f"remat got save 'exchange' but the stack {where!r} has no experts; leave it out")
+    exchange = ep.transport.name if ep.transport is not None else ""
+    return partial(_policy, _overloads(names), _overloads(ALL_TO_ALL), exchange)
 
 
-def _overloads(save: Sequence[str]) -> frozenset[Any]:
-    """The default overloads of operators this torch has."""
-    names = [name.split("::") for op in save for name in OPERATORS[op]]
+def _policy(
+    kept: frozenset[Any], all_to_all: frozenset[Any], exchange: str, ctx: Any, op: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    """`kept`: operators; of those in `all_to_all` only the calls whose transport is named `exchange`."""
+    is_kept = op in kept and (op not in all_to_all or args[3] == exchange)
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _overloads(operators: Sequence[str]) -> frozenset[Any]:
+    """The default overloads of those this torch has."""
+    names = [name.split("::") for name in operators]
     packets = [getattr(getattr(torch.ops, space), name, None) for space, name in names]
     return frozenset(packet.default for packet in packets if packet is not None)
 

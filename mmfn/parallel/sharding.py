@@ -130,6 +130,18 @@ def whole_params(params: Tree, mesh: Mesh) -> Tree:
     return tree.unflatten(structure, [whole(leaf, mesh) for leaf in flat])
 
 
+def whole_on_host(params: Tree, mesh: Mesh, *, is_kept: bool) -> Tree:
+    """`whole` of every leaf in the host's memory, one after the other; without `is_kept` the leaves as they are.
+
+    All ranks must call it.
+    """
+    flat, structure = tree.flatten(params)
+    for i, leaf in enumerate(flat):
+        full = whole(leaf, mesh)
+        flat[i] = full.cpu() if is_kept else leaf
+    return tree.unflatten(structure, flat)
+
+
 def _join(part: Tensor, dim: int, num_rows: int, axis: Axis) -> Tensor:
     each = -(-num_rows // axis.size)
     front = part.movedim(dim, 0)

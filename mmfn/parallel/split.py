@@ -94,4 +94,5 @@ def split_tokens(batch: Batch, kind: str, mesh: Mesh) -> Batch:
         weights_T=batch.weights_T[order],
         feature_index_T=batch.feature_index_T[order],
         segment_T=batch.segment_T[order],
+        token_ids_T=batch.token_ids_T[order],
     )

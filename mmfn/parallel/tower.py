@@ -101,4 +101,5 @@ def _take(visual: Visual, frames: list[int], offsets: list[int], size: int) -> V
         patches_PF=pad(visual.patches_PF[order], (0, 0, 0, num_pads)),
         coords_P4=torch.cat([visual.coords_P4[order], pads_P4]),
         segments=Segments(offsets_N=torch.cat([ends, ends[-1:].expand(unused)])),
+        patch_ids_P=pad(visual.patch_ids_P[order], (0, num_pads), value=-1),
     )

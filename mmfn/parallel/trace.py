@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.ops import Ops, flops
 from mmfn.parallel import shapes
+from mmfn.parallel.axis import InProcess
 from mmfn.parallel.host_memory import HOST
 from mmfn.parallel.mesh import Layout, Mesh, Partition, make_mesh
 
@@ -42,6 +43,7 @@ _OF_SITE = {
     "head": "logits",
     "offloaded": "activations",
     "optimizer": "optimizer",
+    "parameters": "parameters",
 }
 _NAMES = {
     "gather": "weights",
@@ -50,6 +52,7 @@ _NAMES = {
 }  # sites of ops that are not called as the op is
 
 _COUNTED = torch.ops.mmfn.counted_empty.default  # an operator whose last argument is the site of what it makes
+_MOVED = torch.ops.mmfn.all_to_all.default  # a transport's own work: noted by it, at every call
 
 Mark = tuple[str, int, int]  # (phase, micro-batch, index of the call of `ops.layer` in it)
 
@@ -152,12 +155,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operator and note what it did."""
         kwargs = kwargs or {}
         self._turn()
-        out = shapes.run(func, types, args, kwargs) if self.is_fake else func(*args, **kwargs)
+        is_shaped = self.is_fake and func is not _MOVED
+        out = shapes.run(func, types, args, kwargs) if is_shaped else func(*args, **kwargs)
         if not types and (work := flops.count(func, args, kwargs)):
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor):
-                self.allocate(x, args[2] if func is _COUNTED else self.site)
+                self.allocate(x, args[2] if func is _COUNTED else "exchanged" if func is _MOVED else self.site)
         return out
 
     @property
@@ -320,11 +324,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "gradients"
         if a.site in _OF_SITE:
             return _OF_SITE[a.site]
+        if a.site == "exchanged" and not outlives:
+            return "communication"
         return "activations" if outlives else "temporaries"
 
 
 @dataclass(frozen=True)
-class Alike:
+class Alike(InProcess):
     """The transport of one rank that stands for all: every other rank is taken to hold the values this one holds.
 
     What is known stays known (counts, lengths) and what is a shape has the shape it would have.
@@ -350,12 +356,17 @@ class Alike:
         with self._call("all_reduce", x, site):
             return x * self.size
 
-    def all_to_all(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
-        """See `Transport`. With unequal sizes the rows that arrive are unknown, and given as zeros."""
+    def move(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        """See `InProcess`. With unequal sizes the rows that arrive are unknown, and given as zeros."""
         with self._call("all_to_all", x, site):
             own: Tensor = torch.split(x, list(in_sizes))[self.index]
             if set(out_sizes) == {own.shape[0]}:
                 return own.repeat(self.size, *[1] * (x.ndim - 1))
+            return x.new_zeros(sum(out_sizes), *x.shape[1:])
+
+    def shift(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        """See `Transport`."""
+        with self._call("shift", x, site):
             return x.new_zeros(sum(out_sizes), *x.shape[1:])
 
     def wait(self, x: Tensor) -> Tensor:

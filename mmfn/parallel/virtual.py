@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mmfn.parallel.axis import Transport
+from mmfn.parallel.axis import InProcess, Transport
 from mmfn.parallel.mesh import AXES, Layout, Mesh, Partition, make_mesh
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class _Channel:
 
 
 @dataclass(frozen=True)
-class _Threads:
+class _Threads(InProcess):
     """The transport of one rank on one axis."""
 
     axis: str
@@ -134,13 +134,19 @@ class _Threads:
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         return _sum(self._meet("all_reduce", x, site, x.shape))
 
-    def all_to_all(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+    def move(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        return self._move("all_to_all", x, out_sizes, in_sizes, site)
+
+    def shift(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        return self._move("shift", x, out_sizes, in_sizes, site)
+
+    def _move(self, name: str, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
         if sum(in_sizes) != x.shape[0]:
-            raise ValueError(f"all_to_all of {x.shape[0]} rows got in_sizes {list(in_sizes)}; they must add up to it")
-        met = self._meet("all_to_all", x, site, x.shape[1:], list(in_sizes))
+            raise ValueError(f"{name} of {x.shape[0]} rows got in_sizes {list(in_sizes)}; they must add up to it")
+        met = self._meet(name, x, site, x.shape[1:], list(in_sizes))
         own = [torch.split(other, sizes)[self.index] for other, sizes in met]
         if [part.shape[0] for part in own] != list(out_sizes):
-            raise ValueError(f"all_to_all expects {list(out_sizes)} rows but gets {[part.shape[0] for part in own]}")
+            raise ValueError(f"{name} expects {list(out_sizes)} rows but gets {[part.shape[0] for part in own]}")
         return torch.cat(own)
 
     def wait(self, x: Tensor) -> Tensor:

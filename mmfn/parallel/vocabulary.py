@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.ops import logit_chunks
-from mmfn.ops.cross_entropy import check_head, check_settings, chunk_rows, narrow, needed
+from mmfn.ops.cross_entropy import add_to_all_, check_head, check_settings, chunk_rows, narrow, needed
 from mmfn.ops.logit_chunks import Gradients, GradientsInForward, aligned, wide
 from mmfn.parallel.axis import Axis
 from mmfn.parallel.program import Program, Transform, noted
@@ -137,7 +137,10 @@ def _compute(
     labels_WN = part.from_all(F.pad(labels_T[index_N], tail))
     weights_WN = part.from_all(F.pad(own_weights_N, tail))
     buffer, own = own_weights_N.new_empty(V, axis.size * each), slice(axis.index * each, (axis.index + 1) * each)
-    loss, ce = own_weights_N.new_zeros(()), own_weights_N.new_zeros(())
+    loss, ce, smooth = own_weights_N.new_zeros(()), own_weights_N.new_zeros(()), None
+    if label_smoothing:
+        share = label_smoothing / part.num_vocabulary
+        smooth = logit_chunks.smoothing(x_TD, weight_VD, bias_V, index_N, own_weights_N, share=share, total=part.total)
     dx_TD = torch.zeros_like(x_TD) if needs[0] else None
     dw_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs[1] else None
     db_V = weight_VD.new_zeros(V, dtype=dtype) if needs[2] else None
@@ -151,18 +154,18 @@ def _compute(
         ce = ce + (row.ce_N * weights_N)[own].sum()
         scale_N = weights_N * row.scale_N
         if dx_TD is not None:
-            dx_ND = logit_chunks.input_grad(weight_VD, buffer, scale_N)
-            dx_TD[index] = axis.reduce_scatter(dx_ND, SITE)[: index.numel()].to(x_TD.dtype)
+            dx_ND = axis.reduce_scatter(logit_chunks.input_grad(weight_VD, buffer, scale_N), SITE)[: index.numel()]
+            if smooth is not None:
+                dx_ND.addr_(own_weights_N[start : start + each], smooth.x_D)
+            dx_TD[index] = dx_ND.to(x_TD.dtype)
         if db_V is not None:
             db_V += buffer @ scale_N
         if dw_VD is not None:
             logit_chunks.add_head_grad_(dw_VD, buffer, x_ND, scale_N)
-    if label_smoothing:
-        grads = (dx_TD, dw_VD, db_V)
-        share = label_smoothing / part.num_vocabulary
-        loss = loss + logit_chunks.smooth_(
-            grads, x_TD, weight_VD, bias_V, index_N, own_weights_N, share=share, total=part.total
-        )
+    if smooth is not None:
+        loss = loss + smooth.loss
+        add_to_all_(dw_VD, smooth.row_D)
+        add_to_all_(db_V, smooth.bias)
     return loss, ce, (dx_TD, narrow(dw_VD, weight_VD), narrow(db_V, weight_VD))
 
 

@@ -5,8 +5,8 @@ from. Relative paths mean the current directory. The settings themselves are dec
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,23 @@ import yaml
 from pydantic import ValidationError
 
 from mmfn.train.sections import Config, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What was given, not yet checked: `values[section][key]`, what it is from, and origins as those of `Loaded`."""
+
+    values: Mapping[str, Mapping[str, Any]]
+    path: Path
+    origins: Mapping[str, str]
+
+    def having(self, section: str, **values: Any) -> "Settings":
+        """The same with some values of a section replaced."""
+        return replace(self, values={**self.values, section: {**self.values.get(section, {}), **values}})
+
+    def overridden(self, overrides: Sequence[str]) -> "Settings":
+        """The same after `key=value` overrides in order. Raises ValueError for one that is none."""
+        return _with(self, map(_read_override, overrides))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +54,17 @@ class _Setting(NamedTuple):
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML with numbers as in YAML 1.2: plain SafeLoader reads 1e-3 as a string."""
+    """YAML with numbers as in YAML 1.2: SafeLoader reads 1e-3 as a string. A repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises yaml.YAMLError for a repeated key; what is merged by `<<` may be set again."""
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        mapping = super().construct_mapping(node, deep)
+        keys = [self.construct_object(key, deep=True) for key in own]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is set twice", own[i].start_mark)
+        return mapping
 
 
 _YamlLoader.add_implicit_resolver(
@@ -61,22 +88,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
     Raises ValueError: a file that is missing or no YAML mapping, an unknown or repeated key, a missing or wrong value.
     """
+    return check(read_settings(path, overrides))
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """The first half of `load_config`. Raises ValueError: no such file, no YAML mapping, an unknown or repeated key."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ValueError(f"cannot read config {str(path)!r}: {reason}; give the path of a YAML file") from error
-    settings = [*_read_file(text, str(path)), *map(_read_override, overrides)]
     nested: dict[str, dict[str, Any]] = {name: {} for name in ("model", "data", "optimizer", "train", "output")}
-    for key, value, _ in settings:
-        section, name = key.split(".")
-        nested.setdefault(section, {})[name] = value
-    origins = {key: origin for key, _, origin in settings}
+    settings = _with(Settings(values=nested, path=path, origins={}), _read_file(text, str(path)))
+    return settings.overridden(overrides)
+
+
+def check(settings: Settings) -> Loaded:
+    """The second half of `load_config`. Raises ValueError for a missing or wrong value."""
+    values, path, origins = settings.values, settings.path, settings.origins
     try:
-        return Loaded(config=Config.model_validate(nested), path=path, origins=origins)
+        return Loaded(config=Config.model_validate(values), path=path, origins=origins)
     except ValidationError as error:
-        raise ValueError(_sentence(error, str(path), nested, origins)) from error
+        raise ValueError(_sentence(error, str(path), values, origins)) from error
 
 
 def describe(loaded: Loaded) -> str:
@@ -85,10 +119,18 @@ def describe(loaded: Loaded) -> str:
     for name, section in loaded.config.model_dump(mode="json").items():
         lines.append(f"{name}:")
         for key, value in section.items():
-            text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+            text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+            text = text.removesuffix("\n").removesuffix("\n...")
             origin = loaded.origins.get(f"{name}.{key}", "default")
             lines.append(f"{f'  {key}: {text}':<60}  # {origin}")
     return "\n".join(lines) + "\n"
+
+
+def _with(settings: Settings, found: Iterable[_Setting]) -> Settings:
+    for key, value, origin in found:
+        section, name = key.split(".")
+        settings = replace(settings.having(section, **{name: value}), origins={**settings.origins, key: origin})
+    return settings
 
 
 def _read_file(text: str, source: str) -> list[_Setting]:
@@ -113,7 +155,9 @@ def _read_file(text: str, source: str) -> list[_Setting]:
             try:
                 settings.append(_Setting(key, loader.construct_object(node, deep=True), line))
             except _YAML_ERRORS as error:
-                raise ValueError(f"{line}: {key} is no valid YAML: {_reason(error)}; quote it if it is text") from error
+                raise ValueError(
+                    f"{line}: {key} is no valid YAML: {_reason(error)}; correct it, or quote it if it is text"
+                ) from error
     return settings
 
 
@@ -139,7 +183,7 @@ def _read_override(text: str) -> _Setting:
     except _YAML_ERRORS as error:
         raise ValueError(
             f"override: {key} is {value[:100]!r} but the value is no valid YAML: {_reason(error)}; "
-            "quote it if it is text"
+            "correct it, or quote it if it is text"
         ) from error
 
 

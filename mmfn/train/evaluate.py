@@ -128,7 +128,7 @@ def answer(
     """The greedy answer to one user message, decoded without special tokens.
 
     `images`: paths, in the order of the `<image>` marks in `prompt`; without marks they stand in front of it. Raises
-    ValueError when their numbers differ or an image does not decode.
+    ValueError when their numbers differ, an image does not decode or the logits are not finite.
     """
     text = prompt if "<image>" in prompt else "<image>" * len(images) + prompt
     entry = {"messages": [{"role": "user", "content": text}], "images": list(images)}

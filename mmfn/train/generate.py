@@ -24,13 +24,15 @@ def generate(
     *,
     eos_token_ids: Sequence[int] = (),
     ops: Ops | None = None,
+    check_finite: bool = True,
 ) -> list[list[int]]:
     """The most likely continuation of every row (segment) of a packed batch, token ids without the prompt.
 
     A row's list ends with the first of `eos_token_ids` it produces (which is included, as in transformers) or after
     `max_new_tokens`. All rows run until the last one is done. Segments of length zero are padding and have no list.
     Rope positions continue one behind the largest of the prompt, in all three coordinates. `ops` defaults to
-    `ops.portable()`. Raises ValueError when `max_new_tokens` is below 1 or the batch has no row.
+    `ops.portable()`. Raises ValueError when `max_new_tokens` is below 1 or the batch has no row and, unless
+    `check_finite` is false, when the logits of a first token are not finite.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens} but must be at least 1")
@@ -47,7 +49,10 @@ def generate(
     state = cache.Cache(layers=layers, slots=_prompt_slots(lengths_B, batch.tokens_T.numel(), num_columns - 1))
     output = model.family.apply(model.params, batch, model.cfg, table, cache=state)
     eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=offsets_N.device)
-    tokens_B = linear(output.hidden_TD[last_B], head_VD).argmax(-1)
+    logits_BV = linear(output.hidden_TD[last_B], head_VD)
+    if check_finite and not bool(logits_BV.isfinite().all()):
+        raise ValueError("the logits are not finite; the model's weights (or its adapter's) are damaged or diverged")
+    tokens_B = logits_BV.argmax(-1)
     steps, is_done_B = [tokens_B], torch.isin(tokens_B, eos)
     while len(steps) < max_new_tokens and not (len(eos_token_ids) and bool(is_done_B.all())):
         made = len(steps) - 1  # tokens behind the prompt that are already in the cache
@@ -100,10 +105,12 @@ def _decode_batch(tokens_B: Tensor, positions_B: Tensor, visual: Visual) -> Batc
         weights_T=torch.zeros(B, device=tokens_B.device),
         feature_index_T=torch.full_like(tokens_B, -1),
         segment_T=torch.arange(B, device=tokens_B.device),
+        token_ids_T=torch.full_like(tokens_B, -1),
         visual=Visual(
             patches_PF=visual.patches_PF[:0],
             coords_P4=visual.coords_P4[:0],
             segments=Segments(offsets_N=visual.segments.offsets_N[:1]),
+            patch_ids_P=visual.patch_ids_P[:0],
         ),
     )
 

@@ -1,7 +1,7 @@
 """`Guard`: which steps are skipped, decided on the device and counted in the state.
 
 A skipped step changes neither parameters nor the optimizer's state. The counters and the window are tensors of the
-training state, so a resumed run goes on counting, and no step waits for them.
+training state, so no step waits for them.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,15 @@ class Guard:
         return {**counters, "norms": torch.full((self.window,), torch.inf, device=device)}
 
     def judge(self, state: Tree, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tree]:
-        """`(is_taken, state)`: 0-D bool, and the state behind the step. `loss` and `norm`: 0-D, of the whole mesh."""
+        """`(is_taken, state)`: 0-D bool, and the state behind the step. `loss` and `norm`: 0-D, of the whole mesh.
+
+        Raises ValueError for a state that another guard has made.
+        """
+        if len(state.get("norms", ())) != self.window:
+            raise ValueError(
+                f"the guard looks for spikes in {self.window} steps but its state holds {len(state.get('norms', ()))}; "
+                "give init_state the guard that make_step gets"
+            )
         is_taken = torch.isfinite(norm) & torch.isfinite(loss)
         window: Tree = {}
         if (norms := state.get("norms")) is not None:

@@ -21,7 +21,8 @@ from mmfn.interop import adapter
 from mmfn.interop.hf import save_hf
 from mmfn.lora import merge
 from mmfn.model import Model
-from mmfn.parallel.sharding import whole_params
+from mmfn.parallel.hosted import to_device
+from mmfn.parallel.sharding import whole_on_host, whole_params
 from mmfn.spec import num_trained
 from mmfn.train import run_folder
 from mmfn.train.config import describe
@@ -33,6 +34,7 @@ from mmfn.train.report import render_report
 from mmfn.train.sections import TrainSection
 from mmfn.train.setup import Run
 from mmfn.train.step import Metrics, State
+from mmfn.tree import Tree
 
 RATE_STEPS = 20  # tokens per second are measured over so many steps
 Record = dict[str, Any]
@@ -42,7 +44,8 @@ Record = dict[str, Any]
 class Result:
     """What a run left behind. `train_s`: time of all steps, without preparation and evaluation.
 
-    `saved`: where the trained parameters are, by kind: "checkpoint", "adapter".
+    `model`: on the first rank with whole parameters, in the host's memory; on another with its shards. `saved`: where
+    the trained parameters are, by kind: "checkpoint", "adapter".
     """
 
     folder: Path
@@ -57,9 +60,10 @@ def run_training(run: Run, progress: Progress) -> Result:
     """Make the run folder, train, then write checkpoint, evaluation and report into it. The first rank writes.
 
     Every file but the growing metrics.jsonl appears complete or not at all; an earlier run stays in `previous` until
-    all of them are there. The run's parameters are consumed. At the end every rank holds the whole parameters, to
-    answer its part of the held-out set. Raises ValueError for data that turn out broken on the way (with
-    `data.check: all` there are none) and for a training that diverged, and OSError when the folder cannot be written.
+    all of them are there. The run's state is consumed. Parameters are saved first, made whole leaf by leaf in the first
+    rank's host memory; then, with a held-out set, every rank holds them whole on its device to answer its part of it.
+    Raises ValueError for data that turn out broken on the way (with `data.check: all` there are none) and for a
+    training that diverged, and OSError when the folder cannot be written.
     """
     config = run.loaded.config
     folder = run_folder.locate(config.output.path)
@@ -67,10 +71,14 @@ def run_training(run: Run, progress: Progress) -> Result:
     start = time.perf_counter()
     state = _train_recorded(run, folder, progress, records) if run.place.is_first else train(run, records.append)
     train_s = time.perf_counter() - start
-    params = ema_params(state) if config.output.weights == "ema" else state["params"]
-    model = replace(run.model, params=whole_params(params, run.place.mesh))
+    params = to_device(state["params"], run.place.device)  # where they may not lie (`layout.offload`)
+    params = ema_params({**state, "params": params}) if config.output.weights == "ema" else params
+    del state
+    run.state.clear()  # what comes now has the optimizer's memory
+    whole = whole_on_host(params, run.place.mesh, is_kept=run.place.is_first)
+    model = replace(run.model, params=whole)
     saved = _save(run, model, folder) if run.place.is_first else {}
-    evaluation = _evaluate(run, model, progress)
+    evaluation = _evaluate(run, params, progress)
     result = Result(folder=folder, saved=saved, model=model, records=records, evaluation=evaluation, train_s=train_s)
     if run.place.is_first:
         if evaluation is not None:
@@ -247,14 +255,15 @@ def _check_finite(result: Result) -> None:
         result.evaluation.check_finite()
 
 
-def _evaluate(run: Run, model: Model, progress: Progress) -> Evaluation | None:
+def _evaluate(run: Run, params: Tree, progress: Progress) -> Evaluation | None:
+    """Evaluation of trained parameters (this rank's shards), or None without a held-out set."""
     if run.held_out is None:
         return None
     if run.place.is_first:
         progress.say(f"evaluating {len(run.held_out)} held-out samples")
     chosen = run.loaded.config.eval
     return evaluate(
-        model,
+        replace(run.model, params=whole_params(params, run.place.mesh)),
         run.held_out,
         batch_samples=chosen.batch_samples,
         max_new_tokens=chosen.max_new_tokens,

@@ -126,14 +126,22 @@ def weigh(microbatches: Sequence[Batch], objective: Named, exchange: Exchange = 
     """All micro-batches of one step with `weights_T` and `aux_weight` set; only labels and segments are read.
 
     Weights are float32, or float64 where the batch's own `weights_T` are; zero where a token is not supervised. Raises
-    ValueError for an unknown objective or no micro-batch. Source: the loss types of MindSpeed-MM (`loss_cfg`).
+    ValueError for an unknown objective, no micro-batch, and a weighting that does not give one number per sample; one
+    that is not finite makes the loss so. Source: the loss types of MindSpeed-MM (`loss_cfg`).
     """
     if not microbatches:
         raise ValueError("weigh received no micro-batch; a global step needs at least one")
     width = max(b.num_segments for b in microbatches)
     counts_DAN, own = exchange(torch.stack([_counts(b, width) for b in microbatches]))
-    weights_AN = resolve(objective).weighting(counts_DAN)[own]
-    weighed = [_spread(b, weights_N) for b, weights_N in zip(microbatches, weights_AN.unbind(0), strict=True)]
+    weights_DAN = resolve(objective).weighting(counts_DAN)
+    is_tensor = isinstance(weights_DAN, Tensor)
+    if not is_tensor or weights_DAN.shape != counts_DAN.shape or not weights_DAN.is_floating_point():
+        given = f"{weights_DAN.dtype}{list(weights_DAN.shape)}" if is_tensor else type(weights_DAN).__name__
+        raise ValueError(
+            f"the weighting gave {given} for counts_DAN {list(counts_DAN.shape)}; return a floating tensor of that "
+            "shape, the weight of each token of a sample"
+        )
+    weighed = [_spread(b, weights_N) for b, weights_N in zip(microbatches, weights_DAN[own].unbind(0), strict=True)]
     return [replace(b, aux_weight=b.weights_T.new_full((), 1 / len(weighed))) for b in weighed]
 
 

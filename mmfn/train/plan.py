@@ -4,9 +4,11 @@ Nothing here knows what a model does: the step is built as training builds it an
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import lcm
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from mmfn.ops import Ops
 from mmfn.ops.cross_entropy import chunk_rows
 from mmfn.parallel import scaling
 from mmfn.parallel.devices import Device
+from mmfn.parallel.hosted import host_copy
 from mmfn.parallel.mesh import Layout, Mesh
 from mmfn.parallel.plan import Leaf, Plan, make_plan, plan_leaves
 from mmfn.parallel.program import Program
-from mmfn.parallel.sharding import shard_params
+from mmfn.parallel.sharding import local, shard_params
 from mmfn.parallel.trace import Recorder, Trace, recording_mesh
 from mmfn.spec import meta_params
 from mmfn.train.objective import Named
@@ -39,7 +42,8 @@ class Workload:
     """What every rank is given in a step.
 
     `tokens` per rank and micro-batch: a batch of cp ranks has cp times as many, cut into samples of `sample_tokens`
-    (the last may be shorter). A sample starts with an image of `image_side` x `image_side` patches, if it has room.
+    (the last may be shorter). A sample starts with an image of `image_side` x `image_side` patches, if it has room;
+    the side is rounded down to what the tower can merge.
     `segment_multiple`: see `mmfn.batch.pack`.
     """
 
@@ -50,9 +54,10 @@ class Workload:
     segment_multiple: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "sample_tokens", "micro_batches", "segment_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1; raise it")
+        least = {"tokens": 1, "sample_tokens": 1, "image_side": 0, "micro_batches": 1, "segment_multiple": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be at least {lowest}; raise it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +85,9 @@ def plan(
     mesh = recording_mesh(layout, rank, Recorder(is_fake=True))
     program = setup.build(setup.cfg, mesh)
     blocks = program.specs["text"]["layers"]
-    num_special = max(len(setup.cfg.vision.deepstack), program.num_special)
-    depths = None if all_layers else scaling.choose_depths(blocks, num_special, V, program.period)
+    reach = 2 if program.is_hosted and layout.world > 1 else 1  # how many blocks ahead something is started
+    num_special = max(len(setup.cfg.vision.deepstack), program.num_special) + reach - 1
+    depths = None if all_layers else scaling.choose_depths(blocks, num_special, V, lcm(program.period, reach))
     whole, shares = make_shares(setup, program)
     run = partial(trace_step, setup, layout, rank=rank, shares=shares)
     trace, how = None, f"all {L} text blocks were traced"
@@ -103,7 +109,8 @@ def plan(
         tokens=setup.workload.tokens * setup.workload.micro_batches,
         balance=_balance(whole, shares[0], mesh["cp"].size),
         notes=[*program.notes, how],
-        assumptions=_assumptions(setup, program),
+        assumptions=_assumptions(setup, program, mesh["cp"].size),
+        ahead=("weights",) if program.prefetch else (),
     )
 
 
@@ -125,7 +132,8 @@ def trace_step(
     mesh = recording_mesh(layout, rank, recorder)
     cfg = replace(setup.cfg, num_layers=num_layers)
     program = _watched(setup.build(cfg, mesh), recorder)
-    step = make_step(setup.family, cfg, program, setup.objective, setup.optimizer, schedule=_constant())
+    seed = None if is_fake else 0
+    step = make_step(setup.family, cfg, program, setup.objective, setup.optimizer, schedule=_constant(), seed=seed)
     shares = shares or make_shares(setup, program, is_fake=is_fake)[1]
     with recorder:
         recorder.hold("batch", tree.leaves(list(shares)))
@@ -136,26 +144,24 @@ def trace_step(
 
 
 def make_shares(setup: Setup, program: Program, *, is_fake: bool = True) -> tuple[Batch, list[Batch]]:
-    """The batch of the ranks that share one, and the micro-batches of the program's rank: its share, repeated.
+    """The batch of the ranks that share one, and the micro-batches of the program's rank: its share and copies of it.
 
     With `is_fake` patches are on the meta device.
     """
     with Recorder(is_fake=is_fake):
         whole = make_batch(setup.family, setup.cfg, setup.workload, program.mesh["cp"].size)
-        return whole, [program.split(whole)] * setup.workload.micro_batches
+        share = program.split(whole)
+        return whole, [share, *(tree.map(torch.clone, share) for _ in range(setup.workload.micro_batches - 1))]
 
 
 def make_batch(family: Family, cfg: Any, workload: Workload, num_ranks: int) -> Batch:
     """The batch of `num_ranks` ranks that share one. Patches are on the meta device where a recorder runs."""
-    total, samples, vision = workload.tokens * num_ranks, [], cfg.vision
-    while total:
-        samples.append(_sample(min(workload.sample_tokens, total), cfg, workload.image_side))
-        total -= samples[-1].tokens_T.numel()
+    samples = [_sample(length, side, cfg) for length, side in _sizes(cfg, workload, num_ranks)]
     return pack(
         samples,
         [family.positions(sample, cfg) for sample in samples],
-        merge_size=vision.merge_size,
-        patch_values=vision.patch_values,
+        merge_size=cfg.vision.merge_size,
+        patch_values=cfg.vision.patch_values,
         segment_multiple=workload.segment_multiple,
     )
 
@@ -163,9 +169,9 @@ def make_batch(family: Family, cfg: Any, workload: Workload, num_ranks: int) -> 
 def balanced(ops: Ops) -> Ops:
     """The table with a router that deals tokens to the experts in turn: a plan does not know better."""
 
-    def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
-        weights_TX, experts_TX = ops.route(logits_TE, num_chosen)
-        return weights_TX, torch.arange(experts_TX.numel()).view(experts_TX.shape) % logits_TE.shape[1]
+    def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
+        weights_TX, experts_TX, probs_TE = ops.route(logits_TE, num_chosen)
+        return weights_TX, torch.arange(experts_TX.numel()).view(experts_TX.shape) % logits_TE.shape[1], probs_TE
 
     return replace(ops, route=route)
 
@@ -197,6 +203,8 @@ def _state(setup: Setup, program: Program, recorder: Recorder) -> dict[str, Any]
         params = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype), params)
     if program.mesh.layout.world > 1:
         params = shard_params(params, program.specs, program.mesh)
+    if program.is_hosted:
+        params = tree.map(lambda leaf: host_copy(leaf, local(leaf).device), params)
     recorder.phase = "optimizer"
     return init_state(params, setup.optimizer, program.specs)
 
@@ -242,25 +250,37 @@ def _watched(program: Program, recorder: Recorder) -> Program:
     return replace(program, watch=watch)
 
 
-def _sample(num_tokens: int, cfg: Any, side: int) -> Sample:
-    """An image and text behind it, or text alone where the image has no room. Text is supervised."""
+def _sizes(cfg: Any, workload: Workload, num_ranks: int) -> list[tuple[int, int]]:
+    """Of each sample of a batch its number of tokens and the side of its image in patches, 0 where it has none."""
+    total, longest, merge = workload.tokens * num_ranks, workload.sample_tokens, cfg.vision.merge_size
+    lengths = [longest] * (total // longest) + [total % longest] * (total % longest > 0)
+    features = (workload.image_side // merge) ** 2
+    return [(n, workload.image_side // merge * merge if features < n - 1 else 0) for n in lengths]
+
+
+def _sample(num_tokens: int, side: int, cfg: Any) -> Sample:
+    """An image and text behind it, or text alone. Text is supervised."""
     vision = cfg.vision
-    side -= side % vision.merge_size
-    features = (side // vision.merge_size) ** 2
     kinds_T = torch.full((num_tokens,), TEXT)
     images: tuple[Media, ...] = ()
-    if 0 < features < num_tokens - 1:
-        kinds_T[1 : 1 + features] = IMAGE
+    if side:
+        kinds_T[1 : 1 + (side // vision.merge_size) ** 2] = IMAGE
         images = (Media(patches_PF=torch.empty(side * side, vision.patch_values), grid=(1, side, side)),)
     tokens_T = torch.where(kinds_T == IMAGE, cfg.image_token_id, torch.arange(num_tokens) % cfg.vocab_size)
     labels_T = torch.where(kinds_T == IMAGE, IGNORE, tokens_T)
     return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images)
 
 
-def _assumptions(setup: Setup, program: Program) -> list[str]:
-    w = setup.workload
+def _assumptions(setup: Setup, program: Program, num_ranks: int) -> list[str]:
+    wanted, sizes = setup.workload.image_side, Counter(_sizes(setup.cfg, setup.workload, num_ranks))
+    kinds = [
+        f"{count} x {length:,} tokens {f'with an image of {side} x {side} patches' if side else 'of text'}"
+        for (length, side), count in sizes.items()
+    ]
+    if wanted and not any(side for _, side in sizes):
+        kinds.append(f"no image of {wanted} x {wanted} patches can be made or has room in a sample")
     found = [
-        f"samples of {w.sample_tokens:,} tokens with an image of {w.image_side} x {w.image_side} patches",
+        f"samples of a batch: {', '.join(kinds)}",
         "all text is supervised"
         + ("" if program.is_head_sharded else "; of the loss two chunks of rows are traced and count for all"),
         "other ranks do as this one does",

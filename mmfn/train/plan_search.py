@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,19 +22,20 @@ from mmfn.parallel.program import Program
 from mmfn.parallel.split import segment_multiple
 from mmfn.parallel.trace import Recorder, recording_mesh
 from mmfn.train import setup as training
-from mmfn.train.config import load_config
+from mmfn.train.config import Settings, check, read_settings
+from mmfn.train.effects import check_effects
 from mmfn.train.plan import Setup, Workload, plan
-from mmfn.train.recipe import build_optimizer
+from mmfn.train.recipe import build_optimizer, check_patterns
 from mmfn.train.sections import Config, LayoutSection
 
 SHARDS = (1, 2, 4, 8, 16)  # of a search: parameters are whole on a world's 1, 1/2, 1/4, ... of the ranks
 CP_SIZES = (1, 2, 4, 8)
-BARE = """\
-data: {train: unused, token_buckets: [1], patch_buckets: [1]}
-optimizer: {lr: 1e-5}
-train: {steps: 1}
-output: {path: unused}
-"""
+BARE: Mapping[str, Mapping[str, Any]] = {
+    "data": {"train": "", "token_buckets": [1], "patch_buckets": [1]},
+    "optimizer": {"lr": 1e-5},
+    "train": {"steps": 1},
+    "output": {"path": ""},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,27 +49,28 @@ class Request:
     all_layers: bool = False
 
 
-def read(path: str, overrides: Sequence[str]) -> Config:
-    """A run's YAML file, or a bare `config.json`: then the settings that a plan does not read are filled in."""
+def read(path: str, overrides: Sequence[str]) -> Settings:
+    """A run's YAML file, or a bare `config.json`: then the settings that a plan does not read are filled in.
+
+    Sizes are set by `with_world` or `candidates`, which then check the whole.
+    """
     if not path.endswith(".json"):
-        return load_config(path, overrides).config
+        return read_settings(path, overrides)
     if Path(path).name != "config.json":
         raise ValueError(f"{path!r} is read as a model's config.json; give a file of that name, or a run's YAML file")
-    with TemporaryDirectory() as folder:
-        bare = Path(folder) / "config.yaml"
-        bare.write_text(BARE, encoding="utf-8")
-        return load_config(bare, [f"model.path={Path(path).parent}", *overrides]).config
+    values = {**BARE, "model": {"path": str(Path(path).parent)}}
+    return Settings(values=values, path=Path(path), origins={}).overridden(overrides)
 
 
-def with_world(config: Config, world: int | None) -> Config:
-    """The config with dp set so that the layout has `world` ranks. Raises ValueError where none does."""
-    layout = config.layout
-    if world is None or layout.world == world:
-        return config
-    others = layout.replicate * layout.cp
-    if world < 1 or world % others:
-        raise ValueError(f"world {world} is no multiple of replicate * cp = {others}; change one of them")
-    return _with_layout(config, {**layout.model_dump(exclude_unset=True), "dp": world // others})
+def with_world(settings: Settings, world: int | None) -> Config:
+    """The checked config, with dp set so that the layout has `world` ranks. Raises ValueError where none does."""
+    given = settings.values.get("layout", {})
+    replicate, cp = (given.get(name, 1) for name in ("replicate", "cp"))
+    if world is not None and type(replicate) is type(cp) is int and min(replicate, cp) > 0:  # others `check` refuses
+        if world < 1 or world % (replicate * cp):
+            raise ValueError(f"world {world} is no multiple of replicate * cp = {replicate * cp}; change one of them")
+        settings = settings.having("layout", dp=world // (replicate * cp))
+    return check(settings).config
 
 
 def plan_config(request: Request) -> Plan:
@@ -83,6 +87,8 @@ def make_setup(request: Request) -> tuple[Setup, Layout]:
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
 
     specs = training.model_specs(config, found, cfg)
+    check_effects(config, cfg, specs)
+    check_patterns(config, specs)  # `without_rules` hides them from the optimizer
 
     def build(shallow: Any, mesh: Mesh) -> Program:
         blocks = specs["text"]["layers"][: shallow.num_layers]
@@ -113,46 +119,64 @@ def without_rules(config: Config) -> Config:
 
 
 def search(
-    request: Request, world: int, jobs: int | None = None, say: Callable[[str], None] = lambda line: None
+    requests: Sequence[Request], jobs: int | None = None, say: Callable[[str], None] = lambda line: None
 ) -> list[Plan]:
-    """Plans of all layouts of `world` ranks that the model can take; those that fit first, then by predicted time.
+    """Plans of requests that differ in their layouts; those that fit first, then by predicted time.
 
     Tokens per rank are the same for all, so the time of a step compares them. `jobs`: processes, default one per core.
-    `say` is given a line before the work. Raises ValueError where there is no layout.
+    `say` is given a line before the work, and one for each layout that cannot be planned and is left out. Raises
+    ValueError where that is all of them. An interrupt ends the processes.
     """
-    found = [replace(request, config=config) for config in candidates(request.config, world)]
-    if not found:
-        raise ValueError(
-            f"no layout of {world} ranks fits this model and the config's own layout settings; change one of them"
-        )
-    jobs = jobs or os.cpu_count() or 1
-    say(f"planning {len(found)} layouts of {world} ranks in {jobs} processes; layout settings that are given are kept")
-    context = multiprocessing.get_context("spawn")
+    device(requests[0].device)  # this and the next: what is wrong with any layout is found before work begins
+    make_setup(requests[0])
+    jobs = min(jobs or os.cpu_count() or 1, len(requests))
+    say(f"planning {len(requests)} layouts in {jobs} processes; layout settings that are given are kept")
+    context, before = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
-        plans = list(pool.map(plan_config, found))
+        try:
+            with _interrupts_ignored():  # by the processes too, which start here
+                results = pool.map(_plan_or_reason, requests)
+            found = list(results)
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+            raise
+    reasons = [(r.config.layout, x) for r, x in zip(requests, found, strict=True) if isinstance(x, str)]
+    for layout, reason in reasons:
+        say(f"left out {training.layout_of(layout)}, remat {layout.remat}: {reason}")
+    plans = [x for x in found if isinstance(x, Plan)]
+    if not plans:
+        raise ValueError(f"no layout can be planned: {reasons[0][1]}")
     return sorted(plans, key=lambda p: (not p.fits, p.time.total_s))
 
 
-def candidates(config: Config, world: int) -> Iterator[Config]:
+def candidates(settings: Settings, world: int) -> Iterator[Config]:
     """Configs that differ in their layout only, each one that the program accepts.
 
-    A layout setting that the config gives is kept, but for dp, which makes the world.
+    A layout setting that is given is kept, but for dp, which makes the world. Raises ValueError where there is none.
     """
-    family_, cfg = _model(config)
-    given = config.layout.model_dump(exclude_unset=True)
-    given.pop("dp", None)
-    seen = []
+    given = {name: value for name, value in settings.values.get("layout", {}).items() if name != "dp"}
+    family_, cfg = _model(check(replace(settings, values={**settings.values, "layout": {}})).config)
+    seen: list[LayoutSection] = []
+    reason = ""
     for values in _layouts(world, getattr(cfg, "moe", None)):
         try:
-            chosen = _with_layout(config, {**values, **given})
+            chosen = check(settings.having("layout", **{**values, **given})).config
             if chosen.layout in seen or chosen.layout.world != world:
                 continue
-            seen.append(chosen.layout)
             layout = training.layout_of(chosen.layout)
             training.build_program(chosen, family_, cfg, recording_mesh(layout, 0, Recorder(is_fake=True)))
-        except ValueError:
+        except ValueError as error:
+            reason = reason or str(error)
             continue  # what a layout or a model refuses is no candidate
+        seen.append(chosen.layout)
         yield chosen
+    if not seen:
+        because = f", the first because {reason}" if reason else ""
+        raise ValueError(
+            f"no layout of {world} ranks fits this model and the layout settings that are given{because}; change one "
+            "of them"
+        )
 
 
 def summary(plans: Sequence[Plan]) -> str:
@@ -181,8 +205,25 @@ def _layouts(world: int, moe: Any) -> Iterator[dict[str, Any]]:
                         yield {"replicate": part, "dp": shard // cp, "cp": cp, "ep": ep, "remat": remat, **kind}
 
 
-def _with_layout(config: Config, values: dict[str, Any]) -> Config:
-    return config.model_copy(update={"layout": LayoutSection.model_validate(values)})
+def _plan_or_reason(request: Request) -> Plan | str:
+    """The plan, or why there is none."""
+    try:
+        return plan_config(request)
+    except ValueError as error:
+        return str(error)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """In this process, and for good in those it starts meanwhile. Threads but the main one get no interrupts anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _model(config: Config) -> tuple[Family, Any]:

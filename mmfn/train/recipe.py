@@ -10,10 +10,13 @@ from mmfn.train.sections import Config, OptimizerSection, ScheduleGroup, Schedul
 from mmfn.tree import Tree
 
 
-def build_optimizer(config: Config, specs: Tree) -> optim.Transform:
-    """The optimizer for a program's parameters. Raises ValueError for values that do not fit together."""
+def build_optimizer(config: Config, specs: Tree, device: torch.device | None = None) -> optim.Transform:
+    """The optimizer for a program's parameters; `device`: where it updates them, default where they lie.
+
+    Raises ValueError for values that do not fit together.
+    """
     chosen = config.optimizer
-    _check_patterns(config, specs)
+    check_patterns(config, specs)
     average = [] if chosen.ema_decay is None else [optim.ema(chosen.ema_decay)]
     optimizer = optim.by_path(
         optim.chain(_writer(chosen, specs), *average),
@@ -23,8 +26,11 @@ def build_optimizer(config: Config, specs: Tree) -> optim.Transform:
         layer_decay=chosen.layer_decay,
     )
     clip = [] if chosen.clip_norm is None else [optim.clip_by_global_norm(chosen.clip_norm)]
-    optimizer = optim.master(optimizer) if chosen.master else optimizer
-    return optim.chain(*clip, optim.on_host(optimizer) if "optimizer" in config.layout.offload else optimizer)
+    if config.model.dtype == "bfloat16" and chosen.master is not False:
+        optimizer = optim.master(optimizer)
+    if what := set(config.layout.offload) & set(optim.HOST_KINDS):
+        optimizer = optim.on_host(optimizer, what=what, device=device)
+    return optim.chain(*clip, optimizer)
 
 
 def build_schedule(config: Config) -> Schedule:
@@ -56,7 +62,7 @@ def _writer(chosen: OptimizerSection, specs: Tree) -> optim.Transform:
     return optim.with_others(muon, adamw, specs)
 
 
-def _check_patterns(config: Config, specs: Tree) -> None:
+def check_patterns(config: Config, specs: Tree) -> None:
     """Raise ValueError for a pattern that matches no parameter, or none that is trained."""
     settings = {
         "optimizer.no_decay": config.optimizer.no_decay,

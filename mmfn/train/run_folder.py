@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from mmfn.train.config import Loaded
+from mmfn.train.config import Loaded, Settings
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "eval.json", "report.html", "adapter", "checkpoint")
 PREVIOUS = "previous"  # the run that was overwritten, whole
@@ -52,7 +52,7 @@ def check_output(loaded: Loaded) -> None:
             )
 
 
-def check_file(name: str, path: str, loaded: Loaded) -> None:
+def check_file(name: str, path: str, loaded: Loaded | Settings) -> None:
     """Raise ValueError unless a file can be written at `path`, replacing nothing the command reads."""
     _check_name(name, path)
     if not Path(path).parent.is_dir():
@@ -109,19 +109,19 @@ def _is_ours(name: str) -> bool:
     return name in (*RUN_FILES, PREVIOUS, _MOVING) or name.startswith(_SCRATCH)
 
 
-def _inputs(loaded: Loaded) -> dict[str, str]:
+def _inputs(given: Loaded | Settings) -> dict[str, str]:
     """Every path a run reads, by the setting that names it."""
-    data = loaded.config.data
+    values = given.values if isinstance(given, Settings) else given.config.model_dump()
+    model, data = values["model"], values["data"]
     paths = {
-        "the config file": str(loaded.path),
-        "model.path": loaded.config.model.path,
-        "model.adapter": loaded.config.model.adapter,
-        "data.train": data.train,
-        "data.eval": data.eval,
-        "data.root": data.root,
-        "data.template": data.template,
+        "the config file": str(given.path),
+        **{f"model.{name}": model.get(name) for name in ("path", "adapter")},
+        **{f"data.{name}": data.get(name) for name in ("train", "eval", "root", "template")},
     }
-    return {name: path for name, path in paths.items() if path is not None}
+    found = {name: path for name, path in paths.items() if isinstance(path, str)}
+    if "model.path" in found:
+        found["the model's config.json"] = os.path.join(found["model.path"], "config.json")
+    return found
 
 
 def _spellings(path: str | Path) -> set[Path]:

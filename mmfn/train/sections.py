@@ -20,6 +20,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
+    def is_changed(self, name: str) -> bool:
+        """Whether a setting differs from its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
 
 class ModelSection(Section):
     """What is trained."""
@@ -71,6 +75,8 @@ class DataSection(Section):
                 raise ValueError(f"{name} must increase, got {list(sizes)}")
         if self.max_tokens is not None and self.max_tokens > self.token_buckets[-1]:
             raise ValueError(f"max_tokens {self.max_tokens} is above the largest token bucket {self.token_buckets[-1]}")
+        if self.workers == 0 and self.is_changed("ahead"):
+            raise ValueError("ahead has no effect with workers 0; remove it or raise that")
         return self
 
 
@@ -132,7 +138,9 @@ class OptimizerSection(Section):
     moments_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of AdamW's moments; bfloat16 is rounded up or down at random"
     )
-    master: bool = Field(default=False, description="update float32 copies of bfloat16 parameters")
+    master: bool | None = Field(
+        default=None, description="update float32 copies of bfloat16 parameters, which lose small steps; null: true"
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="keep an average of the parameters over steps (output.weights); null: none"
     )
@@ -145,11 +153,11 @@ class OptimizerSection(Section):
             **dict.fromkeys(("adjust_lr", "muon_dtype"), self.kind != "muon"),
         }
         for name, is_idle in idle.items():
-            if is_idle and getattr(self, name) != type(self).model_fields[name].default:
+            if is_idle and self.is_changed(name):
                 raise ValueError(f"{name} has no effect with kind {self.kind!r}; remove it or change that")
         if self.no_decay and self.weight_decay == 0:
             raise ValueError("no_decay has no effect with weight_decay 0; remove it or set that")
-        if self.kind == "sgd" and self.nesterov and self.momentum == 0:
+        if self.kind != "adamw" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov has no effect with momentum 0; set it to false")
         return self
 
@@ -171,13 +179,14 @@ class LoraSection(Section):
         description="regexes over layers that get adapters; others: mlp/(gate|up|down), moe/experts/(gate_up|down)",
     )
     rslora: bool = Field(default=False, description="rank-stabilised: scale by alpha / sqrt(rank)")
-    dropout: Fraction = Field(default=0.0, description="only 0 is supported")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of an adapter's inputs that is zeroed in training; 0: none"
+    )
     keep: Patterns = Field(default=(), description="regexes over parameters that are trained as well, in full")
 
     @model_validator(mode="after")
     def _check(self) -> "LoraSection":
-        fields = type(self).model_fields
-        idle = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        idle = [name for name in type(self).model_fields if self.is_changed(name)]
         if self.rank is None and idle:
             raise ValueError(f"{idle[0]} has no effect without rank; set lora.rank or remove it")
         return self
@@ -192,7 +201,7 @@ class ScheduleShape(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleShape":
-        if self.kind == "constant" and "final_scale" in self.model_fields_set:
+        if self.kind == "constant" and self.is_changed("final_scale"):
             raise ValueError("final_scale has no effect with kind 'constant'; remove it or choose linear or cosine")
         return self
 
@@ -216,7 +225,7 @@ class TrainSection(Section):
 
     steps: PositiveInt = Field(description="optimizer steps")
     seed: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="decides the initial weights and the order of the data"
+        default=0, description="decides the initial weights, the order of the data and what is dropped"
     )
     compile: Literal["none", "layer", "step"] = Field(
         default="none", description="torch.compile: each block, the whole step"
@@ -235,7 +244,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSection":
-        if self.spike_window == 0 and self.spike_factor != type(self).model_fields["spike_factor"].default:
+        if self.spike_window == 0 and self.is_changed("spike_factor"):
             raise ValueError("spike_factor has no effect with spike_window 0; remove it or set that")
         return self
 
@@ -268,7 +277,7 @@ class LayoutSection(Section):
     remat_vision_save: Patterns = Field(default=("attention",), description="the same for the vision tower")
     remat_vision_every: PositiveInt = Field(default=1, description="the same for the vision tower")
     remat_vision_layers: PositiveInt = Field(default=1, description="the same for the vision tower")
-    offload: Annotated[tuple[Literal["activations", "optimizer"], ...], Tuple] = Field(
+    offload: Annotated[tuple[Literal["activations", "optimizer", "parameters"], ...], Tuple] = Field(
         default=(), description="what lies in the host's memory while the device does not need it"
     )
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
@@ -290,15 +299,16 @@ class LayoutSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "LayoutSection":
+        is_hosted = "parameters" in self.offload
         idle = {
             "kind": (self.cp == 1, "cp 1"),
             "ulysses": (self.kind != "usp", f"kind {self.kind!r}"),
             "capacity": (self.ep == 1, "ep 1"),
-            "prefetch": (self.dp * self.cp == 1, "dp 1 and cp 1"),
+            "prefetch": (self.dp * self.cp == 1 and not is_hosted, "dp 1 and cp 1, parameters on the device"),
             "head": (self.dp * self.cp == 1, "dp 1 and cp 1"),
             "keep_gathered": (
-                self.world == 1 or {self.remat, self.remat_vision} <= {"none", None},
-                "remat 'none' or one rank",
+                (self.world == 1 and not is_hosted) or {self.remat, self.remat_vision} <= {"none", None},
+                "remat 'none' or one rank with parameters on the device",
             ),
             "reduce_dtype": (self.world == 1, "one rank"),
             "timeout_s": (self.world == 1, "one rank"),
@@ -309,8 +319,12 @@ class LayoutSection(Section):
             idle[f"{key}_every"] = (kind not in ("full", "selective"), reason)
             idle[f"{key}_layers"] = (kind not in ("uniform", "block"), reason)
         for name, (is_idle, reason) in idle.items():
-            if is_idle and getattr(self, name) != type(self).model_fields[name].default:
+            if is_idle and self.is_changed(name):
                 raise ValueError(f"{name} has no effect with {reason}; remove it or change that")
+        if "exchange" in self.remat_save and self.ep == 1:
+            raise ValueError("remat_save 'exchange' has no effect with ep 1; remove it or change that")
+        if idle_ops := {"exchange", "experts"} & set(self.remat_vision_save):
+            raise ValueError(f"remat_vision_save {min(idle_ops)!r} has no effect, the tower has no experts; remove it")
         if len(set(self.offload)) < len(self.offload):
             raise ValueError(f"offload names one thing twice: {list(self.offload)}; name each once")
         if self.kind == "usp" and (self.ulysses in (1, self.cp) or self.cp % self.ulysses):
@@ -374,6 +388,12 @@ class Config(Section):
             if is_set and self.train.compile == "step":
                 chosen = getattr(self.layout, name)
                 raise ValueError(f"layout.{name} {chosen!r} needs train.compile 'none' or 'layer'; change one of them")
+        self._check_dtypes()
+        if self.data.eval is None:
+            idle = [f"eval.{name}" for name in EvalSection.model_fields if self.eval.is_changed(name)]
+            idle += ["output.report_images"] * self.output.is_changed("report_images")
+            if idle:
+                raise ValueError(f"{idle[0]} has no effect without data.eval; remove it or set that")
         if self.layout.compute_dtype == self.model.dtype:
             raise ValueError(f"layout.compute_dtype {self.model.dtype!r} has no effect, model.dtype says so; remove it")
         if self.model.adapter is not None and self.lora.rank is not None:
@@ -384,7 +404,7 @@ class Config(Section):
             raise ValueError(
                 "output.adapter 'separate' saves nowhere the base that model.init 'random' draws; choose merged or both"
             )
-        if self.optimizer.master and self.model.dtype == "float32":
+        if self.optimizer.master is not None and self.model.dtype == "float32":
             raise ValueError("optimizer.master has no effect with model.dtype 'float32'; remove it or choose bfloat16")
         if self.output.weights == "ema" and self.optimizer.ema_decay is None:
             raise ValueError("output.weights 'ema' needs averages; set optimizer.ema_decay or remove it")
@@ -405,3 +425,13 @@ class Config(Section):
                 f"schedule.warmup_steps {self.schedule.warmup_steps} must be below train.steps {self.train.steps}"
             )
         return self
+
+    def _check_dtypes(self) -> None:
+        """Raise ValueError for dtypes that change nothing where all is computed in float32."""
+        chosen = self.layout
+        rules = chosen.compute_rules or {}
+        if {chosen.compute_dtype or self.model.dtype, *rules.values()} != {"float32"}:
+            return
+        idle = {"compute_rules": chosen.compute_rules is not None, "reduce_dtype": chosen.reduce_dtype == "float32"}
+        for name in (name for name, is_idle in idle.items() if is_idle):
+            raise ValueError(f"layout.{name} has no effect where all is computed in float32; remove it")

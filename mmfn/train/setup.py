@@ -25,9 +25,11 @@ from mmfn.parallel.context_parallel import context_parallel
 from mmfn.parallel.data_parallel import data_parallel
 from mmfn.parallel.expert_parallel import expert_parallel
 from mmfn.parallel.host import wait_for_all
+from mmfn.parallel.host_memory import HOST_DEVICE
+from mmfn.parallel.hosted import to_host
 from mmfn.parallel.launch import Place, Ranks
 from mmfn.parallel.mesh import Layout, Mesh, single_mesh
-from mmfn.parallel.offload import offload
+from mmfn.parallel.offload import OFFLOAD_KINDS, offload
 from mmfn.parallel.precision import precision
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.program import Transform as ProgramTransform
@@ -40,6 +42,7 @@ from mmfn.train.config import Loaded
 from mmfn.train.data import Dataset, Loader, Processor, load_processor
 from mmfn.train.data.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from mmfn.train.data.tokenizer import read_json
+from mmfn.train.effects import check_effects
 from mmfn.train.objective import Objective, resolve
 from mmfn.train.recipe import build_guard, build_optimizer, build_schedule
 from mmfn.train.run_folder import check_output
@@ -91,6 +94,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     check_attention(config, place.device)
     model = load_shards(config, place)
     check_match(model, processor)
+    check_effects(config, model.cfg, model.family.specs(model.cfg))
     export.check_layout(model.family.specs(model.cfg), model.family.key_map(model.cfg), config.output.experts)
     eos = eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size)
     program = build_program(config, model.family, model.cfg, place.mesh)
@@ -98,7 +102,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
         say(note)
     if config.has_adapters and config.output.adapter != "merged":  # what peft's format cannot express is refused now
         adapter.stored(program.specs, model.family.specs(model.cfg), model.family.key_map(model.cfg))
-    step, state = build_step(config, model, program)
+    step, state = build_step(config, model, program, place.device)
     loader = build_loader(config, train_set, model, program)
     check_data(config, loader, train_set, held_out, place, say)
     wait_for_all(place.host["world"], "ready")
@@ -178,6 +182,8 @@ def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
     patterns = [*(parts[name] for name in config.freeze.parts), *config.freeze.patterns]
     frozen = freeze(specs, patterns) if patterns else specs
     lost = set(trained_paths(specs)) - set(trained_paths(frozen))
+    if patterns and not lost:
+        raise ValueError("freeze has no effect: LoRA already freezes all that it covers; remove it")
     if adapters := [path for path in lost if "/lora/" in path]:
         raise ValueError(
             f"freeze covers the adapter {min(adapters)!r} but LoRA already freezes the weights; leave the part out of "
@@ -208,13 +214,18 @@ def check_attention(config: Config, device: torch.device) -> None:
 
 
 def load_shards(config: Config, place: Place) -> Model:
-    """The model with this rank's shards. Every rank has the whole model in the host's memory while it cuts them."""
+    """The model with this rank's shards. Every rank has the whole model in the host's memory while it cuts them.
+
+    With `layout.offload` of parameters they stay in the host's memory, pinned for the device.
+    """
     is_alone, seed = place.mesh.layout.world == 1, config.train.seed
-    model = load_model(config.model, seed, place.device if is_alone else torch.device("cpu"))
+    device = HOST_DEVICE if "parameters" in config.layout.offload else place.device
+    model = load_model(config.model, seed, device if is_alone else HOST_DEVICE)
     specs = model_specs(config, model.family, model.cfg)
     params = add_adapters(model.params, specs, seed)
     if not is_alone:
-        params = tree.map(lambda leaf, s: shard(leaf, sharding_of(s, place.mesh), place.device), params, specs)
+        params = tree.map(lambda leaf, s: shard(leaf, sharding_of(s, place.mesh), device), params, specs)
+    params = to_host(params, place.device) if device != place.device else params
     return replace(model, params=params)
 
 
@@ -326,7 +337,7 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
         ),
         expert_parallel("dropless" if chosen.capacity is None else "capacity", capacity=chosen.capacity),
         *build_remat(chosen),
-        *(offload(what) for what in chosen.offload if what == "activations"),
+        *(offload(what) for what in chosen.offload if what in OFFLOAD_KINDS),
         data_parallel(prefetch=chosen.prefetch, keep_gathered=chosen.keep_gathered),
         compiled(config.train.compile),
     ]
@@ -364,12 +375,16 @@ def build_objective(chosen: ObjectiveSection) -> Objective:
     )
 
 
-def build_step(config: Config, model: Model, program: Program) -> tuple[Step, State]:
-    """The step of a config and the state before it."""
-    optimizer, guard = build_optimizer(config, program.specs), build_guard(config)
+def build_step(
+    config: Config, model: Model, program: Program, device: torch.device | None = None
+) -> tuple[Step, State]:
+    """The step of a config and the state before it; `device`: where it is computed, default where parameters lie."""
+    optimizer, guard = build_optimizer(config, program.specs, device), build_guard(config)
     objective, rate = build_objective(config.objective), build_schedule(config)
-    step = make_step(model.family, model.cfg, program, objective, optimizer, schedule=rate, guard=guard)
-    return step, init_state(model.params, optimizer, program.specs, guard)
+    step = make_step(
+        model.family, model.cfg, program, objective, optimizer, schedule=rate, guard=guard, seed=config.train.seed
+    )
+    return step, init_state(model.params, optimizer, program.specs, guard, device)
 
 
 def check_data(

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor
 from mmfn import tree
 from mmfn.batch import Batch
 from mmfn.grad import value_and_grad
+from mmfn.lora import salts_of
 from mmfn.models import Family
+from mmfn.parallel.host_memory import complete
+from mmfn.parallel.hosted import copy_of, handles, hosted, to_host
 from mmfn.parallel.mesh import Mesh
 from mmfn.parallel.program import Program, lower
 from mmfn.parallel.reduce import all_counts, norm_and_sums
@@ -34,12 +38,24 @@ Step = Callable[[State, Sequence[Batch]], tuple[State, Metrics]]
 Gradients = Callable[[Tree, Batch], tuple[Leaves, Metrics]]
 
 
-def init_state(params: Tree, optimizer: Transform, specs: Tree | None = None, guard: Guard = PLAIN) -> State:
+def init_state(
+    params: Tree,
+    optimizer: Transform,
+    specs: Tree | None = None,
+    guard: Guard = PLAIN,
+    device: torch.device | None = None,
+) -> State:
     """The state before the first step. It holds `params` themselves: a donating step overwrites them.
+
+    `device`: where steps are computed, needed where parameters are not there (default: where they are). An optimizer
+    that moves parameters finds them in the host's memory: those that do not lie there yet, pinned, are copied.
 
     On a mesh the optimizer runs on shards, and what it keeps for a leaf is placed as the leaf is. It keeps nothing for
     leaves that `specs` (those of the program; default: every leaf is trained) say are frozen.
     """
+    device = device or local(tree.leaves(params)[0]).device
+    if "parameters" in optimizer.on_host:
+        params = to_host(params, device)
     leaves = dict(tree.items(params))
     if specs is not None:
         leaves = {path: leaves[path] for path in trained_paths(specs)}
@@ -47,7 +63,7 @@ def init_state(params: Tree, optimizer: Transform, specs: Tree | None = None, gu
     return {
         "params": params,
         "opt": placed(opt, leaves),
-        "guard": guard.init(next(iter(leaves.values())).device),
+        "guard": guard.init(device),
         "step": torch.zeros((), dtype=torch.int64),
     }
 
@@ -62,6 +78,7 @@ def make_step(
     schedule: Schedule,
     guard: Guard = PLAIN,
     donate: bool = True,
+    seed: int | None = 0,
 ) -> Step:
     """Build `step(state, microbatches) -> (state, metrics)`.
 
@@ -74,17 +91,21 @@ def make_step(
     is the only place where that is decided. On a mesh, `microbatches` are this rank's shares (`program.split` of each),
     equally many on all ranks and with one number of segments, and the metrics those of the global batch.
 
+    `seed`: of the dropout masks of adapters, which are functions of (seed, step, path, token, feature) and so the same
+    on any mesh and in any split (None: masks without values, for a plan).
+
     Under `compiled("layer")` the update is one graph beside those of the blocks; under `compiled("step")` a step with
     one micro-batch is one graph, and one with several runs a graph per micro-batch and one for the update (one graph
     can recompute activations for one backward pass only).
 
-    Raises ValueError for an unknown objective, for optimizer patterns that match no parameter, and, when called, for
-    an empty list of micro-batches.
+    Raises ValueError for an unknown objective, for optimizer patterns that match no parameter, where only one of
+    program and optimizer takes parameters to lie on the host, and, when called, for an empty list of micro-batches.
     """
     program = lower(program)
+    _check_hosted(program, optimizer)
     paths = trained_paths(program.specs)
     places = [i for i, leaf in enumerate(tree.leaves(program.specs)) if not leaf.is_frozen]
-    exchange = partial(all_counts, mesh=program.mesh)
+    exchange, salts = partial(all_counts, mesh=program.mesh), salts_of(program.specs, seed)
     chosen = resolve(objective)
     gradients = _gradients(paths, places, family, cfg, program, chosen)
     is_compiled = program.compile != "none" and optimizer.is_traceable
@@ -93,9 +114,17 @@ def make_step(
     kernel = "traced" if is_compiled else "fused"
     apply_ = _apply(optimizer.update(facts_of(program.specs, program.mesh)), schedule, guard, kernel, program.mesh)
 
+    def ready(state: State, microbatches: Sequence[Batch]) -> list[Batch]:
+        """The micro-batches with the weights of their tokens, and what they drop in this step."""
+        weighed = weigh(microbatches, chosen, exchange)
+        if salts is None:
+            return weighed
+        own = salts(state["step"], weighed[0].tokens_T.device)
+        return [replace(batch, salts=own) for batch in weighed]
+
     def one(state: State, batch: Batch) -> tuple[State, Metrics]:
-        (weighed,) = weigh([batch], chosen, exchange)
-        return update(state, apply_, *gradients(state["params"], weighed))
+        (given,) = ready(state, [batch])
+        return update(state, apply_, *gradients(state["params"], given))
 
     def update(state: State, run: Callable[..., Any], grads: Leaves, sums: Metrics) -> tuple[State, Metrics]:
         leaves = {path: local(leaf) for path, leaf in zip(paths, _select(state["params"], places), strict=True)}
@@ -110,19 +139,34 @@ def make_step(
     @torch.no_grad()
     def step(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
         if not donate:
-            state = tree.map(lambda leaf: like(local(leaf).clone(), leaf), state)
+            if optimizer.on_host and microbatches:
+                complete(microbatches[0].tokens_T.device)  # copies to the host may be under way
+            state = tree.map(copy_of, state)
         with program.compiling():
             if program.compile == "step" and len(microbatches) == 1:
                 new, metrics = run_one(state, microbatches[0])
             else:
-                weighed = weigh(microbatches, chosen, exchange)
-                grads, sums = scan_gradients(run_gradients, state["params"], weighed)
+                grads, sums = scan_gradients(run_gradients, state["params"], ready(state, microbatches))
                 owned = dict(zip(grads, optim.own(list(grads.values())), strict=True))
                 new, metrics = update(state, run_apply, owned, sums)
         opt = tree.map(like, new["opt"], state["opt"])  # outside of any graph: it looks at memory
         return {"params": state["params"], "opt": opt, "guard": new["guard"], "step": state["step"] + 1}, metrics
 
     return step
+
+
+def _check_hosted(program: Program, optimizer: Transform) -> None:
+    is_moved = "parameters" in optimizer.on_host
+    if program.is_hosted and not is_moved:
+        raise ValueError(
+            "the program has offload('parameters') but the optimizer updates parameters on the device; wrap it in "
+            "on_host(..., what=('parameters',))"
+        )
+    if is_moved and not program.is_hosted:
+        raise ValueError(
+            "the optimizer is on_host(..., what=('parameters', ...)) but the program has its parameters on the device; "
+            "add offload('parameters') to it"
+        )
 
 
 def _select(params: Tree, places: Sequence[int]) -> list[Any]:
@@ -135,17 +179,19 @@ def _gradients(
 ) -> Gradients:
     """Gradients of the leaves at `places`: autograd knows of no others, and keeps nothing for what lies before them."""
 
-    def loss(trained: Sequence[Tensor], params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(trained: Sequence[Tensor], params: Tree, values: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
         leaves, structure = tree.flatten(params)
         for i, leaf in zip(places, trained, strict=True):
             leaves[i] = leaf
         given = program.enter(tree.unflatten(structure, leaves))
+        given = hosted(given, values) if program.is_hosted else given
         return loss_fn(given, batch, family, cfg, program.ops, objective)
 
     differentiate = value_and_grad(loss, has_aux=True)
 
     def gradients(params: Tree, batch: Batch) -> tuple[Leaves, Metrics]:
-        (_, metrics), grads = differentiate(_select(params, places), params, batch)
+        stands = handles(params, batch.tokens_T.device) if program.is_hosted else params
+        (_, metrics), grads = differentiate(_select(stands, places), stands, params, batch)
         return {path: local(grad) for path, grad in zip(paths, grads, strict=True)}, metrics
 
     return gradients

@@ -15,7 +15,7 @@ from torch import Tensor
 import mmfn
 from mmfn import tree
 from mmfn.interop import adapter
-from mmfn.lora import add_adapters, lora, merge
+from mmfn.lora import adapters_of, add_adapters, lora, merge
 from tests import oracles
 from tests.oracles import ATOL, RTOL
 
@@ -143,6 +143,38 @@ def test_an_adapter_saved_by_peft_loads_here(name: str, pairs: dict[str, Pair], 
     assert (want_TV - mmfn.logits(pair.model, pair.batch)).abs().max() > 0.05
 
 
+def test_dropout_is_written_and_read(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """It is a setting of training on, there and here; outside of training the adapter computes what it did."""
+    pair = pairs["qwen3_vl"]
+    model, specs = pair.adapted(CASES["attention"] | {"dropout": 0.15})
+    adapter.save(tmp_path / "adapter", model, specs)
+    theirs = pair.with_peft(tmp_path / "adapter")
+    assert theirs.peft_config["default"].lora_dropout == 0.15
+    drops = [m for name, m in theirs.named_modules() if name.endswith("lora_dropout.default")]
+    assert drops
+    assert {(type(m), m.p) for m in drops} == {(torch.nn.Dropout, 0.15)}
+    want_TV = oracles.real_logits(theirs.eval(), pair.inputs).detach()
+    again = adapter.load(tmp_path / "adapter", pair.model)
+    torch.testing.assert_close(mmfn.logits(again, pair.batch), want_TV, rtol=RTOL, atol=ATOL)
+    assert {x.dropout for x in adapters_of(again.params).values()} == {0.15}
+    assert adapter.read(tmp_path / "adapter", pair.plain, model.family.key_map(model.cfg)) == specs
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert adapter.read(tmp_path / "theirs", pair.plain, model.family.key_map(model.cfg)) == specs
+
+
+def test_neither_has_dropout_for_experts(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    pair = pairs["qwen3_vl_moe"]
+    config = peft.LoraConfig(target_modules=["k_proj"], target_parameters=["experts.down_proj"], lora_dropout=0.1)
+    with pytest.raises(ValueError, match="does not work with lora_dropout != 0"):
+        peft.get_peft_model(copy.deepcopy(pair.oracle), config)
+    adapter.save(tmp_path / "adapter", *pair.adapted(CASES["experts up"]))
+    stored = json.loads((tmp_path / "adapter" / adapter.CONFIG).read_text())
+    (tmp_path / "adapter" / adapter.CONFIG).write_text(json.dumps(stored | {"lora_dropout": 0.1}))
+    with pytest.raises(ValueError, match=r"dropout is 0.1 but '.*/experts/gate_up' is a stack of experts"):
+        adapter.load(tmp_path / "adapter", pair.model)
+
+
 def test_a_is_drawn_as_peft_draws_it(pairs: dict[str, Pair]) -> None:
     """Uniform with the variance 1 / (3 in) of `kaiming_uniform_(a=sqrt(5))`; b is zero, so nothing changes at first."""
     pair = pairs["qwen3_vl_moe"]
@@ -170,6 +202,13 @@ def test_a_is_drawn_as_peft_draws_it(pairs: dict[str, Pair]) -> None:
     assert torch.equal(mmfn.logits(replace(pair.model, params=params), pair.batch), mmfn.logits(pair.model, pair.batch))
 
 
+def test_adapters_are_no_part_of_a_checkpoint_until_they_are_merged(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    model, _ = pairs["qwen3_vl"].adapted(CASES["attention"])
+    with pytest.raises(ValueError, match=r"/lora/.* is in one of them only; pass mmfn.lora.merge\(params\)"):
+        mmfn.save_hf(tmp_path / "new", model)
+    mmfn.save_hf(tmp_path / "new", replace(model, params=merge(model.params)))
+
+
 @pytest.fixture
 def saved(pairs: dict[str, Pair], tmp_path: Path) -> Path:
     pair = pairs["qwen3_vl"]
@@ -186,9 +225,15 @@ def saved(pairs: dict[str, Pair], tmp_path: Path) -> Path:
         ({"peft_type": "IA3"}, "is 'IA3'"),
         ({"r": 0}, "has r 0"),
         ({"lora_alpha": "8"}, "lora_alpha '8'"),
+        ({"lora_alpha": float("inf")}, "lora_alpha inf; both must be positive numbers"),
+        ({"lora_alpha": 10**400}, "lora_alpha 10"),
+        ({"lora_alpha": True}, "lora_alpha True"),
+        ({"use_rslora": "false"}, "has use_rslora 'false', which must be true or false"),
         ({"init_lora_weights": "pissa"}, "changed its base by init_lora_weights 'pissa'"),
         ({"target_modules": "("}, "is no regular expression"),
         ({"target_modules": 3}, "has target_modules 3, which must be a list of names"),
+        ({"lora_dropout": 1.0}, r"has lora_dropout 1.0, which must be in \[0, 1\)"),
+        ({"lora_dropout": "a"}, "has lora_dropout 'a'"),
         ({"modules_to_save": "norm"}, "has modules_to_save 'norm', which must be a list of names"),
         ({"target_modules": ["c_attn"]}, "is no layer of this model"),
         ({"target_modules": ["q_proj"]}, "belongs to no parameter"),
@@ -254,7 +299,7 @@ def test_what_peft_cannot_express_is_refused(pairs: dict[str, Pair], saved: Path
     once = lora(pair.plain, rank=2, alpha=1, targets=LINEAR[:1])
     twice = lora(once, rank=3, alpha=1, targets=LINEAR[1:], keep=(r".*lora.*",))
     model = replace(pair.model, params=add_adapters(pair.model.params, twice, 0))
-    with pytest.raises(ValueError, match="needs adapters of one rank and alpha"):
+    with pytest.raises(ValueError, match="needs adapters of one rank, alpha and dropout"):
         adapter.save(tmp_path / "new", model, twice)
     with pytest.raises(ValueError, match="exists and is not an empty folder"):
         adapter.save(saved, *pair.adapted(CASES["attention"]))

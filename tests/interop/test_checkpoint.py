@@ -97,6 +97,20 @@ def test_dtype_is_as_stored_or_as_asked(oracle, tmp_path):
     assert type(oracle).from_pretrained(tmp_path / "again").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "bfloat16"])
+def test_dtypes_that_are_not_floating_are_refused(dtype, folder):
+    with pytest.raises(ValueError, match=rf"dtype is '?{dtype}'? but must be a floating torch.dtype of 16 bits"):
+        mmfn.load_hf(folder, dtype=dtype)
+    with pytest.raises(ValueError, match="but must be a floating torch.dtype"):
+        mmfn.init(oracles.config().to_dict(), dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", 1.5])
+def test_devices_that_are_not_there_are_refused(device, folder):
+    with pytest.raises(ValueError, match=r"device .* cannot be used by this torch .*; try 'cpu'"):
+        mmfn.load_hf(folder, device=device)
+
+
 def test_parameters_do_not_alias_the_file(folder):
     model = mmfn.load_hf(folder)
     before = (folder / "model.safetensors").read_bytes()

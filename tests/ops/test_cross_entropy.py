@@ -190,6 +190,20 @@ def test_narrow_dtypes_are_close_to_float64_and_the_head_gradient_is_summed_wide
         assert (a.double() - b).norm() <= 0.003 * b.norm()
 
 
+@pytest.mark.parametrize("num_vocabulary", [3, 64])
+@pytest.mark.parametrize("fn", [loss_of, traced])
+def test_input_gradient_with_smoothing_is_rounded_once(fn, num_vocabulary):
+    """Rounded before the share of smoothing is added and again behind it, the error is two to three times as large."""
+    leaves, labels, weights = draw(200, num_vocabulary, 32, torch.bfloat16, scale=0.3)
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    exact_loss = full_logits(*exact_leaves, labels, weights.double(), label_smoothing=1.0)
+    (exact, _), (found, _) = (
+        gradients(exact_loss, exact_leaves),
+        gradients(fn(*leaves, labels, weights, label_smoothing=1.0, chunk=64), leaves),
+    )
+    assert (found.double() - exact).norm() <= 1.1 * (exact.bfloat16().double() - exact).norm()
+
+
 def test_head_gradient_of_many_chunks_keeps_small_shares():
     """Summed in bfloat16, 512 equal shares would stop growing at 256."""
     T = 512

@@ -29,7 +29,7 @@ def test_equals_transformers(T, E, X, dtype):
     router.weight.data = torch.eye(E, dtype=dtype)  # the logits are the inputs
     logits_TE = draw(T, E, dtype).requires_grad_()
     _, want_TX, chosen_TX = router(logits_TE)
-    weights_TX, experts_TX = route(logits_TE, X)
+    weights_TX, experts_TX, _ = route(logits_TE, X)
     assert torch.equal(experts_TX, chosen_TX)
     assert torch.equal(weights_TX, want_TX)
     assert weights_TX.dtype == dtype
@@ -39,18 +39,23 @@ def test_equals_transformers(T, E, X, dtype):
 @pytest.mark.parametrize(("T", "E", "X"), SIZES)
 def test_equals_a_softmax_over_the_chosen(T, E, X):
     logits_TE = draw(T, E).requires_grad_()
-    (weights_TX, experts_TX), (want_TX, want_experts_TX) = route(logits_TE, X), route_reference(logits_TE, X)
+    weights_TX, experts_TX, probs_TE = route(logits_TE, X)
+    want_TX, want_experts_TX, want_TE = route_reference(logits_TE, X)
     assert torch.equal(experts_TX, want_experts_TX)
     torch.testing.assert_close(weights_TX, want_TX, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient(weights_TX, logits_TE), gradient(want_TX, logits_TE), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(probs_TE, want_TE, rtol=1e-12, atol=1e-12)
+    found, want = (gradient(fn(logits_TE, X)[2], logits_TE) for fn in (route, route_reference))
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(weights_TX.sum(-1), torch.ones(T, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_large_logits_do_not_overflow():
     logits_TE = torch.tensor([[1e4, 1e4 - 1, -1e4, 0.0]])
     for fn in (route, route_reference):
-        weights_TX, experts_TX = fn(logits_TE, 3)
+        weights_TX, experts_TX, probs_TE = fn(logits_TE, 3)
         assert experts_TX.tolist() == [[0, 1, 3]]
+        assert probs_TE.sum() == pytest.approx(1)
         assert weights_TX[0].tolist() == pytest.approx([0.731059, 0.268941, 0.0], abs=1e-5)
 
 

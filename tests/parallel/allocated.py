@@ -29,9 +29,7 @@ def allocated_peak(setup: planning.Setup, layout: Layout) -> tuple[int, int]:
     rate = schedule("constant", peak=1e-3, num_steps=1)
     step = make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)
     state, _ = step(state, batches)
-    is_on_host = not setup.optimizer.is_traceable
-    opt = [x for x in tree.leaves(state["opt"]) if not (is_on_host and x.ndim)]
-    held = _storages([local(x) for x in (*tree.leaves({**state, "opt": opt}), *tree.leaves(batches))])
+    held = _storages([local(x) for x in (*on_device(state, setup), *tree.leaves(batches))])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step(state, batches)
     alive, most = 0, 0
@@ -40,6 +38,13 @@ def allocated_peak(setup: planning.Setup, layout: Layout) -> tuple[int, int]:
         alive += event.nbytes()
         most = max(most, alive)
     return most, held
+
+
+def on_device(state: Any, setup: planning.Setup) -> list[torch.Tensor]:
+    """The leaves of a state that do not lie on the host."""
+    away = setup.optimizer.on_host
+    opt = [x for x in tree.leaves(state["opt"]) if not ("optimizer" in away and x.ndim)]
+    return tree.leaves({**state, "opt": opt, "params": [] if "parameters" in away else state["params"]})
 
 
 def _storages(tensors: list[torch.Tensor]) -> int:

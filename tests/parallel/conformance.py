@@ -22,7 +22,7 @@ from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.sharding import shard_params, whole
 from mmfn.parallel.virtual import Call, World, run_virtual
 from mmfn.spec import freeze
-from mmfn.train.optim import adamw, chain, clip_by_global_norm
+from mmfn.train.optim import adamw, chain, clip_by_global_norm, on_host
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
 from mmfn.tree import Tree
@@ -77,6 +77,9 @@ TRAINED: dict[str, Callable[[Tree], Tree]] = {  # specs -> specs: what is traine
         specs, rank=2, alpha=2.0, targets=[r".*/(qkv|q|o)"], is_rs=True, keep=[r"text/norm/weight"]
     ),
     "lora of the tower": lambda specs: lora(specs, rank=4, alpha=16.0, targets=[r"vision/layers/\d/mlp/up"]),
+    "lora with dropout": lambda specs: lora(
+        specs, rank=3, alpha=4.0, targets=[r".*/attention/(qkv|q|o)", r"vision/(merger|deepstack/0)/up"], dropout=0.3
+    ),
 }
 
 
@@ -145,6 +148,7 @@ def _sample(cfg: Any, seed: int, kinds: Sequence[int], *, supervised: bool) -> S
         images=tuple(media[IMAGE]),
         videos=tuple(media[VIDEO]),
         id=str(seed),
+        number=seed,
     )
 
 
@@ -185,7 +189,9 @@ def prepared(cell: Cell, mesh: Mesh, *, donate: bool = True) -> tuple[Step, Stat
     if mesh.layout.world > 1:
         params = shard_params(params, program.specs, mesh)
     # With beta1 = 0 the first moment is the clipped gradient. A large eps keeps the update smooth where it is tiny.
-    optimizer = chain(clip_by_global_norm(0.5), adamw(betas=(0.0, 0.9), eps=1e-3, weight_decay=0.1))
+    writer = adamw(betas=(0.0, 0.9), eps=1e-3, weight_decay=0.1)
+    writer = on_host(writer, 500, what=("parameters",)) if program.is_hosted else writer
+    optimizer = chain(clip_by_global_norm(0.5), writer)
     rate = schedule("constant", peak=1e-2, num_steps=1)
     step = make_step(model.family, model.cfg, program, "per_token_loss", optimizer, schedule=rate, donate=donate)
     own = program.split(batch_of(cell, mesh["batch"].index, mesh["batch"].size))

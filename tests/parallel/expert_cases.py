@@ -3,13 +3,16 @@
 Every rank has tokens of its own; one device takes those of all ranks, one rank's after the other's.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from mmfn import ops as tables
 from mmfn import tree
@@ -149,19 +152,44 @@ def on_real_ranks(layout: Layout, case: Case) -> dict[str, dict[str, Tensor]]:
 
 
 def compiled_on_real_ranks(
-    layout: Layout, cases: Sequence[Case], name: str
+    layout: Layout, cases: Sequence[Case], name: str, backend: str
 ) -> tuple[int, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """The number of graphs and the results of cases of one shape, one after the other, compiled and then eager."""
     mesh = distributed_mesh(layout)
-    compiled_program = build(mesh, *EAGER[name], compiled("layer", backend="aot_eager"))
+    compiled_program = build(mesh, *EAGER[name], compiled("layer", backend=backend))
     results = [on_mesh(compiled_program, case) for case in cases]
     num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return num_graphs, results, [on_mesh(build(mesh, *EAGER[name]), case) for case in cases]
 
 
+def exchanges_of_graphs(layout: Layout, case: Case, names: Sequence[str]) -> dict[str, list[dict[str, int]]]:
+    """Operators of the graphs of a compiled layer, forward and backward, that exchange rows or read on the host."""
+    mesh, found = distributed_mesh(layout), {}
+    for name in names:
+        counts: list[dict[str, int]] = []
+
+        def watch(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], counts: Any = counts) -> Any:
+            targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+            ran = Counter(target.name() for target in targets)
+            counts.append({op: ran[op] for op in (ALL_TO_ALL, READ) if ran[op]})
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=watch, partition_fn=min_cut_rematerialization_partition)
+        on_mesh(build(mesh, *EAGER[name], compiled("layer", backend=backend)), case)
+        found[name] = counts
+    return found
+
+
+ALL_TO_ALL, READ = "_c10d_functional::all_to_all_single", "aten::_local_scalar_dense"
 SHARES = ("loss", "aux_loss", "counts_E", "dropped")
 EAGER = {
     "dropless": (data_parallel(), expert_parallel()),
     "dropless, remat": (data_parallel(), expert_parallel(), remat("full")),
+    "dropless, exchange kept": (data_parallel(), expert_parallel(), remat("selective", save=("exchange",))),
     "capacity": (data_parallel(), expert_parallel("capacity")),
+    "capacity, exchange kept": (
+        remat("selective", save=("experts", "exchange")),
+        data_parallel(),
+        expert_parallel("capacity"),
+    ),
 }

@@ -11,6 +11,7 @@ from tests.parallel.conformance import BATCHES
 Case = dict[str, Any]
 """Settings of the section `layout`; "batch": a name in BATCHES; "moe": a model with experts; "trained": in TRAINED."""
 
+EXCHANGE_KEPT: Case = {"remat": "selective", "remat_save": ["attention", "exchange"]}
 FAST: list[Case] = [  # what no other test covers
     {"cp": 2, "kind": "gather", "ep": 2, "batch": "mixed"},
     {"cp": 4, "kind": "usp", "ulysses": 2, "ep": 2, "batch": "video"},
@@ -21,11 +22,15 @@ FAST: list[Case] = [  # what no other test covers
     {"replicate": 2, "dp": 2, "cp": 2, "kind": "gather", "ep": 2, "remat": "full", "batch": "mixed"},
     {"dp": 2, "cp": 2, "kind": "gather", "ep": 4, "capacity": 4.0, "batch": "first half unsupervised"},
     {"dp": 2, "cp": 2, "kind": "ring", "ep": 2, "remat": "full", "trained": "lora", "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "ring", "ep": 4, "remat": "full", "trained": "lora with dropout", "batch": "mixed"},
+    {"cp": 4, "kind": "usp", "ulysses": 2, "trained": "lora with dropout", "batch": "video"},
     {"dp": 3, "cp": 2, "kind": "gather", "remat": "full", "trained": "second block", "batch": "mixed"},
     {"dp": 2, "cp": 2, "kind": "ulysses", "moe": True, "head": "sharded", "batch": "first half unsupervised"},
     {"cp": 2, "kind": "ring", "remat": "uniform", "remat_layers": 2, "offload": ["activations"], "batch": "mixed"},
     {"dp": 2, "cp": 2, "kind": "gather", "remat": "block", "offload": ["activations"], "batch": "mixed"},
     {"dp": 2, "cp": 2, "kind": "ulysses", "remat": "selective", "remat_vision": "full", "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "ring", "ep": 2, "remat": "full", "offload": ["parameters"], "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "ulysses", "ep": 2, **EXCHANGE_KEPT, "batch": "first half without images"},
     {"cp": 2, "kind": "ulysses", "moe": True, "batch": "unsupervised"},
     {"cp": 4, "kind": "ring", "moe": True, "batch": "unsupervised"},
     {"dp": 2, "ep": 2, "batch": "unsupervised"},
@@ -100,8 +105,26 @@ PARTLY: list[Case] = [
     {"dp": 2, "cp": 2, "kind": "gather", "head": "sharded", "trained": "decoder", "batch": "mixed"},
     {"cp": 2, "kind": "ring", "remat": "uniform", "remat_layers": 2, "trained": "second block", "batch": "mixed"},
     {"dp": 2, "remat": "full", "offload": ["activations"], "trained": "second block", "batch": "mixed"},
+    {"dp": 2, "remat": "full", "offload": ["parameters"], "trained": "second block", "batch": "mixed"},
+    {"dp": 2, "cp": 2, "kind": "ulysses", "offload": ["parameters"], "head": "sharded", "batch": "mixed"},
+    {"replicate": 2, "dp": 2, "ep": 2, "remat": "full", "offload": ["parameters"], "trained": "lora", "batch": "video"},
     {"dp": 2, "cp": 2, "kind": "ulysses", "remat_vision": "full", "trained": "lora of both", "batch": "mixed"},
     {"dp": 2, "cp": 2, "kind": "ring", "remat": "full", "trained": "lora of the tower", "batch": "mixed"},
+    *(
+        {**case, "trained": "lora with dropout"}
+        for case in (
+            {"dp": 3, "batch": "first half unsupervised"},
+            {"replicate": 2, "dp": 2, "remat": "full", "batch": "mixed"},
+            {"replicate": 2, "batch": "first half without images"},
+            {"cp": 2, "kind": "gather", "remat_vision": "full", "batch": "mixed"},
+            {"dp": 2, "cp": 3, "kind": "gather", "ep": 2, "batch": "text"},
+            {"dp": 2, "cp": 2, "kind": "ulysses", "remat": "selective", "batch": "video"},
+            {"replicate": 2, "cp": 2, "kind": "ring", "remat": "uniform", "remat_layers": 2, "batch": "mixed"},
+            {"dp": 2, "ep": 2, "capacity": 2.0, "remat": "block", "batch": "mixed"},
+            {"dp": 2, "cp": 2, "kind": "gather", "remat": "full", "offload": ["activations"], "batch": "mixed"},
+            {"cp": 2, "kind": "ulysses", "head": "sharded", "offload": ["activations"], "batch": "mixed"},
+        )
+    ),
 ]
 LAYOUTS = [*FAST, *BY_KIND, *OTHERS, *PARTLY]
 

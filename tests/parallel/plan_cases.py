@@ -6,7 +6,7 @@ from mmfn import models
 from mmfn.parallel.mesh import Layout
 from mmfn.parallel.split import segment_multiple
 from mmfn.train import setup as training
-from mmfn.train.optim import adamw, chain, clip_by_global_norm, on_host
+from mmfn.train.optim import HOST_KINDS, adamw, chain, clip_by_global_norm, on_host
 from mmfn.train.plan import Setup, Workload
 from mmfn.train.sections import Config, LayoutSection
 from tests.parallel.conformance import TRAINED
@@ -62,12 +62,12 @@ def make(
             "output": {"path": ""},
         }
     ).model_copy(update={"layout": section})
-    writer = adamw(weight_decay=0.1)
+    writer, away = adamw(weight_decay=0.1), set(section.offload) & set(HOST_KINDS)
     setup = Setup(
         family=found,
         cfg=found.config_from_hf(hf),
         build=lambda cfg, mesh: training.build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg))),
-        optimizer=chain(clip_by_global_norm(0.5), on_host(writer, 4096) if "optimizer" in section.offload else writer),
+        optimizer=chain(clip_by_global_norm(0.5), on_host(writer, 4096, what=away) if away else writer),
         workload=Workload(
             tokens=64,
             sample_tokens=32,
@@ -79,6 +79,7 @@ def make(
     return setup, layout
 
 
+BOTH_KEPT = {"remat": "selective", "remat_save": ["experts", "exchange"]}
 CASES: dict[str, dict[str, Any]] = {
     "one device": {},
     "remat": {"remat": "full"},
@@ -93,9 +94,22 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"trained": "lora", "moe": True, "micro_batches": 2},
     "lora, remat": {"trained": "lora of both", "remat": "full"},
     "lora, dp, cp": {"trained": "lora", "moe": True, "dp": 2, "cp": 2, "ep": 2, "remat": "full"},
+    "dropout": {"trained": "lora with dropout", "micro_batches": 2},
+    "dropout, dp, cp, remat": {"trained": "lora with dropout", "dp": 2, "cp": 2, "remat": "full"},
     "frozen blocks, dp": {"trained": "second block", "dp": 2, "remat": "full"},
     "offload optimizer": {"offload": ["optimizer"]},
     "offload both, dp": {"offload": ["activations", "optimizer"], "remat": "full", "dp": 3},
+    "offload parameters": {"offload": ["parameters"]},
+    "offload parameters, remat": {"offload": ["parameters"], "remat": "full", "layers": 4, "micro_batches": 2},
+    "offload parameters, no prefetch": {"offload": ["parameters"], "remat": "full", "prefetch": False, "layers": 3},
+    "offload parameters, kept": {"offload": ["parameters"], "remat": "full", "keep_gathered": True},
+    "offload parameters, dp": {"offload": ["parameters"], "remat": "full", "dp": 3, "layers": 4},
+    "offload parameters, ep": {"offload": ["parameters"], "moe": True, "dp": 2, "ep": 2, "remat": "full"},
+    "offload parameters, bfloat16": {"offload": ["parameters"], "compute_dtype": "bfloat16", "remat": "full"},
+    "offload parameters, lora": {"offload": ["parameters"], "trained": "lora", "moe": True, "remat": "full"},
+    "offload parameters, frozen": {"offload": ["parameters"], "trained": "second block", "dp": 2, "remat": "full"},
+    "offload all": {"offload": ["activations", "optimizer", "parameters"], "remat": "full", "layers": 4},
+    "offload all, hsdp": {"offload": ["activations", "optimizer", "parameters"], "replicate": 2, "dp": 2},
     "micro-batches": {"micro_batches": 3},
     "text only": {"side": 0},
     "experts": {"moe": True},
@@ -116,5 +130,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ep": {"moe": True, "dp": 2, "ep": 2},
     "ep, edp, remat": {"moe": True, "dp": 4, "ep": 2, "remat": "full"},
     "ep, cp": {"moe": True, "dp": 2, "cp": 2, "ep": 4},
+    "ep, exchange kept": {"moe": True, "dp": 2, "ep": 2, "remat": "selective", "remat_save": ["exchange"]},
     "capacity": {"moe": True, "dp": 2, "ep": 2, "capacity": 1.5},
+    "capacity, exchange kept": {"moe": True, "dp": 4, "ep": 2, "capacity": 1.5, "micro_batches": 2, **BOTH_KEPT},
 }

@@ -67,9 +67,47 @@ LINES = [
     line("offload, remat", data_parallel(), offload("activations"), remat("full"), layouts=(THREE, HSDP), num_layers=4),
     line("offload, uniform", data_parallel(), remat("uniform"), offload("activations"), layouts=(TWO,), num_layers=4),
     line("offload, kept", data_parallel(keep_gathered=True), remat("full"), offload("activations"), layouts=(TWO,)),
+    line("hosted", offload("parameters"), data_parallel(), layouts=(Layout(), THREE, HSDP)),
+    line("hosted, remat", data_parallel(), remat("full"), offload("parameters"), layouts=(THREE, HSDP), num_layers=4),
+    line(
+        "hosted, asymmetric",
+        *(data_parallel(), offload("parameters"), remat("selective", save=KEPT)),
+        layouts=(TWO,),
+        batches=list(BATCHES),
+    ),
+    line(
+        "hosted, uniform",
+        *(offload("parameters"), remat("uniform", num_layers=2), data_parallel(prefetch=False)),
+        layouts=(Layout(), TWO),
+        num_layers=5,
+    ),
+    line(
+        "hosted, kept",
+        *(offload("parameters"), data_parallel(keep_gathered=True), remat("full"), offload("activations")),
+        layouts=(Layout(), TWO),
+    ),
+    line(
+        "hosted, float32",
+        *(offload("parameters"), data_parallel(), precision(compute=torch.float32)),
+        layouts=(Layout(), TWO),
+        dtype=torch.float32,
+    ),
     line("kept", data_parallel(keep_gathered=True), remat("full"), layouts=(TWO, HSDP)),
     line("wide sums", data_parallel(), precision(reduce=torch.float64), layouts=(TWO,)),
     line("float32", data_parallel(), precision(compute=torch.float32), layouts=(TWO,), dtype=torch.float32),
+    line("dropout", data_parallel(), layouts=(THREE, HSDP), trained="lora with dropout"),
+    line(
+        "dropout, kept", data_parallel(keep_gathered=True), remat("full"), layouts=(TWO,), trained="lora with dropout"
+    ),
+    line(
+        "dropout, float32",
+        data_parallel(),
+        precision(compute=torch.float32, rules={r".*/lora/.*/a": torch.float64}),
+        remat("full"),
+        layouts=(Layout(), TWO),
+        dtype=torch.float32,
+        trained="lora with dropout",
+    ),
 ]
 
 

@@ -99,9 +99,9 @@ def test_collectives_of_one_attention() -> None:
     """Forward and backward together, as the modules say."""
     expected = {
         "ulysses": {("all_to_all", "ulysses", "heads"): 4},
-        "ring": {("all_to_all", "ring", "ring"): 3 + 3 + 4},
+        "ring": {("shift", "ring", "ring"): 3 + 3 + 4},
         "gather": {("all_gather", "cp", "keys"): 1, ("reduce_scatter", "cp", "keys"): 1},
-        "usp": {("all_to_all", "ulysses", "heads"): 4, ("all_to_all", "ring", "ring"): 1 + 1 + 2},
+        "usp": {("all_to_all", "ulysses", "heads"): 4, ("shift", "ring", "ring"): 1 + 1 + 2},
     }
     for kind, counts in expected.items():
         layout = {"ulysses": ulysses(4), "usp": Layout(cp=4, ulysses=2)}.get(kind, Layout(cp=4))

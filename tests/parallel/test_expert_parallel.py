@@ -36,6 +36,8 @@ SPECS = {
 EP2, EP4, EP8 = Layout(dp=2, ep=2), Layout(dp=4, ep=4), Layout(dp=8, ep=8)
 EDP2_EP2, HSDP_EP2 = Layout(dp=4, ep=2), Layout(replicate=2, dp=2, ep=2)
 LAYOUTS = (EP2, EP4, EP8, EDP2_EP2, HSDP_EP2, Layout(replicate=2, dp=4, ep=2))
+SLOW = pytest.mark.slow
+KEPT = remat("selective", save=("attention", "exchange"))
 CAPACITY = {"num_tokens": 192}  # of a batch of the conformance matrix: this form needs as many on every rank
 
 
@@ -51,6 +53,9 @@ STEPS = [
     cell(HSDP_EP2, "dropless", batch="first half unsupervised"),
     cell(EP4, "dropless", batch="first half without images"),
     cell(EDP2_EP2, "dropless", remat("full"), name="dropless, remat"),
+    cell(EDP2_EP2, "dropless", remat("selective", save=("exchange",)), name="dropless, exchange kept"),
+    cell(HSDP_EP2, "dropless", KEPT, name="dropless, attention and exchange kept", batch="first half without images"),
+    cell(EP2, "capacity", remat("selective", save=("experts", "exchange")), name="capacity, exchange kept"),
 ]
 
 
@@ -183,10 +188,10 @@ def test_what_a_capacity_keeps() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", [EP2, EP4, EDP2_EP2, HSDP_EP2], ids=str)
-@pytest.mark.parametrize("kind", ["dropless", "capacity"])
+@pytest.mark.parametrize("kind", ["dropless", "dropless, exchange kept", "capacity", "capacity, exchange kept"])
 def test_routings(name: str, layout: Layout, kind: str) -> None:
-    case = Case.of(layout.world, name, is_even=kind == "capacity")
-    world = run_virtual(layout, lambda mesh: on_mesh(build(mesh, data_parallel(), expert_parallel(kind)), case))
+    case = Case.of(layout.world, name, is_even="capacity" in kind)
+    world = run_virtual(layout, lambda mesh: on_mesh(build(mesh, *expert_cases.EAGER[kind]), case))
     expert_cases.check(case, world.results)
     assert len({tuple((c.axis, c.name, c.site) for c in calls) for calls in world.calls}) == 1
     counts_E = world.results[0]["counts_E"]
@@ -391,13 +396,36 @@ def test_four_real_ranks() -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "name", ["dropless, remat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dropless", "capacity"))]
+    ("name", "backend"),
+    [
+        ("dropless, remat", "aot_eager"),
+        ("dropless, exchange kept", "aot_eager"),
+        *(pytest.param(name, "aot_eager", marks=SLOW) for name in ("dropless", "capacity", "capacity, exchange kept")),
+        *(pytest.param(f"{kind}, exchange kept", "inductor", marks=SLOW) for kind in ("dropless", "capacity")),
+    ],
 )
-def test_compiled_on_two_real_ranks(name: str) -> None:
+def test_compiled_on_two_real_ranks(name: str, backend: str) -> None:
     """One graph serves all layers and any routing, a rank to which no row goes included."""
     cases = [Case.of(2, routing, is_even=True) for routing in ("uneven", "all rows to the last rank", NAMES[3])]
-    results = run_ranks(2, expert_cases.compiled_on_real_ranks, EP2, cases, name)
+    results = run_ranks(2, expert_cases.compiled_on_real_ranks, EP2, cases, name, backend)
     assert [num_graphs for num_graphs, _, _ in results] == [1, 1]
     for i, case in enumerate(cases):
         expert_cases.check(case, [eager[i] for _, _, eager in results])
         expert_cases.check(case, [compiled[i] for _, compiled, _ in results])
+
+
+@pytest.mark.dist
+def test_compiled_graphs_do_not_repeat_a_kept_exchange() -> None:
+    """Three all-to-alls and the read of four sizes forward, two all-to-alls backward, and what is repeated."""
+    case, read = Case.of(2, "uneven", is_even=True), expert_cases.READ
+    kept = ("dropless, exchange kept", "capacity, exchange kept")
+    results = run_ranks(2, expert_cases.exchanges_of_graphs, EP2, case, ("dropless, remat", *kept))
+    for found in results:
+        forward, backward = found["dropless, remat"]
+        assert forward == {expert_cases.ALL_TO_ALL: 3, read: 4}
+        assert backward[expert_cases.ALL_TO_ALL] == 2 + 3
+        assert backward[read] > 0
+        for name in kept:
+            forward, backward = found[name]
+            assert forward == {expert_cases.ALL_TO_ALL: 3} | ({read: 4} if "dropless" in name else {})
+            assert backward == {expert_cases.ALL_TO_ALL: 2}

@@ -13,7 +13,7 @@ from mmfn.parallel import offload as module
 from mmfn.parallel.compiled import compiled
 from mmfn.parallel.host_memory import Arrival, HostMemory
 from mmfn.parallel.mesh import Layout, single_mesh
-from mmfn.parallel.offload import offload, offloaded
+from mmfn.parallel.offload import OFFLOAD_KINDS, offload, offloaded
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.remat import remat
 from mmfn.train import plan as planning
@@ -168,5 +168,6 @@ def test_facts_and_errors() -> None:
     assert program.notes == ("offload: activations to the host",)
     with pytest.raises(ValueError, match=r"offload\('optimizer'\) is unknown; .* on_host for an optimizer's state"):
         offload("optimizer")
-    with pytest.raises(ValueError, match=r"offload\('activations'\) moves memory .* use compiled\('layer'\)"):
-        lower(pipe(Program.of(None), compiled("step"), offload("activations")))
+    for what in OFFLOAD_KINDS:
+        with pytest.raises(ValueError, match=rf"offload\('{what}'\) moves memory .* use compiled\('layer'\)"):
+            lower(pipe(Program.of(None), compiled("step"), offload(what)))

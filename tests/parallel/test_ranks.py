@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from mmfn.parallel.compiled import compiled
+from mmfn.parallel.context_parallel import context_parallel
 from mmfn.parallel.data_parallel import data_parallel
+from mmfn.parallel.expert_parallel import expert_parallel
 from mmfn.parallel.mesh import Layout, distributed_mesh
+from mmfn.parallel.offload import offload
 from mmfn.parallel.program import Transform
 from mmfn.parallel.remat import remat
 from mmfn.parallel.vocabulary import vocabulary_parallel
@@ -26,6 +29,23 @@ CELLS = {
         Cell(layout=Layout(replicate=2, dp=2), name="hsdp", transforms=(data_parallel(), remat("full")), family="moe"),
         Cell(layout=Layout(replicate=4), name="ddp", transforms=(data_parallel(),), batch="first half unsupervised"),
         Cell(layout=Layout(dp=4), name="sharded head", transforms=(data_parallel(), vocabulary_parallel())),
+        Cell(
+            layout=Layout(dp=4),
+            name="dropout",
+            transforms=(data_parallel(), remat("full")),
+            trained="lora with dropout",
+        ),
+        Cell(  # heads and rows are exchanged in one process group, and rows alone are kept
+            layout=Layout(dp=2, cp=2, ulysses=2, ep=2),
+            name="exchange kept",
+            transforms=(
+                data_parallel(),
+                context_parallel("ulysses", num_heads=8, num_kv_heads=2, matmul_patches=56),
+                expert_parallel(),
+                remat("selective", save=("exchange",)),
+            ),
+            family="moe",
+        ),
     )
 }
 OPERATORS = {
@@ -53,7 +73,8 @@ def eager_steps(names: Sequence[str]) -> list[tuple[dict[str, Tensor], dict[str,
 def test_eager_steps_and_their_collectives() -> None:
     ranks = run_ranks(4, eager_steps, list(CELLS))
     for index, cell in enumerate(CELLS.values()):
-        counted = Counter(call.name for call in run_cell(cell).calls[0])
+        names = (call.name for call in run_cell(cell).calls[0])
+        counted = Counter("all_to_all" if name == "shift" else name for name in names)
         for rank in ranks:
             found, counts = rank[index]
             check_outcome(cell, found)
@@ -64,15 +85,20 @@ def test_eager_steps_and_their_collectives() -> None:
 
 TWO = Layout(dp=2)
 COMPILED: dict[str, tuple[str, tuple[Transform, ...], int]] = {
-    # kind, other transforms, graphs: with "layer" one for text blocks, one for vision blocks, one update
+    # kind, other transforms, graphs: with "layer" one for text blocks, one for vision blocks, one update (not on_host)
     "layer": ("layer", (data_parallel(), remat("full")), 3),
     "layer plain": ("layer", (data_parallel(),), 3),
     "layer selective": ("layer", (data_parallel(), remat("selective", save=("attention", "matmul"))), 3),
     "layer sharded head": ("layer", (data_parallel(), vocabulary_parallel()), 3),
     "layer kept": ("layer", (data_parallel(keep_gathered=True), remat("full")), 3),
+    "layer hosted": ("layer", (data_parallel(), remat("full"), offload("parameters")), 2),
+    "layer hosted kept": ("layer", (data_parallel(keep_gathered=True), remat("full"), offload("parameters")), 2),
     "step": ("step", (data_parallel(),), 1),
     "step remat": ("step", (data_parallel(), remat("full")), 1),
+    "layer dropout": ("layer", (data_parallel(), remat("full")), 3),
+    "step dropout": ("step", (data_parallel(), remat("full")), 1),
 }
+TRAINED = dict.fromkeys(("layer dropout", "step dropout"), "lora with dropout")  # of a case, where it is not all
 
 
 def compiled_steps(name: str, backend: str, is_first: bool) -> tuple[dict[str, Tensor], int]:
@@ -88,7 +114,8 @@ def compiled_steps(name: str, backend: str, is_first: bool) -> tuple[dict[str, T
 
     compile_ = compiled(kind, backend=count)
     order = (compile_, *transforms) if is_first else (*transforms, compile_)
-    cell = Cell(layout=TWO, name=name, transforms=order, family="small", batch="mixed")
+    trained = TRAINED.get(name, "all")
+    cell = Cell(layout=TWO, name=name, transforms=order, family="small", batch="mixed", trained=trained)
     return outcome(cell, distributed_mesh(TWO)), graphs
 
 
@@ -101,9 +128,15 @@ CASES = [
     pytest.param("layer selective", "aot_eager", False, marks=SLOW),
     pytest.param("layer sharded head", "aot_eager", False, marks=SLOW),
     pytest.param("layer kept", "aot_eager", False, marks=SLOW),
+    pytest.param("layer hosted", "aot_eager", False, marks=SLOW),
+    pytest.param("layer hosted", "inductor", True, marks=SLOW),
+    pytest.param("layer hosted kept", "aot_eager", False, marks=SLOW),
     pytest.param("step", "aot_eager", False, marks=SLOW),
     pytest.param("step remat", "aot_eager", False, marks=SLOW),
     pytest.param("step remat", "aot_eager", True, marks=SLOW),
+    pytest.param("layer dropout", "aot_eager", True, marks=SLOW),
+    pytest.param("layer dropout", "inductor", False, marks=SLOW),
+    pytest.param("step dropout", "aot_eager", False, marks=SLOW),
 ]
 
 
@@ -111,7 +144,8 @@ CASES = [
 @pytest.mark.parametrize(("name", "backend", "is_first"), CASES)
 def test_compiled_equals_one_device(name: str, backend: str, is_first: bool) -> None:
     """Whatever the order of `compiled` among the transforms."""
-    cell = Cell(layout=TWO, name=name, transforms=(), family="small", batch="mixed")
+    trained = TRAINED.get(name, "all")
+    cell = Cell(layout=TWO, name=name, transforms=(), family="small", batch="mixed", trained=trained)
     for found, graphs in run_ranks(2, compiled_steps, name, backend, is_first):
         check_outcome(cell, found)
         assert graphs == COMPILED[name][2]

@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfn.parallel.mesh import Layout, single_mesh
+from mmfn.parallel.context_parallel import context_parallel
+from mmfn.parallel.data_parallel import data_parallel
+from mmfn.parallel.expert_parallel import expert_parallel
+from mmfn.parallel.mesh import Layout, Mesh, single_mesh
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.remat import OPERATORS, remat
-from tests.parallel.conformance import EXPERTS, Cell, check_outcome, outcome
+from mmfn.parallel.virtual import run_virtual, virtual
+from tests.parallel import expert_cases
+from tests.parallel.conformance import EXPERTS, Cell, check_cell, check_outcome, model_of, outcome
+from tests.parallel.expert_cases import Case
 
 ATTENTION, GROUPED, MM, EMBED = "mmfn::attention", "mmfn::grouped_linear", "aten::mm", "aten::embedding"
 
@@ -150,6 +156,66 @@ def test_saved_memory() -> None:
     input_bytes = 16 * 8 * 4
     assert kept_bytes(remat("full")) == 3 * input_bytes
     assert kept_bytes() > 3 * 3 * input_bytes
+
+
+@pytest.mark.parametrize("save", [(), ("experts",), ("exchange",), ("experts", "exchange")])
+@pytest.mark.parametrize("kind", ["dropless", "capacity"])
+def test_exchanges_are_kept(kind: str, save: Sequence[str]) -> None:
+    """Of a layer's exchanges recomputation repeats none, counts and the host's read of them included, or all."""
+    case, layers = Case.of(2, "uneven", is_even=kind == "capacity"), len(expert_cases.SPECS)
+    policy = remat("selective", save=save) if save else remat("full")
+    forwards = 1 if "exchange" in save else 2
+
+    def fn(mesh: Mesh) -> tuple[dict[str, torch.Tensor], Counter[str]]:
+        with Count() as count:
+            found = expert_cases.on_mesh(expert_cases.build(mesh, policy, data_parallel(), expert_parallel(kind)), case)
+        return found, count.ran
+
+    world = run_virtual(Layout(dp=2, ep=2), fn)
+    expert_cases.check(case, [found for found, _ in world.results])
+    for calls, (_, ran) in zip(world.calls, world.results, strict=True):
+        sites = Counter(call.site for call in calls if (call.axis, call.name) == ("ep", "all_to_all"))
+        assert sites == {"expert counts": layers * forwards, "experts": layers * (2 * forwards + 2)}
+        assert ran["mmfn::all_to_all"] == sites.total()
+        assert ran["mmfn::host_copy"] == (layers * forwards if kind == "dropless" else 0)
+        assert (ran[GROUPED] == 4 * layers) == ("experts" in save)  # two forward, and two for their inputs' gradients
+
+
+def test_exchanges_of_heads_are_not_those_of_experts() -> None:
+    """Among the same ranks; what is kept is asked for by name."""
+
+    def exchanges(*save: str) -> Counter[tuple[str, str]]:
+        transforms = (
+            remat("selective", save=save),
+            context_parallel("ulysses", num_heads=8, num_kv_heads=2, matmul_patches=56),
+            expert_parallel(),
+            data_parallel(),
+        )
+        layout = Layout(dp=2, cp=2, ulysses=2, ep=2)
+        assert layout.partition("ep") == layout.partition("ulysses")
+        world = check_cell(Cell(layout=layout, name=f"keeps {save}", transforms=transforms, family="moe"))
+        return Counter((c.axis, c.site) for c in world.calls[0] if c.name == "all_to_all")
+
+    repeated, kept = exchanges("attention"), exchanges("attention", "exchange")
+    assert repeated - kept == {("ep", "experts"): 2 * TEXT, ("ep", "expert counts"): TEXT}
+    assert kept - repeated == {}
+
+
+def test_an_exchange_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="remat got save 'exchange' but ep is 1, so that no rows are exchanged; leave"):
+        pipe(Program.of(None), remat("selective", save=("attention", "exchange")))
+    moe = model_of("moe", TEXT)
+
+    def on_ep(mesh: Mesh, where: str) -> tuple[str, ...]:
+        program = Program.of(moe.family.specs(moe.cfg), mesh=mesh)
+        return pipe(program, remat("selective", save=("exchange",), where=where)).notes
+
+    layout = Layout(dp=2, ep=2)
+    with pytest.raises(ValueError, match="remat got save 'exchange' but the stack 'vision' has no experts; leave it"):
+        virtual(layout, lambda mesh: on_ep(mesh, "vision"))
+    for where in ("all", "text"):
+        notes = virtual(layout, lambda mesh, where=where: on_ep(mesh, where))
+        assert all(note.startswith("remat('selective', save=['exchange']") for (note,) in notes)
 
 
 def test_notes() -> None:

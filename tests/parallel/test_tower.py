@@ -75,12 +75,14 @@ def test_features_come_back_to_their_tokens(name: str, num_ranks: int) -> None:
         used = int(visual.segments.offsets_N[-1])
         assert visual.coords_P4[used:].tolist() == [[0, 0, 1, 1]] * (visual.coords_P4.shape[0] - used)
         assert not visual.patches_PF[used:].any()
-        for patch, coords, grad in zip(visual.patches_PF[:used], visual.coords_P4, grad_PF, strict=False):
-            rows[tuple(patch.tolist())] = coords, grad
+        assert set(visual.patch_ids_P[used:].tolist()) <= {-1}
+        for patch, *own in zip(visual.patches_PF[:used], visual.coords_P4, visual.patch_ids_P, grad_PF, strict=False):
+            rows[tuple(patch.tolist())] = own
     assert len(rows) == int(batch.visual.segments.offsets_N[-1])
-    for patch, coords, grad in zip(batch.visual.patches_PF, batch.visual.coords_P4, want_PF, strict=True):
+    ids_P = batch.visual.patch_ids_P
+    for patch, *own, grad in zip(batch.visual.patches_PF, batch.visual.coords_P4, ids_P, want_PF, strict=True):
         if patch.any():
-            torch.testing.assert_close(rows[tuple(patch.tolist())], (coords, grad * num_ranks))
+            torch.testing.assert_close(rows[tuple(patch.tolist())], [*own, grad * num_ranks])
 
 
 def test_a_wrong_merge_size_is_refused() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.parallel.axis import Axis, all_gather, exchange, psum, shift
 from mmfn.parallel.mesh import Layout, Mesh
@@ -147,6 +148,41 @@ def test_a_rank_that_leaves_early_is_named() -> None:
         DesertedError, match=r"rank 0 of axis dp waits in .'all_reduce', 't'.*, which another never called"
     ):
         on_dp(leaves)
+
+
+class Names(TorchDispatchMode):
+    """Notes the operators it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_exchange_is_one_operator_to_what_watches() -> None:
+    def run(axis: Axis) -> tuple[Tensor, Tensor, list[str]]:
+        x = rows(axis.index, 8).requires_grad_()
+        with Names() as names:
+            y = exchange(x, axis, "t")
+            (dx,) = torch.autograd.grad(y, x, 2 * y.detach())
+        return y.detach(), dx, names.seen
+
+    plain = on_dp(lambda a: a.all_to_all(rows(a.index, 8), "t"))
+    for rank, (y, dx, seen) in enumerate(on_dp(run)):
+        assert torch.equal(y, plain[rank])
+        assert torch.equal(dx, 2 * rows(rank, 8))
+        assert seen.count("mmfn::all_to_all") == 2
+        assert "aten::cat" not in seen
+
+    def fails(axis: Axis) -> None:
+        with Names():
+            axis.all_to_all(torch.zeros(4), "t", [2, 1, 1, 0], [1] * 4)
+
+    with pytest.raises(ValueError, match=r"expects \[2, 1, 1, 0\] rows but gets \[1, 1, 1, 1\]"):
+        on_dp(fails)
 
 
 def test_gradient_mode_is_the_callers() -> None:

@@ -9,6 +9,7 @@ import mmfn
 from mmfn import ops as op_tables
 from mmfn import tree
 from mmfn.batch import Segments
+from mmfn.lora import add_adapters, lora
 from mmfn.models import FAMILIES
 from tests import oracles
 
@@ -118,6 +119,17 @@ def test_bfloat16_runs(pair):
     narrow = replace(model, params=tree.map(lambda p: p.bfloat16(), model.params))
     batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 3, rows=2), narrow)
     assert [len(row) for row in mmfn.generate(narrow, batch, 3)] == [3, 3]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(pair, bad):
+    oracle, model = pair
+    specs = lora(model.family.specs(model.cfg), rank=2, alpha=2.0, targets=["text/layers/0/attention/q"])
+    params = add_adapters(model.params, specs, seed=0)
+    params["text"]["layers"][0]["attention"]["q"]["lora"]["weight"].b[0] = bad
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 3, rows=2), model)
+    with pytest.raises(ValueError, match="the logits are not finite; the model's weights .* are damaged or diverged"):
+        mmfn.generate(replace(model, params=params), batch, 2)
 
 
 def test_bad_arguments_are_refused(pair):

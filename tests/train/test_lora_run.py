@@ -103,8 +103,9 @@ def test_what_is_written(chosen: str, written: str, make_config: MakeConfig, bas
 
 
 def test_a_run_on_a_mesh(make_config: MakeConfig, base: Path, tmp_path: Path) -> None:
-    """Shards are cut from the same draws, and the first rank writes whole adapters."""
-    config = make_config(LORA | {"model.path": str(base), "train.steps": 2, "data.check": "first"})
+    """Shards are cut from the same draws, the same is dropped, and the first rank writes whole adapters."""
+    changes = {"model.path": str(base), "train.steps": 2, "data.check": "first", "lora.dropout": 0.2}
+    config = make_config(LORA | changes)
     expected = finished(config, f"output.path={tmp_path / 'one'}")
     loaded = load_config(config, ["layout.dp=2", "layout.cp=2"])
 
@@ -117,8 +118,21 @@ def test_a_run_on_a_mesh(make_config: MakeConfig, base: Path, tmp_path: Path) ->
     assert [list(result.saved) for result in results] == [["adapter", "checkpoint"], [], [], []]
     for name in ("loss", "grad_norm"):
         assert results[0].records[0][name] == pytest.approx(expected.records[0][name], rel=1e-4)
+    assert results[0].records[1]["loss"] == pytest.approx(expected.records[1]["loss"], rel=2e-3)
     again = adapter.load(results[0].saved["adapter"], mmfn.load_hf(base))
-    assert leaves_equal(again.params, results[3].model.params)
+    assert leaves_equal(again.params, results[0].model.params)
+
+
+def test_dropout_goes_on_with_the_adapter(make_config: MakeConfig, base: Path, tmp_path: Path) -> None:
+    """It is written beside the weights, read where these are trained on, and no part of the merged model."""
+    result = finished(make_config(LORA | {"model.path": str(base), "lora.dropout": 0.1, "data.eval": None}))
+    assert all(record["skipped"] == 0 for record in result.records)
+    assert json.loads((result.saved["adapter"] / adapter.CONFIG).read_text())["lora_dropout"] == 0.1
+    changes = {"model.path": str(base), "model.init": "load", "model.adapter": str(result.saved["adapter"])}
+    more = prepared(make_config(changes | {"output.path": str(tmp_path / "more")}))
+    assert {x.dropout for x in adapters_of(more.specs).values()} == {0.1}
+    merged, plain = mmfn.load_hf(result.saved["checkpoint"]), mmfn.load_hf(base)
+    assert tree.paths(merged.params) == tree.paths(plain.params)
 
 
 def test_commands_take_an_adapter(
@@ -166,7 +180,8 @@ def test_a_frozen_part_in_a_run(make_config: MakeConfig, base: Path) -> None:
         ({"freeze.patterns": ["text/nrom/weight"]}, "pattern 'text/nrom/weight' matches none of"),
         ({"freeze.patterns": [".*"]}, "leaves no parameter to train"),
         ({"lora.alpha": 8.0}, "alpha has no effect without rank"),
-        ({"lora.rank": 2, "lora.dropout": 0.1}, "dropout is 0.1 but is not supported"),
+        ({"lora.rank": 2, "lora.dropout": 1.0}, "lora.dropout is 1.0 but input should be less than 1"),
+        ({"lora.dropout": 0.1}, "dropout has no effect without rank"),
         ({"lora.rank": 2, "lora.targets": ["head"]}, "pattern 'head' matches none of"),
         ({"lora.rank": 2, "model.adapter": "x"}, "lora has no effect with model.adapter"),
         ({"output.adapter": "merged"}, "output.adapter 'merged' has no effect without LoRA"),

@@ -1,17 +1,23 @@
 """Memory policies and dtypes of a run, from its config: the same training, and settings without effect refused."""
 
+import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from mmfn import tree
-from mmfn.train import loop, setup
+from mmfn import cli, tree
+from mmfn.train import loop, plan_search, setup
 from mmfn.train.config import load_config
+from mmfn.train.plan import Workload
+from mmfn.train.progress import Progress
 from mmfn.train.sections import LayoutSection
 from mmfn.train.setup import build_remat
+from tests.parallel.plan_cases import hf_config
 
 MakeConfig = Callable[..., Path]
 
@@ -35,16 +41,62 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any, t
             "optimizer.ema_decay=0.9",
             "output.weights=ema",
         ),
+        ("layout.offload=[parameters]", "layout.remat=full", "optimizer.kind=muon", "data.token_buckets=[128]"),
+        (
+            "layout.offload=[activations, optimizer, parameters]",
+            "layout.prefetch=false",
+            "lora.rank=2",
+            "lora.keep=['text/norm/.*']",
+            "optimizer.ema_decay=0.9",
+            "output.weights=ema",
+        ),
     ],
 )
 def test_policies_change_no_bit(overrides: Sequence[str], make_config: MakeConfig) -> None:
     config = make_config({"train.steps": 2, "data.check": "first"})
-    plain = [text for text in overrides if text.startswith(("optimizer.", "output."))]
+    plain = [text for text in overrides if not text.startswith("layout.")]
     records, params, _ = trained(config, *plain)
     other_records, other, said = trained(config, *overrides)
     assert [r["loss"] for r in records] == [r["loss"] for r in other_records]
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(params), tree.leaves(other), strict=True))
     assert any(note.startswith(("remat", "offload")) for note in said)
+
+
+def test_a_whole_run_with_parameters_on_the_host(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Averages, adapters, checkpoint and answers at the end, bit by bit."""
+    chosen = ("lora.rank=2", "optimizer.ema_decay=0.9", "output.weights=ema", "eval.batch_samples=12")
+    found = []
+    for name, what in (("plain", "[]"), ("hosted", "[parameters, optimizer]")):
+        config = make_config({"train.steps": 2, "data.check": "first", "output.path": str(tmp_path / name)})
+        run = setup.prepare(load_config(config, [*chosen, f"layout.offload={what}"]), say=lambda text: None)
+        assert all(x is y for x, y in zip(tree.leaves(run.state["params"]), tree.leaves(run.model.params), strict=True))
+        result = loop.run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
+        files = sorted(path.relative_to(result.folder) for path in result.folder.rglob("*.safetensors"))
+        weights = [load_file(result.folder / path) for path in files]
+        found.append((files, weights, tree.leaves(result.model.params), result.evaluation.loss_sum))
+    assert [str(path.parent) for path in found[0][0]] == ["adapter", "checkpoint"]
+    assert found[0][0] == found[1][0]
+    assert found[0][3] == found[1][3]
+    for want, got in zip(*(tree.leaves(values[1:3]) for values in found), strict=True):
+        assert torch.equal(want, got)
+
+
+def test_a_plan_and_a_search_of_what_lies_on_the_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hf_config()))
+    path = str(tmp_path / "config.json")
+    small = ["--tokens", "64", "--sample-tokens", "32", "--image-side", "4", "--device", "cpu"]
+    chosen = ["layout.offload=[parameters, optimizer]", "layout.prefetch=false"]
+    assert cli.main(["plan", path, *chosen, *small]) == 0
+    printed = capsys.readouterr().out
+    assert "offload: parameters to the host" in printed
+    assert "held on the host" in printed
+    workload = Workload(tokens=64, sample_tokens=32, image_side=4)
+    found = list(plan_search.candidates(plan_search.read(path, chosen[:1]), 2))
+    assert len({config.layout.kind for config in found if config.layout.cp == 2}) == 3
+    for config in found:
+        request = plan_search.Request(config=config, device="cpu", workload=workload, title="")
+        planned = plan_search.plan_config(request)
+        assert planned.host_bytes == planned.total("parameter") + planned.total("optimizer")
 
 
 def test_bfloat16_with_and_without_rules(make_config: MakeConfig) -> None:
@@ -76,7 +128,15 @@ def test_policies_of_stacks() -> None:
             {"remat_vision": "block", "remat_vision_save": ["matmul"]},
             "remat_vision_save has no effect with remat_vision",
         ),
-        ({"offload": ["params"]}, "Input should be 'activations' or 'optimizer'"),
+        (
+            {"remat": "selective", "remat_save": ["exchange"]},
+            "remat_save 'exchange' has no effect with ep 1; remove it",
+        ),
+        (
+            {"dp": 2, "ep": 2, "remat_vision": "selective", "remat_vision_save": ["exchange"]},
+            "remat_vision_save 'exchange' has no effect, the tower has no experts; remove it",
+        ),
+        ({"offload": ["params"]}, "Input should be 'activations', 'optimizer' or 'parameters'"),
     ],
 )
 def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -60,7 +60,7 @@ def test_a_moment_moves_that_rounding_to_nearest_would_hold() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_training_with_narrow_moments_stays_close(dtype: torch.dtype, kernel: str) -> None:
     tx = composed(adamw(moments_dtype=torch.bfloat16))
     params, opt, _ = train(tx, range(50), dtype=dtype, kernel=kernel)

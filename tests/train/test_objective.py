@@ -114,6 +114,21 @@ def test_errors() -> None:
         weigh([], "default")
 
 
+@pytest.mark.parametrize(
+    ("weighting", "given"),
+    [
+        (lambda counts_DAN: counts_DAN.double().sum(), r"torch.float64\[\]"),
+        (lambda counts_DAN: counts_DAN.double()[0], r"torch.float64\[3, 4\]"),
+        (lambda counts_DAN: counts_DAN.double()[..., :1], r"torch.float64\[1, 3, 1\]"),
+        (lambda counts_DAN: counts_DAN, r"torch.int64\[1, 3, 4\]"),
+        (lambda counts_DAN: 1.0, "float"),
+    ],
+)
+def test_a_weighting_of_another_shape_is_refused(weighting: Callable[[Tensor], Any], given: str) -> None:
+    with pytest.raises(ValueError, match=rf"the weighting gave {given} for counts_DAN \[1, 3, 4\]; return a floating"):
+        weigh(MICROBATCHES, weighting)
+
+
 FAMILY: Any = SimpleNamespace(
     apply=lambda params, batch, cfg, ops: Output(hidden_TD=params["embed"][batch.tokens_T].tanh()),
     head=lambda params, cfg, ops: params["head"],

@@ -66,11 +66,14 @@ def run(transform: Transform, mesh: Mesh, dtype: torch.dtype, kernel: str = "fus
     return params, state
 
 
+@pytest.mark.parametrize("what", [("optimizer",), ("parameters",), ("parameters", "optimizer")], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group_values", [1, 50, 10**6])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_equals_the_optimizer_on_the_device(name: str, group_values: int, dtype: torch.dtype) -> None:
-    plain, moved = OPTIMIZERS[name], optim.on_host(OPTIMIZERS[name], group_values)
+def test_equals_the_optimizer_on_the_device(
+    name: str, group_values: int, dtype: torch.dtype, what: tuple[str, ...]
+) -> None:
+    plain, moved = OPTIMIZERS[name], optim.on_host(OPTIMIZERS[name], group_values, what=what)
     for (params, state), kernel in ((run(moved, single_mesh(), dtype, k), k) for k in ("fused", "reference")):
         want_params, want_state = run(plain, single_mesh(), dtype, kernel)
         assert tree.paths(state) == tree.paths(want_state)
@@ -98,6 +101,48 @@ def test_groups() -> None:
     assert [len(g) for g in _groups(facts, 1)] == [1] * 5
     assert [len(g) for g in _groups(facts, 42)] == [1, 2, 2]
     assert [len(g) for g in _groups(facts, 10**6)] == [5]
+
+
+def test_parameters_are_updated_in_copies_and_stay_where_they_are() -> None:
+    """The inner optimizer never sees the memory they lie in, and the state that is not moved is its own."""
+    seen: list[int] = []
+
+    def update(facts: Any) -> Any:
+        fn = ADAMW.update(facts)
+
+        def run(u: Update, state: Any) -> Any:
+            seen.extend(x.data_ptr() for x in u.params.values())
+            return fn(u, state)
+
+        return run
+
+    transform = optim.on_host(Transform(init=ADAMW.init, update=update), 40, what=("parameters",))
+    params = {p: torch.ones(s.shape) for p, s in SPECS.items()}
+    before = {p: x.data_ptr() for p, x in params.items()}
+    state, one = transform.init(params), torch.tensor(1.0)
+    moments = {path: x.data_ptr() for path, x in tree.items(state) if x.ndim}
+    grads = {p: x.clone() for p, x in params.items()}
+    u = Update(params=params, grads=grads, norm=one, finite=one > 0, lr=one, step=one)
+    done, after = transform.update(facts_of(SPECS, single_mesh()))(u, state)
+    assert len(seen) == len(SPECS)
+    assert not set(seen) & set(before.values())
+    assert {p: x.data_ptr() for p, x in done.params.items()} == before
+    assert not any(torch.equal(x, torch.ones_like(x)) for x in params.values())
+    assert {path: x.data_ptr() for path, x in tree.items(after) if x.ndim} == moments
+    assert after["count"] == 1
+
+
+@pytest.mark.parametrize("what", [(), ("activations",), ("parameters", "gradients")])
+def test_what_is_moved_must_be_known(what: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"on_host got what=.* but moves optimizer and parameters; name one"):
+        optim.on_host(ADAMW, what=what)
+
+
+def test_what_is_moved_is_known_of_what_is_combined() -> None:
+    both = optim.chain(optim.clip_by_global_norm(1.0), optim.on_host(optim.on_host(ADAMW), what=("parameters",)))
+    assert both.on_host == {"optimizer", "parameters"}
+    assert optim.by_path(optim.masked(both, [".*"])).on_host == both.on_host
+    assert optim.chain(ADAMW).on_host == frozenset()
 
 
 def test_no_more_than_three_groups_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

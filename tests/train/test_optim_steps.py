@@ -110,7 +110,7 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], State,
         ("optimizer.kind=muon", "optimizer.weight_decay=0.1", "optimizer.no_decay=['.*bias']"),
         ("optimizer.kind=sgd", "optimizer.nesterov=false"),
         ("optimizer.moments_dtype=bfloat16", "optimizer.layer_decay=0.5"),
-        ("model.dtype=bfloat16", "optimizer.master=true", "optimizer.ema_decay=0.9", "output.weights=ema"),
+        ("model.dtype=bfloat16", "optimizer.ema_decay=0.9", "output.weights=ema"),
     ],
 )
 def test_every_kind_trains(make_config: Callable[..., Path], overrides: tuple[str, ...]) -> None:
@@ -121,6 +121,21 @@ def test_every_kind_trains(make_config: Callable[..., Path], overrides: tuple[st
         master = state["opt"][1]["master"]
         assert all(torch.equal(x.bfloat16(), dict(tree.items(state["params"]))[p]) for p, x in master.items())
         assert tree.leaves(optim.ema_params(state))[0].dtype == torch.bfloat16
+
+
+def test_small_steps_of_bfloat16_parameters_are_kept_unless_it_is_said_otherwise(
+    make_config: Callable[..., Path],
+) -> None:
+    config = make_config({"train.steps": 3})
+    given = ("model.dtype=bfloat16", "optimizer.lr=1e-6")
+    before = dict(tree.items(setup.prepare(load_config(config, given), say=lambda text: None).model.params))
+    _, kept, _ = trained(config, *given)
+    _, lost, _ = trained(config, *given, "optimizer.master=false")
+    assert "master" not in lost["opt"][1]
+    weight = "text/layers/0/mlp/up/weight"
+    moved, left = kept["opt"][1]["master"][weight], dict(tree.items(lost["params"]))[weight]
+    assert (moved != before[weight].float()).float().mean() > 0.99
+    assert (left != before[weight]).float().mean() < 0.01  # only numbers near 0
 
 
 def test_rules_of_a_config_reach_single_parameters(make_config: Callable[..., Path]) -> None:
@@ -152,6 +167,7 @@ def test_rules_of_a_config_reach_single_parameters(make_config: Callable[..., Pa
         (("optimizer.kind=sgd", "optimizer.momentum=0"), "nesterov has no effect with momentum 0"),
         (("optimizer.kind=sgd", "optimizer.adjust_lr=original"), "adjust_lr has no effect with kind 'sgd'"),
         (("optimizer.master=true",), "optimizer.master has no effect with model.dtype 'float32'"),
+        (("optimizer.master=false",), "optimizer.master has no effect with model.dtype 'float32'"),
         (("output.weights=ema",), "output.weights 'ema' needs averages; set optimizer.ema_decay"),
         (("train.spike_factor=3.0",), "spike_factor has no effect with spike_window 0"),
         (("schedule.groups={x: {lr: 1e-3}}",), "pattern 'x' matches none of"),

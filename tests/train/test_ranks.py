@@ -175,10 +175,9 @@ def test_the_first_rank_writes_what_one_device_writes(make_config: MakeConfig, t
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     names = [sorted(p.name for p in (folder / "checkpoint").iterdir()) for folder in (one, several)]
     assert names[0] == names[1]
-    for result in results:
-        for leaf in tree.leaves(result.model.params):
-            assert type(leaf) is torch.Tensor
-        assert result.evaluation.answers == results[0].evaluation.answers
+    assert all(type(leaf) is torch.Tensor for leaf in tree.leaves(results[0].model.params))
+    assert any(type(leaf) is not torch.Tensor for leaf in tree.leaves(results[1].model.params))
+    assert results[1].evaluation.answers == results[0].evaluation.answers
 
 
 @pytest.mark.parametrize(
@@ -241,7 +240,7 @@ def test_torchrun_trains_and_evaluates(make_config: MakeConfig, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("step=")] == ["step=2/4", "step=4/4"]
-    assert lines[0] == "data_parallel: parameters over 2 ranks, next gather ahead"
+    assert lines[0] == "data_parallel: parameters over 2 ranks, next gather ahead (eager)"
     assert sum(line.startswith("held-out accuracy") for line in lines) == 1
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in expected], rel=2e-3)

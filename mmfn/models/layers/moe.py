@@ -56,7 +56,7 @@ def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops:
     """
     (T, D), E, X = x_TD.shape, cfg.num_experts, cfg.num_chosen
     logits_TE = linear.apply(params["router"], x_TD.to(params["router"]["weight"].dtype))
-    weights_TX, experts_TX = ops.route(logits_TE, X)
+    weights_TX, experts_TX, probs_TE = ops.route(logits_TE, X)
     weights_TX = weights_TX.to(x_TD.dtype)
     slots_TX = torch.arange(T * X, device=x_TD.device).view(T, X)
     is_real_T1 = is_real_T[:, None]
@@ -70,12 +70,11 @@ def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops:
     place_R = torch.empty_like(order_R).scatter(0, order_R, slots_TX.flatten())
     y_TXD = y_RD.index_select(0, place_R).view(T, X, D)
     kept_E = ops.kept(counts_E, T * X)
-    return (y_TXD * weights_TX[..., None]).sum(1), _statistics(logits_TE, experts_TX, is_real_T, kept_E)
+    return (y_TXD * weights_TX[..., None]).sum(1), _statistics(probs_TE, experts_TX, is_real_T, kept_E)
 
 
-def _statistics(logits_TE: Tensor, experts_TX: Tensor, is_real_T: Tensor, kept_E: Tensor) -> Tree:
+def _statistics(probs_TE: Tensor, experts_TX: Tensor, is_real_T: Tensor, kept_E: Tensor) -> Tree:
     """`kept_E`: rows computed, padding included; of an expert's rows, padding is taken to be the last."""
-    probs_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
     real_T = is_real_T.to(probs_TE.dtype)
     real_R = real_T.repeat_interleave(experts_TX.shape[1])
     counts_E = probs_TE.new_zeros(probs_TE.shape[1]).scatter_add(0, experts_TX.flatten(), real_R)

@@ -5,6 +5,7 @@ Features are merged patches. Those tapped behind earlier blocks (deepstack) pass
 Legend: P patches, F values of a flattened patch, D width, H heads, C channels of a head, R = C / 2, N merged features.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
@@ -15,6 +16,7 @@ from torch.nn.functional import embedding
 
 from mmfn.batch import Segments, Visual
 from mmfn.interop.hf_config import Section
+from mmfn.lora import with_drops
 from mmfn.models.layers import linear, norm, rope
 from mmfn.ops import Ops
 from mmfn.spec import normal, spec
@@ -104,8 +106,17 @@ def specs(cfg: VisionConfig) -> Tree:
     }
 
 
-def encode(params: Tree, visual: Visual, cfg: VisionConfig, ops: Ops) -> tuple[Tensor, list[Tensor]]:
-    """`(features_ND, deepstack)`: merged features of all images and frames, and those tapped behind earlier blocks."""
+def encode(
+    params: Tree, visual: Visual, cfg: VisionConfig, ops: Ops, salts: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """`(features_ND, deepstack)`: merged features of all images and frames, and those tapped behind earlier blocks.
+
+    `salts`: see `mmfn.batch.Batch`. A merged feature goes by the id of its first patch.
+    """
+    ids_P, ids_N = visual.patch_ids_P, visual.patch_ids_P[:: cfg.merged]
+    layers = with_drops(params["layers"], ids_P, salts, "vision/layers")
+    last = with_drops(params["merger"], ids_N, salts, "vision/merger")
+    mergers = with_drops(params["deepstack"], ids_N, salts, "vision/deepstack")
     x_PD = patch_embed(params["patch_embed"], visual.patches_PF, ops)
     x_PD = x_PD + position_embed(params["positions"], visual.coords_P4, cfg, ops).to(x_PD.dtype)
     deepstack: list[Tensor] = []
@@ -116,10 +127,10 @@ def encode(params: Tree, visual: Visual, cfg: VisionConfig, ops: Ops) -> tuple[T
 
     cos_PR, sin_PR = rope.axial(visual.coords_P4, cfg.head_dim // 2, cfg.rope_theta)
     block = partial(vision_block, cfg=cfg, ops=ops)
-    taps = {i: partial(tap, merger) for i, merger in zip(cfg.deepstack, params["deepstack"], strict=True)}
+    taps = {i: partial(tap, merger) for i, merger in zip(cfg.deepstack, mergers, strict=True)}
     xs = (cos_PR, sin_PR, visual.segments)
-    x_PD, _ = ops.stack(ops.layer, block, params["layers"], x_PD, *xs, name="vision", between=taps)
-    return merge(params["merger"], x_PD, cfg, ops, norm_merged=False), deepstack
+    x_PD, _ = ops.stack(ops.layer, block, layers, x_PD, *xs, name="vision", between=taps)
+    return merge(last, x_PD, cfg, ops, norm_merged=False), deepstack
 
 
 def patch_embed_specs(cfg: VisionConfig) -> Tree:

@@ -18,6 +18,7 @@ from torch.nn.functional import embedding
 from mmfn.batch import Batch, Sample
 from mmfn.interop.hf_config import Section
 from mmfn.interop.keymap import Entry
+from mmfn.lora import with_drops
 from mmfn.models import Output
 from mmfn.models.layers import cache as layer_cache
 from mmfn.models.layers import decoder, linear, moe, norm, rope, vision
@@ -125,11 +126,10 @@ def apply(
     `Output.cache` is the new one; a decode step (one token per row, `cache.slots.is_prefill` false) has no visual
     input and skips the tower.
     """
-    table = ops.gather(params["text"]["embed"])["weight"]
-    x_TD = embedding(batch.tokens_T, table, padding_idx=cfg.pad_token_id)
+    x_TD = embedding(batch.tokens_T, ops.gather(params["text"]["embed"])["weight"], padding_idx=cfg.pad_token_id)
     deepstack: list[Tensor] = []
     if cache is None or cache.slots.is_prefill:
-        features_ND, deepstack = vision.encode(params["vision"], batch.visual, cfg.vision, ops)
+        features_ND, deepstack = vision.encode(params["vision"], batch.visual, cfg.vision, ops, batch.salts)
         placed_TD = ops.place_features(features_ND.to(x_TD.dtype), batch.feature_index_T)
         is_visual_T = batch.feature_index_T >= 0
         x_TD = torch.where(is_visual_T[:, None], placed_TD, x_TD)
@@ -141,7 +141,8 @@ def apply(
     is_real_T = batch.segment_T < batch.num_segments
     xs = (cos_TR.to(x_TD.dtype), sin_TR.to(x_TD.dtype), batch.segments, is_real_T)
     between = {i: partial(add, features_ND) for i, features_ND in enumerate(deepstack)}
-    stack = partial(ops.stack, ops.layer, block, params["text"]["layers"], x_TD, *xs, name="text", between=between)
+    layers = with_drops(params["text"]["layers"], batch.token_ids_T, batch.salts, "text/layers")
+    stack = partial(ops.stack, ops.layer, block, layers, x_TD, *xs, name="text", between=between)
     if cache is None:
         x_TD, outs = stack()
     else:

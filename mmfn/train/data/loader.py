@@ -101,24 +101,29 @@ class Loader:
 
     def indices(self, step: int) -> list[int]:
         """Dataset indices of step `step` (from 0), of all ranks, in order. A step may span the end of an epoch."""
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
         size = len(self.dataset)
-        places = range(step * self.batch_samples, (step + 1) * self.batch_samples)
-        return [_permutation(size, self.seed, place // size)[place % size] for place in places]
+        return [_permutation(size, self.seed, place // size)[place % size] for place in self._places(step)]
 
     def own(self, step: int) -> list[int]:
         """Those of `indices` that are this rank's."""
         return self.indices(step)[self.axis.index :: self.axis.size]
 
+    def _places(self, step: int) -> range:
+        """Places of a step's samples, of all ranks, in the order of data."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        return range(step * self.batch_samples, (step + 1) * self.batch_samples)
+
     def microbatches(self, step: int) -> list[Batch]:
         """This rank's samples of a step in as few batches as first-fit finds, padded to the smallest buckets they fit.
 
         Every batch has room for as many segments as a rank has samples and `patches / merge_size**2` frames, so its
-        shapes depend on its two buckets only. Raises ValueError naming the sample when one is larger than the largest
-        bucket.
+        shapes depend on its two buckets only. A sample's `number` is its place in the order of data. Raises ValueError
+        naming the sample when one is larger than the largest bucket.
         """
-        return self.pack([self.dataset.sample(index) for index in self.own(step)])
+        places = self._places(step)[self.axis.index :: self.axis.size]
+        samples = [self.dataset.sample(index) for index in self.own(step)]
+        return self.pack([replace(sample, number=place) for sample, place in zip(samples, places, strict=True)])
 
     def share(self, step: int) -> Share:
         """`microbatches` split for this rank, with their counts. Ranks may have different numbers: see `agree`."""

@@ -9,7 +9,7 @@ from mmfn.train.optim.by_path import by_path
 from mmfn.train.optim.ema import ema, ema_params
 from mmfn.train.optim.muon import muon, with_others
 from mmfn.train.optim.norm import clip_by_global_norm, global_norm
-from mmfn.train.optim.on_host import on_host
+from mmfn.train.optim.on_host import HOST_KINDS, on_host
 from mmfn.train.optim.sgd import sgd
 from mmfn.train.optim.transform import (
     KERNELS,
@@ -29,6 +29,7 @@ from mmfn.train.optim.transform import (
 )
 
 __all__ = [
+    "HOST_KINDS",
     "KERNELS",
     "Facts",
     "Leaves",

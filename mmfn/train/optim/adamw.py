@@ -118,7 +118,7 @@ def _fused_(
         fused_(params, grads, m, v, [], [count] * len(params))
         return
     for param, grad, *moments in zip(params, grads, m, v, strict=True):  # the kernel takes one dtype: widen by leaf
-        p, *widened = (x.to(wide(x.dtype)).contiguous() for x in (param, *moments))
+        p, *widened = (x.to(wide(param.dtype)).contiguous() for x in (param, *moments))
         fused_([p], [grad.to(p.dtype)], *([x] for x in widened), [], [count])
         if p is not param:
             param.copy_(p)

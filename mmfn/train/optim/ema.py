@@ -64,8 +64,8 @@ def _find(opt: Tree) -> dict[str, Tensor] | None:
 
 def _average_(averages: list[Tensor], params: list[Tensor], finite: Tensor, decay: float) -> None:
     for average, param in zip(averages, params, strict=True):
-        new = decay * average + (1 - decay) * param.to(average.dtype)
-        average.copy_(torch.where(finite, new, average))
+        weight = (1 - decay) * finite.to(average.dtype)  # 0 behind a skipped step, which left the parameters finite
+        average.lerp_(param.to(average.dtype), weight)
 
 
 _average_traced_ = torch.library.custom_op("mmfn::ema_", _average_, mutates_args=("averages",))

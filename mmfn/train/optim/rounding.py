@@ -7,7 +7,8 @@ MIXERS = (0x7FEB352D, 0x846CA68B - 2**32)  # factors of a 32-bit hash, as signed
 
 
 def round_(narrow: Tensor, values: Tensor, count: Tensor) -> None:
-    """Write `values` to `narrow`; from float32 to bfloat16, up with the probability of the lost part.
+    """Write `values` to `narrow`; to bfloat16 from float32 (float64 as its nearest), up with the probability of the
+    lost part.
 
     The chance is a hash of the value itself and of `count`, the 0-D number of the update. So there is no generator's
     state, a shard rounds as the whole would, and what bfloat16 holds exactly stays as it is. Values must be finite.

@@ -95,11 +95,15 @@ UpdateFn = Callable[[Update, Tree], tuple[Update, Tree]]  # (update, state) -> (
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """`init(params: Leaves) -> state`; `update(facts by path) -> UpdateFn`. `is_traceable`: it may be compiled."""
+    """`init(params: Leaves) -> state`; `update(facts by path) -> UpdateFn`.
+
+    `is_traceable`: it may be compiled. `on_host`: what it moves from the host and back (see `on_host`).
+    """
 
     init: Callable[[Leaves], Tree]
     update: Callable[[Mapping[str, Facts]], UpdateFn]
     is_traceable: bool = True
+    on_host: frozenset[str] = frozenset()
 
 
 def facts_of(specs: Tree, mesh: Mesh) -> dict[str, Facts]:
@@ -155,8 +159,12 @@ def chain(*transforms: Transform) -> Transform:
 
         return run
 
-    is_traceable = all(t.is_traceable for t in transforms)
-    return Transform(init=lambda params: [t.init(params) for t in transforms], update=update, is_traceable=is_traceable)
+    return Transform(
+        init=lambda params: [t.init(params) for t in transforms],
+        update=update,
+        is_traceable=all(t.is_traceable for t in transforms),
+        on_host=frozenset().union(*(t.on_host for t in transforms)),
+    )
 
 
 def masked(transform: Transform, patterns: Sequence[str]) -> Transform:

@@ -7,6 +7,7 @@ import torch
 
 from mmfn import rng, tree
 from mmfn.batch import IGNORE, IMAGE, Media, Sample
+from mmfn.parallel.axis import Axis
 from mmfn.train.data.loader import Loader, Stats, prefetch, stats
 
 VALUES = 8
@@ -75,6 +76,22 @@ def test_a_step_depends_on_nothing_asked_before():
         loader.microbatches(step)
     assert equal(late, loader.microbatches(7))
     assert equal(late, make().microbatches(7))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_sample_is_numbered_by_its_place_in_the_order_of_data(num_ranks):
+    """On every rank, in every micro-batch; a sample that comes again in another epoch is another."""
+    for step in (0, 2, 7):
+        found = {}
+        for rank in range(num_ranks):
+            loader = make(axis=Axis(name="batch", size=num_ranks, index=rank))
+            for batch in loader.microbatches(step):
+                starts = batch.token_ids_T[(batch.token_ids_T & (2**32 - 1)) == 0]
+                tokens = batch.tokens_T[(batch.token_ids_T & (2**32 - 1)) == 0]
+                found |= dict(zip((starts >> 32).tolist(), tokens.tolist(), strict=True))
+                used = int(batch.visual.segments.offsets_N[-1])
+                assert set((batch.visual.patch_ids_P[:used] >> 32).tolist()) <= set((starts >> 32).tolist())
+        assert found == dict(zip(range(4 * step, 4 * step + 4), make().indices(step), strict=True))
 
 
 def test_every_sample_of_a_step_is_packed_once():
