@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmfn import dropout as masks
 from mmfn import rng, tree
+from mmfn.dtypes import wide
 from mmfn.spec import ZEROS, ParamSpec, init_params, spec, uniform
 from mmfn.tree import Tree
 
@@ -90,7 +91,9 @@ def lora(
     [0, 1), and one with targets that are stacks of experts.
     """
     if rank < 1 or not 0 < alpha < inf:
-        raise ValueError(f"LoRA needs a rank of at least 1 and a positive, finite alpha, got rank {rank} and alpha {alpha}")
+        raise ValueError(
+            f"LoRA needs a rank of at least 1 and a positive alpha that is finite, got rank {rank} and alpha {alpha}"
+        )
     if not 0 <= dropout < 1:
         raise ValueError(f"LoRA dropout is {dropout} but must be at least 0 and below 1; change it")
     found = layers(specs)
@@ -244,6 +247,6 @@ def merge(params: Tree) -> Tree:
 
 
 def _merged(weight: Tensor, adapter: Adapter) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    delta: Tensor = adapter.scale * (adapter.b.to(wide) @ adapter.a.to(wide))
-    return (weight.to(wide) + delta).to(weight.dtype)
+    dtype = wide(weight.dtype)
+    delta: Tensor = adapter.scale * (adapter.b.to(dtype) @ adapter.a.to(dtype))
+    return (weight.to(dtype) + delta).to(weight.dtype)

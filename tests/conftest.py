@@ -71,6 +71,8 @@ def make_config(small_demo: Path, full_demo: Path, tmp_path: Path) -> Callable[.
             "eval.max_new_tokens": 3,
             "output.path": str(tmp_path / "run"),
         } | (changes or {})
+        if settings["data.eval"] is None:
+            settings = {key: value for key, value in settings.items() if not key.startswith("eval.")}
         sections: dict[str, dict[str, Any]] = {}
         for key, value in settings.items():
             section, name = key.split(".")

@@ -227,6 +227,7 @@ def test_the_spec_tree() -> None:
         ({"targets": ()}, "got no targets"),
         ({"rank": 0}, "a rank of at least 1"),
         ({"alpha": 0.0}, "a positive alpha"),
+        ({"alpha": float("inf")}, "a positive alpha that is finite"),
         ({"dropout": 1.0}, "dropout is 1.0 but must be at least 0 and below 1"),
         ({"dropout": -0.1}, "dropout is -0.1 but must be"),
         (

@@ -248,7 +248,8 @@ def _check_plain(config: Mapping[str, Any], folder: str) -> None:
     if isinstance(start, str) and start not in PLAIN_STARTS:
         raise ValueError(f"adapter {folder!r} changed its base by init_lora_weights {start!r}; convert it with peft")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
+    is_scale = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha <= sys.float_info.max
+    if type(rank) is not int or rank < 1 or not is_scale:
         raise ValueError(f"adapter {folder!r} has r {rank!r} and lora_alpha {alpha!r}; both must be positive numbers")
     if not isinstance(is_rs := config.get("use_rslora", False), bool):
         raise ValueError(f"adapter {folder!r} has use_rslora {is_rs!r}, which must be true or false")

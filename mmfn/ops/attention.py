@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mmfn.batch import Segments
+from mmfn.dtypes import wide
 from mmfn.ops.eager import is_eager
 
 # When a segment joins a padded call: the padding and the copies it costs, in scores times channels, against one more
@@ -92,12 +93,11 @@ def dense(
     q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, key_offsets_N: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by a T x S mask; scores and softmax in float32 or wider."""
-    H, C = q_THC.shape[1:]
-    wide = torch.promote_types(q_THC.dtype, torch.float32)
+    (H, C), dtype = q_THC.shape[1:], wide(q_THC.dtype)
     mask_TS = dense_mask(q_THC, k_SKC, offsets_N, key_offsets_N, is_causal)
-    k_SHC, v_SHC = (x.to(wide).repeat_interleave(H // x.shape[1], 1) for x in (k_SKC, v_SKC))
-    scores_HTS = torch.einsum("thc,shc->hts", q_THC.to(wide), k_SHC) * C**-0.5
-    scores_HTS = scores_HTS.masked_fill(~mask_TS, torch.finfo(wide).min)
+    k_SHC, v_SHC = (x.to(dtype).repeat_interleave(H // x.shape[1], 1) for x in (k_SKC, v_SKC))
+    scores_HTS = torch.einsum("thc,shc->hts", q_THC.to(dtype), k_SHC) * C**-0.5
+    scores_HTS = scores_HTS.masked_fill(~mask_TS, torch.finfo(dtype).min)
     lse_HT = scores_HTS.logsumexp(-1)
     probs_HTS = (scores_HTS - lse_HT[..., None]).exp() * mask_TS
     o_THC = torch.einsum("hts,shc->thc", probs_HTS, v_SHC).to(q_THC.dtype)
@@ -264,7 +264,7 @@ def forward(
     calls = _calls(offsets_N, key_offsets_N, is_causal, q_THC, k_SKC)
     q_THC, k_SKC, v_SKC = (_dense_channels(x) for x in (q_THC, k_SKC, v_SKC))
     o_THC = q_THC.new_empty(q_THC.shape)
-    lse_TH = q_THC.new_empty(q_THC.shape[:2], dtype=torch.promote_types(q_THC.dtype, torch.float32))
+    lse_TH = q_THC.new_empty(q_THC.shape[:2], dtype=wide(q_THC.dtype))
     first = 0 if key_offsets_N is not None else int(offsets_N[-1])  # the first token that no call may write
     o_THC[first:] = 0
     lse_TH[first:] = -torch.inf
@@ -364,8 +364,7 @@ def traced_grad(
 
 @traced.register_fake
 def _(q_THC: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q_THC.dtype, torch.float32)
-    return q_THC.new_empty(q_THC.shape), q_THC.new_empty(q_THC.shape[:2], dtype=wide)
+    return q_THC.new_empty(q_THC.shape), q_THC.new_empty(q_THC.shape[:2], dtype=wide(q_THC.dtype))
 
 
 @traced_grad.register_fake

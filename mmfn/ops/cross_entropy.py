@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from mmfn.batch import IGNORE
+from mmfn.dtypes import wide
 from mmfn.ops.eager import is_eager
 from mmfn.ops.logit_chunks import (
     Gradients,
@@ -28,7 +29,6 @@ from mmfn.ops.logit_chunks import (
     rows_of,
     smoothing,
     supervised,
-    wide,
 )
 
 CHUNK_BYTES = 160 * 2**20  # of float32 logits; smaller chunks read and write the head's gradient more often
@@ -99,8 +99,8 @@ def linear_cross_entropy_reference(
     Legend: N supervised tokens.
     """
     is_supervised_T = (labels_T != IGNORE) & (weights_T != 0)
-    labels_N, weights_N = labels_T[is_supervised_T], weights_T[is_supervised_T].to(wide(x_TD))
-    logits_NV = F.linear(x_TD[is_supervised_T], weight_VD, bias_V).to(wide(x_TD))
+    labels_N, weights_N = labels_T[is_supervised_T], weights_T[is_supervised_T].to(wide(x_TD.dtype))
+    logits_NV = F.linear(x_TD[is_supervised_T], weight_VD, bias_V).to(wide(x_TD.dtype))
     lse_N = logits_NV.logsumexp(-1)
     ce_N = lse_N - logits_NV.gather(-1, labels_N[:, None])[:, 0]
     uniform_N = lse_N - logits_NV.mean(-1)
@@ -169,7 +169,7 @@ def _compute(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """The two losses and the gradients of the first, those asked for."""
-    V, dtype = weight_VD.shape[0], wide(x_TD)
+    V, dtype = weight_VD.shape[0], wide(x_TD.dtype)
     index_N = supervised(labels_T, weights_T, V)
     labels_N, weights_N = labels_T[index_N], weights_T[index_N].to(dtype)
     N = index_N.numel()
@@ -261,7 +261,7 @@ def _(
     dx_TD, dw_VD, db_V = (
         torch.empty_like(leaf) if leaf is not None and is_needed else x_TD.new_empty(0) for leaf, is_needed in leaves
     )
-    loss = x_TD.new_empty((), dtype=wide(x_TD))
+    loss = x_TD.new_empty((), dtype=wide(x_TD.dtype))
     return loss, torch.empty_like(loss), dx_TD, dw_VD, db_V
 
 

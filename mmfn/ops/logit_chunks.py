@@ -27,11 +27,6 @@ STAGE_VALUES = 2**20  # logits become gradients in pieces of this many values, w
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, head and bias; None where not asked for
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype of losses and sums: float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def supervised(labels_T: Tensor, weights_T: Tensor, num_vocabulary: int) -> Tensor:
     """Places of the supervised tokens: int64[N], whose number the host reads.
 

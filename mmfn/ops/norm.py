@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mmfn.dtypes import wide
 from mmfn.ops.eager import is_eager
 
 
@@ -29,7 +30,7 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def rms_norm_reference(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`rms_norm` as it is written in the paper."""
-    wide_D = x_D.to(_wide(x_D))
+    wide_D = x_D.to(wide(x_D.dtype))
     normed_D = wide_D * torch.rsqrt(wide_D.square().mean(-1, keepdim=True) + eps)
     return _weighted(normed_D, weight_D, x_D.dtype)
 
@@ -48,7 +49,7 @@ def layer_norm(x_D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Ten
 
 def layer_norm_reference(x_D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """`layer_norm` as it is written in the paper."""
-    wide_D = x_D.to(_wide(x_D))
+    wide_D = x_D.to(wide(x_D.dtype))
     centred_D = wide_D - wide_D.mean(-1, keepdim=True)
     normed_D = centred_D * torch.rsqrt(centred_D.square().mean(-1, keepdim=True) + eps)
     return (normed_D * weight_D + bias_D).to(x_D.dtype)
@@ -61,10 +62,6 @@ def _check(x_D: Tensor, weight_D: Tensor) -> None:
         )
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _weighted(normed_D: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
     """`normed * weight` in `dtype`; multiplied in it, or in the weight's where that is wider."""
     return (normed_D.to(torch.promote_types(dtype, weight_D.dtype)) * weight_D).to(dtype)
@@ -75,7 +72,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        wide_D = x_D.to(_wide(x_D))
+        wide_D = x_D.to(wide(x_D.dtype))
         norm_1 = torch.linalg.vector_norm(wide_D, dim=-1, keepdim=True)
         rstd_1 = norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_D, weight_D, rstd_1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mmfn.dtypes import wide
 from mmfn.ops.eager import is_eager
 
 
@@ -36,8 +37,8 @@ def rotary(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 def rotary_reference(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """`rotary` as a product of complex numbers: x_i + j x_(i+R) times cos + j sin."""
     R = cos_TR.shape[-1]
-    wide = torch.promote_types(torch.promote_types(x_THC.dtype, cos_TR.dtype), torch.float32)
-    x, angle = x_THC.to(wide), torch.complex(cos_TR.to(wide), sin_TR.to(wide))[:, None]
+    dtype = wide(x_THC.dtype, cos_TR.dtype)
+    x, angle = x_THC.to(dtype), torch.complex(cos_TR.to(dtype), sin_TR.to(dtype))[:, None]
     turned = torch.complex(x[..., :R], x[..., R : 2 * R]) * angle
     return torch.cat([turned.real, turned.imag, x[..., 2 * R :]], dim=-1).to(x_THC.dtype)
 
@@ -53,8 +54,8 @@ def _halves(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 def _turn(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: float) -> Tensor:
     """`_halves` by the angle times `sign`, in three passes over x and without temporaries of its size."""
     R = cos_TR.shape[-1]
-    wide = torch.promote_types(x_THC.dtype, cos_TR.dtype)
-    x_TH2R = x_THC[..., : 2 * R].unflatten(-1, (2, R)).to(wide)  # type: ignore[no-untyped-call]
+    dtype = torch.promote_types(x_THC.dtype, cos_TR.dtype)
+    x_TH2R = x_THC[..., : 2 * R].unflatten(-1, (2, R)).to(dtype)  # type: ignore[no-untyped-call]
     y_TH2R = x_TH2R * cos_TR[:, None, None]
     y_TH2R[:, :, 0].addcmul_(x_TH2R[:, :, 1], sin_TR[:, None], value=-sign)
     y_TH2R[:, :, 1].addcmul_(x_TH2R[:, :, 0], sin_TR[:, None], value=sign)

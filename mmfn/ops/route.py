@@ -1,7 +1,8 @@
 """Routers: which experts a token goes to, and with which weights. Legend: T tokens, E experts, X experts per token."""
 
-import torch
 from torch import Tensor
+
+from mmfn.dtypes import wide
 
 
 def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -13,7 +14,7 @@ def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
     Raises ValueError for other shapes and dtypes. Source: `Qwen3VLMoeTextTopKRouter` in transformers 5.23.
     """
     _check(logits_TE, num_chosen)
-    probs_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+    probs_TE = logits_TE.softmax(-1, dtype=wide(logits_TE.dtype))
     chosen_TX, experts_TX = probs_TE.topk(num_chosen, dim=-1)
     weights_TX = chosen_TX / chosen_TX.sum(-1, keepdim=True)
     return weights_TX.to(logits_TE.dtype), experts_TX, probs_TE
@@ -22,7 +23,7 @@ def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
 def route_reference(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
     """`route` with weights by a softmax over the chosen logits alone, which are the same."""
     _check(logits_TE, num_chosen)
-    wide_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    wide_TE = logits_TE.to(wide(logits_TE.dtype))
     experts_TX = wide_TE.sort(dim=-1, descending=True, stable=True).indices[:, :num_chosen]
     shares_TE = (wide_TE - wide_TE.detach().amax(-1, keepdim=True)).exp()
     probs_TE = shares_TE / shares_TE.sum(-1, keepdim=True)

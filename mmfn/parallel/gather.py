@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from mmfn import tree
+from mmfn.ops.eager import is_eager
 from mmfn.parallel.axis import Axis
 from mmfn.parallel.host_memory import HostMemory
 from mmfn.parallel.hosted import Fetched, Hosted, fetch, fetch_in_graph, hosted_of, stand_for
@@ -68,6 +69,16 @@ class Cut:
             whole = torch.cat([whole, zeros], self.dim)
         cut = whole.reshape(*self.shape[: self.dim], self.size, self.each, *self.shape[self.dim + 1 :])
         return cut.movedim((self.dim, self.dim + 1), (0, 1)).reshape(self.size, -1)
+
+    def split_(self, out: Tensor, whole: Tensor) -> None:
+        """`split` into `out`, in its dtype and without anything in between."""
+        rows, parts = whole.movedim(self.dim, 0), out.view(self.size, *self.part)
+        full, rest = divmod(rows.shape[0], self.each)  # ranks whose rows are all real, and the next one's real rows
+        parts[:full].copy_(rows[: full * self.each].view(full, *self.part))
+        if full < self.size:
+            parts[full, :rest].copy_(rows[full * self.each :])
+            parts[full, rest:].zero_()
+            parts[full + 1 :].zero_()
 
     def unpack(self, flat: Tensor, num_rows: int) -> Tensor:
         """Inverse of `pack`: this rank's `num_rows` real rows."""
@@ -132,15 +143,28 @@ class Bucket:
 
     def sum_gradients(self, grads: Sequence[Tensor | None], like: Sequence[Like]) -> list[Tensor]:
         """This rank's shards of the gradients, summed over all ranks that used the leaves; None counts as zeros."""
-        whole = [
-            torch.zeros(cut.shape, dtype=self.reduce, device=to.device) if g is None else g.to(self.reduce)
-            for cut, g, to in zip(self.cuts, grads, like, strict=True)
-        ]
-        packed = torch.cat([cut.split(g) for cut, g in zip(self.cuts, whole, strict=True)], dim=1).view(-1)
+        packed = self._pack_gradients(grads, like[0].device)
         own = self.replicate.all_reduce(self.axis.reduce_scatter(packed, "gradients"), "gradients")
         pieces = torch.split(own, [cut.numel for cut in self.cuts])
         parts = zip(self.cuts, pieces, like, strict=True)
         return [cut.unpack(piece, to.num_rows).to(to.dtype) for cut, piece, to in parts]
+
+    def _pack_gradients(self, grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """What this rank sends of the gradients: one flat vector.
+
+        A compiler makes plain loops of a concatenation, but of writes into a buffer one loop with all their conditions.
+        """
+        sizes = [cut.numel for cut in self.cuts]
+        sent = torch.empty(self.axis.size, sum(sizes), dtype=self.reduce, device=device)
+        if is_eager(sent):
+            for cut, g, out in zip(self.cuts, grads, torch.split(sent, sizes, dim=1), strict=True):
+                out.zero_() if g is None else cut.split_(out, g)
+            return sent.view(-1)
+        whole = [
+            sent.new_zeros(cut.shape) if g is None else g.to(self.reduce)
+            for cut, g in zip(self.cuts, grads, strict=True)
+        ]
+        return torch.cat([cut.split(g) for cut, g in zip(self.cuts, whole, strict=True)], dim=1).view(-1)
 
 
 class _Gather(torch.autograd.Function):

@@ -255,8 +255,9 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     if is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         required = {field.name for field in fields(kind) if field.default is MISSING}
-        if wrong := sorted((required - value.keys()) | (value.keys() - hints.keys())):
-            raise ValueError(f"{name} has {wrong[0]!r} missing or too much")
+        for found, how in ((required - value.keys(), "lacks"), (value.keys() - hints.keys(), "has an unknown")):
+            if found:
+                raise ValueError(f"{name} {how} {min(found)!r}")
         made: Any = kind
         return made(**{key: _typed(hints[key], item, key) for key, item in value.items()})
     origin, inner = get_origin(kind), get_args(kind)

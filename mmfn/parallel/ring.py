@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import Segments
+from mmfn.dtypes import wide
 from mmfn.ops import AttentionBlock, AttentionBlockGrad
 from mmfn.ops.attention_block import merge_blocks
 from mmfn.parallel.axis import Axis
@@ -66,10 +67,9 @@ class _Ring(torch.autograd.Function):
         block_grad: AttentionBlockGrad,
     ) -> Tensor:
         half = Segments(offsets_N=offsets_N // (2 * axis.size))
-        q = q_THC.chunk(2)
-        wide = torch.promote_types(q_THC.dtype, torch.float32)
-        o = [torch.zeros_like(x, dtype=wide) for x in q]
-        lse = [x.new_full(x.shape[:2], -torch.inf, dtype=wide) for x in q]
+        q, dtype = q_THC.chunk(2), wide(q_THC.dtype)
+        o = [torch.zeros_like(x, dtype=dtype) for x in q]
+        lse = [x.new_full(x.shape[:2], -torch.inf, dtype=dtype) for x in q]
         kv_2TKC = torch.stack([k_TKC, v_TKC])
         for step in range(axis.size):
             coming_2TKC = axis.issue_shift(kv_2TKC, 1, SITE) if step + 1 < axis.size else None

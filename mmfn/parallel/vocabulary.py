@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfn import tree
+from mmfn.dtypes import wide
 from mmfn.ops import logit_chunks
 from mmfn.ops.cross_entropy import add_to_all_, check_head, check_settings, chunk_rows, narrow, needed
-from mmfn.ops.logit_chunks import Gradients, GradientsInForward, aligned, wide
+from mmfn.ops.logit_chunks import Gradients, GradientsInForward, aligned
 from mmfn.parallel.axis import Axis
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.sharding import rows as rows_of_rank
@@ -129,7 +130,7 @@ def _compute(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """The two losses of this rank's tokens and the gradients, those asked for."""
-    V, dtype, axis = weight_VD.shape[0], wide(x_TD), part.axis
+    V, dtype, axis = weight_VD.shape[0], wide(x_TD.dtype), part.axis
     index_N = logit_chunks.supervised(labels_T, weights_T, part.num_vocabulary)
     own_weights_N = weights_T[index_N].to(dtype)
     each, num_chunks = _chunks(index_N, rows, part)

@@ -25,7 +25,7 @@ from mmfn.train import setup as training
 from mmfn.train.config import Settings, check, read_settings
 from mmfn.train.effects import check_effects
 from mmfn.train.plan import Setup, Workload, plan
-from mmfn.train.recipe import build_optimizer, check_patterns
+from mmfn.train.recipe import build_optimizer
 from mmfn.train.sections import Config, LayoutSection
 
 SHARDS = (1, 2, 4, 8, 16)  # of a search: parameters are whole on a world's 1, 1/2, 1/4, ... of the ranks
@@ -88,7 +88,7 @@ def make_setup(request: Request) -> tuple[Setup, Layout]:
 
     specs = training.model_specs(config, found, cfg)
     check_effects(config, cfg, specs)
-    check_patterns(config, specs)  # `without_rules` hides them from the optimizer
+    build_optimizer(config, specs)  # refuses the rules that training refuses; the one below has none
 
     def build(shallow: Any, mesh: Mesh) -> Program:
         blocks = specs["text"]["layers"][: shallow.num_layers]
@@ -127,6 +127,8 @@ def search(
     `say` is given a line before the work, and one for each layout that cannot be planned and is left out. Raises
     ValueError where that is all of them. An interrupt ends the processes.
     """
+    if not requests:
+        raise ValueError("a search got no layout to plan; give it those of candidates(settings, world)")
     device(requests[0].device)  # this and the next: what is wrong with any layout is found before work begins
     make_setup(requests[0])
     jobs = min(jobs or os.cpu_count() or 1, len(requests))
@@ -135,8 +137,8 @@ def search(
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
         try:
             with _interrupts_ignored():  # by the processes too, which start here
-                results = pool.map(_plan_or_reason, requests)
-            found = list(results)
+                futures = [pool.submit(_plan_or_reason, request) for request in requests]
+            found = [future.result() for future in futures]
         except BaseException:
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()

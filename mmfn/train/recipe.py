@@ -16,7 +16,7 @@ def build_optimizer(config: Config, specs: Tree, device: torch.device | None = N
     Raises ValueError for values that do not fit together.
     """
     chosen = config.optimizer
-    check_patterns(config, specs)
+    _check_patterns(config, specs)
     average = [] if chosen.ema_decay is None else [optim.ema(chosen.ema_decay)]
     optimizer = optim.by_path(
         optim.chain(_writer(chosen, specs), *average),
@@ -62,7 +62,7 @@ def _writer(chosen: OptimizerSection, specs: Tree) -> optim.Transform:
     return optim.with_others(muon, adamw, specs)
 
 
-def check_patterns(config: Config, specs: Tree) -> None:
+def _check_patterns(config: Config, specs: Tree) -> None:
     """Raise ValueError for a pattern that matches no parameter, or none that is trained."""
     settings = {
         "optimizer.no_decay": config.optimizer.no_decay,

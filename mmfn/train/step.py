@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.batch import Batch
+from mmfn.dtypes import wide
 from mmfn.grad import value_and_grad
 from mmfn.lora import salts_of
 from mmfn.models import Family
@@ -228,7 +229,7 @@ def scan_gradients(gradients: Gradients, params: Tree, microbatches: Sequence[Ba
     for batch in microbatches[1:]:
         more, metrics = gradients(params, batch)
         for path, grad in total.items():
-            dtype = optim.wide(grad.dtype)
+            dtype = wide(grad.dtype)
             total[path] = grad.to(dtype) + more.pop(path).to(dtype)
         sums = {name: value + metrics[name] for name, value in sums.items()}
     return total, sums

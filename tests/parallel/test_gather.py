@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn import tree
 from mmfn.ops import run_stack
 from mmfn.parallel.axis import Axis
 from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.gather import Cut, Gather
+from mmfn.parallel.gather import Bucket, Cut, Gather, Like
 from mmfn.parallel.mesh import Layout, Mesh
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.remat import remat
@@ -83,8 +84,44 @@ def test_cut_and_its_inverses(shape: tuple[int, ...], size: int) -> None:
         parts = torch.stack([cut.pack(s) for s in shards])
         assert torch.equal(cut.join(parts), x)
         assert torch.equal(cut.split(x), parts)
+        sent = torch.full((size, cut.numel + 2), torch.nan, dtype=torch.float64)
+        cut.split_(sent[:, 1:-1], x)
+        assert torch.equal(sent[:, 1:-1], parts.double())
+        assert sent[:, [0, -1]].isnan().all()
         for s, flat in zip(shards, parts, strict=True):
             assert torch.equal(cut.unpack(flat, s.shape[dim]), s)
+
+
+class Made(TorchDispatchMode):
+    """The sizes of the tensors that operators make, not counting views and what is written in place."""
+
+    is_eager = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.known |= {x.untyped_storage()._cdata for x in tree.leaves(args) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree.leaves(out) if x.untyped_storage()._cdata not in self.known]
+        self.known |= {x.untyped_storage()._cdata for x in made}
+        self.sizes += [x.numel() for x in made]
+        return out
+
+
+def test_gradients_are_cast_and_packed_into_what_is_sent_at_once() -> None:
+    shapes, axis = [(7, 3), (2,), (4, 5, 3)], Axis(name="own")
+    cuts = tuple(Cut(shape=shape, dim=len(shape) // 3, size=1) for shape in shapes)
+    bucket = Bucket(axis=axis, replicate=axis, cuts=cuts, compute=torch.bfloat16, reduce=torch.float32)
+    grads = [torch.randn(7, 3).bfloat16().t().contiguous().t(), None, torch.randn(4, 5, 3).bfloat16()]
+    like = [Like(shape[cut.dim], torch.float32, torch.device("cpu")) for shape, cut in zip(shapes, cuts, strict=True)]
+    with Made() as made:
+        found = bucket.sum_gradients(grads, like)
+    assert made.sizes == [21 + 2 + 60]
+    for grad, shape, own in zip(grads, shapes, found, strict=True):
+        assert torch.equal(own, torch.zeros(shape) if grad is None else grad.float())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

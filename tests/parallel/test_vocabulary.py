@@ -113,7 +113,7 @@ def test_narrow_dtypes_are_close_to_float64(smoothing: float) -> None:
         axis = mesh["shard"]
         weight_VD = head_of(V)[0][slice(*rows(V, axis.size, axis.index))].bfloat16().to(dtype).requires_grad_()
         x_TD, labels_T, weights_T = tokens_of(axis.index, *size, V)
-        x_TD = x_TD.bfloat16().to(dtype).requires_grad_()
+        x_TD = (x_TD / 8).bfloat16().to(dtype).requires_grad_()  # probabilities that smoothing's share nearly cancels
         settings = {"part": part_of(mesh, V), "chunk": 4, "label_smoothing": smoothing}
         loss, _ = sliced_cross_entropy(x_TD, weight_VD, labels_T, weights_T.float(), **settings)
         assert loss.dtype == torch.promote_types(dtype, torch.float32)

@@ -59,6 +59,54 @@ def test_describe_lists_every_value_with_its_origin_and_reads_back(config_file: 
     assert load_config(again).config == loaded.config
 
 
+def test_rules_keep_their_order_and_constant_schedules_load_again(config_file: Path, tmp_path: Path) -> None:
+    """Of rules the first match counts."""
+    rules = [
+        "optimizer.lr_scales={'text/z.*': 0.5, 'text/a.*': 0.1, '.*': 1.0}",
+        "schedule.groups={'z.*': {lr: 1e-3, kind: constant}, 'a.*': {lr: 1e-4}}",
+        "layout.compute_rules={'z': bfloat16, 'a': float32}",
+        "schedule.kind=constant",
+    ]
+    loaded = load_config(config_file, rules)
+    again = tmp_path / "again.yaml"
+    again.write_text(describe(loaded))
+    config = load_config(again).config
+    assert config == loaded.config
+    assert list(config.optimizer.lr_scales) == ["text/z.*", "text/a.*", ".*"]
+    assert list(config.schedule.groups) == ["z.*", "a.*"]
+    assert list(config.layout.compute_rules or ()) == ["z", "a"]
+
+
+def test_merged_keys_may_be_set_again(config_file: Path) -> None:
+    changed = "optimizer: {lr: 1e-3, lr_scales: {<<: {a: 1.0, b: 2.0}, b: 3.0}}"
+    config_file.write_text(MINIMAL.replace("optimizer: {lr: 1e-3}", changed))
+    assert load_config(config_file).config.optimizer.lr_scales == {"a": 1.0, "b": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.dtype=float32", "layout.compute_rules={'.*norm.*': float32}"], "layout.compute_rules has no effect"),
+        (["layout.compute_rules={}"], "layout.compute_rules has no effect where all is computed in float32"),
+        (["layout.dp=2", "layout.reduce_dtype=float32"], "layout.reduce_dtype has no effect where all is computed"),
+        (["data.workers=0", "data.ahead=9"], "ahead has no effect with workers 0"),
+        (["data.eval=null", "eval.batch_samples=2"], "eval.batch_samples has no effect without data.eval"),
+        (["output.report_images=3"], "output.report_images has no effect without data.eval"),
+        (["optimizer.kind=muon", "optimizer.momentum=0"], "nesterov has no effect with momentum 0"),
+    ],
+)
+def test_pairs_without_effect_are_refused(config_file: Path, overrides: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        load_config(config_file, overrides)
+
+
+def test_dtypes_with_effect_are_taken(config_file: Path) -> None:
+    layout = load_config(config_file, ["layout.dp=2", "layout.reduce_dtype=bfloat16"]).config.layout
+    assert layout.reduce_dtype == "bfloat16"
+    narrow = ["layout.dp=2", "model.dtype=bfloat16", "layout.reduce_dtype=float32", "layout.compute_rules={}"]
+    assert load_config(config_file, narrow).config.layout.compute_rules == {}
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -103,6 +151,7 @@ def test_describe_lists_every_value_with_its_origin_and_reads_back(config_file: 
         ("layout.compute_dtype=float32", "layout.compute_dtype 'float32' has no effect, model.dtype says so"),
         ("layout.dp=0", "layout.dp is 0 but input should be greater than 0"),
         ("layout.tp=2", "unknown key 'layout.tp'; the nearest known key is 'layout.dp'"),
+        ("optimizer.lr_scales={a: 1.0, a: 0.5}", "the value is no valid YAML: key 'a' is set twice; correct it"),
         ("data.workers=65", "data.workers is 65 but input should be less than or equal to 64"),
     ],
 )
@@ -135,6 +184,7 @@ def test_wrong_override_is_one_sentence(config_file: Path, override: str, expect
         ("model: {path: m}", "model: {path: {[a]: b}}", ":1: model.path is no valid YAML: found unhashable key"),
         ("model: {path: m}", "model: {path: !!timestamp x}", ":1: model.path is no valid YAML: "),
         ("model: {path: m}", "model: {path: 2024-13-45}", ":1: model.path is no valid YAML: month must be in 1..12"),
+        ("{lr: 1e-3}", "{lr: 1e-3, lr_scales: {a: 1.0, a: 0.5}}", ":6: optimizer.lr_scales is no valid YAML: key 'a'"),
         ("model: {path: m}", "{[a]: b}", "run.yaml"),
         ("model: {path: m}", "{" * 3000, "run.yaml is no valid YAML: maximum recursion depth"),
     ],

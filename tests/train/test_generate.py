@@ -128,7 +128,7 @@ def test_weights_that_are_not_finite_are_refused(pair, bad):
     params = add_adapters(model.params, specs, seed=0)
     params["text"]["layers"][0]["attention"]["q"]["lora"]["weight"].b[0] = bad
     batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 3, rows=2), model)
-    with pytest.raises(ValueError, match="the logits are not finite; the model's weights .* are damaged or diverged"):
+    with pytest.raises(ValueError, match=r"the logits are not finite; the model's weights .* are damaged or diverged"):
         mmfn.generate(replace(model, params=params), batch, 2)
 
 

@@ -125,7 +125,7 @@ def test_a_run_on_a_mesh(make_config: MakeConfig, base: Path, tmp_path: Path) ->
 
 def test_dropout_goes_on_with_the_adapter(make_config: MakeConfig, base: Path, tmp_path: Path) -> None:
     """It is written beside the weights, read where these are trained on, and no part of the merged model."""
-    result = finished(make_config(LORA | {"model.path": str(base), "lora.dropout": 0.1, "data.eval": None}))
+    result = finished(make_config(LORA | {"model.path": str(base), "lora.dropout": 0.1}))
     assert all(record["skipped"] == 0 for record in result.records)
     assert json.loads((result.saved["adapter"] / adapter.CONFIG).read_text())["lora_dropout"] == 0.1
     changes = {"model.path": str(base), "model.init": "load", "model.adapter": str(result.saved["adapter"])}
@@ -189,6 +189,7 @@ def test_a_frozen_part_in_a_run(make_config: MakeConfig, base: Path) -> None:
         ({"lora.rank": 2, "lora.keep": ["vision/merger/norm/bias"]}, "'vision/merger/norm/weight' is not trained"),
         ({"lora.rank": 2, "lora.keep": ["text/embed/weight"]}, "'text/embed/weight' is trained in full and tied"),
         ({"lora.rank": 2, "output.adapter": "separate"}, "'separate' saves nowhere the base that model.init"),
+        ({"lora.rank": 2, "freeze.parts": ["vision_encoder"]}, "freeze has no effect: LoRA already freezes all"),
         (
             {"lora.rank": 2, "lora.keep": ["vision/merger/norm/.*"], "freeze.parts": ["text_decoder"]},
             "freeze covers the adapter 'text/layers/0/attention/k/lora/weight/a' but LoRA already freezes",

@@ -136,6 +136,10 @@ def test_policies_of_stacks() -> None:
             {"dp": 2, "ep": 2, "remat_vision": "selective", "remat_vision_save": ["exchange"]},
             "remat_vision_save 'exchange' has no effect, the tower has no experts; remove it",
         ),
+        (
+            {"remat_vision": "selective", "remat_vision_save": ["attention", "experts"]},
+            "remat_vision_save 'experts' has no effect, the tower has no experts; remove it",
+        ),
         ({"offload": ["params"]}, "Input should be 'activations', 'optimizer' or 'parameters'"),
     ],
 )

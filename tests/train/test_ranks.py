@@ -267,7 +267,7 @@ def test_a_wrong_layout_is_one_sentence_and_exit_code_2_on_all_ranks(make_config
 @pytest.mark.dist
 def test_an_error_of_one_rank_ends_all(make_config: MakeConfig, tmp_path: Path) -> None:
     """Only one of the two ranks prepares the broken sample; the other waits for it before it makes the run folder."""
-    path = make_config()
+    path = make_config({"data.eval": None})
     entries = json.loads(Path(load_config(path).config.data.train).read_text())
     (tmp_path / "broken.png").write_bytes(b"no image")
     entries[-1]["images"] = ["broken.png"]
@@ -275,7 +275,7 @@ def test_an_error_of_one_rank_ends_all(make_config: MakeConfig, tmp_path: Path) 
         entry["images"] = []
         entry["messages"][0]["content"] = "Which digit is this?"
     (tmp_path / "train.json").write_text(json.dumps(entries))
-    changes = ["layout.dp=2", f"data.train={tmp_path / 'train.json'}", f"data.root={tmp_path}", "data.eval=null"]
+    changes = ["layout.dp=2", f"data.train={tmp_path / 'train.json'}", f"data.root={tmp_path}"]
     ranks = finish(start(2, "train", str(path), *changes))
     assert [code for code, _, _ in ranks] == [2, 2]
     assert [bool(errors) for _, _, errors in ranks].count(True) == 1

@@ -144,6 +144,10 @@ def test_a_file_to_write(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text("[]")
     run_folder.check_file("--out", str(tmp_path / "new.json"), settings)
     cases = {"": "is a folder", "eval.json": "is data.eval itself", "c.yaml": "is the config file itself"}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    settings = loaded(tmp_path, f"data.eval={tmp_path / 'eval.json'}", f"model.path={tmp_path / 'model'}")
+    cases["model/config.json"] = "is the model's config.json itself"
     cases |= {"no/a.json": "lies in a folder that does not exist", "a" * 300: "File name too long"}
     for path, expected in cases.items():
         with pytest.raises(ValueError, match=f"^--out '.*{expected}"):

@@ -25,7 +25,6 @@ from mmfn.train.optim.transform import (
     masked,
     master,
     own,
-    wide,
 )
 
 __all__ = [
@@ -52,6 +51,5 @@ __all__ = [
     "on_host",
     "own",
     "sgd",
-    "wide",
     "with_others",
 ]

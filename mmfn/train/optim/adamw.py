@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mmfn.dtypes import wide
 from mmfn.train.optim.rounding import round_
-from mmfn.train.optim.transform import Facts, Leaves, Rate, Transform, Update, UpdateFn, own, wide, zeros_like
+from mmfn.train.optim.transform import Facts, Leaves, Rate, Transform, Update, UpdateFn, own, zeros_like
 from mmfn.tree import Tree
 
 

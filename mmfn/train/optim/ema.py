@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
+from mmfn.dtypes import wide
 from mmfn.parallel.sharding import like, local
-from mmfn.train.optim.transform import Facts, Leaves, Transform, Update, UpdateFn, wide
+from mmfn.train.optim.transform import Facts, Leaves, Transform, Update, UpdateFn
 from mmfn.tree import Tree
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
+from mmfn.dtypes import wide
 from mmfn.parallel.axis import Axis
 from mmfn.parallel.owners import on_owners
 from mmfn.spec import ParamSpec
-from mmfn.train.optim.transform import Facts, Transform, Update, UpdateFn, chain, masked, wide, zeros_like
+from mmfn.train.optim.transform import Facts, Transform, Update, UpdateFn, chain, masked, zeros_like
 from mmfn.tree import Tree
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for its slope at zero

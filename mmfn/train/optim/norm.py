@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mmfn.dtypes import wide
 from mmfn.train.optim.transform import Leaves, Transform, Update
 from mmfn.tree import Tree
 
@@ -32,8 +33,7 @@ def global_norm(grads: Leaves) -> Tensor:
     Large leaves are summed in pieces: torch adds up a whole float32 tensor in a handful of lanes on the CPU, which is
     off by 2e-4 at 8 million values and grows with the size.
     """
-    is_double = any(g.dtype == torch.float64 for g in grads.values())
-    dtype = torch.float64 if is_double else torch.float32
+    dtype = wide(*(g.dtype for g in grads.values()))
     norms: list[Tensor] = []
     rest: list[Tensor] = []
     for grad in grads.values():

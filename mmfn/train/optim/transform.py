@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
+from mmfn.dtypes import wide
 from mmfn.parallel.axis import Axis
 from mmfn.parallel.mesh import Mesh
 from mmfn.parallel.sharding import cuts
@@ -216,11 +217,6 @@ def master(transform: Transform) -> Transform:
         return run
 
     return replace(transform, init=init, update=update)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to accumulate in: float64 for float64, otherwise float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def zeros_like(params: Leaves) -> Leaves:
