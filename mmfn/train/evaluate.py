@@ -96,7 +96,7 @@ def evaluate(
         indices = own[first : first + batch_samples]
         prompts, truths = zip(*(dataset.prompt(i) for i in indices), strict=True)
         batch = _pack(prompts, model)
-        rows = generate(model, batch, max_new_tokens, eos_token_ids=eos_token_ids, ops=table)
+        rows = generate(model, batch, max_new_tokens, eos_token_ids=eos_token_ids, ops=table, check_finite=False)
         texts = dataset.processor.chat.tokenizer.batch_decode(rows, skip_special_tokens=True)
         for index, prompt, text, truth in zip(indices, prompts, texts, truths, strict=True):
             answers.append(_answer(dataset, dataset.records[index], prompt, text, truth))
