@@ -3,11 +3,11 @@
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def search(
     context, before = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
         try:
-            with _interrupts_ignored():  # by the processes too, which start here
+            with _interrupts_later():  # the processes start here
                 futures = [pool.submit(_plan_or_reason, request) for request in requests]
             found = [future.result() for future in futures]
         except BaseException:
@@ -216,16 +216,14 @@ def _plan_or_reason(request: Request) -> Plan | str:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """In this process, and for good in those it starts meanwhile. Threads but the main one get no interrupts anyway."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_later() -> Iterator[None]:
+    """An interrupt of this thread waits until the end; processes started meanwhile never see one."""
+    resource_tracker.ensure_running()  # multiprocessing starts it with the first process, and lets interrupts through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _model(config: Config) -> tuple[Family, Any]:
