@@ -228,7 +228,7 @@ class TrainSection(Section):
         default=0, description="decides the initial weights, the order of the data and what is dropped"
     )
     compile: Literal["none", "layer", "step"] = Field(
-        default="none", description="torch.compile: each block, the whole step"
+        default="none", description="torch.compile: each block, the whole step; on the CPU so far"
     )
     allocator: Literal["default", "retained"] = Field(
         default="default", description="retained: glibc keeps freed memory (faster on CPU; for the whole process)"
@@ -256,7 +256,9 @@ class LayoutSection(Section):
     dp: PositiveInt = Field(default=1, description="ranks with their own data, over which parameters are sharded")
     cp: PositiveInt = Field(default=1, description="ranks that share the tokens of a batch; parameters are sharded too")
     ep: PositiveInt = Field(default=1, description="ranks among dp * cp that share the experts")
-    kind: Literal["gather", "ulysses", "ring", "usp"] = Field(default="gather", description="attention over cp ranks")
+    kind: Literal["gather", "ulysses", "ring", "usp"] = Field(
+        default="gather", description="attention over cp ranks; on accelerators ulysses so far"
+    )
     ulysses: PositiveInt = Field(default=1, description="of the cp ranks of kind usp, those that split heads")
     capacity: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="rows an ep rank takes from another, in even shares; null: all there are"

@@ -204,8 +204,13 @@ def trained_note(specs: Tree) -> tuple[str, ...]:
 
 
 def check_attention(config: Config, device: torch.device) -> None:
-    """Raise ValueError for a kind of context parallelism whose attention has no kernel for the device yet."""
-    kind = config.layout.kind
+    """Raise ValueError for a setting whose attention has no kernel for the device yet."""
+    kind, compile_ = config.layout.kind, config.train.compile
+    if compile_ != "none" and device.type != "cpu":
+        raise ValueError(
+            f"train.compile {compile_!r} needs attention that reads nothing on the host, which there is on the CPU "
+            f"only, not on {device.type}; use train.compile=none"
+        )
     if config.layout.cp > 1 and kind != "ulysses" and device.type != "cpu":
         raise ValueError(
             f"layout.kind {kind!r} needs attention blocks with log-sum-exp, which there are on the CPU only, not on "

@@ -301,3 +301,7 @@ def test_attention_without_a_kernel_is_refused_before_any_work(make_config: Make
     setup.check_attention(config, CPU)
     with pytest.raises(ValueError, match=r"layout.kind 'gather' needs .* not on cuda; use layout.kind=ulysses"):
         setup.check_attention(config, torch.device("cuda"))
+    config = load_config(make_config(), ["train.compile=layer"]).config
+    setup.check_attention(config, CPU)
+    with pytest.raises(ValueError, match=r"train.compile 'layer' needs .* not on cuda; use train.compile=none"):
+        setup.check_attention(config, torch.device("cuda"))
