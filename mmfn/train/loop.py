@@ -1,7 +1,7 @@
 """The training loop: steps over prefetched data, a record of every step, then checkpoint, evaluation and report.
 
-Metrics are read one step late: a step is started before the numbers of the one before are asked for, so that an
-accelerator never waits for the host.
+Metrics are read one step late: a step is started before the numbers of the one before are asked for. (On an accelerator
+reading them still waits for the step that was started last.)
 """
 
 import json
