@@ -2,13 +2,15 @@
 
 Supervised rows go through in chunks: a chunk's logits are written into one reused buffer, become their gradient in
 place, and give their share of both gradients at once, in the forward; the backward only scales. So beside the
-gradients themselves the op holds one chunk of logits, and rows without a label cost nothing.
+gradients themselves the op holds one chunk of logits, and rows without a label cost nothing. In bfloat16 on a CPU
+another method is faster and holds no logits: `mmfn.ops.vocabulary_attention`.
 
 Legend: T tokens, N supervised tokens (or those of one chunk), D width, V vocabulary.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,9 @@ from mmfn.ops.logit_chunks import (
     smoothing,
     supervised,
 )
+from mmfn.ops.vocabulary_attention import attend
+
+Method = Literal["logits", "attention"]
 
 CHUNK_BYTES = 160 * 2**20  # of float32 logits; smaller chunks read and write the head's gradient more often
 MAX_CHUNK = 512  # rows; larger chunks are no faster
@@ -45,6 +50,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
+    method: Method | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(loss, ce)` of a linear head: what is minimised, and the plain weighted cross entropy, which is a constant.
 
@@ -57,7 +63,8 @@ def linear_cross_entropy(
     `weights_T`: floating[T], a constant. `chunk`: rows of logits held at a time, by default `chunk_rows(V)`. Both
     results are float32[] (float64[] for float64). The gradients of head and bias are accumulated in float32 (or
     float64) and cast once; a gradient that is not needed is not computed. On a GPU the number of supervised rows is
-    read by the host.
+    read by the host. `method`: "logits" or "attention" (`mmfn.ops.vocabulary_attention`; on a CPU, with neither
+    bias nor label smoothing); by default "attention" where it can be and x_TD is bfloat16.
 
     Raises ValueError for shapes, dtypes, labels or settings that do not fit. Source: chunked gradients in the forward
     as in Hsu et al. 2024, "Liger kernel" (arXiv:2410.10989); z-loss: Chowdhery et al. 2022, "PaLM" (arXiv:2204.02311),
@@ -65,6 +72,7 @@ def linear_cross_entropy(
     """
     check_head(x_TD, weight_VD, bias_V, labels_T, weights_T)
     check_settings(z_loss, label_smoothing, chunk)
+    chosen = _method(method, x_TD, bias_V, label_smoothing)
     rows = chunk or chunk_rows(weight_VD.shape[0])
     needs = needed(x_TD, weight_VD, bias_V)
     if is_eager(x_TD):
@@ -75,11 +83,13 @@ def linear_cross_entropy(
             rows=rows,
             z_loss=z_loss,
             label_smoothing=label_smoothing,
+            method=chosen,
             needs=needs,
         )
         loss, ce = GradientsInForward.apply(compute, x_TD, weight_VD, bias_V)  # type: ignore[no-untyped-call]
     else:
-        loss, ce, *_ = _traced(x_TD, weight_VD, bias_V, labels_T, weights_T, rows, z_loss, label_smoothing, needs)
+        settings = (rows, z_loss, label_smoothing, chosen)
+        loss, ce, *_ = _traced(x_TD, weight_VD, bias_V, labels_T, weights_T, *settings, needs)
     return loss, ce
 
 
@@ -93,10 +103,11 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
+    method: Method | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy` with all logits at once (`chunk` changes nothing), in float32 or float64 behind the head.
+    """`linear_cross_entropy` with all logits at once, in float32 or float64 behind the head.
 
-    Legend: N supervised tokens.
+    `chunk` and `method` change nothing. Legend: N supervised tokens.
     """
     is_supervised_T = (labels_T != IGNORE) & (weights_T != 0)
     labels_N, weights_N = labels_T[is_supervised_T], weights_T[is_supervised_T].to(wide(x_TD.dtype))
@@ -156,6 +167,21 @@ def check_settings(z_loss: float, label_smoothing: float, chunk: int | None) -> 
         raise ValueError(f"chunk is {chunk} but must be at least 1 row; leave it out for the default")
 
 
+def _method(method: Method | None, x_TD: Tensor, bias_V: Tensor | None, label_smoothing: float) -> Method:
+    """The method to use. Raises ValueError for one that is unknown, or that these inputs cannot have."""
+    can_attend = x_TD.device.type == "cpu" and bias_V is None and not label_smoothing
+    if method is None:
+        return "attention" if can_attend and x_TD.dtype == torch.bfloat16 else "logits"
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r} but must be 'logits' or 'attention'; leave it out for the default")
+    if method == "attention" and not can_attend:
+        raise ValueError(
+            f"method 'attention' is for CPU tensors without bias or label smoothing but x_TD is on {x_TD.device}, a "
+            f"bias is {'missing' if bias_V is None else 'given'} and label_smoothing {label_smoothing}; use 'logits'"
+        )
+    return method
+
+
 def _compute(
     x_TD: Tensor,
     weight_VD: Tensor,
@@ -166,12 +192,19 @@ def _compute(
     rows: int,
     z_loss: float,
     label_smoothing: float,
+    method: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """The two losses and the gradients of the first, those asked for."""
     V, dtype = weight_VD.shape[0], wide(x_TD.dtype)
     index_N = supervised(labels_T, weights_T, V)
     labels_N, weights_N = labels_T[index_N], weights_T[index_N].to(dtype)
+    if method == "attention":
+        losses_N, ce_N, dx_ND, dw_VD = attend(
+            x_TD[index_N], weight_VD, labels_N, weights_N, z_loss=z_loss, rows=rows, needs=needs
+        )
+        dx_TD = None if dx_ND is None else torch.zeros_like(x_TD).index_copy_(0, index_N, dx_ND)
+        return (losses_N * weights_N).sum(), (ce_N * weights_N).sum(), (dx_TD, dw_VD, None)
     N = index_N.numel()
     rows = -(-N // max(1, -(-N // rows)))  # chunks of even size
     smooth = None
@@ -234,6 +267,7 @@ def _traced(
     rows: int,
     z_loss: float,
     label_smoothing: float,
+    method: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_compute` as one operator; a gradient that was not asked for comes back empty."""
@@ -246,6 +280,7 @@ def _traced(
         rows=rows,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
+        method=method,
         needs=needs,
     )
     dx_TD, dw_VD, db_V = (x_TD.new_empty(0) if grad is None else grad for grad in grads)
@@ -274,9 +309,9 @@ def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, .
 
 def _backward(ctx: FunctionCtx, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 9
+        return (None,) * 10
     saved = zip(ctx.saved_tensors, ctx.needs, strict=True)  # type: ignore[attr-defined]
-    return *(grad * dloss if is_needed else None for grad, is_needed in saved), *(None,) * 6
+    return *(grad * dloss if is_needed else None for grad, is_needed in saved), *(None,) * 7
 
 
 _traced.register_autograd(_backward, setup_context=_setup)

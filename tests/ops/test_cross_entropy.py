@@ -36,10 +36,10 @@ def reference(*args, **settings):
     return linear_cross_entropy_reference(*args, **settings)[0]
 
 
-def traced(x, head, labels, weights, *, bias_V=None, z_loss=0.0, label_smoothing=0.0, chunk=2):
+def traced(x, head, labels, weights, *, bias_V=None, z_loss=0.0, label_smoothing=0.0, chunk=2, method="logits"):
     """The operator that graphs hold; the eager entry refuses the second backward that gradcheck makes."""
     needs = [leaf is not None and leaf.requires_grad for leaf in (x, head, bias_V)]
-    inputs = (x, head, bias_V, labels, weights, chunk, z_loss, label_smoothing, needs)
+    inputs = (x, head, bias_V, labels, weights, chunk, z_loss, label_smoothing, method, needs)
     return torch.ops.mmfn.linear_cross_entropy(*inputs)[0]
 
 
@@ -50,6 +50,13 @@ FUNCTIONS = {
     "traced": partial(traced, chunk=4),
     "reference": reference,
 }
+ATTENDING = {  # with blocks of all rows of the head, of a part of them, and of one
+    "attention": partial(loss_of, method="attention"),
+    "blocks": partial(loss_of, method="attention", chunk=4),
+    "rows": partial(loss_of, method="attention", chunk=1),
+    "traced": partial(traced, method="attention"),
+}
+ALL = {**FUNCTIONS, **{f"attention {name}": fn for name, fn in ATTENDING.items()}}
 
 
 def draw(T, V, D, dtype=torch.float64, supervised="some", scale=1.0):
@@ -78,7 +85,7 @@ def gradients(loss, leaves, factor=1.0):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("supervised", ["all", "some", "none"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("fn", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("fn", ALL.values(), ids=ALL)
 def test_equals_torch_with_full_logits(fn, size, supervised, dtype):
     leaves, labels, weights = draw(*size, dtype, supervised)
     before = [x.detach().clone() for x in (*leaves, labels, weights)]
@@ -105,6 +112,16 @@ def test_bias_z_loss_and_label_smoothing_equal_torch(fn, size, setting):
         torch.testing.assert_close(*grads, atol=1e-12, rtol=1e-11)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("fn", ATTENDING.values(), ids=ATTENDING)
+def test_attention_with_z_loss_and_weights_of_either_sign_equals_torch(fn, size):
+    leaves, labels, weights = draw(*size)
+    weights = weights - 0.5
+    ys = [f(*leaves, labels, weights, z_loss=0.3) for f in (fn, full_logits)]
+    torch.testing.assert_close(*ys, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(*(gradients(y, leaves) for y in ys), atol=1e-12, rtol=1e-11)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("fn", [linear_cross_entropy, linear_cross_entropy_reference])
 def test_beside_the_loss_comes_the_plain_cross_entropy(fn, setting):
@@ -116,13 +133,14 @@ def test_beside_the_loss_comes_the_plain_cross_entropy(fn, setting):
     assert torch.equal(ce, loss.detach()) == (setting == "plain")
 
 
+@pytest.mark.parametrize("method", ["logits", "attention"])
 @pytest.mark.parametrize("lse", [-0.5, -0.5 + 1e-9, -2.0])
-def test_z_loss_is_exact_where_its_gradient_vanishes(lse):
+def test_z_loss_is_exact_where_its_gradient_vanishes(lse, method):
     """The factor 1 + 2 z lse of the softmax is 0, nearly 0 and negative for z = 1."""
     x, labels, weights = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0, 2]), torch.ones(2, dtype=torch.float64)
     head = torch.tensor([[0.0], [1.0], [0.5]], dtype=torch.float64)
     head = (head - head.logsumexp(0) + lse).requires_grad_()
-    ys = [f(x, head, labels, weights, z_loss=1.0) for f in (loss_of, full_logits)]
+    ys = [f(x, head, labels, weights, z_loss=1.0) for f in (partial(loss_of, method=method), full_logits)]
     torch.testing.assert_close(*ys, atol=1e-14, rtol=0)
     torch.testing.assert_close(*(gradients(y, head) for y in ys), atol=1e-14, rtol=0)
 
@@ -136,16 +154,20 @@ def test_gradcheck(setting):
         return fn(x, head, labels, weights, bias_V=bias, chunk=2, **SETTINGS[setting])
 
     assert torch.autograd.gradcheck(partial(operator, traced), (*leaves, bias))
+    if not SETTINGS[setting].get("label_smoothing"):
+        attending = partial(traced, labels=labels, weights=weights, method="attention", **SETTINGS[setting])
+        assert torch.autograd.gradcheck(attending, leaves)
     ys = [operator(fn, *leaves, bias) for fn in (traced, loss_of)]
     assert torch.equal(*ys)
     torch.testing.assert_close(*(gradients(y, (*leaves, bias), factor=0.3) for y in ys), atol=1e-15, rtol=1e-15)
 
 
-def test_nothing_supervised_gives_zero_and_zero_gradients():
+@pytest.mark.parametrize("method", ["logits", "attention"])
+def test_nothing_supervised_gives_zero_and_zero_gradients(method):
     leaves, labels, weights = draw(6, 5, 3)
     for y in (
-        loss_of(*leaves, torch.full_like(labels, IGNORE), weights),
-        loss_of(*leaves, labels.clamp(min=0), torch.zeros_like(weights)),
+        loss_of(*leaves, torch.full_like(labels, IGNORE), weights, method=method),
+        loss_of(*leaves, labels.clamp(min=0), torch.zeros_like(weights), method=method),
     ):
         assert y.item() == 0
         assert all(not grad.any() for grad in gradients(y, leaves))
@@ -160,9 +182,10 @@ def test_a_weight_of_zero_hides_even_a_row_that_is_not_finite():
     assert all(grad.isfinite().all() for grad in (y, *gradients(y, (x, leaves[1]))))
 
 
-def test_logits_far_apart_neither_overflow_nor_lose_the_loss():
+@pytest.mark.parametrize("method", ["logits", "attention"])
+def test_logits_far_apart_neither_overflow_nor_lose_the_loss(method):
     leaves, labels, weights = draw(12, 9, 4, torch.float32, scale=300.0)  # label probabilities below 1e-38
-    actual, expected = loss_of(*leaves, labels, weights), full_logits(*leaves, labels, weights)
+    actual, expected = loss_of(*leaves, labels, weights, method=method), full_logits(*leaves, labels, weights)
     assert expected > 1e3
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients(actual, leaves), gradients(expected, leaves), rtol=1e-4, atol=1e-4)
@@ -178,10 +201,11 @@ def test_tied_embedding_gets_both_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk", [None, 5])
-def test_narrow_dtypes_are_close_to_float64_and_the_head_gradient_is_summed_wide(dtype, chunk):
+@pytest.mark.parametrize("method", ["logits", "attention"])
+def test_narrow_dtypes_are_close_to_float64_and_the_head_gradient_is_summed_wide(dtype, chunk, method):
     leaves, labels, weights = draw(40, 23, 8, dtype)
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    actual = loss_of(*leaves, labels, weights, chunk=chunk)
+    actual = loss_of(*leaves, labels, weights, chunk=chunk, method=method)
     expected = full_logits(*wide, labels, weights.double())
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
@@ -213,7 +237,7 @@ def test_head_gradient_of_many_chunks_keeps_small_shares():
 
 
 CHUNKS = (1, 2, 8, 32, 128)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NARROW = [("cpu", "attention"), ("cpu", "logits"), pytest.param("cuda", "logits", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -233,20 +257,67 @@ def narrow_head():
     return (x, head, labels, weights), exact, error
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_head_gradient_error_in_bfloat16_is_that_of_one_rounding_for_any_number_of_chunks(narrow_head, device):
+@pytest.mark.parametrize(("device", "method"), NARROW)
+def test_head_gradient_error_in_bfloat16_is_that_of_one_rounding_for_any_number_of_chunks(narrow_head, device, method):
     """With a sum in bfloat16 it grows."""
     (x, head, labels, weights), exact, error = narrow_head
     x, head, labels, weights = (leaf.detach().to(device) for leaf in (x, head, labels, weights))
     head.requires_grad_()
     T = x.shape[0]
-    found = [error(*gradients(loss_of(x, head, labels, weights, chunk=T // n), (head,))) for n in CHUNKS]
+    run = partial(loss_of, method=method)
+    found = [error(*gradients(run(x, head, labels, weights, chunk=T // n), (head,))) for n in CHUNKS]
     assert max(found) <= 1.2 * error(exact.bfloat16())
     assert max(found) <= 1.01 * min(found)
     narrow_sum = torch.zeros_like(head)
     for part in torch.arange(T).chunk(CHUNKS[-1]):
-        narrow_sum += gradients(loss_of(x[part], head, labels[part], weights[part]), (head,))[0]
+        narrow_sum += gradients(run(x[part], head, labels[part], weights[part]), (head,))[0]
     assert error(narrow_sum) > 3 * max(found)
+
+
+@pytest.mark.parametrize("method", ["attention", "logits"])
+@pytest.mark.parametrize(("lean", "mean_loss"), [(0, 6.5), (6, 1.3), (12, 0.1)])
+def test_gradients_in_bfloat16_are_rounded_once_also_where_labels_are_predicted_well(method, lean, mean_loss):
+    """Rows of x lean to their label. Out of a rounded sum that holds it, and out of rounded logits, little would be
+    left of a gradient that the label has nearly to itself."""
+    (x, head), labels, weights = draw(700, 400, 64, supervised="all")
+    head = (head.detach() / 8).bfloat16()
+    x = (x.detach() + lean * head.double()[labels]).bfloat16()
+    exact_leaves = [leaf.double().requires_grad_() for leaf in (x, head)]
+    loss = full_logits(*exact_leaves, labels, weights)
+    assert (loss / weights.sum()).item() == pytest.approx(mean_loss, rel=0.5)
+    exact = gradients(loss, exact_leaves)
+
+    def errors(grads):
+        pairs = zip(grads, exact, strict=True)
+        return [((g.double() - e).norm() / (e.bfloat16().double() - e).norm()).item() for g, e in pairs]
+
+    leaves = [leaf.requires_grad_() for leaf in (x, head)]
+    found = loss_of(*leaves, labels, weights, method=method)
+    torch.testing.assert_close(found.double(), loss, rtol=1e-5, atol=0)
+    assert max(errors(gradients(found, leaves))) <= 1.2
+    assert min(errors(gradients(full_logits(*leaves, labels, weights), leaves))) > 1.5
+
+
+def test_bfloat16_on_a_cpu_holds_no_logits():
+    T, V, D = 600, 9000, 16
+    leaves, labels, weights = draw(T, V, D, torch.bfloat16, "all")
+    largest = {}
+    for method in ("logits", "attention", None):
+        with Shapes() as seen:
+            gradients(loss_of(*leaves, labels, weights, method=method, chunk=100), leaves)
+        largest[method] = seen.largest
+        assert (seen.products == 0) == (method != "logits")
+    assert largest[None] == largest["attention"] <= 100 * V < largest["logits"]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_not_finite_shows_in_the_loss(place, bad):
+    """Also in a row of the head that is no label: a kernel's maximum may pass over it."""
+    leaves, labels, weights = draw(9, 700, 16, torch.bfloat16, "all")
+    leaves[place].detach()[5 - 600 * place, 3] = bad
+    labels.clamp_(max=50)
+    assert not loss_of(*leaves, labels, weights).isfinite()
 
 
 class Shapes(TorchDispatchMode):
@@ -350,7 +421,7 @@ def test_the_operator_passes_torchs_own_checks():
         (None, True, False, False),
         (head.detach()[:, 0], True, False, True),
     ):
-        args = (x.detach(), head.detach(), bias, labels, weights, 4, 0.1, 0.2, needs)
+        args = (x.detach(), head.detach(), bias, labels, weights, 4, 0.1, 0.2, "logits", needs)
         operator = torch.ops.mmfn.linear_cross_entropy.default
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
         _, _, *grads = operator(*args)
@@ -402,6 +473,9 @@ def test_bad_input_is_refused(change, message):
         ({"label_smoothing": 1.5}, r"label_smoothing is 1.5 but must lie in \[0, 1\]"),
         ({"bias_V": torch.zeros(4, dtype=torch.float64)}, r"bias_V is torch.float64\[4\] but the head"),
         ({"bias_V": torch.zeros(5)}, "in its dtype"),
+        ({"method": "fused"}, "method is 'fused' but must be 'logits' or 'attention'"),
+        ({"method": "attention", "label_smoothing": 0.1}, "is for CPU tensors without bias or label smoothing"),
+        ({"method": "attention", "bias_V": torch.zeros(5, dtype=torch.float64)}, "a bias is given"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

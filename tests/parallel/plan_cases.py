@@ -1,9 +1,12 @@
 """Tiny steps to plan: two families, all kinds of layouts, built as training builds them."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mmfn import models
-from mmfn.parallel.mesh import Layout
+from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.program import Program
 from mmfn.parallel.split import segment_multiple
 from mmfn.train import setup as training
 from mmfn.train.optim import HOST_KINDS, adamw, chain, clip_by_global_norm, on_host
@@ -62,11 +65,20 @@ def make(
             "output": {"path": ""},
         }
     ).model_copy(update={"layout": section})
+
+    def build(cfg: Any, mesh: Mesh) -> Program:
+        program = training.build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg)))
+        if section.compute_dtype != "bfloat16":
+            return program
+        # a plan is one of accelerators, whose loss goes through logits; a CPU's does not in bfloat16
+        loss = partial(program.ops.linear_cross_entropy, method="logits")
+        return replace(program, ops=replace(program.ops, linear_cross_entropy=loss))
+
     writer, away = adamw(weight_decay=0.1), set(section.offload) & set(HOST_KINDS)
     setup = Setup(
         family=found,
         cfg=found.config_from_hf(hf),
-        build=lambda cfg, mesh: training.build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg))),
+        build=build,
         optimizer=chain(clip_by_global_norm(0.5), on_host(writer, 4096, what=away) if away else writer),
         workload=Workload(
             tokens=64,
