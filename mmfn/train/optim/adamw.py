@@ -1,7 +1,7 @@
 """AdamW: torch's fused kernel with the clip folded in, and the written formula beside it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +12,8 @@ from mmfn.dtypes import wide
 from mmfn.train.optim.rounding import round_
 from mmfn.train.optim.transform import Facts, Leaves, Rate, Transform, Update, UpdateFn, own, zeros_like
 from mmfn.tree import Tree
+
+PIECE_VALUES = 2**19  # of a leaf that is widened for the kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +120,23 @@ def _fused_(
     if all(p.dtype == g.dtype == x.dtype and p.is_contiguous() for p, g, x in zip(params, grads, m, strict=True)):
         fused_(params, grads, m, v, [], [count] * len(params))
         return
-    for param, grad, *moments in zip(params, grads, m, v, strict=True):  # the kernel takes one dtype: widen by leaf
-        p, *widened = (x.to(wide(param.dtype)).contiguous() for x in (param, *moments))
-        fused_([p], [grad.to(p.dtype)], *([x] for x in widened), [], [count])
-        if p is not param:
-            param.copy_(p)
-        for moment, new in zip(moments, widened, strict=True):
-            if new is not moment:
-                round_(moment, new, count)
+    for leaf in zip(params, grads, m, v, strict=True):  # the kernel takes one dtype: widen what differs, by pieces
+        for param, grad, *moments in _pieces(*leaf):
+            p, *widened = (x.to(wide(param.dtype)).contiguous() for x in (param, *moments))
+            fused_([p], [grad.to(p.dtype)], *([x] for x in widened), [], [count])
+            if p is not param:
+                param.copy_(p)
+            for moment, new in zip(moments, widened, strict=True):
+                if new is not moment:
+                    round_(moment, new, count)
+
+
+def _pieces(*leaf: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """A parameter and what belongs to it, in pieces: what is wide for a while is small, and stays in a CPU's cache."""
+    if not all(x.is_contiguous() for x in leaf):
+        return [leaf]
+    values = PIECE_VALUES if leaf[0].device.type == "cpu" else 32 * PIECE_VALUES
+    return zip(*(torch.split(x.view(-1), values) for x in leaf), strict=True)
 
 
 _traced_ = torch.library.custom_op(
