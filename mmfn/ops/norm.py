@@ -5,8 +5,6 @@ formula's time forward and backward, and one saved tensor besides x. A compiler 
 that. `layer_norm` has a fused kernel. Legend: D width, behind any leading dims.
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +12,6 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mmfn.dtypes import wide
 from mmfn.ops.eager import is_eager
-
-BLOCK_VALUES = 2**18  # of narrow rows that are widened at a time
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -92,35 +88,12 @@ class _RmsNorm(torch.autograd.Function):
         saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
         x_D, weight_D, rstd_1 = saved
         needs_dx, needs_dw, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        dx, dw = [], []
-        weight_wide_D = weight_D.to(rstd_1.dtype)
-        for dy, x, rstd in _blocks(dy_D, x_D, rstd_1):
-            dx_D, dw_D = _gradients(dy, x, rstd, weight_wide_D, needs_dx, needs_dw)
-            dx.append(dx_D)
-            dw.append(dw_D)
-        whole_D = None if not needs_dx else dx[0] if len(dx) == 1 else torch.cat(dx)
-        return whole_D, torch.stack(dw).sum(0).to(weight_D.dtype) if needs_dw else None, None
-
-
-def _gradients(
-    dy_D: Tensor, x_D: Tensor, rstd_1: Tensor, weight_D: Tensor, needs_dx: bool, needs_dw: bool
-) -> tuple[Tensor, Tensor]:
-    """Of some rows: the gradient of x in its dtype and of the weight in a wide one, that of `rstd_1` and `weight_D`;
-    empty where not needed."""
-    normed_D = x_D * rstd_1
-    product_D = dy_D * normed_D
-    dw_D = product_D.reshape(-1, x_D.shape[-1]).sum(0) if needs_dw else product_D.new_empty(0)
-    if not needs_dx:
-        return product_D.new_empty(0), dw_D
-    mean_1 = torch.matmul(product_D, weight_D).div_(-x_D.shape[-1])[..., None]
-    dx_D = torch.mul(dy_D, weight_D, out=product_D).addcmul_(normed_D, mean_1).mul_(rstd_1)
-    return dx_D.to(x_D.dtype), dw_D
-
-
-def _blocks(dy: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Tensors in blocks of rows. Narrow ones are widened for a while: on a CPU by blocks that stay in the cache, which
-    takes half the time."""
-    if dy.ndim < 2 or dy.device.type != "cpu" or dy.dtype == wide(dy.dtype):
-        return [(dy, *others)]
-    rows = max(1, BLOCK_VALUES // max(1, dy[:1].numel()))
-    return zip(*(torch.split(x, rows) for x in (dy, *others)), strict=True)
+        normed_D = x_D * rstd_1
+        product_D = dy_D * normed_D
+        weight_wide_D = weight_D.to(product_D.dtype)
+        dw_D = product_D.reshape(-1, x_D.shape[-1]).sum(0).to(weight_D.dtype) if needs_dw else None
+        if not needs_dx:
+            return None, dw_D, None
+        mean_1 = torch.matmul(product_D, weight_wide_D).div_(-x_D.shape[-1])[..., None]
+        dx_D = torch.mul(dy_D, weight_wide_D, out=product_D).addcmul_(normed_D, mean_1).mul_(rstd_1)
+        return dx_D.to(x_D.dtype), dw_D, None
