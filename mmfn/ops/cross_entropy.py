@@ -32,7 +32,7 @@ from mmfn.ops.logit_chunks import (
     smoothing,
     supervised,
 )
-from mmfn.ops.vocabulary_attention import attend
+from mmfn.ops.vocabulary_attention import QUERIES, attend
 
 Method = Literal["logits", "attention"]
 
@@ -73,7 +73,7 @@ def linear_cross_entropy(
     check_head(x_TD, weight_VD, bias_V, labels_T, weights_T)
     check_settings(z_loss, label_smoothing, chunk)
     chosen = _method(method, x_TD, bias_V, label_smoothing)
-    rows = chunk or chunk_rows(weight_VD.shape[0])
+    rows = chunk or (QUERIES if chosen == "attention" else chunk_rows(weight_VD.shape[0]))
     needs = needed(x_TD, weight_VD, bias_V)
     if is_eager(x_TD):
         compute = partial(

@@ -22,8 +22,9 @@ from torch import Tensor
 from mmfn.dtypes import wide
 from mmfn.ops.attention_block import merge_blocks
 
-QUERIES = 2048  # tokens that meet a block of the head at once; more are no faster
-MASK_VALUES = 2**22  # of a block, at most: nothing else is held per pair of a token and a row of the head
+QUERIES = 2048  # tokens that meet the head at once; more are no faster
+HEAD_VALUES = 2**23  # of the head that they meet at once: the kernel copies it twice
+PAIRS = 2**22  # of a row of the head and a token that have a value of their own in a mask, at most
 MASKED = -1e30  # -inf would make a mean over no row NaN
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -51,17 +52,16 @@ def attend(
 ) -> Attended:
     """Losses, and gradients of their sum weighted with `weights_N` (wide): of x and of the head, where it `needs` them.
 
-    `rows`: how many rows of V values are held at a time, at most. Of the head's gradient, what a row gets from tokens
+    `rows`: tokens that meet the head at once, at most `QUERIES`. Of the head's gradient, what a row gets from tokens
     with other labels is rounded twice; what it gets from its own tokens, which is most of it, once.
     """
-    block = max(1, min(rows * weight_VD.shape[0], MASK_VALUES))
     losses_N, ce_N, factor_N, pull_N, bias_N = (torch.empty_like(weights_N) for _ in range(5))
     dx_ND = torch.empty_like(x_ND) if needs[0] else None
-    for part in _slices(x_ND.shape[0], QUERIES):
+    for part in _slices(x_ND.shape[0], min(rows, QUERIES)):
         x, labels, weights = x_ND[part], labels_N[part], weights_N[part]
         row_ND = weight_VD[labels].to(weights.dtype)  # the label's row of the head
         label_N = torch.linalg.vecdot(x.to(weights.dtype), row_ND)
-        mean_ND, others_N = _others(x, weight_VD, labels, block)
+        mean_ND, others_N = _others(x, weight_VD, labels)
         lse_N = torch.logaddexp(others_N, label_N)
         rest_N = (others_N - lse_N).exp()  # 1 - p of the label
         ce_N[part] = torch.logaddexp(others_N - label_N, torch.zeros_like(label_N))  # lse - label, exact near 0 too
@@ -70,35 +70,36 @@ def attend(
         pull = weights * (2 * z_loss * lse_N) - factor * rest_N  # the gradient of the label's logit
         factor_N[part], pull_N[part], bias_N[part] = factor, pull, factor.abs().log() - lse_N
         if dx_ND is not None:
-            dx_ND[part] = mean_ND.mul_((factor * rest_N)[:, None]).addcmul_(row_ND, pull[:, None])
-    dw_VD = _head_grad(x_ND, weight_VD, labels_N, factor_N, pull_N, bias_N, block) if needs[1] else None
+            dx_ND[part] = (mean_ND * (factor * rest_N)[:, None]).addcmul_(row_ND, pull[:, None])
+    pairs = min(rows * weight_VD.shape[0], PAIRS)
+    dw_VD = _head_grad(x_ND, weight_VD, labels_N, factor_N, pull_N, bias_N, pairs) if needs[1] else None
     return Attended(losses_N, ce_N, dx_ND, dw_VD)
 
 
-def _others(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _others(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """Of all rows of the head but the label's: their mean under the softmax of their logits, and its logsumexp."""
     N, D = x_ND.shape
-    mean_N1D = x_ND.new_zeros(N, 1, D, dtype=wide(x_ND.dtype))
-    lse_N1 = mean_N1D.new_full((N, 1), -torch.inf)
-    parts = list(_slices(weight_VD.shape[0], block // N))
-    mask_NB = x_ND.new_zeros(N, parts[0].stop)
-    for part in parts:
-        rows_BD, (where_N, label_N) = weight_VD[part], _labels_in(part, labels_N)
-        mask_NB[where_N, label_N] = MASKED
-        o_ND, o_lse_N = _attention(x_ND, rows_BD, rows_BD, mask_NB[:, : rows_BD.shape[0]])
-        mask_NB[where_N, label_N] = 0
-        mean_N1D, lse_N1 = merge_blocks(mean_N1D, lse_N1, o_ND[:, None], o_lse_N[:, None])
-    return mean_N1D[:, 0], lse_N1[:, 0]
+    rows_L, place_N = torch.unique(labels_N, return_inverse=True)  # only rows that are labels need a mask of pairs
+    label_rows_LD, mask_NL = weight_VD[rows_L], x_ND.new_zeros(N, rows_L.shape[0], dtype=wide(x_ND.dtype))
+    mask_NL[torch.arange(N), place_N] = MASKED
+    mean_ND, lse_N = _attention(x_ND, label_rows_LD, label_rows_LD, mask_NL)
+    hidden_V = mask_NL.new_zeros(weight_VD.shape[0]).index_fill_(0, rows_L, MASKED)
+    for part in _slices(weight_VD.shape[0], HEAD_VALUES // D):
+        rows_BD = weight_VD[part]
+        more_ND, more_lse_N = _attention(x_ND, rows_BD, rows_BD, hidden_V[part].expand(N, -1))
+        mean_N1D, lse_N1 = merge_blocks(mean_ND[:, None], lse_N[:, None], more_ND[:, None], more_lse_N[:, None])
+        mean_ND, lse_N = mean_N1D[:, 0], lse_N1[:, 0]
+    return mean_ND, lse_N
 
 
 def _head_grad(
-    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, factor_N: Tensor, pull_N: Tensor, bias_N: Tensor, block: int
+    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, factor_N: Tensor, pull_N: Tensor, bias_N: Tensor, pairs: int
 ) -> Tensor:
     """`sum_n x_n (factor_n p_nv if v is not label_n else pull_n)` for each row v of the head."""
     values_ND = x_ND if bool((factor_N > 0).all()) else x_ND * factor_N.sign()[:, None].to(x_ND.dtype)
     pulled_ND = x_ND.to(pull_N.dtype) * pull_N[:, None]
     dw_VD = torch.zeros_like(weight_VD)
-    parts = list(_slices(weight_VD.shape[0], block // x_ND.shape[0])) if x_ND.shape[0] else []
+    parts = list(_slices(weight_VD.shape[0], pairs // x_ND.shape[0])) if x_ND.shape[0] else []
     bias_BN = bias_N.repeat(parts[0].stop, 1) if parts else bias_N[None]
     for part in parts:
         rows_BD, (where_N, label_N) = weight_VD[part], _labels_in(part, labels_N)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.batch import IGNORE
+from mmfn.ops import vocabulary_attention
 from mmfn.ops.cross_entropy import (
     CHUNK_BYTES,
     chunk_rows,
@@ -50,9 +51,9 @@ FUNCTIONS = {
     "traced": partial(traced, chunk=4),
     "reference": reference,
 }
-ATTENDING = {  # with blocks of all rows of the head, of a part of them, and of one
+ATTENDING = {  # the head meets all tokens, some, and one; then masks are of a few pairs, too
     "attention": partial(loss_of, method="attention"),
-    "blocks": partial(loss_of, method="attention", chunk=4),
+    "chunked": partial(loss_of, method="attention", chunk=4),
     "rows": partial(loss_of, method="attention", chunk=1),
     "traced": partial(traced, method="attention"),
 }
@@ -110,6 +111,15 @@ def test_bias_z_loss_and_label_smoothing_equal_torch(fn, size, setting):
         torch.testing.assert_close(*ys, atol=1e-12, rtol=1e-12)
         grads = [gradients(y, (*leaves, *extra), factor=-1.7) for y in ys]
         torch.testing.assert_close(*grads, atol=1e-12, rtol=1e-11)
+
+
+@pytest.mark.parametrize("values", [1, 60, 250])
+def test_attention_to_blocks_of_a_head_equals_torch(values, monkeypatch):
+    monkeypatch.setattr(vocabulary_attention, "HEAD_VALUES", values)
+    leaves, labels, weights = draw(37, 50, 12)
+    ys = [f(*leaves, labels, weights) for f in (ATTENDING["attention"], full_logits)]
+    torch.testing.assert_close(*ys, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(*(gradients(y, leaves) for y in ys), atol=1e-12, rtol=1e-11)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
