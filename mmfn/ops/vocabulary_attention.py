@@ -19,13 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmfn.dtypes import wide
-from mmfn.ops.attention_block import merge_blocks
-
-QUERIES = 2048  # tokens that meet the head at once; more are no faster
-HEAD_VALUES = 2**23  # of the head that they meet at once: the kernel copies it twice
-PAIRS = 2**22  # of a row of the head and a token that have a value of their own in a mask, at most
-MASKED = -1e30  # -inf would make a mean over no row NaN
+QUERIES = 2048  # at once; more are no faster
+KEYS = 4096  # rows of the head that are keys at once, which the kernel copies
+PAIRS = 2**21  # of a token and a row of the head that have a value of their own in a mask, at most
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -70,7 +66,7 @@ def attend(
         pull = weights * (2 * z_loss * lse_N) - factor * rest_N  # the gradient of the label's logit
         factor_N[part], pull_N[part], bias_N[part] = factor, pull, factor.abs().log() - lse_N
         if dx_ND is not None:
-            dx_ND[part] = (mean_ND * (factor * rest_N)[:, None]).addcmul_(row_ND, pull[:, None])
+            dx_ND[part] = mean_ND.mul_((factor * rest_N)[:, None]).addcmul_(row_ND, pull[:, None])
     pairs = min(rows * weight_VD.shape[0], PAIRS)
     dw_VD = _head_grad(x_ND, weight_VD, labels_N, factor_N, pull_N, bias_N, pairs) if needs[1] else None
     return Attended(losses_N, ce_N, dx_ND, dw_VD)
@@ -78,17 +74,20 @@ def attend(
 
 def _others(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """Of all rows of the head but the label's: their mean under the softmax of their logits, and its logsumexp."""
-    N, D = x_ND.shape
+    N, V = x_ND.shape[0], weight_VD.shape[0]
     rows_L, place_N = torch.unique(labels_N, return_inverse=True)  # only rows that are labels need a mask of pairs
-    label_rows_LD, mask_NL = weight_VD[rows_L], x_ND.new_zeros(N, rows_L.shape[0], dtype=wide(x_ND.dtype))
-    mask_NL[torch.arange(N), place_N] = MASKED
-    mean_ND, lse_N = _attention(x_ND, label_rows_LD, label_rows_LD, mask_NL)
-    hidden_V = mask_NL.new_zeros(weight_VD.shape[0]).index_fill_(0, rows_L, MASKED)
-    for part in _slices(weight_VD.shape[0], HEAD_VALUES // D):
+    label_rows_LD, mask_NL = weight_VD[rows_L], x_ND.new_zeros(N, rows_L.shape[0])
+    mask_NL[torch.arange(N), place_N] = _hidden(mask_NL)
+    out_ND, lse_N = _attention(x_ND, label_rows_LD, label_rows_LD, mask_NL)
+    del mask_NL
+    mean_ND = out_ND.to(lse_N.dtype)
+    hidden_V = x_ND.new_zeros(V).index_fill_(0, rows_L, _hidden(x_ND))
+    for part in _slices(V, KEYS):
         rows_BD = weight_VD[part]
-        more_ND, more_lse_N = _attention(x_ND, rows_BD, rows_BD, hidden_V[part].expand(N, -1))
-        mean_N1D, lse_N1 = merge_blocks(mean_ND[:, None], lse_N[:, None], more_ND[:, None], more_lse_N[:, None])
-        mean_ND, lse_N = mean_N1D[:, 0], lse_N1[:, 0]
+        out_ND, more_N = _attention(x_ND, rows_BD, rows_BD, hidden_V[part].expand(N, -1))
+        total_N = torch.logaddexp(lse_N, more_N)
+        old_N1, new_N1 = ((x - total_N).exp()[:, None] for x in (lse_N, more_N))
+        mean_ND, lse_N = mean_ND.mul_(old_N1).addcmul_(out_ND.to(mean_ND.dtype), new_N1), total_N
     return mean_ND, lse_N
 
 
@@ -96,17 +95,27 @@ def _head_grad(
     x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, factor_N: Tensor, pull_N: Tensor, bias_N: Tensor, pairs: int
 ) -> Tensor:
     """`sum_n x_n (factor_n p_nv if v is not label_n else pull_n)` for each row v of the head."""
+    dw_VD, N = torch.zeros_like(weight_VD), x_ND.shape[0]
+    if not N:
+        return dw_VD
     values_ND = x_ND if bool((factor_N > 0).all()) else x_ND * factor_N.sign()[:, None].to(x_ND.dtype)
-    pulled_ND = x_ND.to(pull_N.dtype) * pull_N[:, None]
-    dw_VD = torch.zeros_like(weight_VD)
-    parts = list(_slices(weight_VD.shape[0], pairs // x_ND.shape[0])) if x_ND.shape[0] else []
-    bias_BN = bias_N.repeat(parts[0].stop, 1) if parts else bias_N[None]
-    for part in parts:
-        rows_BD, (where_N, label_N) = weight_VD[part], _labels_in(part, labels_N)
-        bias_BN[label_N, where_N] = MASKED
-        mean_BD, lse_B = _attention(rows_BD, x_ND, values_ND, bias_BN[: rows_BD.shape[0]])
-        bias_BN[label_N, where_N] = bias_N[where_N]
-        dw_VD[part] = (mean_BD * lse_B.exp()[:, None]).index_add_(0, label_N, pulled_ND[where_N])
+
+    def others(rows_BD: Tensor, bias_BN: Tensor) -> Tensor:
+        mean_BD, lse_B = _attention(rows_BD, x_ND, values_ND, bias_BN)
+        return mean_BD * lse_B.exp()[:, None]
+
+    for part in _slices(weight_VD.shape[0], QUERIES):
+        rows_BD = weight_VD[part]
+        dw_VD[part] = others(rows_BD, bias_N.expand(rows_BD.shape[0], -1))
+    rows_L, place_N = torch.unique(labels_N, return_inverse=True)  # they come again, without the tokens they belong to
+    for part in _slices(rows_L.shape[0], pairs // N):
+        rows_B = rows_L[part]
+        where_N = ((place_N >= part.start) & (place_N < part.stop)).nonzero()[:, 0]
+        row_N = place_N[where_N] - part.start
+        bias_BN = bias_N.repeat(rows_B.shape[0], 1)
+        bias_BN[row_N, where_N] = _hidden(bias_BN)
+        own_ND = x_ND[where_N].to(pull_N.dtype) * pull_N[where_N, None]
+        dw_VD[rows_B] = others(weight_VD[rows_B], bias_BN).index_add_(0, row_N, own_ND).to(dw_VD.dtype)
     return dw_VD
 
 
@@ -117,10 +126,9 @@ def _attention(q_ND: Tensor, k_SD: Tensor, v_SD: Tensor, mask_NS: Tensor) -> tup
     return out[0, 0], lse[0, 0]
 
 
-def _labels_in(part: slice, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the tokens whose label is a row in a part of the head, and which of its rows that is."""
-    where_N = ((labels_N >= part.start) & (labels_N < part.stop)).nonzero()[:, 0]
-    return where_N, labels_N[where_N] - part.start
+def _hidden(mask: Tensor) -> float:
+    """What hides a pair in such a mask; -inf would make a mean over nothing NaN."""
+    return torch.finfo(mask.dtype).min / 2
 
 
 def _slices(length: int, most: int) -> Iterator[slice]:

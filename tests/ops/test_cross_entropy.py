@@ -113,9 +113,10 @@ def test_bias_z_loss_and_label_smoothing_equal_torch(fn, size, setting):
         torch.testing.assert_close(*grads, atol=1e-12, rtol=1e-11)
 
 
-@pytest.mark.parametrize("values", [1, 60, 250])
-def test_attention_to_blocks_of_a_head_equals_torch(values, monkeypatch):
-    monkeypatch.setattr(vocabulary_attention, "HEAD_VALUES", values)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 49), (49, 5)])
+def test_attention_in_blocks_equals_torch(queries, keys, monkeypatch):
+    monkeypatch.setattr(vocabulary_attention, "QUERIES", queries)
+    monkeypatch.setattr(vocabulary_attention, "KEYS", keys)
     leaves, labels, weights = draw(37, 50, 12)
     ys = [f(*leaves, labels, weights) for f in (ATTENDING["attention"], full_logits)]
     torch.testing.assert_close(*ys, atol=1e-12, rtol=1e-12)
@@ -198,7 +199,8 @@ def test_logits_far_apart_neither_overflow_nor_lose_the_loss(method):
     actual, expected = loss_of(*leaves, labels, weights, method=method), full_logits(*leaves, labels, weights)
     assert expected > 1e3
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradients(actual, leaves), gradients(expected, leaves), rtol=1e-4, atol=1e-4)
+    rtol = 1e-4 if method == "logits" else 5e-4  # a bias as large as the logits is rounded to 1e-4 and exponentiated
+    torch.testing.assert_close(gradients(actual, leaves), gradients(expected, leaves), rtol=rtol, atol=1e-4)
 
 
 def test_tied_embedding_gets_both_gradients():
@@ -342,7 +344,8 @@ class Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.numel())
+            in_memory = out.untyped_storage().nbytes() // out.itemsize  # of an expanded tensor, less than it shows
+            self.largest = max(self.largest, min(out.numel(), in_memory))
         self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
         return out
 
