@@ -5,13 +5,14 @@ What depends on several facts (the hooks `gather` and `psum`, the compiled block
 once, last: so the order of transforms does not matter.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from mmfn import tree
 from mmfn.batch import Batch
@@ -86,15 +87,22 @@ class Program:
         """`fn` as one graph with static shapes, compiled at its first call with each new set of shapes."""
         return torch.compile(fn, fullgraph=True, dynamic=False, backend=self.backend)
 
-    def compiling(self) -> AbstractContextManager[Any]:
-        """The context a program's functions run in: the compiler settings they need, for the time of the call only."""
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """The context a program's functions run in: the compiler settings they need, for the time of the call only.
+
+        A backward may compute elementwise operators again also where their result then goes to memory, as a factor of
+        a product: so a block keeps neither normed inputs nor swiglu's output, a fourth of what it would keep.
+        """
         if self.compile == "none":
-            return nullcontext()
+            yield
+            return
         settings = {"recompile_limit": MAX_GRAPHS, **self.compiler}
         if self.compile == "step":
             settings["trace_autograd_ops"] = True
-        patch: AbstractContextManager[Any] = torch._dynamo.config.patch(settings)
-        return patch
+        recompute = torch._functorch.config.patch(ban_recompute_materialized_backward=False)
+        with torch._dynamo.config.patch(settings), recompute:
+            yield
 
 
 Transform = Callable[[Program], Program]
