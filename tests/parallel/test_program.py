@@ -1,5 +1,6 @@
 """Programs and the compiled transforms, on a toy stack of blocks."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmfn.parallel.compiled import compiled
 from mmfn.parallel.program import MAX_GRAPHS, Program, lower, pipe
 
 D = 4
+QUIET_INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # torch's own, on import
 
 
 def block(params: Any, x_TD: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,38 @@ def test_layer_is_one_graph_for_all_blocks_and_another_per_shape() -> None:
     assert backend.graphs == 2
 
 
+@pytest.mark.filterwarnings(QUIET_INDUCTOR)
+def test_a_compiled_block_does_not_keep_what_it_can_compute_again() -> None:
+    """Of a feed-forward layer the projections alone; torch's own setting keeps their product, too."""
+    torch._dynamo.reset()
+    T, F = 6, 10
+    weights = [torch.randn(F, D).requires_grad_() for _ in range(3)]
+
+    def feed_forward(x_TD: Tensor) -> Tensor:
+        gate, up, down = weights
+        return ops.portable().swiglu(x_TD @ gate.t(), x_TD @ up.t()) @ down
+
+    def kept(run: Any, context: Any) -> int:
+        shapes: list[torch.Size] = []
+
+        def pack(x: Tensor) -> Tensor:
+            shapes.append(x.shape)
+            return x
+
+        x_TD = torch.randn(T, D).requires_grad_()
+        with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y_TD = run(x_TD)
+            got = torch.autograd.grad(y_TD.sum(), (x_TD, *weights))
+        expected = torch.autograd.grad(feed_forward(x_TD).sum(), (x_TD, *weights))
+        torch.testing.assert_close(got, expected)
+        return shapes.count(torch.Size((T, F))) + shapes.count(torch.Size((F, T)))
+
+    program = pipe(Program.of(None), compiled("layer", backend="aot_eager_decomp_partition"))
+    assert kept(program.jit(feed_forward), program.compiling()) == 2
+    torch._dynamo.reset()
+    assert kept(program.jit(feed_forward), nullcontext()) == 3
+
+
 def test_more_buckets_than_torch_allows_by_itself() -> None:
     torch._dynamo.reset()
     backend = Counter()
@@ -103,7 +137,7 @@ def test_step_leaves_ops_alone_and_settings_last_for_the_call() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch's compiler itself
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings(QUIET_INDUCTOR)
 def test_layer_with_inductor_forward_and_backward() -> None:
     torch._dynamo.reset()
     x_TD = torch.randn(5, D)
