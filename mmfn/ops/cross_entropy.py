@@ -38,6 +38,7 @@ Method = Literal["logits", "attention"]
 
 CHUNK_BYTES = 160 * 2**20  # of float32 logits; smaller chunks read and write the head's gradient more often
 MAX_CHUNK = 512  # rows; larger chunks are no faster
+MAX_THREADS = 8  # for which attention has work
 
 
 def linear_cross_entropy(
@@ -60,11 +61,14 @@ def linear_cross_entropy(
 
     A token is supervised if its label is not `IGNORE` and its weight is not 0; with none the sums are 0 and so are the
     gradients. `x_TD`, `weight_VD`, `bias_V`: one floating dtype. `labels_T`: int64[T] in [0, V) or `IGNORE`.
-    `weights_T`: floating[T], a constant. `chunk`: rows of logits held at a time, by default `chunk_rows(V)`. Both
-    results are float32[] (float64[] for float64). The gradients of head and bias are accumulated in float32 (or
-    float64) and cast once; a gradient that is not needed is not computed. On a GPU the number of supervised rows is
-    read by the host. `method`: "logits" or "attention" (`mmfn.ops.vocabulary_attention`; on a CPU, with neither
-    bias nor label smoothing); by default "attention" where it can be and x_TD is bfloat16.
+    `weights_T`: floating[T], a constant. Both results are float32[] (float64[] for float64). A gradient that is not
+    needed is not computed. On a GPU the number of supervised rows is read by the host.
+
+    `method`: "logits", whose gradients of head and bias are accumulated in float32 (or float64) and cast once, or
+    "attention" (`mmfn.ops.vocabulary_attention`: CPU, neither bias nor label smoothing), which holds no logits and
+    rounds more often. The default is "attention" for bfloat16 where it is faster and nearly as exact: on up to 8
+    threads, for weights that are not negative. `chunk`: rows of logits held at a time, by default `chunk_rows(V)`;
+    with attention, rows that meet the head at a time, by default and at most 2,048.
 
     Raises ValueError for shapes, dtypes, labels or settings that do not fit. Source: chunked gradients in the forward
     as in Hsu et al. 2024, "Liger kernel" (arXiv:2410.10989); z-loss: Chowdhery et al. 2022, "PaLM" (arXiv:2204.02311),
@@ -73,7 +77,7 @@ def linear_cross_entropy(
     check_head(x_TD, weight_VD, bias_V, labels_T, weights_T)
     check_settings(z_loss, label_smoothing, chunk)
     chosen = _method(method, x_TD, bias_V, label_smoothing)
-    rows = chunk or (QUERIES if chosen == "attention" else chunk_rows(weight_VD.shape[0]))
+    rows = chunk or (chunk_rows(weight_VD.shape[0]) if chosen == "logits" else QUERIES)
     needs = needed(x_TD, weight_VD, bias_V)
     if is_eager(x_TD):
         compute = partial(
@@ -167,11 +171,14 @@ def check_settings(z_loss: float, label_smoothing: float, chunk: int | None) -> 
         raise ValueError(f"chunk is {chunk} but must be at least 1 row; leave it out for the default")
 
 
-def _method(method: Method | None, x_TD: Tensor, bias_V: Tensor | None, label_smoothing: float) -> Method:
-    """The method to use. Raises ValueError for one that is unknown, or that these inputs cannot have."""
+def _method(method: Method | None, x_TD: Tensor, bias_V: Tensor | None, label_smoothing: float) -> str:
+    """The method to use; "auto" is attention if no weight is negative.
+
+    Raises ValueError for one that is unknown, or that these inputs cannot have.
+    """
     can_attend = x_TD.device.type == "cpu" and bias_V is None and not label_smoothing
     if method is None:
-        return "attention" if can_attend and x_TD.dtype == torch.bfloat16 else "logits"
+        return "auto" if can_attend and x_TD.dtype == torch.bfloat16 and _is_attention_faster() else "logits"
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r} but must be 'logits' or 'attention'; leave it out for the default")
     if method == "attention" and not can_attend:
@@ -180,6 +187,13 @@ def _method(method: Method | None, x_TD: Tensor, bias_V: Tensor | None, label_sm
             f"bias is {'missing' if bias_V is None else 'given'} and label_smoothing {label_smoothing}; use 'logits'"
         )
     return method
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_attention_faster() -> bool:
+    """Without MKL the kernel's products are rounded, too. Its tasks are few: of many threads most would idle."""
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return has_mkl and torch.get_num_threads() <= MAX_THREADS
 
 
 def _compute(
@@ -199,7 +213,7 @@ def _compute(
     V, dtype = weight_VD.shape[0], wide(x_TD.dtype)
     index_N = supervised(labels_T, weights_T, V)
     labels_N, weights_N = labels_T[index_N], weights_T[index_N].to(dtype)
-    if method == "attention":
+    if method == "attention" or (method == "auto" and not bool((weights_N < 0).any())):
         losses_N, ce_N, dx_ND, dw_VD = attend(
             x_TD[index_N], weight_VD, labels_N, weights_N, z_loss=z_loss, rows=rows, needs=needs
         )

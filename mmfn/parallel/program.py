@@ -91,8 +91,8 @@ class Program:
     def compiling(self) -> Iterator[None]:
         """The context a program's functions run in: the compiler settings they need, for the time of the call only.
 
-        A backward may compute elementwise operators again also where their result then goes to memory, as a factor of
-        a product: so a block keeps neither normed inputs nor swiglu's output, a fourth of what it would keep.
+        With "layer" a backward may compute elementwise operators again also where their result then goes to memory, as
+        a factor of a product: a block keeps neither normed inputs nor swiglu's output, a fourth of what it would keep.
         """
         if self.compile == "none":
             yield
@@ -100,8 +100,8 @@ class Program:
         settings = {"recompile_limit": MAX_GRAPHS, **self.compiler}
         if self.compile == "step":
             settings["trace_autograd_ops"] = True
-        recompute = torch._functorch.config.patch(ban_recompute_materialized_backward=False)
-        with torch._dynamo.config.patch(settings), recompute:
+        keeps = torch._functorch.config.patch(ban_recompute_materialized_backward=self.compile == "step")
+        with torch._dynamo.config.patch(settings), keeps:
             yield
 
 

@@ -1,7 +1,7 @@
 """Plans of the real training step: the step of a config, traced for one rank of any mesh, without values or ranks.
 
 Nothing here knows what a model does: the step is built as training builds it and runs under a recorder. Its kernels are
-those of an accelerator; in bfloat16 a CPU's loss needs less memory than planned (`mmfn.ops.vocabulary_attention`).
+those of an accelerator; in bfloat16 a CPU's loss needs other memory (`mmfn.ops.vocabulary_attention`), mostly less.
 """
 
 import re

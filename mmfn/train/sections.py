@@ -92,7 +92,7 @@ class ObjectiveSection(Section):
     )
     label_smoothing: Fraction = Field(default=0.0, description="share of a token's target spread over the vocabulary")
     chunk_size: PositiveInt | None = Field(
-        default=None, description="tokens whose logits are held at a time; null: as many as suit the head"
+        default=None, description="tokens that meet the head at a time; null: as many as suit it"
     )
     total_chunk_size: PositiveInt | None = Field(
         default=None, description="the same as a limit: the largest power of two that is at most it"
