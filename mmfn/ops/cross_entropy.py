@@ -66,9 +66,9 @@ def linear_cross_entropy(
 
     `method`: "logits", whose gradients of head and bias are accumulated in float32 (or float64) and cast once, or
     "attention" (`mmfn.ops.vocabulary_attention`: CPU, neither bias nor label smoothing), which holds no logits and
-    rounds more often. The default is "attention" for bfloat16 where it is faster and nearly as exact: on up to 8
-    threads, for weights that are not negative. `chunk`: rows of logits held at a time, by default `chunk_rows(V)`;
-    with attention, rows that meet the head at a time, by default and at most 2,048.
+    rounds more often. The default is "attention" for bfloat16 where it is faster and nearly as exact: with AVX-512,
+    on up to 8 threads, for weights that are not negative. `chunk`: rows of logits held at a time, by default
+    `chunk_rows(V)`; with attention, rows that meet the head at a time, by default and at most 2,048.
 
     Raises ValueError for shapes, dtypes, labels or settings that do not fit. Source: chunked gradients in the forward
     as in Hsu et al. 2024, "Liger kernel" (arXiv:2410.10989); z-loss: Chowdhery et al. 2022, "PaLM" (arXiv:2204.02311),
@@ -191,9 +191,11 @@ def _method(method: Method | None, x_TD: Tensor, bias_V: Tensor | None, label_sm
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_attention_faster() -> bool:
-    """Without MKL the kernel's products are rounded, too. Its tasks are few: of many threads most would idle."""
+    """On AVX-512, mostly with AMX. Without MKL the kernel's products are rounded, too. Its tasks are few: of many
+    threads most would idle."""
     has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    return has_mkl and torch.get_num_threads() <= MAX_THREADS
+    is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return is_wide and has_mkl and torch.get_num_threads() <= MAX_THREADS
 
 
 def _compute(

@@ -377,6 +377,7 @@ def test_the_loss_in_bfloat16_is_as_exact_as_the_kernels_exp():
         ({"label_smoothing": 0.1}, "logits"),
         ({"dtype": torch.float32}, "logits"),
         ({"threads": 9}, "logits"),
+        ({"capability": "AVX2"}, "logits"),
     ],
     ids=str,
 )
@@ -385,6 +386,7 @@ def test_which_method_is_the_default(inputs, expected, monkeypatch):
     (x, head), labels, weights = draw(6, 5, 3, inputs.get("dtype", torch.bfloat16), "all")
     settings = {name: value for name, value in inputs.items() if name in ("bias_V", "label_smoothing")}
     monkeypatch.setattr(torch, "get_num_threads", lambda: inputs.get("threads", 8))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: inputs.get("capability", "AVX512"))
     for has_mkl in (True, False):
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda has_mkl=has_mkl: has_mkl)
         with Shapes() as seen:
