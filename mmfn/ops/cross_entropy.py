@@ -216,11 +216,7 @@ def _compute(
     index_N = supervised(labels_T, weights_T, V)
     labels_N, weights_N = labels_T[index_N], weights_T[index_N].to(dtype)
     if method == "attention" or (method == "auto" and not bool((weights_N < 0).any())):
-        losses_N, ce_N, dx_ND, dw_VD = attend(
-            x_TD[index_N], weight_VD, labels_N, weights_N, z_loss=z_loss, rows=rows, needs=needs
-        )
-        dx_TD = None if dx_ND is None else torch.zeros_like(x_TD).index_copy_(0, index_N, dx_ND)
-        return (losses_N * weights_N).sum(), (ce_N * weights_N).sum(), (dx_TD, dw_VD, None)
+        return _by_attention(x_TD, weight_VD, index_N, labels_N, weights_N, z_loss, rows, needs)
     N = index_N.numel()
     rows = -(-N // max(1, -(-N // rows)))  # chunks of even size
     smooth = None
@@ -260,6 +256,24 @@ def _compute(
         add_to_all_(dw_VD, smooth.row_D)
         add_to_all_(db_V, smooth.bias)
     return loss, ce, (dx_TD, narrow(dw_VD, weight_VD), narrow(db_V, weight_VD))
+
+
+def _by_attention(
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    index_N: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    z_loss: float,
+    rows: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Gradients]:
+    """`_compute` without logits, of the supervised tokens `index_N`; nobody needs the gradient of a bias."""
+    losses_N, ce_N, dx_ND, dw_VD = attend(
+        x_TD[index_N], weight_VD, labels_N, weights_N, z_loss=z_loss, rows=rows, needs=needs
+    )
+    dx_TD = None if dx_ND is None else torch.zeros_like(x_TD).index_copy_(0, index_N, dx_ND)
+    return (losses_N * weights_N).sum(), (ce_N * weights_N).sum(), (dx_TD, dw_VD, None)
 
 
 def add_to_all_(grad: Tensor | None, shared: Tensor) -> None:

@@ -1,12 +1,9 @@
 """linear_cross_entropy against torch's cross entropy over full logits: values, gradients, what it does not compute."""
 
-import math
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.batch import IGNORE
 from mmfn.ops import vocabulary_attention
@@ -17,9 +14,9 @@ from mmfn.ops.cross_entropy import (
     linear_cross_entropy_reference,
     power_of_two,
 )
+from tests.ops.head_cases import ALL, FUNCTIONS, SIZES, Shapes, draw, full_logits, gradients, loss_of, traced
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
-SIZES = [(37, 50, 12), (1, 7, 3), (9, 1, 4), (16, 33, 1), (0, 5, 3)]  # T, V, D
 SETTINGS = {
     "plain": {},
     "z-loss": {"z_loss": 0.3},
@@ -28,60 +25,6 @@ SETTINGS = {
     "uniform": {"label_smoothing": 1.0},
 }
 QUIET_INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # torch's own, on import
-
-
-def loss_of(*args, **settings):
-    return linear_cross_entropy(*args, **settings)[0]
-
-
-def reference(*args, **settings):
-    return linear_cross_entropy_reference(*args, **settings)[0]
-
-
-def traced(x, head, labels, weights, *, bias_V=None, z_loss=0.0, label_smoothing=0.0, chunk=2, method="logits"):
-    """The operator that graphs hold; the eager entry refuses the second backward that gradcheck makes."""
-    needs = [leaf is not None and leaf.requires_grad for leaf in (x, head, bias_V)]
-    inputs = (x, head, bias_V, labels, weights, chunk, z_loss, label_smoothing, method, needs)
-    return torch.ops.mmfn.linear_cross_entropy(*inputs)[0]
-
-
-FUNCTIONS = {
-    "whole": loss_of,
-    "chunked": partial(loss_of, chunk=4),
-    "rows": partial(loss_of, chunk=1),
-    "traced": partial(traced, chunk=4),
-    "reference": reference,
-}
-ATTENDING = {  # the head meets all tokens, some, and one; then masks are of a few pairs, too
-    "attention": partial(loss_of, method="attention"),
-    "chunked": partial(loss_of, method="attention", chunk=4),
-    "rows": partial(loss_of, method="attention", chunk=1),
-    "traced": partial(traced, method="attention"),
-}
-ALL = {**FUNCTIONS, **{f"attention {name}": fn for name, fn in ATTENDING.items()}}
-
-
-def draw(T, V, D, dtype=torch.float64, supervised="some", scale=1.0):
-    """x and head as leaves, labels, weights."""
-    generator = torch.Generator().manual_seed(T + V + D)
-    x = (scale * torch.randn(T, D, dtype=torch.float64, generator=generator)).to(dtype).requires_grad_()
-    head = torch.randn(V, D, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
-    labels = torch.randint(V, (T,), generator=generator)
-    labels[{"all": [], "some": slice(0, None, 3), "none": slice(None)}[supervised]] = IGNORE
-    weights = torch.rand(T, generator=generator, dtype=dtype if dtype == torch.float64 else torch.float32)
-    return (x, head), labels, weights
-
-
-def full_logits(x, head, labels, weights, *, bias_V=None, z_loss=0.0, label_smoothing=0.0):
-    logits = F.linear(x, head, bias_V)
-    settings = {"ignore_index": IGNORE, "label_smoothing": label_smoothing, "reduction": "none"}
-    losses = F.cross_entropy(logits, labels, **settings)
-    squares = torch.where(labels == IGNORE, 0.0, logits.logsumexp(-1).square())
-    return ((losses + z_loss * squares) * weights).sum()
-
-
-def gradients(loss, leaves, factor=1.0):
-    return torch.autograd.grad(factor * loss, leaves)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -114,17 +57,6 @@ def test_bias_z_loss_and_label_smoothing_equal_torch(fn, size, setting):
         torch.testing.assert_close(*grads, atol=1e-12, rtol=1e-11)
 
 
-@pytest.mark.parametrize(("queries", "keys", "group"), [(1, 1, 1), (5, 49, 36), (49, 5, 3)])
-def test_attention_in_blocks_equals_torch(queries, keys, group, monkeypatch):
-    monkeypatch.setattr(vocabulary_attention, "QUERIES", queries)
-    monkeypatch.setattr(vocabulary_attention, "KEYS", keys)
-    monkeypatch.setattr(vocabulary_attention, "GROUP", group)
-    leaves, labels, weights = draw(37, 50, 12)
-    ys = [f(*leaves, labels, weights) for f in (ATTENDING["attention"], full_logits)]
-    torch.testing.assert_close(*ys, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(*(gradients(y, leaves) for y in ys), atol=1e-12, rtol=1e-11)
-
-
 STRIDED = {
     "transposed": lambda x: x.t().contiguous().t(),
     "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
@@ -141,16 +73,6 @@ def test_inputs_may_lie_in_memory_as_they_like(method, place, change):
     leaves = [change(leaf.detach()) if i == place else leaf.detach() for i, leaf in enumerate(leaves)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     ys = [f(*leaves, labels, weights) for f in (partial(loss_of, method=method), full_logits)]
-    torch.testing.assert_close(*ys, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(*(gradients(y, leaves) for y in ys), atol=1e-12, rtol=1e-11)
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("fn", ATTENDING.values(), ids=ATTENDING)
-def test_attention_with_z_loss_and_weights_of_either_sign_equals_torch(fn, size):
-    leaves, labels, weights = draw(*size)
-    weights = weights - 0.5
-    ys = [f(*leaves, labels, weights, z_loss=0.3) for f in (fn, full_logits)]
     torch.testing.assert_close(*ys, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(*(gradients(y, leaves) for y in ys), atol=1e-12, rtol=1e-11)
 
@@ -311,141 +233,6 @@ def test_head_gradient_error_in_bfloat16_is_that_of_one_rounding_for_any_number_
     assert error(narrow_sum) > 3 * max(found)
 
 
-@pytest.mark.parametrize("method", ["attention", "logits"])
-@pytest.mark.parametrize(("lean", "mean_loss"), [(0, 6.5), (6, 1.3), (12, 0.1)])
-def test_gradients_in_bfloat16_are_rounded_once_also_where_labels_are_predicted_well(method, lean, mean_loss):
-    """Rows of x lean to their label. Out of a rounded sum that holds it, and out of rounded logits, little would be
-    left of a gradient that the label has nearly to itself."""
-    (x, head), labels, weights = draw(700, 400, 64, supervised="all")
-    head = (head.detach() / 8).bfloat16()
-    x = (x.detach() + lean * head.double()[labels]).bfloat16()
-    exact_leaves = [leaf.double().requires_grad_() for leaf in (x, head)]
-    loss = full_logits(*exact_leaves, labels, weights)
-    assert (loss / weights.sum()).item() == pytest.approx(mean_loss, rel=0.5)
-    exact = gradients(loss, exact_leaves)
-
-    def errors(grads):
-        pairs = zip(grads, exact, strict=True)
-        return [((g.double() - e).norm() / (e.bfloat16().double() - e).norm()).item() for g, e in pairs]
-
-    leaves = [leaf.requires_grad_() for leaf in (x, head)]
-    found = loss_of(*leaves, labels, weights, method=method)
-    torch.testing.assert_close(found.double(), loss, rtol=1e-5, atol=0)
-    assert max(errors(gradients(found, leaves))) <= 1.2
-    assert min(errors(gradients(full_logits(*leaves, labels, weights), leaves))) > 1.5
-
-
-def common_mean(x, head, labels, weights):
-    """Means over tokens are then as large as the tokens, and what is rounded of them counts."""
-    return (x + 4).bfloat16(), head, labels, weights
-
-
-def opposite_pairs(x, head, labels, weights):
-    """Gradients of near-equal tokens of opposite weights almost cancel, as in losses on preferences."""
-    x[1::2] = x[::2] + 0.02 * x[1::2]
-    labels[1::2], weights = labels[::2], torch.ones_like(weights)
-    weights[1::2] = -1
-    return x, head, labels, weights
-
-
-@pytest.mark.parametrize("change", [common_mean, opposite_pairs])
-def test_the_default_in_bfloat16_rounds_about_once(change):
-    (x, head), labels, weights = draw(2000, 900, 64, torch.bfloat16, "all")
-    x, head, labels, weights = change(x.detach(), (head.detach() / 8).bfloat16(), labels, weights)
-    leaves, exact_leaves = ([y.to(dtype).requires_grad_() for y in (x, head)] for dtype in (x.dtype, torch.float64))
-    exact = gradients(full_logits(*exact_leaves, labels, weights.double()), exact_leaves)
-    for grad, wide in zip(gradients(loss_of(*leaves, labels, weights), leaves), exact, strict=True):
-        assert (grad.double() - wide).norm() <= 1.2 * (wide.bfloat16().double() - wide).norm()
-
-
-def test_the_loss_in_bfloat16_is_as_exact_as_the_kernels_exp():
-    """Two tokens share all of the probability: an error of exp adds up, where among many it averages out."""
-    head = torch.zeros(3, 32, dtype=torch.bfloat16)
-    head[2] = -10
-    x, labels, weights = torch.ones(64, 32, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int64), torch.ones(64)
-    for method, rtol in (("logits", 1e-6), ("attention", 5e-5)):
-        loss = loss_of(x, head, labels, weights, method=method)
-        torch.testing.assert_close(loss.item(), 64 * math.log(2), rtol=rtol, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "expected"),
-    [
-        ({}, "attention"),
-        ({"weights": -1.0}, "logits"),
-        ({"bias_V": torch.zeros(5, dtype=torch.bfloat16)}, "logits"),
-        ({"label_smoothing": 0.1}, "logits"),
-        ({"dtype": torch.float32}, "logits"),
-        ({"threads": 9}, "logits"),
-        ({"capability": "AVX2"}, "logits"),
-    ],
-    ids=str,
-)
-def test_which_method_is_the_default(inputs, expected, monkeypatch):
-    """Where there is no MKL, logits throughout."""
-    (x, head), labels, weights = draw(6, 5, 3, inputs.get("dtype", torch.bfloat16), "all")
-    settings = {name: value for name, value in inputs.items() if name in ("bias_V", "label_smoothing")}
-    monkeypatch.setattr(torch, "get_num_threads", lambda: inputs.get("threads", 8))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: inputs.get("capability", "AVX512"))
-    for has_mkl in (True, False):
-        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda has_mkl=has_mkl: has_mkl)
-        with Shapes() as seen:
-            loss_of(x, head, labels, inputs.get("weights", 1.0) * weights, **settings)
-        assert (seen.products == 0) == (has_mkl and expected == "attention")
-
-
-def test_bfloat16_on_a_cpu_holds_no_logits():
-    T, V, D = 600, 9000, 16
-    leaves, labels, weights = draw(T, V, D, torch.bfloat16, "all")
-    largest = {}
-    for method in ("logits", "attention"):
-        with Shapes() as seen:
-            gradients(loss_of(*leaves, labels, weights, method=method), leaves)
-        largest[method] = seen.largest
-        assert (seen.products == 0) == (method != "logits")
-    assert largest["attention"] <= T * T < T * V / 2 < largest["logits"]
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("place", [0, 1])
-def test_what_is_not_finite_shows_in_the_loss(place, bad):
-    """Also in a row of the head that is no label: a kernel's maximum may pass over it."""
-    leaves, labels, weights = draw(9, 700, 16, torch.bfloat16, "all")
-    leaves[place].detach()[5 - 600 * place, 3] = bad
-    labels.clamp_(max=50)
-    assert not loss_of(*leaves, labels, weights).isfinite()
-
-
-class Shapes(TorchDispatchMode):
-    """The largest number of values of any tensor an operator returns, and the matrix products run."""
-
-    is_eager = True
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.products = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            in_memory = out.untyped_storage().nbytes() // out.itemsize  # of an expanded tensor, less than it shows
-            self.largest = max(self.largest, min(out.numel(), in_memory))
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-        return out
-
-
-@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
-def test_attention_computes_only_the_gradients_asked_for(needs):
-    leaves, labels, weights = draw(6, 20, 3, supervised="all")
-    for leaf, is_needed in zip(leaves, needs, strict=True):
-        leaf.requires_grad_(is_needed)
-    y = loss_of(*leaves, labels, weights, method="attention")
-    needed = [leaf for leaf in leaves if leaf.requires_grad]
-    assert y.requires_grad == bool(needed)
-    if needed:
-        torch.testing.assert_close(gradients(y, needed), gradients(full_logits(*leaves, labels, weights), needed))
-
-
 @pytest.mark.parametrize(
     ("x_needs", "head_needs", "products"), [(True, True, 3), (True, False, 2), (False, True, 2), (False, False, 1)]
 )
@@ -506,16 +293,6 @@ def test_compiled_equals_eager_and_other_labels_do_not_recompile(backend):
             actual, expected = run(*leaves, labels, weights), 3 * loss_of(*leaves, labels, weights)
             torch.testing.assert_close(actual, expected)
             torch.testing.assert_close(gradients(actual, leaves), gradients(expected, leaves))
-
-
-def test_compiled_in_bfloat16_equals_eager():
-    torch._dynamo.reset()
-    run = torch.compile(loss_of, fullgraph=True, dynamic=False, backend="aot_eager")
-    leaves, labels, weights = draw(37, 50, 12, torch.bfloat16)
-    for sign in (1, -1):
-        ys = [fn(*leaves, labels, sign * weights) for fn in (run, loss_of)]
-        assert torch.equal(*ys)
-        torch.testing.assert_close(*(gradients(y, leaves) for y in ys), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("frozen", ["x", "head", "both"])
