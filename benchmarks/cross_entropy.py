@@ -21,7 +21,7 @@ from measure import in_a_process, peak_mib, seconds
 from torch import Tensor
 
 from mmfn.ops.cross_entropy import chunk_rows, linear_cross_entropy
-from mmfn.train.allocator import retain_freed_memory
+from mmfn.train.run.allocator import retain_freed_memory
 
 SIZES = ("4096x16384x512/3", "4096x16384x512", "4096x32768x512")
 MIB = 2**20

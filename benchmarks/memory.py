@@ -5,8 +5,8 @@
     python benchmarks/memory.py --policies none full "offload activations"
 
 The program is a vision-language model with clip and AdamW in float32, on one device. Planned: the peak of a traced step
-without values (`mmfn.train.plan`). Measured: on the CPU the events of torch's allocator in a later step, the host's
-buffers, which exist by then, left out; on an accelerator the most bytes allocated. Both count the state and the batch.
+without values (`mmfn.train.planning.step_plan`). Measured: on the CPU the events of torch's allocator in a later step,
+the host's buffers, which exist by then, left out; on an accelerator the most bytes allocated. State and batch count.
 "saved" is against the policy "none", and "host" what lies there. Time is the median step against that of "none"; on the
 CPU a copy to the host is a copy from memory to memory that nothing overlaps with.
 """
@@ -25,13 +25,13 @@ from torch.profiler import ProfilerActivity, profile
 from mmfn import models, tree
 from mmfn.batch import Batch
 from mmfn.batch import to as batch_to
-from mmfn.parallel.mesh import Layout, single_mesh
-from mmfn.parallel.offload import offload
+from mmfn.parallel.mesh.layout import Layout, single_mesh
 from mmfn.parallel.program import Program, Transform, pipe
-from mmfn.parallel.remat import remat
+from mmfn.parallel.transforms.offload import offload
+from mmfn.parallel.transforms.remat import remat
 from mmfn.spec import init_params
 from mmfn.train import optim
-from mmfn.train import plan as planning
+from mmfn.train.planning import step_plan as planning
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 

@@ -34,10 +34,10 @@ import mmfn
 from mmfn import tree
 from mmfn.batch import IGNORE, Batch, Media, Sample, pack
 from mmfn.batch import to as batch_to
-from mmfn.parallel.compiled import compiled
 from mmfn.parallel.program import Program, pipe
-from mmfn.train.allocator import retain_freed_memory
+from mmfn.parallel.transforms.compiled import compiled
 from mmfn.train.optim import adamw, chain, clip_by_global_norm
+from mmfn.train.run.allocator import retain_freed_memory
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 

@@ -3,9 +3,9 @@
     python examples/mesh_experiment.py
 
 Draws a tiny Qwen3-VL and four samples with images, computes the gradient of the global batch on one device, and again
-on four ranks laid out in four ways. The ranks are threads that exchange real values (`mmfn.parallel.virtual`), so no
+on four ranks laid out in four ways. The ranks are threads that exchange real values (`mmfn.parallel.mesh.virtual`): no
 process group and no accelerator is needed. Everything is float64: a difference beyond rounding is a mistake. Then the
-same step is planned for each layout (`mmfn.train.plan`), from shapes alone.
+same step is planned for each layout (`mmfn.train.planning.step_plan`), from shapes alone.
 """
 
 from collections import Counter
@@ -20,19 +20,19 @@ import mmfn
 from mmfn import tree
 from mmfn.batch import IGNORE, IMAGE, Batch, Media, Sample, pack
 from mmfn.models import family
-from mmfn.parallel.context_parallel import context_parallel
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.devices import device
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
-from mmfn.parallel.plan import size
+from mmfn.parallel.context.token_order import segment_multiple
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.step_sums import all_counts
+from mmfn.parallel.mesh.virtual import run_virtual
+from mmfn.parallel.planning.devices import device
+from mmfn.parallel.planning.plan import size
 from mmfn.parallel.program import Program, lower, pipe
-from mmfn.parallel.reduce import all_counts
-from mmfn.parallel.sharding import shard_params, whole_params
-from mmfn.parallel.split import segment_multiple
-from mmfn.parallel.virtual import run_virtual
+from mmfn.parallel.transforms.context_parallel import context_parallel
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.weights.sharding import shard_params, whole_params
 from mmfn.train.objective import loss_fn, weigh
 from mmfn.train.optim import adamw
-from mmfn.train.plan import Setup, Workload, plan
+from mmfn.train.planning.step_plan import Setup, Workload, plan
 
 IMAGE_ID, NUM_TOKENS, NUM_PATCHES = 1, 64, 64
 LAYOUTS = {

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmfn import __version__
-from mmfn.parallel import launch
+from mmfn.parallel.mesh import launch
 
 if TYPE_CHECKING:
-    from mmfn.train.evaluate import Evaluation
-    from mmfn.train.loop import Result
+    from mmfn.train.run.evaluate import Evaluation
+    from mmfn.train.run.loop import Result
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 # What torch and Python say in a RuntimeError when the machine, not the program, is at its limit.
@@ -56,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> None:
     """`mmfn train`: a run folder with checkpoint, metrics, evaluation and report."""
-    from mmfn.train.config import describe, load_config
+    from mmfn.train.config.load import describe, load_config
 
     loaded, say = load_config(args.config, args.overrides), _speaker(args.ranks)
     if args.print_config:
         say(describe(loaded).rstrip("\n"))
         return
-    from mmfn.train import loop, progress, setup
-    from mmfn.train.allocator import retain_freed_memory
+    from mmfn.train.build import setup
+    from mmfn.train.run import loop, progress
+    from mmfn.train.run.allocator import retain_freed_memory
 
     config = loaded.config
     layout = setup.layout_of(config.layout)
@@ -80,7 +81,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _conclude(result: "Result", num_steps: int) -> None:
     """The last lines of a training run."""
-    from mmfn.train.progress import format_duration
+    from mmfn.train.run.progress import format_duration
 
     tokens = sum(record["tokens"] for record in result.records)
     rate = f"{tokens / result.train_s:,.0f} tokens/s"
@@ -97,10 +98,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
     Of several ranks each holds the whole model and answers its part, whatever the config's layout.
     """
-    from mmfn.parallel.mesh import Layout
-    from mmfn.train import evaluate as evaluation
-    from mmfn.train import loop, run_folder, setup
-    from mmfn.train.config import load_config
+    from mmfn.parallel.mesh.layout import Layout
+    from mmfn.train.build import setup
+    from mmfn.train.config.load import load_config
+    from mmfn.train.run import evaluate as evaluation
+    from mmfn.train.run import folder as run_folder
+    from mmfn.train.run import loop
 
     loaded = load_config(args.config, args.overrides)
     config = loaded.config
@@ -130,9 +133,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """`mmfn generate`: one greedy answer."""
-    from mmfn.train import setup
-    from mmfn.train.evaluate import answer
-    from mmfn.train.sections import ModelSection
+    from mmfn.train.build import setup
+    from mmfn.train.config.schema import ModelSection
+    from mmfn.train.run.evaluate import answer
 
     processor = setup.load_model_processor(args.checkpoint)
     section = ModelSection(path=args.checkpoint, dtype=args.dtype, device=args.device, adapter=args.adapter)
@@ -144,10 +147,12 @@ def generate(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """`mmfn plan`: what a rank of a layout holds, computes and sends, without an accelerator; nothing is trained."""
-    from mmfn.parallel import plan as plans
-    from mmfn.train import loop, plan_search, run_folder
-    from mmfn.train.plan import Workload
-    from mmfn.train.plan_report import render
+    from mmfn.parallel.planning import plan as plans
+    from mmfn.train.planning import search as plan_search
+    from mmfn.train.planning.picture import render
+    from mmfn.train.planning.step_plan import Workload
+    from mmfn.train.run import folder as run_folder
+    from mmfn.train.run import loop
 
     if args.diff is not None:
         alone = vars(_parse(["plan", "--diff", *args.diff]))

@@ -42,7 +42,7 @@ class ParamSpec:
     """One parameter: shape, a logical axis name per dim (`"embed"`, `"q_heads"`, ...), initial values and dtype.
 
     `is_frozen`: it takes part in the computation but is not trained (see `freeze`). `compute`: the dtype it is computed
-    in, where that is not the program's (see `mmfn.parallel.precision`). `parts`: matrices that are stacked along the
+    in, where that is not the program's (see `transforms.precision`). `parts`: matrices that are stacked along the
     rows, the dim before the last, as in a fused projection.
     """
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mmfn import cli
-from mmfn.train import setup
+from mmfn.train.build import setup
 
 ROOT = Path(__file__).parents[1]
 SLOW_SECONDS = 300

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 from mmfn import tree
 from mmfn.interop.checkpoint import load_file, read_json
-from mmfn.interop.keymap import KeyMap, Stored
 from mmfn.lora import Adapter, adapt, adapters_of, layers
 from mmfn.model import Model
+from mmfn.models.keymap import KeyMap, Stored
 from mmfn.spec import trained_paths
 from mmfn.tree import Tree
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmfn import tree
-from mmfn.interop.keymap import KeyMap, Stored
+from mmfn.models.keymap import KeyMap, Stored
 from mmfn.tree import Tree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

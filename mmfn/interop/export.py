@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmfn.interop.checkpoint import INDEX, SINGLE
-from mmfn.interop.keymap import KeyMap
+from mmfn.models.keymap import KeyMap
 from mmfn.tree import Tree
 
 # Files of a checkpoint folder that are neither weights nor config.json.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmfn.interop.keymap import KeyMap
+from mmfn.models.keymap import KeyMap
 from mmfn.tree import Tree
 
 if __name__ != "mmfn.models":

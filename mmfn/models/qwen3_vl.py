@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from mmfn.batch import Batch
-from mmfn.interop.keymap import KeyMap
 from mmfn.models import Output
+from mmfn.models.keymap import KeyMap
 from mmfn.models.layers import decoder, vision_language
 from mmfn.models.layers.cache import Cache
 from mmfn.models.layers.vision_language import VisionLanguageConfig

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from mmfn.batch import Batch
-from mmfn.interop.keymap import Entry, KeyMap
 from mmfn.models import Output
+from mmfn.models.keymap import Entry, KeyMap
 from mmfn.models.layers import decoder, moe, vision_language
 from mmfn.models.layers.cache import Cache
 from mmfn.models.layers.moe import MoeConfig

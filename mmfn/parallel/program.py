@@ -17,11 +17,11 @@ import torch._functorch.config
 from mmfn import tree
 from mmfn.batch import Batch
 from mmfn.ops import Ops, portable
-from mmfn.parallel.axis import psum
-from mmfn.parallel.gather import Gather, typed
-from mmfn.parallel.host_memory import HostMemory
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
-from mmfn.parallel.prefetch import kept, prefetched
+from mmfn.parallel.mesh.axis import psum
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.weights.gather import Gather, typed
+from mmfn.parallel.weights.host_memory import HostMemory
+from mmfn.parallel.weights.prefetch import kept, prefetched
 from mmfn.tree import Tree
 
 MAX_GRAPHS = 256  # distinct sets of shapes one function may be compiled for; torch's default of 8 is few for buckets

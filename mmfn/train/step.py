@@ -19,12 +19,12 @@ from mmfn.dtypes import wide
 from mmfn.grad import value_and_grad
 from mmfn.lora import salts_of
 from mmfn.models import Family
-from mmfn.parallel.host_memory import complete
-from mmfn.parallel.hosted import copy_of, handles, hosted, to_host
-from mmfn.parallel.mesh import Mesh
+from mmfn.parallel.mesh.layout import Mesh
+from mmfn.parallel.mesh.step_sums import all_counts, norm_and_sums
 from mmfn.parallel.program import Program, lower
-from mmfn.parallel.reduce import all_counts, norm_and_sums
-from mmfn.parallel.sharding import like, local, placed
+from mmfn.parallel.weights.host_memory import complete
+from mmfn.parallel.weights.hosted import copy_of, handles, hosted, to_host
+from mmfn.parallel.weights.sharding import like, local, placed
 from mmfn.spec import trained_paths
 from mmfn.train import optim
 from mmfn.train.guard import PLAIN, Guard

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mmfn.interop.keymap import Entry, KeyMap
 from mmfn.models import FAMILIES, family
+from mmfn.models.keymap import Entry, KeyMap
 from mmfn.spec import ONES, spec
 from tests import oracles
 

@@ -12,8 +12,8 @@ from mmfn import spec, tree
 from mmfn.batch import Sample, pack
 from mmfn.models import family, qwen3_vl_moe
 from mmfn.ops import portable
-from mmfn.parallel.compiled import compiled
 from mmfn.parallel.program import Program, lower, pipe
+from mmfn.parallel.transforms.compiled import compiled
 from mmfn.train.objective import balance, loss_fn, weigh
 from tests import oracles
 from tests.oracles import ATOL, RTOL

@@ -7,12 +7,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mmfn import tree
-from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.program import Program
-from mmfn.parallel.sharding import local, shard_params
-from mmfn.parallel.trace import Recorder, recording_mesh
+from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import init_params
-from mmfn.train import plan as planning
+from mmfn.train.planning import step_plan as planning
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 

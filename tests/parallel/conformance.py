@@ -17,10 +17,10 @@ import mmfn
 from mmfn import rng, tree
 from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, pack
 from mmfn.lora import add_adapters, lora
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.virtual import Call, World, run_virtual
 from mmfn.parallel.program import Program, Transform, pipe
-from mmfn.parallel.sharding import shard_params, whole
-from mmfn.parallel.virtual import Call, World, run_virtual
+from mmfn.parallel.weights.sharding import shard_params, whole
 from mmfn.spec import freeze
 from mmfn.train.optim import adamw, chain, clip_by_global_norm, on_host
 from mmfn.train.schedule import schedule

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from mmfn import ops as tables
 from mmfn.batch import Segments
 from mmfn.ops import Attention, Ops
-from mmfn.parallel.context_parallel import context_parallel
-from mmfn.parallel.mesh import Layout, Mesh, distributed_mesh
+from mmfn.parallel.context.token_order import segment_multiple, token_multiple, token_order
+from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh
 from mmfn.parallel.program import Program, pipe
-from mmfn.parallel.split import segment_multiple, token_multiple, token_order
+from mmfn.parallel.transforms.context_parallel import context_parallel
 
 RTOL = 1e-11  # of the largest value of output and gradients, in float64
 

@@ -19,13 +19,13 @@ from mmfn import tree
 from mmfn.grad import value_and_grad
 from mmfn.models.layers import moe
 from mmfn.ops import Ops
-from mmfn.parallel.compiled import compiled
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.expert_parallel import expert_parallel
-from mmfn.parallel.mesh import Layout, Mesh, distributed_mesh
+from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh
 from mmfn.parallel.program import Program, Transform, lower, pipe
-from mmfn.parallel.remat import remat
-from mmfn.parallel.sharding import shard_params, whole
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
+from mmfn.parallel.transforms.remat import remat
+from mmfn.parallel.weights.sharding import shard_params, whole
 from mmfn.spec import init_params
 from mmfn.train.objective import balance
 from mmfn.tree import Tree

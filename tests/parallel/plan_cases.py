@@ -5,13 +5,13 @@ from functools import partial
 from typing import Any
 
 from mmfn import models
-from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.context.token_order import segment_multiple
+from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.program import Program
-from mmfn.parallel.split import segment_multiple
-from mmfn.train import setup as training
+from mmfn.train.build import setup as training
+from mmfn.train.config.schema import Config, LayoutSection
 from mmfn.train.optim import HOST_KINDS, adamw, chain, clip_by_global_norm, on_host
-from mmfn.train.plan import Setup, Workload
-from mmfn.train.sections import Config, LayoutSection
+from mmfn.train.planning.step_plan import Setup, Workload
 from tests.parallel.conformance import TRAINED
 
 TEXT = {

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from mmfn import tree
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.mesh import Layout, Mesh
-from mmfn.parallel.offload import offload
-from mmfn.parallel.precision import precision
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Transform
-from mmfn.parallel.remat import remat
-from mmfn.parallel.sharding import local
-from mmfn.parallel.virtual import virtual
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.offload import offload
+from mmfn.parallel.transforms.precision import precision
+from mmfn.parallel.transforms.remat import remat
+from mmfn.parallel.weights.sharding import local
 from tests.parallel.conformance import BATCHES, Cell, check_cell, prepared
 
 TWO, THREE, FOUR, EIGHT = (Layout(dp=n) for n in (2, 3, 4, 8))  # no width of the models is a multiple of 3

@@ -11,14 +11,14 @@ import torch
 from mmfn import ops as tables
 from mmfn.batch import Segments
 from mmfn.ops.attention import attention_reference
-from mmfn.parallel.context_parallel import context_parallel
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.mesh import Layout
+from mmfn.parallel.context.token_order import segment_multiple
+from mmfn.parallel.context.ulysses import kv_repeats
+from mmfn.parallel.mesh.layout import Layout
+from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.program import Program, lower, pipe
-from mmfn.parallel.remat import remat
-from mmfn.parallel.split import segment_multiple
-from mmfn.parallel.ulysses import kv_repeats
-from mmfn.parallel.virtual import run_virtual, virtual
+from mmfn.parallel.transforms.context_parallel import context_parallel
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.remat import remat
 from tests.parallel.conformance import Cell, check_cell
 from tests.parallel.cp_cases import REAL_CASES, Case, on_real_rank, random_case, ulysses
 from tests.parallel.ranks import run_ranks

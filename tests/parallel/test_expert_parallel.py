@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from mmfn import ops as tables
 from mmfn.ops.experts import experts_reference
-from mmfn.parallel.axis import Axis
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.expert_parallel import dropless, expert_parallel, fixed, kept_rows
-from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.virtual import World, run_virtual
 from mmfn.parallel.program import Program, Transform, lower, pipe
-from mmfn.parallel.remat import remat
-from mmfn.parallel.sharding import shard_params
-from mmfn.parallel.virtual import World, run_virtual
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import dropless, expert_parallel, fixed, kept_rows
+from mmfn.parallel.transforms.remat import remat
+from mmfn.parallel.weights.sharding import shard_params
 from mmfn.spec import ZEROS, spec
 from mmfn.tree import Tree
 from tests.parallel import expert_cases

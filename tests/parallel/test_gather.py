@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn import tree
 from mmfn.ops import run_stack
-from mmfn.parallel.axis import Axis
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.gather import Bucket, Cut, Gather, Like
-from mmfn.parallel.mesh import Layout, Mesh
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.program import Program, lower, pipe
-from mmfn.parallel.remat import remat
-from mmfn.parallel.sharding import like, local, rows, shard, shard_params, sharding_of, whole_params
-from mmfn.parallel.virtual import run_virtual, virtual
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.remat import remat
+from mmfn.parallel.weights.gather import Bucket, Cut, Gather, Like
+from mmfn.parallel.weights.sharding import like, local, rows, shard, shard_params, sharding_of, whole_params
 from mmfn.spec import ZEROS, spec
 from tests.parallel.conformance import Cell, run_cell
 

@@ -12,20 +12,20 @@ from torch import Tensor
 from mmfn import tree
 from mmfn.batch import to
 from mmfn.ops import call_layer, run_stack
-from mmfn.parallel.gather import Gather, typed
-from mmfn.parallel.host_memory import Arrival, HostMemory
-from mmfn.parallel.hosted import copy_of, fetch_in_graph, handles, host_copy, hosted, to_device, to_host
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
-from mmfn.parallel.offload import offload
-from mmfn.parallel.prefetch import kept, prefetched
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Program, pipe
-from mmfn.parallel.recompute import Recomputed
-from mmfn.parallel.remat import remat
-from mmfn.parallel.sharding import local, shard_params
-from mmfn.parallel.virtual import virtual
+from mmfn.parallel.transforms.offload import offload
+from mmfn.parallel.transforms.recompute import Recomputed
+from mmfn.parallel.transforms.remat import remat
+from mmfn.parallel.weights.gather import Gather, typed
+from mmfn.parallel.weights.host_memory import Arrival, HostMemory
+from mmfn.parallel.weights.hosted import copy_of, fetch_in_graph, handles, host_copy, hosted, to_device, to_host
+from mmfn.parallel.weights.prefetch import kept, prefetched
+from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import ONES, num_params, spec
 from mmfn.train import optim
-from mmfn.train import plan as planning
+from mmfn.train.planning import step_plan as planning
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 from tests.parallel import conformance

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from mmfn.parallel import launch
-from mmfn.parallel.axis import Axis
-from mmfn.parallel.host import gather_values, wait_for_all
-from mmfn.parallel.launch import Ranks
-from mmfn.parallel.mesh import Layout, Mesh
-from mmfn.parallel.virtual import run_virtual
+from mmfn.parallel.mesh import launch
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.host_values import gather_values, wait_for_all
+from mmfn.parallel.mesh.launch import Ranks
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.virtual import run_virtual
 
 
 @pytest.fixture

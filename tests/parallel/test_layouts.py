@@ -2,14 +2,14 @@
 
 import pytest
 
-from mmfn.parallel.context_parallel import context_parallel
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.expert_parallel import expert_parallel
-from mmfn.parallel.offload import offload
-from mmfn.parallel.split import segment_multiple
-from mmfn.parallel.vocabulary import vocabulary_parallel
-from mmfn.train.sections import LayoutSection
-from mmfn.train.setup import build_remat, layout_of
+from mmfn.parallel.context.token_order import segment_multiple
+from mmfn.parallel.transforms.context_parallel import context_parallel
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
+from mmfn.parallel.transforms.offload import offload
+from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
+from mmfn.train.build.setup import build_remat, layout_of
+from mmfn.train.config.schema import LayoutSection
 from tests.parallel.conformance import Cell, check_cell
 from tests.parallel.layout_cases import FAST, LAYOUTS, Case, has_experts, name_of, settings_of
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mmfn.parallel.mesh import AXES, Layout, Mesh, make_mesh, process_groups, single_mesh
-from mmfn.parallel.virtual import virtual
+from mmfn.parallel.mesh.layout import AXES, Layout, Mesh, make_mesh, process_groups, single_mesh
+from mmfn.parallel.mesh.virtual import virtual
 
 EIGHT = Layout(replicate=2, dp=2, cp=2, ulysses=2, ep=4)
 LAYOUTS = [Layout(), Layout(dp=3), Layout(dp=2, cp=4, ulysses=2, ep=2), EIGHT]

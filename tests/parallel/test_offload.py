@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from mmfn.ops import call_layer, run_stack
-from mmfn.parallel import offload as module
-from mmfn.parallel.compiled import compiled
-from mmfn.parallel.host_memory import Arrival, HostMemory
-from mmfn.parallel.mesh import Layout, single_mesh
-from mmfn.parallel.offload import OFFLOAD_KINDS, offload, offloaded
+from mmfn.parallel.mesh.layout import Layout, single_mesh
 from mmfn.parallel.program import Program, lower, pipe
-from mmfn.parallel.remat import remat
-from mmfn.train import plan as planning
+from mmfn.parallel.transforms import offload as module
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.offload import OFFLOAD_KINDS, offload, offloaded
+from mmfn.parallel.transforms.remat import remat
+from mmfn.parallel.weights.host_memory import Arrival, HostMemory
+from mmfn.train.planning import step_plan as planning
 from tests.parallel.allocated import allocated_peak
 from tests.parallel.conformance import Cell, check_outcome, outcome
 from tests.parallel.plan_cases import make

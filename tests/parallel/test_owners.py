@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfn.parallel.mesh import Layout, Mesh
-from mmfn.parallel.owners import on_owners
-from mmfn.parallel.sharding import rows
-from mmfn.parallel.virtual import run_virtual
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.virtual import run_virtual
+from mmfn.parallel.weights.matrix_owners import on_owners
+from mmfn.parallel.weights.sharding import rows
 
 
 @pytest.mark.parametrize("num_matrices", [1, 2, 4, 7])

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from mmfn import cli, tree
-from mmfn.parallel import devices, plan, scaling
-from mmfn.parallel.compiled import compiled
-from mmfn.parallel.mesh import Layout, Mesh
-from mmfn.parallel.sharding import local
-from mmfn.parallel.trace import Key, Recorder, recording_mesh
-from mmfn.parallel.virtual import run_virtual
-from mmfn.train import plan as planning
-from mmfn.train.plan_report import render
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.virtual import run_virtual
+from mmfn.parallel.planning import devices, plan
+from mmfn.parallel.planning import extrapolate as scaling
+from mmfn.parallel.planning.trace import Key, Recorder, recording_mesh
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.weights.sharding import local
+from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning.picture import render
 from mmfn.train.schedule import schedule
 from mmfn.train.step import make_step
 from tests.parallel.allocated import allocated_peak, start

@@ -11,11 +11,11 @@ from mmfn import ops as op_tables
 from mmfn import tree
 from mmfn.lora import Adapter, lora
 from mmfn.models.layers import linear, moe, norm
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.gather import Typed
-from mmfn.parallel.mesh import Layout, single_mesh
-from mmfn.parallel.precision import SENSITIVE, precision
+from mmfn.parallel.mesh.layout import Layout, single_mesh
 from mmfn.parallel.program import Program, lower, pipe
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.precision import SENSITIVE, precision
+from mmfn.parallel.weights.gather import Typed
 from mmfn.spec import ZEROS, init_params, spec
 from tests.parallel.conformance import Cell, model_of, one_device, outcome, run_cell
 

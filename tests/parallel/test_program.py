@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmfn import ops
-from mmfn.parallel.compiled import compiled
 from mmfn.parallel.program import MAX_GRAPHS, Program, lower, pipe
+from mmfn.parallel.transforms.compiled import compiled
 
 D = 4
 QUIET_INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # torch's own, on import

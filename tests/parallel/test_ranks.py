@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from mmfn.parallel.compiled import compiled
-from mmfn.parallel.context_parallel import context_parallel
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.expert_parallel import expert_parallel
-from mmfn.parallel.mesh import Layout, distributed_mesh
-from mmfn.parallel.offload import offload
+from mmfn.parallel.mesh.layout import Layout, distributed_mesh
 from mmfn.parallel.program import Transform
-from mmfn.parallel.remat import remat
-from mmfn.parallel.vocabulary import vocabulary_parallel
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.context_parallel import context_parallel
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
+from mmfn.parallel.transforms.offload import offload
+from mmfn.parallel.transforms.remat import remat
+from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
 from tests.parallel.conformance import Cell, check_outcome, outcome, run_cell
 from tests.parallel.ranks import run_ranks
 

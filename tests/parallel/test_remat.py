@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfn.parallel.context_parallel import context_parallel
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.expert_parallel import expert_parallel
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.program import Program, pipe
-from mmfn.parallel.remat import OPERATORS, remat
-from mmfn.parallel.virtual import run_virtual, virtual
+from mmfn.parallel.transforms.context_parallel import context_parallel
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
+from mmfn.parallel.transforms.remat import OPERATORS, remat
 from tests.parallel import expert_cases
 from tests.parallel.conformance import EXPERTS, Cell, check_cell, check_outcome, model_of, outcome
 from tests.parallel.expert_cases import Case

@@ -5,10 +5,17 @@ from itertools import accumulate
 import pytest
 import torch
 
-from mmfn.parallel.axis import Axis
-from mmfn.parallel.mesh import Layout
-from mmfn.parallel.split import chunk_order, ring_order, segment_multiple, split_tokens, token_multiple, token_order
-from mmfn.parallel.virtual import virtual
+from mmfn.parallel.context.token_order import (
+    chunk_order,
+    ring_order,
+    segment_multiple,
+    split_tokens,
+    token_multiple,
+    token_order,
+)
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.layout import Layout
+from mmfn.parallel.mesh.virtual import virtual
 from tests.parallel.conformance import Cell, batch_of
 
 

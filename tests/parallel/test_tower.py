@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from mmfn.parallel.axis import Axis
-from mmfn.parallel.mesh import Layout
-from mmfn.parallel.tower import assign_frames, frame_cost, split_tower, spread_features, static_patches
-from mmfn.parallel.virtual import run_virtual
+from mmfn.parallel.context.tower_split import assign_frames, frame_cost, split_tower, spread_features, static_patches
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.layout import Layout
+from mmfn.parallel.mesh.virtual import run_virtual
 from tests.parallel.conformance import BATCHES, Cell, batch_of
 
 MATMUL = 56

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfn.parallel.axis import Axis, all_gather, exchange, psum, shift
-from mmfn.parallel.mesh import Layout, Mesh
-from mmfn.parallel.virtual import DesertedError, run_virtual, virtual
+from mmfn.parallel.mesh.axis import Axis, all_gather, exchange, psum, shift
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.virtual import DesertedError, run_virtual, virtual
 
 FOUR = Layout(dp=4)
 

@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.batch import IGNORE
 from mmfn.models import family
-from mmfn.parallel.compiled import compiled
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
-from mmfn.parallel.precision import precision
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.program import Program, lower, pipe
-from mmfn.parallel.sharding import rows, shard_params, whole
-from mmfn.parallel.virtual import run_virtual, virtual
-from mmfn.parallel.vocabulary import Slice, sliced_cross_entropy, vocabulary_parallel
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.precision import precision
+from mmfn.parallel.transforms.vocabulary_parallel import Slice, sliced_cross_entropy, vocabulary_parallel
+from mmfn.parallel.weights.sharding import rows, shard_params, whole
 from mmfn.spec import normal, spec
 from tests.parallel.conformance import CONFIG, Cell, check_cell, check_outcome, run_cell
 

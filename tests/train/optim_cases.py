@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
-from mmfn.parallel.mesh import Mesh, single_mesh
-from mmfn.parallel.reduce import norm_and_sums
-from mmfn.parallel.sharding import like, local, placed, shard_params, whole
+from mmfn.parallel.mesh.layout import Mesh, single_mesh
+from mmfn.parallel.mesh.step_sums import norm_and_sums
+from mmfn.parallel.weights.sharding import like, local, placed, shard_params, whole
 from mmfn.spec import normal, spec
 from mmfn.train import optim
 from mmfn.train.optim import Leaves, Transform, Update

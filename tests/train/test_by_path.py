@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmfn.parallel.mesh import single_mesh
+from mmfn.parallel.mesh.layout import single_mesh
 from mmfn.spec import ONES, freeze, spec
 from mmfn.train import optim
 from mmfn.train.optim import Facts, Leaves, Transform, Update, by_path, distances, facts_of

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmfn.train.config import describe, known_keys, load_config
+from mmfn.train.config.load import describe, known_keys, load_config
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """\

@@ -14,14 +14,14 @@ from mmfn import rng, tree
 from mmfn.batch import Batch, Sample
 from mmfn.lora import adapters_of, add_adapters, lora
 from mmfn.models import FAMILIES
-from mmfn.parallel.compiled import compiled
-from mmfn.parallel.mesh import Mesh, single_mesh
+from mmfn.parallel.mesh.layout import Mesh, single_mesh
+from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Program, Transform, pipe
-from mmfn.parallel.remat import remat
-from mmfn.parallel.sharding import shard_params, whole_params
-from mmfn.parallel.virtual import virtual
-from mmfn.train import setup
-from mmfn.train.config import Loaded, load_config
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.remat import remat
+from mmfn.parallel.weights.sharding import shard_params, whole_params
+from mmfn.train.build import setup
+from mmfn.train.config.load import Loaded, load_config
 from mmfn.train.data import agree
 from mmfn.train.optim import adamw
 from mmfn.train.step import State, init_state, make_step

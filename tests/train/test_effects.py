@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from mmfn import models
-from mmfn.train.effects import check_effects
-from mmfn.train.sections import Config
+from mmfn.train.config.effects import check_effects
+from mmfn.train.config.schema import Config
 from tests.parallel.plan_cases import hf_config
 
 

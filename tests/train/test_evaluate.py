@@ -9,9 +9,9 @@ import torch
 
 import mmfn
 from mmfn.ops import portable
-from mmfn.train import setup
-from mmfn.train.config import load_config
-from mmfn.train.evaluate import Answer, Evaluation, answer, evaluate, loss_pair, to_json
+from mmfn.train.build import setup
+from mmfn.train.config.load import load_config
+from mmfn.train.run.evaluate import Answer, Evaluation, answer, evaluate, loss_pair, to_json
 
 
 @pytest.fixture

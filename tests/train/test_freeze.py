@@ -11,14 +11,14 @@ import mmfn
 from mmfn import rng, tree
 from mmfn.lora import add_adapters, lora, merge
 from mmfn.models import FAMILIES
-from mmfn.parallel import devices
-from mmfn.parallel.compiled import compiled
+from mmfn.parallel.planning import devices
+from mmfn.parallel.planning.trace import BACKWARD, FORWARD
 from mmfn.parallel.program import Program, Transform, pipe
-from mmfn.parallel.remat import remat
-from mmfn.parallel.trace import BACKWARD, FORWARD
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.remat import remat
 from mmfn.spec import freeze, trained_paths
-from mmfn.train import plan as planning
 from mmfn.train.optim import adamw
+from mmfn.train.planning import step_plan as planning
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, init_state, make_step
 from tests import oracles

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from mmfn import ops, tree
 from mmfn.ops import Ops
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.expert_parallel import expert_parallel
-from mmfn.parallel.mesh import Layout, Mesh, distributed_mesh
+from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh
+from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.parallel.program import Program, pipe
-from mmfn.parallel.sharding import local, shard_params
-from mmfn.parallel.virtual import run_virtual
-from mmfn.train import loop, optim, setup
-from mmfn.train.config import load_config
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
+from mmfn.parallel.weights.sharding import local, shard_params
+from mmfn.train import optim
+from mmfn.train.build import setup
+from mmfn.train.config.load import load_config
 from mmfn.train.guard import Guard
-from mmfn.train.progress import Progress
+from mmfn.train.run import loop
+from mmfn.train.run.progress import Progress
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, init_state, make_step
 from tests.parallel.conformance import Cell, batch_of, model_of

@@ -14,21 +14,21 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn import tree
-from mmfn.parallel.compiled import compiled
-from mmfn.parallel.context_parallel import context_parallel
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.expert_parallel import expert_parallel
-from mmfn.parallel.host_memory import HOST
-from mmfn.parallel.hosted import fetch_in_graph
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
-from mmfn.parallel.offload import offload
-from mmfn.parallel.precision import precision
+from mmfn.parallel.context.token_order import segment_multiple
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Program, Transform, pipe
-from mmfn.parallel.remat import remat
-from mmfn.parallel.sharding import local, shard_params
-from mmfn.parallel.split import segment_multiple
-from mmfn.parallel.virtual import virtual
-from mmfn.parallel.vocabulary import vocabulary_parallel
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.context_parallel import context_parallel
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
+from mmfn.parallel.transforms.offload import offload
+from mmfn.parallel.transforms.precision import precision
+from mmfn.parallel.transforms.remat import remat
+from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
+from mmfn.parallel.weights.host_memory import HOST
+from mmfn.parallel.weights.hosted import fetch_in_graph
+from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import trained_paths
 from mmfn.train import optim
 from mmfn.train.guard import Guard

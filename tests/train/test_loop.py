@@ -13,11 +13,13 @@ import torch
 
 import mmfn
 from mmfn import tree
-from mmfn.train import loop, run_folder, setup
-from mmfn.train.config import load_config
+from mmfn.train.build import setup
+from mmfn.train.config.load import load_config
 from mmfn.train.data import prefetch
 from mmfn.train.objective import per_token_loss, weigh
-from mmfn.train.progress import Progress
+from mmfn.train.run import folder as run_folder
+from mmfn.train.run import loop
+from mmfn.train.run.progress import Progress
 
 MakeConfig = Callable[..., Path]
 KEYS = {

@@ -13,8 +13,8 @@ from mmfn import cli
 from mmfn.interop.checkpoint import read_config
 from mmfn.models import family
 from mmfn.spec import num_params, num_trained, trained_paths
-from mmfn.train.config import load_config
-from mmfn.train.setup import model_specs
+from mmfn.train.build.setup import model_specs
+from mmfn.train.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 

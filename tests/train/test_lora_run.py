@@ -14,13 +14,14 @@ from mmfn import cli, tree
 from mmfn.interop import adapter
 from mmfn.interop.checkpoint import read_config
 from mmfn.lora import adapters_of
-from mmfn.parallel.launch import Place
-from mmfn.parallel.mesh import Mesh
-from mmfn.parallel.virtual import virtual
-from mmfn.train import loop, setup
-from mmfn.train.config import load_config
-from mmfn.train.evaluate import evaluate
-from mmfn.train.progress import Progress
+from mmfn.parallel.mesh.launch import Place
+from mmfn.parallel.mesh.layout import Mesh
+from mmfn.parallel.mesh.virtual import virtual
+from mmfn.train.build import setup
+from mmfn.train.config.load import load_config
+from mmfn.train.run import loop
+from mmfn.train.run.evaluate import evaluate
+from mmfn.train.run.progress import Progress
 
 MakeConfig = Callable[..., Path]
 LORA = {

@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from mmfn import cli, tree
-from mmfn.train import loop, plan_search, setup
-from mmfn.train.config import load_config
-from mmfn.train.plan import Workload
-from mmfn.train.progress import Progress
-from mmfn.train.sections import LayoutSection
-from mmfn.train.setup import build_remat
+from mmfn.train.build import setup
+from mmfn.train.build.setup import build_remat
+from mmfn.train.config.load import load_config
+from mmfn.train.config.schema import LayoutSection
+from mmfn.train.planning import search as plan_search
+from mmfn.train.planning.step_plan import Workload
+from mmfn.train.run import loop
+from mmfn.train.run.progress import Progress
 from tests.parallel.plan_cases import hf_config
 
 MakeConfig = Callable[..., Path]

@@ -8,13 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.models import family
-from mmfn.parallel.mesh import Layout
-from mmfn.parallel.virtual import run_virtual
+from mmfn.parallel.mesh.layout import Layout
+from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.spec import freeze
 from mmfn.train import optim
-from mmfn.train import plan as planning
 from mmfn.train.optim import Facts, Update
 from mmfn.train.optim.muon import is_matrix, orthogonalize, with_others
+from mmfn.train.planning import step_plan as planning
 from mmfn.tree import items, leaves
 from tests.parallel.plan_cases import hf_config, make
 from tests.train.optim_cases import MATRICES, SPECS, muon, train

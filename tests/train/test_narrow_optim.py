@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
-from mmfn.parallel.virtual import run_virtual
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.train import optim
 from mmfn.train.optim import KERNELS, Leaves
 from mmfn.train.optim.rounding import round_

@@ -15,13 +15,13 @@ from mmfn import ops, tree
 from mmfn.batch import IGNORE, Batch, Sample, pack
 from mmfn.grad import value_and_grad
 from mmfn.models import Output
-from mmfn.parallel.mesh import Layout, Mesh
-from mmfn.parallel.reduce import all_counts
-from mmfn.parallel.split import segment_multiple, split_tokens
-from mmfn.parallel.virtual import virtual
+from mmfn.parallel.context.token_order import segment_multiple, split_tokens
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.step_sums import all_counts
+from mmfn.parallel.mesh.virtual import virtual
+from mmfn.train.build.setup import build_objective
+from mmfn.train.config.schema import ObjectiveSection
 from mmfn.train.objective import OBJECTIVES, Objective, loss, loss_fn, resolve, weigh
-from mmfn.train.sections import ObjectiveSection
-from mmfn.train.setup import build_objective
 
 V, D = 11, 4
 

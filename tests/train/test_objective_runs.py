@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mmfn.parallel.launch import Place
-from mmfn.parallel.mesh import Mesh
-from mmfn.parallel.virtual import virtual
-from mmfn.train import loop, setup
-from mmfn.train.config import load_config
+from mmfn.parallel.mesh.launch import Place
+from mmfn.parallel.mesh.layout import Mesh
+from mmfn.parallel.mesh.virtual import virtual
+from mmfn.train.build import setup
+from mmfn.train.config.load import load_config
+from mmfn.train.run import loop
 
 MakeConfig = Callable[..., Path]
 SPECIAL = ("objective.name=square_loss", "objective.z_loss=1e-3", "objective.label_smoothing=0.1")

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from mmfn import tree
-from mmfn.parallel.compiled import compiled
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.expert_parallel import expert_parallel
-from mmfn.parallel.host_memory import HostMemory
-from mmfn.parallel.mesh import Layout, Mesh, make_mesh, single_mesh
+from mmfn.parallel.mesh.layout import Layout, Mesh, make_mesh, single_mesh
 from mmfn.parallel.program import Program, pipe
-from mmfn.parallel.sharding import local, sharding_of, wrap
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
+from mmfn.parallel.weights.host_memory import HostMemory
+from mmfn.parallel.weights.sharding import local, sharding_of, wrap
 from mmfn.spec import ONES, spec
 from mmfn.train import optim
 from mmfn.train.optim import Leaves, Transform, Update, facts_of

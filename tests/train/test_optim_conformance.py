@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmfn import tree
-from mmfn.parallel.mesh import Layout
-from mmfn.parallel.virtual import run_virtual
+from mmfn.parallel.mesh.layout import Layout
+from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.train.optim import KERNELS
 from tests.train.optim_cases import CASES, Case, draw, train
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from mmfn import tree
-from mmfn.parallel.data_parallel import data_parallel
-from mmfn.parallel.expert_parallel import expert_parallel
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.parallel.program import Program, pipe
-from mmfn.parallel.sharding import shard_params, whole_params
-from mmfn.parallel.virtual import run_virtual
-from mmfn.train import loop, optim, setup
-from mmfn.train.config import load_config
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
+from mmfn.parallel.weights.sharding import shard_params, whole_params
+from mmfn.train import optim
+from mmfn.train.build import setup
+from mmfn.train.config.load import load_config
 from mmfn.train.guard import Guard
+from mmfn.train.run import loop
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
 from tests.parallel.conformance import Cell, batch_of, model_of
@@ -197,7 +199,7 @@ def test_averages_are_what_is_saved_when_asked(make_config: Callable[..., Path],
     import io
 
     import mmfn
-    from mmfn.train.progress import Progress
+    from mmfn.train.run.progress import Progress
 
     changes = {"train.steps": 2, "data.eval": None, "optimizer.ema_decay": 0.5, "output.weights": "ema"}
     config = make_config(changes)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mmfn import cli
-from mmfn.train import plan_search
+from mmfn.train.planning import search as plan_search
 from tests.parallel.plan_cases import hf_config
 
 SMALL = ["--tokens", "64", "--sample-tokens", "32", "--image-side", "4", "--device", "cpu"]

@@ -16,15 +16,16 @@ import torch
 
 from mmfn import batch as packing
 from mmfn import tree
-from mmfn.parallel.launch import Place
-from mmfn.parallel.mesh import Layout, Mesh, single_mesh
-from mmfn.parallel.sharding import shard_params, whole_params
-from mmfn.parallel.virtual import run_virtual, virtual
-from mmfn.train import loop, setup
-from mmfn.train.config import Loaded, load_config
+from mmfn.parallel.mesh.launch import Place
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
+from mmfn.parallel.mesh.virtual import run_virtual, virtual
+from mmfn.parallel.weights.sharding import shard_params, whole_params
+from mmfn.train.build import setup
+from mmfn.train.config.load import Loaded, load_config
 from mmfn.train.data import agree
-from mmfn.train.evaluate import evaluate
-from mmfn.train.progress import Progress
+from mmfn.train.run import loop
+from mmfn.train.run.evaluate import evaluate
+from mmfn.train.run.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., Path]

@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from mmfn.train.chart import Line, line_chart, smooth
-from mmfn.train.evaluate import Answer, Evaluation
-from mmfn.train.progress import Progress, format_duration, format_line
-from mmfn.train.report import choose, render_report
+from mmfn.train.report.chart import Line, line_chart, smooth
+from mmfn.train.report.page import choose, render_report
+from mmfn.train.run.evaluate import Answer, Evaluation
+from mmfn.train.run.progress import Progress, format_duration, format_line
 
 
 def answer(index: int, prediction: str = "7", truth: str = "7", images: tuple[Path, ...] = ()) -> Answer:

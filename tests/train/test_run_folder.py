@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmfn.train import run_folder
-from mmfn.train.config import Loaded, load_config
+from mmfn.train.config.load import Loaded, load_config
+from mmfn.train.run import folder as run_folder
 
 CONFIG = """\
 model: {path: m}

@@ -11,8 +11,8 @@ from torch import Tensor
 import mmfn
 from mmfn import ops, tree
 from mmfn.batch import IGNORE, Batch, Media, Sample, pack
-from mmfn.parallel.compiled import compiled
 from mmfn.parallel.program import Program, pipe
+from mmfn.parallel.transforms.compiled import compiled
 from mmfn.train.optim import Transform, adamw, by_path, chain, clip_by_global_norm
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfn.batch import Segments
-from mmfn.interop.hf_config import Section
+from mmfn.models.hf_config import Section
 from mmfn.models.layers import cache, linear, norm
 from mmfn.ops import Ops
 from mmfn.tree import Tree

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from mmfn.batch import Segments, Visual
-from mmfn.interop.hf_config import Section
 from mmfn.lora import with_drops
+from mmfn.models.hf_config import Section
 from mmfn.models.layers import linear, norm, rope
 from mmfn.ops import Ops
 from mmfn.spec import normal, spec

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from mmfn.batch import Batch, Sample
-from mmfn.interop.hf_config import Section
-from mmfn.interop.keymap import Entry
 from mmfn.lora import with_drops
 from mmfn.models import Output
+from mmfn.models.hf_config import Section
+from mmfn.models.keymap import Entry
 from mmfn.models.layers import cache as layer_cache
 from mmfn.models.layers import decoder, linear, moe, norm, rope, vision
 from mmfn.models.layers import positions as layer_positions

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmfn import rng
 from mmfn.batch import IGNORE, Batch, Sample, pack
-from mmfn.parallel.axis import Axis
+from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.program import whole_batch
 
 T = TypeVar("T")

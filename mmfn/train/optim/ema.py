@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.dtypes import wide
-from mmfn.parallel.sharding import like, local
+from mmfn.parallel.weights.sharding import like, local
 from mmfn.train.optim.transform import Facts, Leaves, Transform, Update, UpdateFn
 from mmfn.tree import Tree
 

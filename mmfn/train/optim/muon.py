@@ -2,7 +2,7 @@
 
 A matrix is a leaf [rows, columns] or, of stacked experts, one of [experts, rows, columns]; of a fused projection
 (`ParamSpec.parts`) each part is a matrix. Sharded matrices are orthogonalised whole, each by one rank
-(`mmfn.parallel.owners`). Embeddings, the head, norms and biases are not for Muon: `with_others`.
+(`mmfn.parallel.weights.matrix_owners`). Embeddings, the head, norms and biases are not for Muon: `with_others`.
 
 Legend: N matrices, R rows, C columns.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.dtypes import wide
-from mmfn.parallel.axis import Axis
-from mmfn.parallel.owners import on_owners
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.weights.matrix_owners import on_owners
 from mmfn.spec import ParamSpec
 from mmfn.train.optim.transform import Facts, Transform, Update, UpdateFn, chain, masked, zeros_like
 from mmfn.tree import Tree

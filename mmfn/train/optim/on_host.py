@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
-from mmfn.parallel.host_memory import HOST_DEVICE, Arrival, HostMemory, counted_empty
+from mmfn.parallel.weights.host_memory import HOST_DEVICE, Arrival, HostMemory, counted_empty
 from mmfn.train.optim.transform import Facts, Leaves, Transform, Update, UpdateFn
 from mmfn.tree import Tree
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.dtypes import wide
-from mmfn.parallel.axis import Axis
-from mmfn.parallel.mesh import Mesh
-from mmfn.parallel.sharding import cuts
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.layout import Mesh
+from mmfn.parallel.weights.sharding import cuts
 from mmfn.spec import ParamSpec
 from mmfn.train.schedule import Schedule
 from mmfn.tree import Tree

@@ -7,7 +7,7 @@ import torch
 
 from mmfn import rng, tree
 from mmfn.batch import IGNORE, IMAGE, Media, Sample
-from mmfn.parallel.axis import Axis
+from mmfn.parallel.mesh.axis import Axis
 from mmfn.train.data.loader import Loader, Stats, prefetch, stats
 
 VALUES = 8

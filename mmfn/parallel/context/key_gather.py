@@ -1,0 +1,115 @@
+"""Attention with gathered keys: all keys and values come to every rank, queries stay. Any segment lengths.
+
+The whole row is cut into 2 * W chunks for W ranks, and rank r holds chunks r and 2W - 1 - r, which balances causal
+work where segments are long. A chunk's queries meet the chunk's own keys (packed, causal), and those of the segment
+that began before the chunk also its earlier keys (one full block); the two merge by their log-sum-exp, and no mask
+over all pairs is ever made. Legend: T this rank's tokens, S tokens of all ranks, H query heads, K kv heads, C channels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn.batch import Segments
+from mmfn.ops import AttentionBlock, AttentionBlockGrad
+from mmfn.ops.attention_block import merge_blocks
+from mmfn.parallel.mesh.axis import Axis, all_gather
+
+SITE = "keys"
+
+
+def key_gather_attention(
+    q_THC: Tensor,
+    k_TKC: Tensor,
+    v_TKC: Tensor,
+    segments: Segments,
+    *,
+    is_causal: bool,
+    axis: Axis,
+    block: AttentionBlock,
+    block_grad: AttentionBlockGrad,
+) -> Tensor:
+    """Packed attention of this rank's queries to the keys of all ranks; o_THC.
+
+    Tokens are in the order of `split.chunk_order`; `segments`: those of the whole row. One all-gather in the forward,
+    one reduce-scatter in the backward; the gathered keys and values are saved (remat drops them). Raises ValueError
+    unless `is_causal`. Source: the context parallelism of Llama 3 (arXiv:2407.21783, section 3.3.2).
+    """
+    if not is_causal:
+        raise ValueError("attention to gathered keys is causal but got is_causal False; use kind 'ulysses'")
+    kv_S2KC = all_gather(torch.stack([k_TKC, v_TKC], 1), axis, SITE)
+    first_W, second_W = kv_S2KC.unflatten(0, (axis.size, 2, -1)).unbind(1)  # type: ignore[no-untyped-call]
+    k_SKC, v_SKC = torch.cat([first_W, second_W.flip(0)]).flatten(0, 1).unbind(1)
+    o_THC: Tensor = _Chunks.apply(  # type: ignore[no-untyped-call]
+        q_THC, k_SKC, v_SKC, segments.offsets_N, axis, block, block_grad
+    )
+    return o_THC
+
+
+def _chunks(axis: Axis, num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """First and last (exclusive) place in the whole row of this rank's two chunks."""
+    size = num_tokens // 2
+    return tuple((i * size, (i + 1) * size) for i in (axis.index, 2 * axis.size - 1 - axis.index))
+
+
+def _own(offsets_N: Tensor, start: int, end: int) -> Segments:
+    """Segments cut to a chunk."""
+    return Segments(offsets_N=offsets_N.clamp(start, end) - start)
+
+
+def _earlier(offsets_N: Tensor, start: int, end: int) -> tuple[Segments, Segments]:
+    """Queries of the segment that spans the chunk's start, and its keys before the start: both may be none.
+
+    Two segments each: what comes before those keys, which no query attends to, and they themselves.
+    """
+    first_N, last_N = offsets_N[:-1], offsets_N[1:]
+    spans_N = (first_N < start) & (last_N > start)
+    num_queries = ((last_N.clamp(max=end) - start) * spans_N).sum()
+    num_keys = ((start - first_N) * spans_N).sum()
+    zero = torch.zeros_like(num_keys)
+    queries_N, keys_N = torch.stack([zero, zero, num_queries]), torch.stack([zero, start - num_keys, zero + start])
+    return Segments(offsets_N=queries_N), Segments(offsets_N=keys_N)
+
+
+class _Chunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THC: Tensor,
+        k_SKC: Tensor,
+        v_SKC: Tensor,
+        offsets_N: Tensor,
+        axis: Axis,
+        block: AttentionBlock,
+        block_grad: AttentionBlockGrad,
+    ) -> Tensor:
+        parts = []
+        for q, (start, end) in zip(q_THC.chunk(2), _chunks(axis, q_THC.shape[0]), strict=True):
+            queries, keys = _earlier(offsets_N, start, end)
+            own = block(q, k_SKC[start:end], v_SKC[start:end], _own(offsets_N, start, end), is_causal=True)
+            earlier = block(q, k_SKC[:start], v_SKC[:start], queries, keys, is_causal=False)
+            parts.append(merge_blocks(*own, *earlier))
+        o_THC, lse_TH = (torch.cat(x) for x in zip(*parts, strict=True))
+        o_THC = o_THC.to(q_THC.dtype)
+        ctx.save_for_backward(q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N)
+        ctx.axis, ctx.block_grad = axis, block_grad
+        return o_THC
+
+    @staticmethod
+    def backward(ctx: Any, do_THC: Tensor) -> tuple[Tensor | None, ...]:
+        q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N = ctx.saved_tensors
+        dk_SKC, dv_SKC = (torch.zeros_like(x, dtype=lse_TH.dtype) for x in (k_SKC, v_SKC))
+        dq = []
+        halves = zip(*(x.chunk(2) for x in (do_THC, q_THC, o_THC, lse_TH)), strict=True)
+        for (do, q, o, lse), (start, end) in zip(halves, _chunks(ctx.axis, q_THC.shape[0]), strict=True):
+            queries, keys = _earlier(offsets_N, start, end)
+            k, v, segments = k_SKC[start:end], v_SKC[start:end], _own(offsets_N, start, end)
+            own = ctx.block_grad(do, q, k, v, o, lse, segments, is_causal=True)
+            k, v = k_SKC[:start], v_SKC[:start]
+            earlier = ctx.block_grad(do, q, k, v, o, lse, queries, keys, is_causal=False)
+            dq.append(own[0] + earlier[0])
+            for grad, own_part, earlier_part in zip((dk_SKC, dv_SKC), own[1:], earlier[1:], strict=True):
+                grad[start:end] += own_part
+                grad[:start] += earlier_part
+        return torch.cat(dq), dk_SKC.to(k_SKC.dtype), dv_SKC.to(v_SKC.dtype), None, None, None, None

@@ -1,0 +1,35 @@
+"""What a step sums over ranks besides gradients: label counts, the gradient norm, metrics."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mmfn.parallel.mesh.layout import Mesh
+
+
+def all_counts(counts_AN: Tensor, mesh: Mesh) -> tuple[Tensor, int]:
+    """Label counts of all ranks with their own data, int64[D, A, N], and which of the D this rank is.
+
+    `counts_AN`: of the A micro-batches of this rank, equally many on all. Ranks of one cp group share theirs, so their
+    counts are added.
+    """
+    if mesh.layout.world == 1:
+        return counts_AN[None], 0
+    gathered = mesh["world"].all_gather(counts_AN[None], "counts")  # ranks in order: batches, and within one its shares
+    counts_DAN = gathered.view(mesh["batch"].size, mesh["cp"].size, *counts_AN.shape).sum(1)
+    return counts_DAN, mesh["batch"].index
+
+
+def norm_and_sums(norm: Tensor, shares: Mapping[str, Tensor], mesh: Mesh) -> tuple[Tensor, dict[str, Tensor]]:
+    """The global norm from the norm of this rank's shards, and the sums of 0-D shares: one all-reduce for both.
+
+    Every shard is held by `replicate` ranks, so the sum of squares counts it as often. Dtypes are kept.
+    """
+    if mesh.layout.world == 1:
+        return norm, dict(shares)
+    dtype = torch.float32 if norm.device.type == "npu" else torch.float64  # what hccl can add up
+    wide = [x.to(dtype) for x in (norm, *shares.values())]
+    squared, *totals = mesh["world"].all_reduce(torch.stack([wide[0].square(), *wide[1:]]), "metrics").unbind(0)
+    sums = {name: total.to(x.dtype) for (name, x), total in zip(shares.items(), totals, strict=True)}
+    return (squared / mesh.layout.replicate).sqrt().to(norm.dtype), sums

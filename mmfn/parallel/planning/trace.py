@@ -1,0 +1,388 @@
+"""`Recorder`: what a step allocates, computes and communicates, operator by operator, while it runs.
+
+It stands under the step as a dispatch mode, around its ops as labels, and at the ends of its collectives as the
+transport. On shapes alone nothing has values and no rank but this one exists; on real tensors it only watches.
+"""
+
+import gc
+import weakref
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmfn.ops import Ops, flops
+from mmfn.parallel.mesh.axis import InProcess
+from mmfn.parallel.mesh.layout import Layout, Mesh, Partition, make_mesh
+from mmfn.parallel.planning import fake_tensors as shapes
+from mmfn.parallel.weights.host_memory import HOST
+
+FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
+CATEGORIES = (
+    "parameters",
+    "optimizer",
+    "batch",
+    "gradients",
+    "activations",
+    "gathered weights",
+    "logits",
+    "communication",
+    "temporaries",
+)
+_HOOKS = ("layer", "stack")
+_OF_SITE = {
+    "communication": "communication",
+    "weights": "gathered weights",
+    "head": "logits",
+    "offloaded": "activations",
+    "optimizer": "optimizer",
+    "parameters": "parameters",
+}
+_NAMES = {
+    "gather": "weights",
+    "gather_head": "weights",
+    "linear_cross_entropy": "head",
+}  # sites of ops that are not called as the op is
+
+_COUNTED = torch.ops.mmfn.counted_empty.default  # an operator whose last argument is the site of what it makes
+_MOVED = torch.ops.mmfn.all_to_all.default  # a transport's own work: noted by it, at every call
+
+Mark = tuple[str, int, int]  # (phase, micro-batch, index of the call of `ops.layer` in it)
+
+
+@dataclass(slots=True)
+class Allocation:
+    """One storage. `born`, `died`: places in the order of events (`died` -1: never)."""
+
+    num_bytes: int
+    site: str
+    phase: str
+    born: int
+    died: int = -1
+
+
+@dataclass(frozen=True)
+class Key:
+    """A kind of collective call."""
+
+    phase: str
+    site: str
+    axis: str
+    op: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes alive on the device within one stretch of a step, and all categories at that time."""
+
+    total: int
+    parts: dict[str, int]
+
+    @staticmethod
+    def of(parts: dict[str, int]) -> "Peak":
+        """The peak of known parts; those on the host are not the device's."""
+        return Peak(sum(n for name, n in parts.items() if name != HOST), parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What one step of one rank did.
+
+    `count`, `sent_bytes` (what the rank gives) by kind of collective; `flops` by (phase, site); `peaks` by stretch: a
+    stretch starts where a block starts, forward or backward. Stretches are in the order of time.
+    """
+
+    count: Counter[Key]
+    sent_bytes: Counter[Key]
+    flops: Counter[tuple[str, str]]
+    peaks: dict[Mark, Peak]
+
+    @property
+    def peak(self) -> Peak:
+        """The largest of all stretches."""
+        return max(self.peaks.values(), key=lambda p: p.total)
+
+    @property
+    def host_bytes(self) -> int:
+        """The most bytes on the host; buffers there are kept."""
+        return max(p.parts.get(HOST, 0) for p in self.peaks.values())
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches everything that runs inside of it. `is_fake`: run on shapes alone (`planning.fake_tensors`)."""
+
+    is_eager = True  # hand-written Functions run as in plain eager execution
+
+    def __init__(self, *, is_fake: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_fake = is_fake
+        self.phase = FORWARD
+        self.allocations: list[Allocation] = []
+        self.count: Counter[Key] = Counter()
+        self.sent_bytes: Counter[Key] = Counter()
+        self.flops: Counter[tuple[str, str]] = Counter()
+        self._collects = False
+        self._events = 0
+        self._marks: list[tuple[int, Mark]] = []
+        self._alive: dict[int, tuple[int, Any]] = {}
+        self._sites: list[str] = []
+        self._site_of_node: dict[int, str] = {}
+        self._place = (0, 0)  # micro-batch, layer
+        self._times = (1, 1)
+        self._ends: list[int] = []  # where forwards end
+        self._turns: list[int] = []  # where backwards end
+
+    def __enter__(self) -> "Recorder":
+        """Python's collector of cycles rests meanwhile: memory is freed where the program frees it, at every run."""
+        self._collects = gc.isenabled()
+        gc.disable()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if self._collects:
+            gc.enable()
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Run one operator and note what it did."""
+        kwargs = kwargs or {}
+        self._turn()
+        is_shaped = self.is_fake and func is not _MOVED
+        out = shapes.run(func, types, args, kwargs) if is_shaped else func(*args, **kwargs)
+        if not types and (work := flops.count(func, args, kwargs)):
+            self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.allocate(x, args[2] if func is _COUNTED else "exchanged" if func is _MOVED else self.site)
+        return out
+
+    @property
+    def site(self) -> str:
+        """The op whose work is being done, forward or backward; "layers" for what belongs to none."""
+        if self._sites:
+            return self._sites[-1]
+        node = torch._C._current_autograd_node()
+        site = "layers" if node is None else self._site_of_node.get(node._sequence_nr(), "layers")
+        return "communication" if site == "weights" else site  # the backward of a gather packs gradients
+
+    def allocate(self, x: Tensor, site: str) -> None:
+        """Count the memory of a tensor, unless it is a view of memory that is counted."""
+        if isinstance(x, DTensor):  # whose own storage would count the whole
+            x = x._local_tensor
+        storage = x.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._alive or num_bytes == 0:
+            return
+        index = len(self.allocations)
+        self.allocations.append(Allocation(num_bytes, site, self.phase, self._events))
+        self._events += 1
+
+        def free(_: Any) -> None:
+            del self._alive[key]
+            self.allocations[index].died = self._events
+            self._events += 1
+
+        self._alive[key] = index, weakref.ref(storage, free)
+
+    def hold(self, phase: str, tensors: Iterable[Any]) -> None:
+        """Count tensors that were made outside, under the name of a phase."""
+        self.phase = phase
+        for x in tensors:
+            if isinstance(x, Tensor):
+                self.allocate(x, phase)
+
+    def begin(self) -> None:
+        """The step starts here: what is alive is its state, and peaks are counted from now on."""
+        self.phase = FORWARD
+        self._marks = [(self._events, (FORWARD, 0, -1))]
+
+    def watch(self, ops: Ops) -> Ops:
+        """The table with every op labelled by its name, and every block marked where it starts."""
+        named = {
+            f.name: self._labelled(getattr(ops, f.name), _NAMES.get(f.name, f.name))
+            for f in fields(ops)
+            if f.name not in _HOOKS
+        }
+        inner = ops.layer
+
+        def layer(block: Any, params: Any, *xs: Any) -> tuple[Tensor, Any]:
+            self._start_forward()
+            batch, index = self._place
+            self._place = (batch, index + (len(params) if isinstance(params, list) else 1))  # a list: a group of blocks
+            self._mark(FORWARD, batch, index)
+            x, out = inner(block, params, *xs)
+            if x.grad_fn is not None:
+                x.grad_fn.register_prehook(lambda _: self._mark(BACKWARD, batch, index))
+            return x, out
+
+        return replace(ops, **named, layer=layer)
+
+    def transport(self, axis: str, index: int, size: int) -> "Alike":
+        """The transport of one axis whose other ranks are imagined."""
+        return Alike(self, axis, index, size)
+
+    @contextmanager
+    def labelled(self, site: str) -> Iterator[None]:
+        """What is allocated or computed within belongs to a site, and so does its backward."""
+        first = torch._C._autograd._get_sequence_nr()
+        self._sites.append(site)
+        try:
+            yield
+        finally:
+            self._sites.pop()
+            for number in range(first, torch._C._autograd._get_sequence_nr()):
+                self._site_of_node.setdefault(number, site)
+
+    @contextmanager
+    def standing_for(self, rows: int, traced_rows: int) -> Iterator[None]:
+        """Work within was done for `traced_rows` rows and counts as that for `rows`."""
+        self._times = (rows, traced_rows)
+        try:
+            yield
+        finally:
+            self._times = (1, 1)
+
+    def called(self, axis: str, op: str, site: str, x: Tensor) -> None:
+        """Note one collective that this rank gives `x` to."""
+        self._turn()
+        key = Key(self.phase, site, axis, op)
+        self.count[key] += 1
+        self.sent_bytes[key] += x.numel() * x.element_size()
+
+    def trace(self) -> Trace:
+        """Everything so far."""
+        return Trace(count=self.count, sent_bytes=self.sent_bytes, flops=self.flops, peaks=self._peaks())
+
+    def _labelled(self, fn: Callable[..., Any], site: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._start_forward()
+            with self.labelled(site):
+                return fn(*args, **kwargs)
+
+        return run
+
+    def _start_forward(self) -> None:
+        """An op called outside of a backward pass: a forward, of the next micro-batch if a backward came before."""
+        self._turn()
+        if self.phase == UPDATE and torch._C._current_autograd_node() is None:
+            self.phase, self._place = FORWARD, (self._place[0] + 1, 0)
+            self._mark(FORWARD, self._place[0], -1)
+
+    def _turn(self) -> None:
+        """Notice where a forward turns into a backward, and a backward into an update."""
+        is_backward = torch._C._current_autograd_node() is not None
+        if is_backward and self.phase != BACKWARD:
+            self._ends.append(self._events)
+            self._mark(BACKWARD, self._place[0], self._place[1])
+            self.phase = BACKWARD
+        elif self.phase == BACKWARD and not is_backward:
+            self._turns.append(self._events)
+            self._mark(UPDATE, self._place[0], 0)
+            self.phase = UPDATE
+
+    def _mark(self, phase: str, batch: int, index: int) -> None:
+        self._marks.append((self._events, (phase, batch, index)))
+
+    def _peaks(self) -> dict[Mark, Peak]:
+        """Bytes alive over time, in one pass over births and deaths, with the largest of every stretch."""
+        changes: list[tuple[int, int, str]] = []
+        for a in self.allocations:
+            category = self._category(a)
+            changes.append((a.born, a.num_bytes, category))
+            if a.died >= 0:
+                changes.append((a.died, -a.num_bytes, category))
+        alive: Counter[str] = Counter()
+        total, stretch = 0, -1
+        found: dict[Mark, Peak] = {}
+        for time, num_bytes, category in sorted(changes):
+            while stretch + 1 < len(self._marks) and self._marks[stretch + 1][0] <= time:
+                stretch += 1
+                found[self._marks[stretch][1]] = Peak(total, dict(alive))
+            alive[category] += num_bytes
+            total += num_bytes if category != HOST else 0
+            if stretch >= 0 and total > found[self._marks[stretch][1]].total:
+                found[self._marks[stretch][1]] = Peak(total, dict(alive))
+        return found
+
+    def _category(self, a: Allocation) -> str:
+        if a.site == HOST:
+            return HOST
+        if a.phase not in (FORWARD, BACKWARD, UPDATE):  # held before the step
+            return a.phase
+        later = self._turns if a.phase == BACKWARD else self._ends
+        place = bisect_right(later, a.born)
+        outlives = place < len(later) and (a.died < 0 or a.died >= later[place])  # its own backward, or the forward
+        if outlives and a.phase != FORWARD:
+            return "gradients"
+        if a.site in _OF_SITE:
+            return _OF_SITE[a.site]
+        if a.site == "exchanged" and not outlives:
+            return "communication"
+        return "activations" if outlives else "temporaries"
+
+
+@dataclass(frozen=True)
+class Alike(InProcess):
+    """The transport of one rank that stands for all: every other rank is taken to hold the values this one holds.
+
+    What is known stays known (counts, lengths) and what is a shape has the shape it would have.
+    """
+
+    recorder: Recorder = field(repr=False)
+    axis: str
+    index: int
+    size: int
+
+    def all_gather(self, x: Tensor, site: str) -> Tensor:
+        """See `Transport`."""
+        with self._call("all_gather", x, site):
+            return x.new_empty(self.size * x.shape[0], *x.shape[1:]).view(self.size, *x.shape).copy_(x).flatten(0, 1)
+
+    def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
+        """See `Transport`."""
+        with self._call("reduce_scatter", x, site):
+            return x.chunk(self.size)[self.index] * self.size
+
+    def all_reduce(self, x: Tensor, site: str) -> Tensor:
+        """See `Transport`."""
+        with self._call("all_reduce", x, site):
+            return x * self.size
+
+    def move(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        """See `InProcess`. With unequal sizes the rows that arrive are unknown, and given as zeros."""
+        with self._call("all_to_all", x, site):
+            own: Tensor = torch.split(x, list(in_sizes))[self.index]
+            if set(out_sizes) == {own.shape[0]}:
+                return own.repeat(self.size, *[1] * (x.ndim - 1))
+            return x.new_zeros(sum(out_sizes), *x.shape[1:])
+
+    def shift(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
+        """See `Transport`."""
+        with self._call("shift", x, site):
+            return x.new_zeros(sum(out_sizes), *x.shape[1:])
+
+    def wait(self, x: Tensor) -> Tensor:
+        """See `Transport`."""
+        return x
+
+    def _call(self, op: str, x: Tensor, site: str) -> Any:
+        self.recorder.called(self.axis, op, site, x)
+        return self.recorder.labelled("communication")
+
+
+def recording_mesh(layout: Layout, rank: int, recorder: Recorder) -> Mesh:
+    """The mesh of one rank whose collectives are noted and answered as if all ranks were alike."""
+
+    def connect(name: str, partition: Partition) -> Alike:
+        group = next(g for g in partition if rank in g)
+        return Alike(recorder, name, group.index(rank), len(group))
+
+    return make_mesh(layout, rank, connect)

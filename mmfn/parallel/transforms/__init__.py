@@ -1,0 +1,1 @@
+"""Transforms of a program, one file each. A new one is a new file here."""

@@ -1,0 +1,1 @@
+"""From a config to what a run needs. Everything a user can get wrong is found here."""

@@ -1,0 +1,220 @@
+"""The configuration of a run: one YAML file plus dotted overrides, checked as a whole before anything else happens.
+
+Unknown keys are refused by name, values of the wrong type are never converted, and each value remembers where it came
+from. Relative paths mean the current directory. The settings themselves are declared in `mmfn.train.config.schema`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+
+from mmfn.train.config.schema import Config, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What was given, not yet checked: `values[section][key]`, what it is from, and origins as those of `Loaded`."""
+
+    values: Mapping[str, Mapping[str, Any]]
+    path: Path
+    origins: Mapping[str, str]
+
+    def having(self, section: str, **values: Any) -> "Settings":
+        """The same with some values of a section replaced."""
+        return replace(self, values={**self.values, section: {**self.values.get(section, {}), **values}})
+
+    def overridden(self, overrides: Sequence[str]) -> "Settings":
+        """The same after `key=value` overrides in order. Raises ValueError for one that is none."""
+        return _with(self, map(_read_override, overrides))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A checked config, the file it is from, and where every dotted key that was set is: "FILE:LINE" or "override"."""
+
+    config: Config
+    path: Path
+    origins: Mapping[str, str]
+
+
+# What PyYAML raises, besides its own errors, for values that do not fit their tag (`!!int x`) and for deep nesting.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+class _Setting(NamedTuple):
+    key: str
+    value: Any
+    origin: str
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML with numbers as in YAML 1.2: SafeLoader reads 1e-3 as a string. A repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises yaml.YAMLError for a repeated key; what is merged by `<<` may be set again."""
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        mapping = super().construct_mapping(node, deep)
+        keys = [self.construct_object(key, deep=True) for key in own]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is set twice", own[i].start_mark)
+        return mapping
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def known_keys() -> dict[str, str]:
+    """Every dotted key and its description, in declaration order."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {
+        f"{name}.{key}": field.description or ""
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, Section)
+        for key, field in section.model_fields.items()
+    }
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a YAML file, apply `key=value` overrides in order (values are YAML) and check everything.
+
+    Raises ValueError: a file that is missing or no YAML mapping, an unknown or repeated key, a missing or wrong value.
+    """
+    return check(read_settings(path, overrides))
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """The first half of `load_config`. Raises ValueError: no such file, no YAML mapping, an unknown or repeated key."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ValueError(f"cannot read config {str(path)!r}: {reason}; give the path of a YAML file") from error
+    nested: dict[str, dict[str, Any]] = {name: {} for name in ("model", "data", "optimizer", "train", "output")}
+    settings = _with(Settings(values=nested, path=path, origins={}), _read_file(text, str(path)))
+    return settings.overridden(overrides)
+
+
+def check(settings: Settings) -> Loaded:
+    """The second half of `load_config`. Raises ValueError for a missing or wrong value."""
+    values, path, origins = settings.values, settings.path, settings.origins
+    try:
+        return Loaded(config=Config.model_validate(values), path=path, origins=origins)
+    except ValidationError as error:
+        raise ValueError(_sentence(error, str(path), values, origins)) from error
+
+
+def describe(loaded: Loaded) -> str:
+    """The whole config as YAML; each value with its origin as a comment. It can be read back as a config."""
+    lines = []
+    for name, section in loaded.config.model_dump(mode="json").items():
+        lines.append(f"{name}:")
+        for key, value in section.items():
+            text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+            text = text.removesuffix("\n").removesuffix("\n...")
+            origin = loaded.origins.get(f"{name}.{key}", "default")
+            lines.append(f"{f'  {key}: {text}':<60}  # {origin}")
+    return "\n".join(lines) + "\n"
+
+
+def _with(settings: Settings, found: Iterable[_Setting]) -> Settings:
+    for key, value, origin in found:
+        section, name = key.split(".")
+        settings = replace(settings.having(section, **{name: value}), origins={**settings.origins, key: origin})
+    return settings
+
+
+def _read_file(text: str, source: str) -> list[_Setting]:
+    try:
+        loader = _YamlLoader(text)
+        root = loader.get_single_node()
+    except _YAML_ERRORS as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ValueError(f"{where} is no valid YAML: {_reason(error)}; correct it") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"config {source!r} must be a mapping of sections such as 'model:', got something else")
+    settings: list[_Setting] = []
+    for name, section, where in _entries(root, source):
+        if name not in Config.model_fields:
+            raise ValueError(_unknown(name, where))
+        if not isinstance(section, yaml.MappingNode):
+            raise ValueError(f"{where}: section {name!r} must be a mapping of settings, got {section.value!r}")
+        for key, node, line in _entries(section, source, prefix=f"{name}."):
+            if key not in known_keys():
+                raise ValueError(_unknown(key, line))
+            try:
+                settings.append(_Setting(key, loader.construct_object(node, deep=True), line))
+            except _YAML_ERRORS as error:
+                raise ValueError(
+                    f"{line}: {key} is no valid YAML: {_reason(error)}; correct it, or quote it if it is text"
+                ) from error
+    return settings
+
+
+def _entries(mapping: yaml.MappingNode, source: str, prefix: str = "") -> list[tuple[str, yaml.Node, str]]:
+    """`(key, value node, "FILE:LINE")` of a YAML mapping. A repeated key is an error, not a silent last wins."""
+    found: dict[str, tuple[str, yaml.Node, str]] = {}
+    for key_node, value_node in mapping.value:
+        key, where = f"{prefix}{key_node.value}", f"{source}:{key_node.start_mark.line + 1}"
+        if key in found:
+            raise ValueError(f"{where}: key {key!r} was already set at {found[key][2]}; keep one of them")
+        found[key] = (key, value_node, where)
+    return list(found.values())
+
+
+def _read_override(text: str) -> _Setting:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"override {text!r} has no '='; write it as key=value, for instance train.steps=100")
+    if key not in known_keys():
+        raise ValueError(_unknown(key, "override"))
+    try:
+        return _Setting(key, yaml.load(value, Loader=_YamlLoader), "override")
+    except _YAML_ERRORS as error:
+        raise ValueError(
+            f"override: {key} is {value[:100]!r} but the value is no valid YAML: {_reason(error)}; "
+            "correct it, or quote it if it is text"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error)
+
+
+def _unknown(key: str, where: str) -> str:
+    """Nearest by the whole dotted key or by its last part, whichever is closer: `lr` finds `optimizer.lr`."""
+
+    def likeness(known: str) -> float:
+        last = SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
+        return max(SequenceMatcher(None, key, known).ratio(), last * 0.99)
+
+    candidates = list(known_keys()) if "." in key or where == "override" else [*Config.model_fields, *known_keys()]
+    return f"{where}: unknown key {key!r}; the nearest known key is {max(candidates, key=likeness)!r}"
+
+
+def _sentence(
+    error: ValidationError, source: str, values: Mapping[str, Mapping[str, Any]], origins: Mapping[str, str]
+) -> str:
+    """The first problem as one sentence: where, which setting, what it is, what it should be."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"][:2])
+    section, _, name = key.partition(".")
+    if first["type"] == "missing" and key not in origins:
+        return f"{source}: {key} is required ({known_keys()[key]}); set it in the file or as {key}=VALUE"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{source}: {f'in section {key}, ' if key else ''}{message}"
+    if first["type"] == "missing":
+        message = "it has too few entries"
+    where = origins.get(key, source)
+    return f"{where}: {key} is {values[section][name]!r} but {message[:1].lower()}{message[1:]}; correct the value"

@@ -1,0 +1,1 @@
+"""A run: the training loop, its folder, evaluation and progress."""

@@ -1,0 +1,199 @@
+"""Held-out evaluation: greedy answers compared with the truth by exact match, and the loss as a (sum, weight) pair."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from mmfn import batch as packing
+from mmfn import tree
+from mmfn.batch import IGNORE, Batch, Sample
+from mmfn.model import Model
+from mmfn.ops import Ops, portable
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.host_values import gather_values
+from mmfn.train.data import Dataset, Processor, decode_image, encode, preprocess_image
+from mmfn.train.data.records import Record, parse_record, plain_text
+from mmfn.train.generate import generate
+from mmfn.train.objective import loss_fn
+
+ALONE = Axis(name="world")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One held-out sample: the last `question`, the model's greedy `prediction`, the `truth`, the images in between."""
+
+    id: str
+    question: str
+    prediction: str
+    truth: str
+    images: tuple[str, ...] = ()
+
+    @property
+    def is_correct(self) -> bool:
+        """Exact match after stripping white space at both ends."""
+        return self.prediction.strip() == self.truth.strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All answers in the order of the data, the cross entropy summed over `num_tokens` supervised tokens, the time."""
+
+    answers: tuple[Answer, ...]
+    loss_sum: float
+    num_tokens: int
+    time_s: float
+
+    @property
+    def num_correct(self) -> int:
+        """Exactly right answers."""
+        return sum(a.is_correct for a in self.answers)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of exactly right answers."""
+        return self.num_correct / len(self.answers)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy per supervised token; 0 when no token is supervised."""
+        return self.loss_sum / max(1, self.num_tokens)
+
+    def check_finite(self) -> None:
+        """Raise ValueError when the loss is not finite: then the answers mean nothing either."""
+        if not math.isfinite(self.loss_sum):
+            raise ValueError(f"the held-out loss is {self.loss_sum}; the model's weights are damaged or diverged")
+
+
+def evaluate(
+    model: Model,
+    dataset: Dataset,
+    *,
+    batch_samples: int,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    ops: Ops | None = None,
+    axis: Axis = ALONE,
+    on_batch: Callable[[int], None] = lambda num_done: None,
+) -> Evaluation:
+    """Answer every entry of `dataset` and compare with its last assistant turn, `batch_samples` entries at once.
+
+    Predictions are decoded without special tokens. `axis`: ranks, on the CPU and with the same whole parameters, that
+    divide the entries; all of them get all answers. `on_batch(num_done)` is called behind every batch of this rank.
+    Raises ValueError as `Dataset.prompt` does, naming the sample. `ops` defaults to `ops.portable()`.
+    """
+    table = ops or portable()
+    start = time.perf_counter()
+    answers: list[Answer] = []
+    loss_sum, num_tokens = 0.0, 0
+    own = range(axis.index, len(dataset), axis.size)
+    for first in range(0, len(own), batch_samples):
+        indices = own[first : first + batch_samples]
+        prompts, truths = zip(*(dataset.prompt(i) for i in indices), strict=True)
+        batch = _pack(prompts, model)
+        rows = generate(model, batch, max_new_tokens, eos_token_ids=eos_token_ids, ops=table, check_finite=False)
+        texts = dataset.processor.chat.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        for index, prompt, text, truth in zip(indices, prompts, texts, truths, strict=True):
+            answers.append(_answer(dataset, dataset.records[index], prompt, text, truth))
+        value, weight = loss_pair(model, [dataset.sample(i) for i in indices], table)
+        loss_sum, num_tokens = loss_sum + value, num_tokens + weight
+        on_batch(len(answers))
+    answers, loss_sum, num_tokens = _gathered(answers, loss_sum, num_tokens, len(dataset), axis)
+    return Evaluation(
+        answers=tuple(answers), loss_sum=loss_sum, num_tokens=num_tokens, time_s=time.perf_counter() - start
+    )
+
+
+@torch.no_grad()
+def loss_pair(model: Model, samples: Sequence[Sample], ops: Ops) -> tuple[float, int]:
+    """(cross entropy summed over the supervised tokens of `samples`, their number): pairs of parts add up."""
+    value, metrics = loss_fn(model.params, _pack(samples, model), model.family, model.cfg, ops)
+    return value.item(), int(metrics["tokens"])
+
+
+def answer(
+    model: Model,
+    processor: Processor,
+    prompt: str,
+    images: Sequence[str],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+) -> str:
+    """The greedy answer to one user message, decoded without special tokens.
+
+    `images`: paths, in the order of the `<image>` marks in `prompt`; without marks they stand in front of it. Raises
+    ValueError when their numbers differ, an image does not decode or the logits are not finite.
+    """
+    text = prompt if "<image>" in prompt else "<image>" * len(images) + prompt
+    entry = {"messages": [{"role": "user", "content": text}], "images": list(images)}
+    record = parse_record(entry, "prompt")
+    media = tuple(preprocess_image(decode_image(path), processor.image) for path in record.images)
+    counts = [m.patches_PF.shape[0] // processor.image.merge_size**2 for m in media]
+    encoded = encode(record.messages, processor.chat, images=counts, is_prompt=True)
+    sample = Sample(
+        tokens_T=encoded.tokens_T,
+        labels_T=torch.full_like(encoded.tokens_T, IGNORE),
+        kinds_T=encoded.kinds_T,
+        images=media,
+        id=record.id,
+    )
+    (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids)
+    decoded: str = processor.chat.tokenizer.decode(row, skip_special_tokens=True)
+    return decoded.strip()
+
+
+def to_json(evaluation: Evaluation) -> str:
+    """The evaluation as JSON text: totals first, then every answer. A loss that is not finite is null."""
+    answers = [{**asdict(a), "is_correct": a.is_correct} for a in evaluation.answers]
+    totals = {
+        "accuracy": evaluation.accuracy,
+        "num_correct": evaluation.num_correct,
+        "num_answers": len(answers),
+        "loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
+        "num_supervised_tokens": evaluation.num_tokens,
+        "time_s": evaluation.time_s,
+    }
+    return json.dumps({**totals, "answers": answers}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _gathered(
+    answers: list[Answer], loss_sum: float, num_tokens: int, num_entries: int, axis: Axis
+) -> tuple[list[Answer], float, int]:
+    """What all ranks found, answers in the order of the data."""
+    if axis.size == 1:
+        return answers, loss_sum, num_tokens
+    rows, sums, counts = zip(
+        *gather_values([[asdict(a) for a in answers], loss_sum, num_tokens], axis, "answers"), strict=True
+    )
+    ordered = [rows[i % axis.size][i // axis.size] for i in range(num_entries)]
+    return [Answer(**row | {"images": tuple(row["images"])}) for row in ordered], sum(sums), sum(counts)
+
+
+def _pack(samples: Sequence[Sample], model: Model) -> Batch:
+    """Samples end to end, without padding, on the device of the parameters."""
+    vision = model.cfg.vision
+    batch = packing.pack(
+        samples,
+        [model.family.positions(s, model.cfg) for s in samples],
+        merge_size=vision.merge_size,
+        patch_values=vision.patch_values,
+    )
+    return packing.to(batch, tree.leaves(model.params)[0].device)
+
+
+def _answer(dataset: Dataset, record: Record, prompt: Sample, prediction: str, truth: str) -> Answer:
+    last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+    questions = [plain_text(message) for message in record.messages[:last] if message["role"] == "user"]
+    return Answer(
+        id=record.id,
+        question=questions[-1] if questions else "",
+        prediction=prediction,
+        truth=truth,
+        images=tuple(str(Path(dataset.media_root) / name) for name in record.images[: len(prompt.images)]),
+    )
