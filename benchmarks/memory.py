@@ -145,8 +145,9 @@ def real_step(setup: planning.Setup, device: torch.device) -> tuple[Callable[[],
 def real_batch(setup: planning.Setup, device: torch.device) -> Batch:
     """The batch that is planned, with pixels."""
     batch = planning.make_batch(setup.family, setup.cfg, setup.workload, 1)
-    pixels = torch.randn(batch.visual.patches_PF.shape, generator=torch.Generator().manual_seed(0))
-    return batch_to(replace(batch, visual=replace(batch.visual, patches_PF=pixels)), device)
+    g = torch.Generator().manual_seed(0)
+    towers = {n: replace(t, inputs_UF=torch.randn(t.inputs_UF.shape, generator=g)) for n, t in batch.towers.items()}
+    return batch_to(replace(batch, towers=towers), device)
 
 
 def measured_peak(run: Callable[[], None], held: Callable[[], int], device: torch.device) -> int:

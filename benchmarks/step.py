@@ -32,8 +32,9 @@ from torch import Tensor
 
 import mmfn
 from mmfn import tree
-from mmfn.batch import IGNORE, Batch, Media, Sample, pack
+from mmfn.batch import IGNORE, Batch, Media, Sample
 from mmfn.batch import to as batch_to
+from mmfn.packing import Sizes, num_units
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.train.optim import adamw, chain, clip_by_global_norm
@@ -106,7 +107,7 @@ def draw_samples(size: str, shape: str, seed: int, cfg: transformers.Qwen3VLConf
         tokens_T[1 : 1 + features], kinds_T[1 : 1 + features] = IMAGE_ID, 1
         first = 0 if shape == "dense" else num_tokens - num_tokens // 3
         labels_T = torch.where((torch.arange(num_tokens) >= first) & (kinds_T == 0), tokens_T, IGNORE)
-        images = (Media(patches_PF=torch.randn(side**2, width, generator=g), grid=(1, side, side)),) if side else ()
+        images = (Media(inputs_UF=torch.randn(side**2, width, generator=g), grid=(1, side, side)),) if side else ()
         rows.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images))
     return rows
 
@@ -115,14 +116,13 @@ def packed(rows: list[Sample], model: Any, dtype: torch.dtype) -> Batch:
     """mmfn's batch: rows end to end, padded to the bucket."""
     cfg = model.cfg
     num_tokens = sum(r.tokens_T.numel() for r in rows)
-    batch = pack(
-        rows,
-        [model.family.positions(r, cfg) for r in rows],
-        merge_size=cfg.vision.merge_size,
-        patch_values=cfg.vision.patch_values,
-        num_tokens=math.ceil(num_tokens / BUCKET) * BUCKET,
-        num_patches=math.ceil(sum(r.num_patches for r in rows) / BUCKET) * BUCKET,
+    kind = model.family.towers(cfg)["vision"]
+    num_patches = sum(num_units(r, kind) for r in rows) * kind.inputs
+    sizes = Sizes(
+        tokens=math.ceil(num_tokens / BUCKET) * BUCKET,
+        units={"vision": math.ceil(num_patches / BUCKET) * BUCKET // kind.inputs},
     )
+    batch = model.family.pack(rows, cfg, sizes)
     return batch_to(batch, "cpu", dtype)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import mmfn
 from mmfn import tree
-from mmfn.batch import IGNORE, IMAGE, Batch, Media, Sample, pack
+from mmfn.batch import IGNORE, IMAGE, Batch, Media, Sample, to
 from mmfn.models import family
+from mmfn.packing import Sizes
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.step_sums import all_counts
@@ -34,7 +35,7 @@ from mmfn.train.objective import loss_fn, weigh
 from mmfn.train.optim import adamw
 from mmfn.train.planning.step_plan import Setup, Workload, plan
 
-IMAGE_ID, NUM_TOKENS, NUM_PATCHES = 1, 64, 64
+IMAGE_ID, NUM_TOKENS, NUM_FEATURES = 1, 64, 16
 LAYOUTS = {
     "FSDP": (Layout(dp=4), "gather"),
     "HSDP": (Layout(replicate=2, dp=2), "gather"),
@@ -111,8 +112,11 @@ def print_plans(model: mmfn.Model) -> None:
 def build(cfg: Any, mesh: Mesh, kind: str) -> Program:
     """How a rank runs the model: sharded over dp * cp, tokens spread over cp."""
     heads = cfg.decoder
-    context = context_parallel(kind, num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads)
-    return pipe(Program.of(family(CONFIG["model_type"]).specs(cfg), mesh=mesh), data_parallel(), context)
+    model = family(CONFIG["model_type"])
+    context = context_parallel(
+        kind, num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, towers=model.towers(cfg)
+    )
+    return pipe(Program.of(model.specs(cfg), mesh=mesh), data_parallel(), context)
 
 
 def loss_and_gradient(mesh: Mesh, kind: str, model: mmfn.Model, samples: list[Sample]) -> tuple[float, object]:
@@ -131,18 +135,9 @@ def loss_and_gradient(mesh: Mesh, kind: str, model: mmfn.Model, samples: list[Sa
 
 def pack_samples(samples: list[Sample], model: mmfn.Model, multiple: int) -> Batch:
     """Samples end to end, in float64."""
-    batch = pack(
-        samples,
-        [model.family.positions(sample, model.cfg) for sample in samples],
-        merge_size=model.cfg.vision.merge_size,
-        patch_values=model.cfg.vision.patch_values,
-        num_tokens=NUM_TOKENS,
-        num_patches=NUM_PATCHES,
-        num_segments=4,
-        segment_multiple=multiple,
-    )
-    visual = replace(batch.visual, patches_PF=batch.visual.patches_PF.double())
-    return replace(batch, visual=visual, weights_T=batch.weights_T.double())
+    sizes = Sizes(tokens=NUM_TOKENS, segments=4, units={"vision": NUM_FEATURES}, segment_multiple=multiple)
+    batch = to(model.family.pack(samples, model.cfg, sizes), "cpu", torch.float64)
+    return replace(batch, weights_T=batch.weights_T.double())
 
 
 def make_sample(seed: int) -> Sample:
@@ -152,7 +147,7 @@ def make_sample(seed: int) -> Sample:
     tokens_T[2] = IMAGE_ID
     kinds_T = torch.where(tokens_T == IMAGE_ID, IMAGE, 0)
     labels_T = torch.where(torch.arange(tokens_T.numel()) > 3, tokens_T, IGNORE)
-    image = Media(patches_PF=torch.randn(4, 12, generator=g), grid=(1, 2, 2))
+    image = Media(inputs_UF=torch.randn(4, 12, generator=g), grid=(1, 2, 2))
     return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=(image,), id=str(seed))
 
 

@@ -4,8 +4,8 @@ The adapter of the weight `P/name` is the node `P/lora/name`, an `Adapter`: wher
 `scale * b @ a @ x` to what it computes. Everything else about parameters (shards, optimizer state, plans) follows from
 the tree. Source: Hu et al. 2021 (arXiv:2106.09685); rank-stabilised: Kalajdzievski 2023 (arXiv:2312.03732).
 
-An adapter with dropout drops from x in training: where a batch has salts (`salts_of`), a model calls `with_drops` on
-the parameters of whatever computes with rows of known ids, and the layers below drop.
+An adapter with dropout drops from x in training: where a batch has salts (`salts_of`), the objective calls `with_drops`
+on all parameters, with the ids of rows that the family declares, and the layers drop. Models know nothing of it.
 
 Legend: r rank, E experts, T rows, A adapters that drop; a weight is [out, in], or [E, out, in] of experts.
 """
@@ -206,18 +206,26 @@ def salts_of(specs: Tree, seed: int | None) -> Salts | None:
     return salts
 
 
-def with_drops(params: Tree, ids_T: Tensor, salts: Mapping[str, Tensor] | None, path: str) -> Tree:
-    """The parameters at `path` of a model, about to compute with rows `ids_T`, their adapters told what to drop.
+def with_drops(params: Tree, row_ids: Sequence[tuple[str, Tensor]], salts: Mapping[str, Tensor] | None) -> Tree:
+    """The parameters of a model about to compute with a batch, their adapters told what to drop.
 
-    `ids_T`: int64[T]. Without salts, as outside of training, and where no adapter drops: `params` themselves.
+    `row_ids`: (beginning of a path, ids of the rows that are computed with there, int64), the first that fits counts
+    (`Family.row_ids`). Without salts, as outside of training, and where no adapter drops: `params` themselves. Raises
+    ValueError for an adapter that drops where no ids are known.
     """
     if salts is None:
         return params
-    found = {name: adapter for name, adapter in adapters_of(params, f"{path}/").items() if name in salts}
-    if not found:
-        return params
-    told = {n: replace(adapter, drops=Drops(ids_T=ids_T, salt=salts[n])) for n, adapter in found.items()}
-    return insert(params, told, f"{path}/")
+    drops = {}
+    for path, adapter in adapters_of(params).items():
+        if path in salts:
+            ids = [rows for prefix, rows in row_ids if path.startswith(prefix)]
+            if not ids:
+                raise ValueError(
+                    f"the adapter of {path!r} has dropout but the family does not say which rows it computes with; add "
+                    "its path to row_ids"
+                )
+            drops[path] = replace(adapter, drops=Drops(ids_T=ids[0], salt=salts[path]))
+    return insert(params, drops)
 
 
 def add_adapters(params: Tree, specs: Tree, seed: int) -> Tree:

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from mmfn import tree
-from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Media, Sample, Segments, pack, to
+from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Media, Sample, Segments, to
+from mmfn.models.layers.patches import lay_frames, tower_kind
+from mmfn.packing import Sizes, num_units, pack
 
 F = 5
 
 
 def media(t, h, w, start=0.0):
-    return Media(patches_PF=start + torch.arange(t * h * w * F).reshape(-1, F).float(), grid=(t, h, w))
+    return Media(inputs_UF=start + torch.arange(t * h * w * F).reshape(-1, F).float(), grid=(t, h, w))
 
 
 def sample(kinds, *, images=(), videos=(), first=10, id="s"):
@@ -24,9 +26,17 @@ def sample(kinds, *, images=(), videos=(), first=10, id="s"):
     )
 
 
-def packed(*samples, **sizes):
-    positions = [torch.arange(s.tokens_T.numel()).expand(3, -1) + 100 * i for i, s in enumerate(samples)]
-    return pack(samples, positions, merge_size=2, patch_values=F, **sizes)
+KINDS = {"vision": tower_kind(merge_size=2, num_values=F, matmul_patches=1)}
+
+
+def positions_of(samples):
+    return [torch.arange(s.tokens_T.numel()).expand(3, -1) + 100.0 * i for i, s in enumerate(samples)]
+
+
+def packed(*samples, num_patches=None, num_ahead=0, **sizes):
+    laid = [{"vision": lay_frames(s, 2, F)} for s in samples]
+    units = {} if num_patches is None else {"vision": num_patches // 4}
+    return pack(samples, positions_of(samples), laid, KINDS, Sizes(units=units, **sizes), num_ahead)
 
 
 @pytest.fixture
@@ -42,7 +52,7 @@ def test_everything_lies_end_to_end(two):
     assert batch.positions_3T[0].tolist() == [0, 1, 2, *range(100, 108)]
     assert batch.segments.offsets_N.tolist() == [0, 3, 11]
     assert batch.segments.offsets_N.dtype == torch.int32
-    assert batch.visual.patches_PF.shape == (16, F)
+    assert batch.towers["vision"].inputs_UF.shape == (16, F)
 
 
 def test_labels_are_shifted_within_their_segment(two):
@@ -54,36 +64,36 @@ def test_labels_are_shifted_within_their_segment(two):
 def test_features_are_numbered_images_before_videos(two):
     batch = packed(*two)
     # 16 patches form 4 features: the image has 0 and 1, the frames 2 and 3
-    assert batch.feature_index_T.tolist() == [-1, -1, -1, -1, 2, -1, 3, -1, 0, 1, -1]
-    assert batch.visual.patches_PF[0, 0] == 0.0
-    assert batch.visual.patches_PF[8, 0] == 1000.0
-    assert batch.visual.segments.offsets_N.tolist() == [0, 8, 12, 16]
+    assert batch.towers["vision"].index_T.tolist() == [-1, -1, -1, -1, 2, -1, 3, -1, 0, 1, -1]
+    assert batch.towers["vision"].inputs_UF[0, 0] == 0.0
+    assert batch.towers["vision"].inputs_UF[8, 0] == 1000.0
+    assert batch.towers["vision"].segments[0].offsets_N.tolist() == [0, 8, 12, 16]
 
 
 def test_only_images_and_videos_take_features():
     batch = packed(sample([TEXT, 3, IMAGE, TEXT], images=(media(1, 2, 2),)))
-    assert batch.feature_index_T.tolist() == [-1, -1, 0, -1]
+    assert batch.towers["vision"].index_T.tolist() == [-1, -1, 0, -1]
 
 
 def test_ids_say_which_token_and_which_patch_it_is(two):
     """Wherever it lies: by the number of its sample, by default its place in the pack."""
     batch = packed(*two)
-    assert batch.token_ids_T.dtype == batch.visual.patch_ids_P.dtype == torch.int64
+    assert batch.token_ids_T.dtype == batch.towers["vision"].ids_P.dtype == torch.int64
     assert batch.token_ids_T.tolist() == [0, 1, 2, *range(2**32, 2**32 + 8)]
-    assert batch.visual.patch_ids_P.tolist() == list(range(2**32, 2**32 + 16))
+    assert batch.towers["vision"].ids_P.tolist() == list(range(2**32, 2**32 + 16))
     text, mixed = replace(two[0], number=2**31 - 1), replace(two[1], number=7)
-    other = packed(mixed, text, num_tokens=20, num_patches=24, segment_multiple=3)
+    other = packed(mixed, text, tokens=20, num_patches=24, segment_multiple=3)
     mine = [7 * 2**32 + i for i in range(16)]
     last = (2**31 - 1) * 2**32
     assert other.token_ids_T.tolist() == [*mine[:8], -1, last, last + 1, last + 2, *[-1] * 8]
-    assert other.visual.patch_ids_P.tolist() == [*mine, *[-1] * 8]
+    assert other.towers["vision"].ids_P.tolist() == [*mine, *[-1] * 8]
     for number in (-1, 2**31):
         with pytest.raises(ValueError, match=rf"sample 's' has number {number} but it must be in \[0, 2\*\*31\)"):
             replace(text, number=number)
 
 
 def test_coordinates_follow_merge_blocks(two):
-    coords = packed(*two).visual.coords_P4.tolist()
+    coords = packed(*two).towers["vision"].coords_P4.tolist()
     assert [c[:2] for c in coords[:8]] == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
     assert {tuple(c[2:]) for c in coords[:8]} == {(2, 4)}
     assert coords[8:12] == coords[12:] == [[0, 0, 2, 2], [0, 1, 2, 2], [1, 0, 2, 2], [1, 1, 2, 2]]
@@ -91,25 +101,25 @@ def test_coordinates_follow_merge_blocks(two):
 
 def test_sizes_pad_at_the_end(two):
     exact = packed(*two)
-    roomy = packed(*two, num_tokens=20, num_patches=24, num_segments=4, num_frames=5)
+    roomy = packed(*two, tokens=20, num_patches=24, segments=4)
     assert torch.equal(roomy.tokens_T[:11], exact.tokens_T)
     assert roomy.tokens_T.shape == (20,)
     assert roomy.labels_T[11:].tolist() == [IGNORE] * 9
     assert roomy.weights_T.sum() == exact.weights_T.sum()
     assert roomy.segments.offsets_N.tolist() == [0, 3, 11, 11, 11]
-    assert roomy.visual.segments.offsets_N.tolist() == [0, 8, 12, 16, 16, 16]
-    assert roomy.visual.coords_P4[16:].tolist() == [[0, 0, 1, 1]] * 8
-    assert not roomy.visual.patches_PF[16:].any()
-    assert set(roomy.feature_index_T[11:].tolist()) == {-1}
+    assert roomy.towers["vision"].segments[0].offsets_N.tolist() == [0, 8, 12, 16, 16, 16, 16]
+    assert roomy.towers["vision"].coords_P4[16:].tolist() == [[0, 0, 1, 1]] * 8
+    assert not roomy.towers["vision"].inputs_UF[16:].any()
+    assert set(roomy.towers["vision"].index_T[11:].tolist()) == {-1}
     assert exact.segment_T.tolist() == [0] * 3 + [1] * 8
     assert roomy.segment_T.tolist() == [0] * 3 + [1] * 8 + [4] * 9
-    assert [
-        x.shape for x in tree.leaves(packed(two[0], num_tokens=20, num_patches=24, num_segments=4, num_frames=5))
-    ] == [x.shape for x in tree.leaves(roomy)]
+    assert [x.shape for x in tree.leaves(packed(two[0], tokens=20, num_patches=24, segments=4))] == [
+        x.shape for x in tree.leaves(roomy)
+    ]
 
 
 def test_no_sample_is_all_padding():
-    batch = packed(num_tokens=4, num_patches=4)
+    batch = packed(tokens=4, num_patches=4)
     assert batch.segments.offsets_N.tolist() == [0]
     assert batch.weights_T.tolist() == [0.0] * 4
 
@@ -117,11 +127,9 @@ def test_no_sample_is_all_padding():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"num_tokens": 10}, "hold 11 tokens but the batch has room for 10"),
-        ({"num_patches": 12}, "hold 16 patches but the batch has room for 12"),
-        ({"num_segments": 1}, "hold 2 segments but the batch has room for 1"),
-        ({"num_frames": 2}, "hold 3 frames but the batch has room for 2"),
-        ({"num_patches": 18}, "num_patches is 18 but must be a multiple of merge_size"),
+        ({"tokens": 10}, "hold 11 tokens but the batch has room for 10"),
+        ({"num_patches": 12}, "hold 4 units of vision but the batch has room for 3"),
+        ({"segments": 1}, "hold 2 segments but the batch has room for 1"),
     ],
 )
 def test_sizes_too_small_are_refused(two, sizes, message):
@@ -142,46 +150,77 @@ def test_shapes_must_agree(two):
     with pytest.raises(ValueError, match=r"3 tokens but labels_T of shape \[2\]"):
         packed(replace(text, labels_T=torch.zeros(2)))
     with pytest.raises(ValueError, match=r"positions of shape \[3, 4\]"):
-        pack([text], [torch.zeros(3, 4)], merge_size=2, patch_values=F)
-    narrow = replace(mixed.images[0], patches_PF=torch.zeros(8, F - 1))
+        pack([text], [torch.zeros(3, 4)], [{"vision": lay_frames(text, 2, F)}], KINDS, Sizes())
+    narrow = replace(mixed.images[0], inputs_UF=torch.zeros(8, F - 1))
     with pytest.raises(ValueError, match=r"grid \(1, 2, 4\) and patches of shape \[8, 4\]"):
         packed(replace(mixed, images=(narrow,)))
-    uneven = Media(patches_PF=torch.zeros(3, F), grid=(1, 1, 3))
+    uneven = Media(inputs_UF=torch.zeros(3, F), grid=(1, 1, 3))
     with pytest.raises(ValueError, match="h and w multiples of 2"):
         packed(replace(mixed, images=(uneven,)))
 
 
-def test_counts_of_a_sample(two):
-    assert (two[1].num_patches, two[1].num_frames) == (16, 3)
-    assert (two[0].num_patches, two[0].num_frames) == (0, 0)
+def test_units_of_a_sample(two):
+    assert [num_units(s, KINDS["vision"]) for s in two] == [0, 4]
 
 
 def test_a_batch_is_a_pytree(two):
     batch = packed(*two)
     doubled = tree.map(lambda x: 2 * x, batch)
-    assert torch.equal(doubled.visual.coords_P4, 2 * batch.visual.coords_P4)
-    assert "visual/segments/offsets_N" in tree.paths(batch)
-    spread = tree.map(lambda x: x, Segments(offsets_N=torch.zeros(2), spread="cp"))
+    assert torch.equal(doubled.towers["vision"].coords_P4, 2 * batch.towers["vision"].coords_P4)
+    assert "towers/vision/segments/0/offsets_N" in tree.paths(batch)
+    spread = tree.map(lambda x: x, Segments.of(torch.zeros(2), spread="cp"))
     assert spread.spread == "cp"
 
 
 def test_moving_casts_patches_only(two):
     moved = to(packed(*two), "cpu", torch.bfloat16)
-    assert moved.visual.patches_PF.dtype == torch.bfloat16
+    assert moved.towers["vision"].inputs_UF.dtype == torch.bfloat16
     assert moved.weights_T.dtype == torch.float32
     assert to(packed(*two), "meta").tokens_T.device.type == "meta"
 
 
 def test_segments_are_padded_at_their_end_to_a_multiple(two):
-    exact, padded = packed(*two), packed(*two, num_tokens=16, num_segments=3, segment_multiple=4)
+    exact, padded = packed(*two), packed(*two, tokens=16, segments=3, segment_multiple=4)
     kept = [0, 1, 2, *range(4, 12)]
     assert padded.segments.offsets_N.tolist() == [0, 4, 12, 12]
     assert padded.segment_T.tolist() == [0, 0, 0, 3] + [1] * 8 + [3] * 4
     assert padded.labels_T[[3, 12, 13, 14, 15]].tolist() == [IGNORE] * 5
-    assert padded.feature_index_T[3] == -1
-    for name in ("tokens_T", "labels_T", "weights_T", "feature_index_T"):
+    assert padded.towers["vision"].index_T[3] == -1
+    assert torch.equal(padded.towers["vision"].index_T[kept], exact.towers["vision"].index_T)
+    for name in ("tokens_T", "labels_T", "weights_T"):
         assert torch.equal(getattr(padded, name)[kept], getattr(exact, name))
     assert torch.equal(padded.positions_3T[:, kept], exact.positions_3T)
     assert two[0].tokens_T.numel() == 3
     with pytest.raises(ValueError, match="hold 12 tokens but the batch has room for 11"):
-        packed(*two, num_tokens=11, segment_multiple=4)
+        packed(*two, tokens=11, segment_multiple=4)
+
+
+def test_what_is_ahead_is_shifted_within_its_segment(two):
+    """The next token at each token, the label behind the one that is predicted, and nothing across a boundary."""
+    batch = packed(*two, tokens=16, segments=3, segment_multiple=4, num_ahead=2)
+    first, second = batch.ahead
+    assert first.tokens_T.tolist() == [11, 12, 0, 0, *range(51, 58), 0, *[0] * 4]
+    assert second.tokens_T.tolist() == [12, 0, 0, 0, *range(52, 58), 0, 0, *[0] * 4]
+    assert batch.labels_T.tolist() == [IGNORE, 12, *[IGNORE] * 3, *range(52, 58), *[IGNORE] * 5]
+    assert first.labels_T.tolist() == [12, *[IGNORE] * 3, *range(52, 58), *[IGNORE] * 6]
+    assert second.labels_T.tolist() == [*[IGNORE] * 4, *range(53, 58), *[IGNORE] * 7]
+    assert first.weights_T.tolist() == (first.labels_T != IGNORE).float().tolist()
+    assert batch.towers["vision"].index_T.tolist() == [*[-1] * 5, 2, -1, 3, -1, 0, 1, *[-1] * 5]
+    assert first.index_T["vision"].tolist() == [*[-1] * 4, 2, -1, 3, -1, 0, 1, *[-1] * 6]
+
+
+def test_host_copies_stay_where_they_are(two):
+    batch = packed(*two)
+    moved = to(batch, "meta")
+    assert moved.segments.offsets_N.is_meta
+    assert moved.segments.host_N is batch.segments.host_N
+    assert moved.towers["vision"].segments[0].longest == 8
+    assert moved.towers["vision"].items_I is batch.towers["vision"].items_I
+    assert moved.segments.num == 2
+    assert moved.segments.longest == 8
+    assert Segments.of(torch.tensor([0], dtype=torch.int32)).longest == 0
+
+
+def test_a_size_of_an_unknown_tower_is_refused(two):
+    with pytest.raises(ValueError, match="there is a size for tower 'audio' but the model has vision; drop it"):
+        pack([], [], [], KINDS, Sizes(units={"audio": 3}))

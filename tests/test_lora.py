@@ -13,10 +13,12 @@ import mmfn
 from mmfn import lora as adapters
 from mmfn import ops as op_tables
 from mmfn import rng, spec, tree
+from mmfn.batch import to
 from mmfn.lora import Adapter, adapters_of, add_adapters, insert, lora, merge, salts_of, with_drops
 from mmfn.models import FAMILIES
 from mmfn.models.layers import linear
 from mmfn.spec import freeze, trained_paths
+from mmfn.train.objective import loss_fn
 from tests import oracles
 
 ALL = (r".*/attention/(q|k|v|o|qkv)", r".*/mlp/(gate|up|down)", r"vision/merger/(up|down)", r"vision/deepstack/0/up")
@@ -45,7 +47,7 @@ def adapted(model: Any, **settings: Any) -> tuple[Any, Any]:
 
 def batch_of(model: Any) -> Any:
     batch = mmfn.batch_from_hf(oracles.inputs(oracles.config(family=model.family.name), 0), model)
-    return replace(batch, visual=replace(batch.visual, patches_PF=batch.visual.patches_PF.double()))
+    return to(batch, "cpu", torch.float64)
 
 
 @pytest.mark.parametrize("is_rs", [False, True])
@@ -151,17 +153,17 @@ def test_a_model_hands_its_rows_to_what_drops(family: str) -> None:
         return node
 
     table = replace(op_tables.portable(), gather=gather)
-    model.family.apply(params, batch, model.cfg, table)
+    loss_fn(params, batch, model.family, model.cfg, table)
     told = {int(a.drops.salt): a.drops.ids_T for node in gathered for a in adapters_of(node).values()}
-    visual = batch.visual
     for path, salt in salts.items():
-        ids = batch.token_ids_T if path.startswith("text/") else visual.patch_ids_P
+        ids = batch.token_ids_T if path.startswith("text/") else batch.towers["vision"].ids_P
         ids = ids[::4] if path.startswith(("vision/merger", "vision/deepstack")) else ids
         assert torch.equal(told.pop(int(salt)), ids), path
     assert not told
 
-    assert with_drops(params, batch.token_ids_T, None, "") is params
-    assert with_drops(params["text"]["norm"], batch.token_ids_T, salts, "text/norm") is params["text"]["norm"]
+    assert with_drops(params, [], None) is params
+    with pytest.raises(ValueError, match="has dropout but the family does not say which rows it computes with"):
+        with_drops(params, [("vision/", batch.token_ids_T)], salts)
     assert tree.paths(params) == tree.paths(specs), "what is dropped is no part of the parameters"
 
 

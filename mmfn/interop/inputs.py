@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
-from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, pack, to
+from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, to
 from mmfn.interop.checkpoint import nearest
 from mmfn.model import Model
 
@@ -39,9 +39,7 @@ def batch_from_hf(inputs: Mapping[str, Any], model: Model) -> Batch:
     rows = _rows({k: v for k, v in inputs.items() if v is not None}, model)
     cfg = model.cfg
     samples = _attach_media(rows, inputs, cfg.vision.merge_size, cfg.vision.patch_values)
-    positions = [model.family.positions(sample, cfg) for sample in samples]
-    batch = pack(samples, positions, merge_size=cfg.vision.merge_size, patch_values=cfg.vision.patch_values)
-    return to(batch, tree.leaves(model.params)[0].device)
+    return to(model.family.pack(samples, cfg), tree.leaves(model.params)[0].device)
 
 
 def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
@@ -159,7 +157,7 @@ def _media(inputs: Mapping[str, Any], kind: int, merge_size: int, patch_values: 
         )
     ends = accumulate(sizes)
     parts = [patches_PF[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-    return [Media(patches_PF=p, grid=(t, h, w)) for p, (t, h, w) in zip(parts, grids_N3.tolist(), strict=True)]
+    return [Media(inputs_UF=p, grid=(t, h, w)) for p, (t, h, w) in zip(parts, grids_N3.tolist(), strict=True)]
 
 
 def _take(row: Sample, kind: int, media: list[Media], merge_size: int) -> tuple[Media, ...]:
@@ -167,7 +165,7 @@ def _take(row: Sample, kind: int, media: list[Media], merge_size: int) -> tuple[
     places, filled, taken = int((row.kinds_T == kind).sum()), 0, []
     while filled < places and media:
         taken.append(media.pop(0))
-        filled += taken[-1].patches_PF.shape[0] // merge_size**2
+        filled += taken[-1].inputs_UF.shape[0] // merge_size**2
     if filled != places:
         raise ValueError(
             f"{row.id} has {places} {_NAMES[kind]} placeholder tokens but the next {len(taken)} {_NAMES[kind]}s give "

@@ -1,49 +1,108 @@
 """Model families as pure functions. `family(model_type)` returns one as a record; `FAMILIES` lists them."""
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mmfn.batch import Batch, Laid, Sample, TowerKind
 from mmfn.models.keymap import KeyMap
+from mmfn.packing import Sizes, pack
 from mmfn.tree import Tree
 
 if __name__ != "mmfn.models":
     raise ImportError("the folder `models` is a link to the package mmfn.models; write `import mmfn.models`")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """What `apply` returns: `hidden_TD` before the head, `aux` (see `layers.moe.total`), `cache` in generation."""
+class Loss(NamedTuple):
+    """A loss beside cross entropy: this rank's share of its `value`, 0-D, and how much that counts."""
+
+    value: Tensor
+    weight: float
+
+
+class Further(NamedTuple):
+    """Hidden states [T, D] that the head scores for a token further ahead, and how much its cross entropy counts."""
 
     hidden_TD: Tensor
-    aux: Tree = None
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What `apply` returns.
+
+    `hidden_TD` before the head; `ahead[i]` the same for the tokens that `Batch.ahead[i]` names. `losses` by name, each
+    a mean over a batch: the objective adds them up, and they are metrics. `stats`: further metrics, 0-D sums over
+    tokens. `counts`: sums over tokens that leaves trained by a rule are updated from, by path (`Family.rules`). `cache`
+    in generation.
+    """
+
+    hidden_TD: Tensor
+    ahead: tuple[Further, ...] = ()
+    losses: Mapping[str, Loss] = field(default_factory=dict)
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
     cache: Tree = None
+
+
+Rule = Callable[[Tensor], Tensor]
+"""counts, summed over all tokens of a step -> what is added to the leaf; both whole, float32 or wider."""
+
+
+def no_rules(cfg: Any) -> dict[str, Rule]:
+    """Of a family whose leaves are all trained by gradients."""
+    return {}
+
+
+def nothing(cfg: Any) -> int:
+    """Of a family without it."""
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """The functions every family module defines, under the same names.
 
-    Code shared by the families reads these fields of a Config: `vocab_size`, `num_layers`, `image_token_id`,
-    `video_token_id`, `decoder` (a `layers.decoder.DecoderConfig`, or one with its `num_heads` and `num_kv_heads`) and
-    `vision` (a `layers.vision.VisionConfig`, or one like it); where `apply` returns router statistics as `aux`, also
-    `router_aux_coef` and `moe` (a `layers.moe.MoeConfig`). Blocks of the text lie under `text/layers`. A new family is
-    one module with these functions and one line in `FAMILIES`.
+    Code shared by the families reads these fields of a Config: `vocab_size` and `decoder`, with its `num_heads` and
+    `num_kv_heads`. Blocks of a stack lie under `NAME/layers`. A new family is one module with these functions and one
+    line in `FAMILIES`.
     """
 
     name: str
+    # the model
     config_from_hf: Callable[[Mapping[str, Any]], Any]  # config.json -> Config
     specs: Callable[[Any], Tree]  # cfg -> tree of ParamSpec
     apply: Callable[..., Output]  # (params, batch, cfg, ops, cache=None)
     head: Callable[..., Tensor]  # (params, cfg, ops) -> weight_VD
-    positions: Callable[..., Tensor]  # (sample, cfg) -> int64[3, T]
     key_map: Callable[[Any], KeyMap]
     parts: Callable[[Any], Mapping[str, str]]  # cfg -> regexes over the paths of the parts a run can name
+    stacks: Callable[[Any], Mapping[str, int]]  # cfg -> blocks of each stack, that of the text last
+    at_depth: Callable[[Any, int], Any]  # (cfg, n) -> the config with n blocks in the last stack
     empty_cache: Callable[..., Any]  # (cfg, num_rows, num_columns, dtype, device) -> a tree per layer, for generation
+    lora_targets: tuple[str, ...]  # regexes over the layers that get adapters where nobody names any
+    # samples and batches
+    positions: Callable[[Sample, Any], Tensor]  # -> float32[3, T]
+    towers: Callable[[Any], Mapping[str, TowerKind]]  # cfg -> how each encoder reads
+    lay: Callable[[Sample, Any], Mapping[str, Laid]]  # what each encoder reads of a sample
+    kinds: Callable[[Tensor, Any], Tensor]  # (tokens_T, cfg) -> kinds_T
+    example: Callable[[int, int, Any], Sample]  # (tokens, side of an image in inputs of its encoder, cfg): to plan with
+    row_ids: Callable[[Batch, Any], Sequence[tuple[str, Tensor]]]  # see `mmfn.lora.with_drops`
+    # what not all families have
+    taps: Callable[[Any], int] = nothing  # cfg -> how many of the first text blocks are treated unlike the others
+    num_ahead: Callable[[Any], int] = nothing  # cfg -> further tokens that are predicted
+    rules: Callable[[Any], Mapping[str, Rule]] = no_rules  # cfg -> how leaves without a gradient are updated, by regex
+
+    def pack(self, samples: Sequence[Sample], cfg: Any, sizes: Sizes | None = None) -> Batch:
+        """Samples end to end in one batch (`mmfn.packing.pack`), by default exactly as large as they need.
+
+        Raises ValueError for samples that do not fit the model or the sizes.
+        """
+        positions, laid = [self.positions(s, cfg) for s in samples], [self.lay(s, cfg) for s in samples]
+        return pack(samples, positions, laid, self.towers(cfg), sizes or Sizes(), self.num_ahead(cfg))
 
 
 FAMILIES = {
@@ -59,6 +118,10 @@ def family(model_type: str) -> Family:
         raise ValueError(
             f"model_type {model_type!r} is not supported; nearest is {near[0]!r}, known: {sorted(FAMILIES)}"
         )
-    module = importlib.import_module(FAMILIES[model_type])
-    functions = {f.name: getattr(module, f.name) for f in fields(Family) if f.name != "name"}
-    return Family(name=model_type, **functions)
+    return family_of(importlib.import_module(FAMILIES[model_type]), model_type)
+
+
+def family_of(module: Any, name: str) -> Family:
+    """The record of a module (or any object) with a family's functions; those with a default may be absent."""
+    declared = [f for f in fields(Family) if f.name != "name" and (f.default is MISSING or hasattr(module, f.name))]
+    return Family(name=name, **{f.name: getattr(module, f.name) for f in declared})

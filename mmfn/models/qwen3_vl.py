@@ -1,20 +1,20 @@
 """Qwen3-VL, dense. Source: `modeling_qwen3_vl.py` in transformers 5.23.
 
 Images pass a vision tower; its features replace the embeddings of their placeholder tokens, and features tapped on the
-way (deepstack) are added behind the first text blocks (`layers.vision_language`). The blocks are dense.
+way (deepstack) are added behind the first text blocks. Legend: T tokens, N features, V vocabulary.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from mmfn.batch import Batch
 from mmfn.models import Output
 from mmfn.models.keymap import KeyMap
-from mmfn.models.layers import decoder, vision_language
+from mmfn.models.layers import balance, decoder, moe, norm, rope, text, vision
+from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.cache import Cache
-from mmfn.models.layers.vision_language import VisionLanguageConfig
+from mmfn.models.layers.vision_language import VisionLanguageConfig as Config
 from mmfn.ops import Ops
 from mmfn.tree import Tree
 
@@ -27,13 +27,9 @@ DEFAULTS = {
     "head_dim": 128,
 }
 
-head, positions, empty_cache = vision_language.head, vision_language.positions, vision_language.empty_cache
-parts = vision_language.parts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(VisionLanguageConfig):
-    """A Qwen3-VL model."""
+head, parts, stacks, at_depth, taps = shared.head, shared.parts, shared.stacks, shared.at_depth, shared.taps
+empty_cache, lora_targets, row_ids = shared.empty_cache, shared.LORA_TARGETS, shared.row_ids
+positions, towers, lay, kinds, example = shared.positions, shared.towers, shared.lay, shared.kinds, shared.example
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
@@ -41,26 +37,48 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
     Raises ValueError for values out of range and for settings mmfn does not implement.
     """
-    return Config(**vision_language.fields_from_hf(hf, vision_language.text_section(hf, DEFAULTS)))
+    return Config(**shared.fields_from_hf(hf, shared.text_section(hf, DEFAULTS)))
 
 
 def specs(cfg: Config) -> Tree:
     """The parameters."""
     block = decoder.specs(cfg.decoder, mlp=decoder.mlp_specs(cfg.decoder))
-    return vision_language.specs(cfg, [block] * cfg.num_layers)
+    return shared.specs(cfg, [block] * cfg.num_layers)
 
 
 def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None = None) -> Output:
-    """See `vision_language.apply`."""
-    feed_forward = partial(decoder.dense, ops=ops)
-    block = partial(decoder.decoder_block, cfg=cfg.decoder, ops=ops, feed_forward=feed_forward)
-    return vision_language.apply(params, batch, cfg, ops, block, cache)
+    """The last hidden states, normalised, before the head, of a model with or without experts.
+
+    With a `cache`, keys and values of the tokens are written to it and `Output.cache` is the new one; a decode step
+    (one token per row, `cache.slots.is_prefill` false) reads no images and skips the tower.
+    """
+    x_TD = text.embed(params["text"]["embed"], batch.tokens_T, ops, pad_token_id=cfg.pad_token_id)
+    between = {}
+    if cache is None or cache.slots.is_prefill:
+        tower = batch.towers["vision"]
+        features_ND, deepstack = vision.encode(params["vision"], tower, cfg.vision, ops)
+        x_TD = text.replace_by_features(x_TD, features_ND, tower.index_T, ops)
+        for i, tapped_ND in enumerate(deepstack):
+            between[i] = partial(text.add_features, features_ND=tapped_ND, index_T=tower.index_T, ops=ops)
+    angles = rope.interleaved(batch.positions_3T, cfg.rope_sections, cfg.rope_theta)
+    feed_forward = partial(moe.mixed, cfg=cfg.moe, ops=ops)
+    layers = params["text"]["layers"]
+    x_TD, routers, cache = text.decode(
+        layers, x_TD, angles, batch, cfg.decoder, ops, feed_forward=feed_forward, between=between, cache=cache
+    )
+    x_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, cfg.decoder.norm_eps, ops)
+    return Output(
+        hidden_TD=x_TD,
+        losses=balance.router_losses(routers, cfg.router_aux_coef, ops),
+        stats=balance.router_stats(routers),
+        cache=cache,
+    )
 
 
 def key_map(cfg: Config) -> KeyMap:
     """Hugging Face names of the leaves."""
     return KeyMap(
-        entries=vision_language.entries(cfg),
+        entries=shared.entries(cfg),
         architecture="Qwen3VLForConditionalGeneration",
-        copies=vision_language.copies(cfg),
+        copies=shared.copies(cfg),
     )

@@ -76,6 +76,7 @@ class CrossEntropy(Protocol):
 
 
 Block = Callable[..., tuple[Tensor, Any]]  # (params, x, *xs) -> (x, out)
+Between = Callable[[Tensor], tuple[Tensor, Any]]  # x behind a block -> (x of the next one, what is tapped)
 
 
 def call_layer(block: Block, params: Tree, *xs: Any) -> tuple[Tensor, Any]:
@@ -91,22 +92,22 @@ def run_stack(
     *xs: Any,
     name: str = "",
     each: Sequence[Any] = (),
-    between: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
-) -> tuple[Tensor, list[Any]]:
-    """Base of the `stack` hook: a scan of `block` over `layers`; returns the last x and every layer's second output.
+    between: Mapping[int, Between] | None = None,
+) -> tuple[Tensor, list[Any], dict[int, Any]]:
+    """Base of the `stack` hook: a scan of `block` over `layers`; the last x, every layer's second output, and taps.
 
     `run` is `ops.layer`. `xs` go to every layer; `each[i]`, if given, to layer i alone, last. `between[i](x)`, where
-    there is one, runs outside the block behind layer i and returns the next layer's x. `name` tells transforms which
-    stack it is: that of the parameters' path ("text", "vision").
+    there is one, runs outside the block behind layer i and gives the next layer's x, and what comes back under i as a
+    tap. `name` tells transforms which stack it is: that of the parameters' path ("text", "vision").
     """
-    outs, between = [], between or {}
+    outs, taps, between = [], {}, between or {}
     for i, params in enumerate(layers):
         own = (each[i],) if each else ()
         x, out = run(block, params, x, *xs, *own)
         outs.append(out)
         if i in between:
-            x = between[i](x)
-    return x, outs
+            x, taps[i] = between[i](x)
+    return x, outs, taps
 
 
 def place_features(features_ND: Tensor, index_T: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class Ops:
     gather: Callable[[Tree], Tree] = identity
     gather_head: Callable[[Tree], Tree] = identity
     layer: Callable[..., tuple[Tensor, Any]] = call_layer
-    stack: Callable[..., tuple[Tensor, list[Any]]] = run_stack
+    stack: Callable[..., tuple[Tensor, list[Any], dict[int, Any]]] = run_stack
     place_features: Callable[[Tensor, Tensor], Tensor] = place_features
     kept: Callable[[Tensor, int], Tensor] = keep_all
     psum: Callable[[Tensor], Tensor] = identity

@@ -1,6 +1,6 @@
 """Greedy generation: one prefill over the packed prompts, then one token per row and step through a key-value cache.
 
-Legend: T packed tokens, B rows, S cache columns, D width, F values of a patch.
+Legend: T packed tokens, B rows, S cache columns, D width.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mmfn import ops as op_tables
-from mmfn.batch import IGNORE, Batch, Segments, Visual
+from mmfn.batch import IGNORE, Batch, Segments
 from mmfn.model import Model
 from mmfn.models.layers import cache
 from mmfn.ops import Ops
@@ -57,7 +57,7 @@ def generate(
     while len(steps) < max_new_tokens and not (len(eos_token_ids) and bool(is_done_B.all())):
         made = len(steps) - 1  # tokens behind the prompt that are already in the cache
         slots = _decode_slots(lengths_B + made)
-        step = _decode_batch(tokens_B, start_B + made, batch.visual)
+        step = _decode_batch(tokens_B, start_B + made)
         state = cache.Cache(layers=output.cache.layers, slots=slots)
         output = model.family.apply(model.params, step, model.cfg, table, cache=state)
         tokens_B = linear(output.hidden_TD, head_VD).argmax(-1)
@@ -67,11 +67,11 @@ def generate(
 
 
 def _next_positions(positions_3T: Tensor, offsets_N: Tensor) -> Tensor:
-    """int64[N]: one behind the largest position of every segment."""
+    """float32[N]: one behind the largest position of every segment."""
     num_tokens = int(offsets_N[-1])
     largest_T = positions_3T.amax(0)[:num_tokens]
     segment_T = torch.repeat_interleave(offsets_N.diff())
-    zero_N = offsets_N.new_zeros(offsets_N.numel() - 1)
+    zero_N = largest_T.new_zeros(offsets_N.numel() - 1)
     return zero_N.scatter_reduce(0, segment_T, largest_T, "amax") + 1
 
 
@@ -94,24 +94,18 @@ def _decode_slots(filled_B: Tensor) -> cache.Slots:
     return cache.Slots(rows_T=rows_B, columns_T=filled_B, lengths_B=filled_B + 1, is_prefill=False)
 
 
-def _decode_batch(tokens_B: Tensor, positions_B: Tensor, visual: Visual) -> Batch:
+def _decode_batch(tokens_B: Tensor, positions_B: Tensor) -> Batch:
     """A packed batch of one token per row, without media."""
-    B = tokens_B.numel()
+    B, device = tokens_B.numel(), tokens_B.device
+    ends_B = torch.arange(B + 1, dtype=torch.int32)
     return Batch(
         tokens_T=tokens_B,
         positions_3T=positions_B.expand(3, -1),
-        segments=Segments(offsets_N=torch.arange(B + 1, dtype=torch.int32, device=tokens_B.device)),
+        segments=Segments(offsets_N=ends_B.to(device), host_N=ends_B),
         labels_T=torch.full_like(tokens_B, IGNORE),
-        weights_T=torch.zeros(B, device=tokens_B.device),
-        feature_index_T=torch.full_like(tokens_B, -1),
-        segment_T=torch.arange(B, device=tokens_B.device),
+        weights_T=torch.zeros(B, device=device),
+        segment_T=torch.arange(B, device=device),
         token_ids_T=torch.full_like(tokens_B, -1),
-        visual=Visual(
-            patches_PF=visual.patches_PF[:0],
-            coords_P4=visual.coords_P4[:0],
-            segments=Segments(offsets_N=visual.segments.offsets_N[:1]),
-            patch_ids_P=visual.patch_ids_P[:0],
-        ),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import IGNORE, Batch
+from mmfn.lora import with_drops
 from mmfn.models import Family
 from mmfn.ops import Ops, portable
 from mmfn.ops.cross_entropy import check_settings
@@ -125,15 +126,29 @@ def alone(counts_AN: Tensor) -> tuple[Tensor, int]:
 def weigh(microbatches: Sequence[Batch], objective: Named, exchange: Exchange = alone) -> list[Batch]:
     """All micro-batches of one step with `weights_T` and `aux_weight` set; only labels and segments are read.
 
-    Weights are float32, or float64 where the batch's own `weights_T` are; zero where a token is not supervised. Raises
-    ValueError for an unknown objective, no micro-batch, and a weighting that does not give one number per sample; one
-    that is not finite makes the loss so. Source: the loss types of MindSpeed-MM (`loss_cfg`).
+    Weights are worked out on the host, where batches of a data set are. They are float32, or float64 where the batch's
+    own `weights_T` are; zero where a token is not supervised. A token further ahead has the weight of any other of its
+    sample. Raises ValueError as `weigh_by` does.
     """
     if not microbatches:
         raise ValueError("weigh received no micro-batch; a global step needs at least one")
+    counts_DAN, own = exchange(count_labels(microbatches))
+    return weigh_by(microbatches, objective, counts_DAN, own)
+
+
+def count_labels(microbatches: Sequence[Batch]) -> Tensor:
+    """counts_AN: int64, the supervised tokens of every sample; zeros behind the last of a micro-batch."""
     width = max(b.num_segments for b in microbatches)
-    counts_DAN, own = exchange(torch.stack([_counts(b, width) for b in microbatches]))
-    weights_DAN = resolve(objective).weighting(counts_DAN)
+    return torch.stack([_counts(b, width) for b in microbatches])
+
+
+def weigh_by(microbatches: Sequence[Batch], objective: Named, counts_DAN: Tensor, own: int) -> list[Batch]:
+    """`weigh` where counts are known: of all D ranks with their own data, of which this one is number `own`.
+
+    Raises ValueError for an unknown objective and a weighting that does not give one number per sample; one that is not
+    finite makes the loss so. Source: the loss types of MindSpeed-MM (`loss_cfg`).
+    """
+    weights_DAN = resolve(objective).weighting(counts_DAN.cpu())
     is_tensor = isinstance(weights_DAN, Tensor)
     if not is_tensor or weights_DAN.shape != counts_DAN.shape or not weights_DAN.is_floating_point():
         given = f"{weights_DAN.dtype}{list(weights_DAN.shape)}" if is_tensor else type(weights_DAN).__name__
@@ -141,8 +156,8 @@ def weigh(microbatches: Sequence[Batch], objective: Named, exchange: Exchange = 
             f"the weighting gave {given} for counts_DAN {list(counts_DAN.shape)}; return a floating tensor of that "
             "shape, the weight of each token of a sample"
         )
-    weighed = [_spread(b, weights_N) for b, weights_N in zip(microbatches, weights_DAN[own].unbind(0), strict=True)]
-    return [replace(b, aux_weight=b.weights_T.new_full((), 1 / len(weighed))) for b in weighed]
+    share = 1 / len(microbatches)
+    return [_spread(b, weights_N, share) for b, weights_N in zip(microbatches, weights_DAN[own].unbind(0), strict=True)]
 
 
 PLAIN = Objective()
@@ -153,46 +168,40 @@ def loss_fn(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`(loss, metrics)` of one weighed micro-batch: its share of the global loss, a plain weighted sum.
 
-    `loss`: 0-D, float32 or wider: the losses of tokens and, of a family with routers, `cfg.router_aux_coef` times the
-    load-balancing loss. `objective`: what a token's loss is; its weighting is in the batch already. `metrics`: 0-D
-    tensors to be summed over micro-batches and ranks: `loss`, `tokens`, the number of supervised tokens, `ce`, the
-    cross entropy alone, where the loss has other terms, and with routers `aux_loss`, the load-balancing loss (its mean
-    over micro-batches), and `dropped`, routed rows that the experts left out.
+    `loss`: 0-D, float32 or wider: the losses of tokens, those of tokens further ahead and what else the family's
+    `Output` has, each times its weight. `objective`: what a token's loss is; its weighting is in the batch already.
+    `metrics`: tensors to be summed over micro-batches and ranks: `loss`, `tokens`, the number of supervised tokens,
+    `ce`, the cross entropy alone, where the loss has other terms, `ce_ahead_1` and so on of tokens further ahead, each
+    loss of the output by its name (its mean over micro-batches), its `stats`, and `counts/PATH` for each of its counts.
     """
+    if batch.salts is not None:
+        params = with_drops(params, family.row_ids(batch, cfg), batch.salts)
     out = family.apply(params, batch, cfg, ops)
     weight_VD = family.head(params, cfg, ops)
-    value, ce = ops.linear_cross_entropy(
-        out.hidden_TD.to(weight_VD.dtype),  # a head may be computed in a wider dtype than the blocks
-        weight_VD,
-        batch.labels_T,
-        batch.weights_T,
-        z_loss=objective.z_loss,
-        label_smoothing=objective.label_smoothing,
-        chunk=objective.chunk,
-    )
+
+    def token_losses(hidden_TD: Tensor, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.linear_cross_entropy(
+            hidden_TD.to(weight_VD.dtype),  # a head may be computed in a wider dtype than the blocks
+            weight_VD,
+            labels_T,
+            weights_T,
+            z_loss=objective.z_loss,
+            label_smoothing=objective.label_smoothing,
+            chunk=objective.chunk,
+        )
+
+    value, ce = token_losses(out.hidden_TD, batch.labels_T, batch.weights_T)
     metrics = {"tokens": (batch.labels_T != IGNORE).sum()}
-    if out.aux is not None:
-        aux_loss = batch.aux_weight * balance(out.aux, ops)
-        value = value + cfg.router_aux_coef * aux_loss
-        metrics |= {"aux_loss": aux_loss.detach(), "dropped": out.aux["dropped"]}
-    if out.aux is not None or not objective.is_plain:
+    for i, (ahead, further) in enumerate(zip(batch.ahead, out.ahead, strict=True), start=1):
+        more, metrics[f"ce_ahead_{i}"] = token_losses(further.hidden_TD, ahead.labels_T, ahead.weights_T)
+        value = value + further.weight * more
+    for name, (own, weight) in out.losses.items():
+        mean = batch.aux_weight * own
+        value, metrics[name] = value + weight * mean, mean.detach()
+    if out.losses or out.ahead or not objective.is_plain:
         metrics["ce"] = ce
-    return value, {"loss": value.detach(), **metrics}
-
-
-def balance(aux: Tree, ops: Ops) -> Tensor:
-    """This rank's share of the load-balancing loss of one micro-batch, 0-D: shares add up to the loss.
-
-    `E * sum_e f_e p_e`: f_e tokens sent to expert e and p_e its probability, both per token, over all tokens of all
-    layers with experts; equal loads give X, the experts per token. Only p_e carries a gradient. `aux`: the statistics
-    of this rank, which `ops.psum` adds up over ranks once. A product of two means, it depends on how a batch is split
-    into micro-batches, but not on how it is spread over ranks.
-    Source: Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6; `load_balancing_loss_func` in transformers 5.23.
-    """
-    sums = ops.psum(torch.cat([aux["counts_E"], aux["rows"][None]]))
-    counts_E, rows = sums[:-1], sums[-1].clamp(min=1)  # a batch of padding alone has no rows
-    value: Tensor = counts_E.numel() * ((counts_E / rows) @ (aux["probs_E"] / rows))
-    return value
+    counts = {f"counts/{path}": values for path, values in out.counts.items()}
+    return value, {"loss": value.detach(), **metrics, **out.stats, **counts}
 
 
 def loss(
@@ -222,8 +231,19 @@ def _counts(batch: Batch, width: int) -> Tensor:
     return zeros.index_add(0, batch.segment_T, (batch.labels_T != IGNORE).long())[:width]
 
 
-def _spread(batch: Batch, weights_N: Tensor) -> Batch:
+def _spread(batch: Batch, weights_N: Tensor, share: float) -> Batch:
     """Give each supervised token the weight of its segment (padding belongs to none)."""
-    weights_T = torch.nn.functional.pad(weights_N[: batch.num_segments], (0, 1))[batch.segment_T]
-    weights_T = torch.where(batch.labels_T != IGNORE, weights_T, 0.0)
-    return replace(batch, weights_T=weights_T.to(batch.weights_T.dtype))
+    dtype, device = batch.weights_T.dtype, batch.labels_T.device
+    padded_N = torch.nn.functional.pad(weights_N[: batch.num_segments], (0, 1)).to(dtype).to(device)
+    weights_T = padded_N[batch.segment_T]
+
+    def of(labels_T: Tensor) -> Tensor:
+        return torch.where(labels_T != IGNORE, weights_T, 0.0)
+
+    return replace(
+        batch,
+        weights_T=of(batch.labels_T),
+        ahead=tuple(replace(further, weights_T=of(further.labels_T)) for further in batch.ahead),
+        aux_weight=batch.weights_T.new_full((), share),
+        is_weighed=True,
+    )

@@ -83,8 +83,9 @@ def make_step(
 ) -> Step:
     """Build `step(state, microbatches) -> (state, metrics)`.
 
-    Token weights are computed once over all micro-batches, their gradients are summed (several: in float32 or wider),
-    and the optimizer runs once. `metrics`, all 0-D tensors: `loss`, `tokens` (supervised), `grad_norm` (before
+    Token weights are computed once over all micro-batches (unless these come weighed, as those of a run do, which has
+    the counts of all ranks on the host: `objective.weigh_by`), their gradients are summed (several: in float32 or
+    wider), and the optimizer runs once. `metrics`, all 0-D tensors: `loss`, `tokens` (supervised), `grad_norm` (before
     clipping), `lr`, `skipped` (1 where loss or gradient norm are not finite, or a spike by `guard`: then parameters and
     `state["opt"]` stay as they were) and `in_a_row` (skipped steps up to this one).
 
@@ -117,7 +118,8 @@ def make_step(
 
     def ready(state: State, microbatches: Sequence[Batch]) -> list[Batch]:
         """The micro-batches with the weights of their tokens, and what they drop in this step."""
-        weighed = weigh(microbatches, chosen, exchange)
+        is_weighed = bool(microbatches) and all(batch.is_weighed for batch in microbatches)
+        weighed = list(microbatches) if is_weighed else weigh(microbatches, chosen, exchange)
         if salts is None:
             return weighed
         own = salts(state["step"], weighed[0].tokens_T.device)

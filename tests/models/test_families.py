@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 import mmfn
 from mmfn import ops as op_tables
 from mmfn import tree
-from mmfn.batch import IMAGE, TEXT, VIDEO, Media, Sample, pack, to
+from mmfn.batch import IMAGE, TEXT, VIDEO, Media, Sample, to
 from mmfn.models import FAMILIES
 from tests import oracles
+from tests.batches import packed, with_inputs
 from tests.oracles import ATOL, RTOL
 
 CASES = [("qwen3_vl", seed) for seed in range(28)] + [("qwen3_vl_moe", seed) for seed in range(100, 124)]
@@ -127,14 +128,14 @@ def test_positions_equal_transformers(pair):
             batch["input_ids"], batch["mm_token_type_ids"], attention_mask=mask, **grids
         )
         want_3T = positions.flatten(1)[:, mask.flatten().bool()]
-        assert torch.equal(mmfn.batch_from_hf(batch, model).positions_3T, want_3T)
+        assert torch.equal(mmfn.batch_from_hf(batch, model).positions_3T, want_3T.float())
 
 
 def test_positions_of_adjacent_images_are_split_by_their_grids(pair):
     _, model = pair
     grids = [(1, 4, 2), (1, 2, 2)]
     media = tuple(
-        Media(patches_PF=torch.zeros(h * w, model.cfg.vision.patch_values), grid=(t, h, w)) for t, h, w in grids
+        Media(inputs_UF=torch.zeros(h * w, model.cfg.vision.patch_values), grid=(t, h, w)) for t, h, w in grids
     )
     kinds_T = torch.tensor([TEXT, IMAGE, IMAGE, IMAGE, TEXT])
     sample = Sample(tokens_T=torch.full((5,), 9), labels_T=torch.full((5,), -100), kinds_T=kinds_T, images=media)
@@ -148,10 +149,10 @@ def test_positions_of_adjacent_images_are_split_by_their_grids(pair):
 def test_packed_equals_separate_rows(pair):
     oracle, model = pair
     batch = oracles.inputs(oracle.config, 5, rows=4)
-    packed = mmfn.batch_from_hf(batch, model)
+    together = mmfn.batch_from_hf(batch, model)
     alone = [mmfn.batch_from_hf(row, model) for row in oracles.rows_of(batch)]
     want_TV = torch.cat([mmfn.logits(model, one) for one in alone])
-    torch.testing.assert_close(mmfn.logits(model, packed), want_TV, rtol=RTOL, atol=1e-5)
+    torch.testing.assert_close(mmfn.logits(model, together), want_TV, rtol=RTOL, atol=1e-5)
     weights_TV = projection(want_TV)
     parts, start = [], 0
     for one in alone:
@@ -159,25 +160,17 @@ def test_packed_equals_separate_rows(pair):
         parts.append(gradients(model, one, weights_TV[start:stop]))
         start = stop
     summed = {name: sum(part[name] for part in parts) for name in parts[0]}
-    assert_trees_close(gradients(model, packed, weights_TV), summed)
+    assert_trees_close(gradients(model, together, weights_TV), summed)
 
 
 def test_static_padding_changes_nothing(pair):
     oracle, model = pair
     batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 6, rows=2), model)
-    samples, positions = samples_of(batch, model, oracle, 6)
-    size = {"merge_size": model.cfg.vision.merge_size, "patch_values": model.cfg.vision.patch_values}
-    exact = pack(samples, positions, **size)
+    samples = samples_of(batch, model, oracle, 6)
+    exact = packed(model, samples)
     assert torch.equal(exact.tokens_T, batch.tokens_T)
-    roomy = pack(
-        samples,
-        positions,
-        **size,
-        num_tokens=exact.tokens_T.numel() + 13,
-        num_patches=exact.visual.patches_PF.shape[0] + 8,
-        num_segments=5,
-        num_frames=16,
-    )
+    num_tokens, num_patches = exact.tokens_T.numel(), exact.towers["vision"].inputs_UF.shape[0]
+    roomy = packed(model, samples, tokens=num_tokens + 13, patches=num_patches + 8, segments=5)
     want_TV = mmfn.logits(model, exact)
     torch.testing.assert_close(mmfn.logits(model, roomy), want_TV, rtol=RTOL, atol=1e-5)
     weights_TV = projection(want_TV)
@@ -188,10 +181,9 @@ def test_a_batch_without_images_runs_the_same_program(pair):
     oracle, model = pair
     batch = oracles.inputs(oracle.config, 8, rows=2, images=0, videos=0)
     empty = mmfn.batch_from_hf(batch, model)
-    assert empty.visual.patches_PF.shape[0] == 0
-    samples, positions = samples_of(empty, model, oracle, 8)
-    size = {"merge_size": 2, "patch_values": model.cfg.vision.patch_values}
-    padded = pack(samples, positions, **size, num_patches=12, num_frames=3, num_tokens=empty.tokens_T.numel() + 4)
+    assert empty.towers["vision"].inputs_UF.shape[0] == 0
+    samples = samples_of(empty, model, oracle, 8)
+    padded = packed(model, samples, patches=12, tokens=empty.tokens_T.numel() + 4)
     torch.testing.assert_close(mmfn.logits(model, padded), mmfn.logits(model, empty), rtol=RTOL, atol=1e-5)
     weights_TV = projection(mmfn.logits(model, empty))
     want = gradients(model, empty, weights_TV)
@@ -211,7 +203,7 @@ def samples_of(batch, model, oracle, seed):
     for row in rows:
         media = {
             key: tuple(
-                Media(patches_PF=p, grid=tuple(g))
+                Media(inputs_UF=p, grid=tuple(g))
                 for p, g in zip(row[pixels].split(row[grids].prod(-1).tolist()), row[grids].tolist(), strict=True)
             )
             if grids in row
@@ -224,20 +216,20 @@ def samples_of(batch, model, oracle, seed):
         tokens_T = row["input_ids"][0]
         labels_T = torch.full_like(tokens_T, -100)
         samples.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=row["mm_token_type_ids"][0], **media))
-    return samples, [model.family.positions(sample, model.cfg) for sample in samples]
+    return samples
 
 
 def _limits(batch):
-    return {} if batch.visual.patches_PF.shape[0] else {"images": 0, "videos": 0}
+    return {} if batch.towers["vision"].inputs_UF.shape[0] else {"images": 0, "videos": 0}
 
 
 def test_segments_are_isolated_and_attention_is_causal(pair):
     oracle, model = pair
-    packed = mmfn.batch_from_hf(oracles.inputs(oracle.config, 9, rows=3, images=0, videos=0), model)
-    T, V = packed.tokens_T.numel(), model.cfg.vocab_size
+    whole = mmfn.batch_from_hf(oracles.inputs(oracle.config, 9, rows=3, images=0, videos=0), model)
+    T, V = whole.tokens_T.numel(), model.cfg.vocab_size
     # Each token gets a vocabulary entry of its own, so the gradient of an embedding row is that of one token.
     assert T <= V
-    alone = replace(packed, tokens_T=torch.arange(T))
+    alone = replace(whole, tokens_T=torch.arange(T))
     untied = mmfn.init(oracles.config(tie_word_embeddings=False).to_dict())
     segment_T = torch.searchsorted(alone.segments.offsets_N, torch.arange(T), right=True)
     for t in (0, T // 2, T - 1):
@@ -249,18 +241,17 @@ def test_segments_are_isolated_and_attention_is_causal(pair):
 def test_patches_reach_only_tokens_of_their_own_row(pair):
     oracle, model = pair
     batch = oracles.inputs(oracle.config, 11, rows=3, images=2, videos=1)
-    packed = mmfn.batch_from_hf(batch, model)
-    patches = packed.visual.patches_PF.clone().requires_grad_()
-    logits_TV = mmfn.logits(model, replace(packed, visual=replace(packed.visual, patches_PF=patches)))
-    owner_N = torch.searchsorted(packed.segments.offsets_N, torch.arange(packed.tokens_T.numel()), right=True) - 1
-    is_visual_T = packed.feature_index_T >= 0
+    whole = mmfn.batch_from_hf(batch, model)
+    patches, index_T = whole.towers["vision"].inputs_UF.clone().requires_grad_(), whole.towers["vision"].index_T
+    logits_TV = mmfn.logits(model, with_inputs(whole, lambda _: patches))
+    owner_N = torch.searchsorted(whole.segments.offsets_N, torch.arange(whole.tokens_T.numel()), right=True) - 1
     owner_P = torch.full((patches.shape[0],), -1)
-    for token in is_visual_T.nonzero()[:, 0].tolist():
-        first = 4 * int(packed.feature_index_T[token])
+    for token in (index_T >= 0).nonzero()[:, 0].tolist():
+        first = 4 * int(index_T[token])
         owner_P[first : first + 4] = owner_N[token]
     assert (owner_P >= 0).all()
     for row in owner_P.unique().tolist():
-        last = int(packed.segments.offsets_N[row + 1]) - 1
+        last = int(whole.segments.offsets_N[row + 1]) - 1
         (grad,) = torch.autograd.grad(logits_TV[last].square().sum(), patches, retain_graph=True)
         assert torch.equal(grad.abs().sum(1) > 0, owner_P == row)
 
@@ -348,12 +339,9 @@ def test_one_graph_serves_all_blocks_of_a_stack(pair):
     torch._dynamo.reset()
     table = op_tables.portable()
     ops = replace(table, layer=torch.compile(op_tables.call_layer, backend=backend, fullgraph=True, dynamic=False))
-    size = {"merge_size": 2, "patch_values": model.cfg.vision.patch_values}
-    budget = {"num_tokens": 192, "num_patches": 512, "num_segments": 4, "num_frames": 24}
     for seed in range(3):
-        packed = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=2), model)
-        samples, positions = samples_of(packed, model, oracle, seed)
-        batch = pack(samples, positions, **size, **budget)
+        exact = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=2), model)
+        batch = packed(model, samples_of(exact, model, oracle, seed), tokens=192, patches=512, segments=4)
         torch.testing.assert_close(mmfn.logits(model, batch, ops), mmfn.logits(model, batch), rtol=RTOL, atol=1e-5)
     kinds = {tuple(tree.paths(layer)) for layer in model.params["text"]["layers"]}
     assert len(graphs) == 1 + len(kinds)  # one for the vision blocks, one for each kind of text block
@@ -373,11 +361,9 @@ def test_the_whole_forward_is_one_graph(pair):
 
     torch._dynamo.reset()
     run = torch.compile(hidden, backend=backend, fullgraph=True, dynamic=False)
-    size = {"merge_size": 2, "patch_values": model.cfg.vision.patch_values}
     for seed in range(2):
-        packed = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=2), model)
-        samples, positions = samples_of(packed, model, oracle, seed)
-        batch = pack(samples, positions, **size, num_tokens=192, num_patches=512, num_segments=4, num_frames=24)
+        exact = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=2), model)
+        batch = packed(model, samples_of(exact, model, oracle, seed), tokens=192, patches=512, segments=4)
         torch.testing.assert_close(run(model.params, batch), hidden(model.params, batch), rtol=RTOL, atol=1e-5)
     assert len(graphs) == 1
     torch._dynamo.reset()
@@ -413,6 +399,6 @@ def test_batches_move_and_cast(pair):
     oracle, model = pair
     batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 1, rows=2), model)
     moved = to(batch, "cpu", torch.float64)
-    assert moved.visual.patches_PF.dtype == torch.float64
+    assert moved.towers["vision"].inputs_UF.dtype == torch.float64
     assert moved.weights_T.dtype == torch.float32
     torch.testing.assert_close(mmfn.logits(model, moved), mmfn.logits(model, batch), rtol=0, atol=0)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionRotaryEmbedding
 
 from mmfn import ops as op_tables
-from mmfn.batch import Media, Sample, pack
-from mmfn.models.layers import cache, positions, rope, vision
+from mmfn.batch import Media, Sample
+from mmfn.models.layers import cache, patches, rope, vision
 from mmfn.models.layers.decoder import DecoderConfig
 from mmfn.models.qwen3_vl import config_from_hf
 from tests import oracles
@@ -41,11 +41,11 @@ def test_positions_are_a_bilinear_resize_of_the_table(num_positions, grid):
     cfg = config_from_hf(hf).vision
     t, h, w = grid
     weight = torch.randn(num_positions, cfg.d_model, generator=torch.Generator().manual_seed(0))
-    media = Media(patches_PF=torch.zeros(t * h * w, cfg.patch_values), grid=grid)
+    media = Media(inputs_UF=torch.zeros(t * h * w, cfg.patch_values), grid=grid)
     kinds_T = torch.full((t * h * w // 4,), 2)
     sample = Sample(tokens_T=kinds_T, labels_T=kinds_T, kinds_T=kinds_T, videos=(media,))
-    batch = pack([sample], [positions.mrope(sample, 2)], merge_size=2, patch_values=cfg.patch_values)
-    got_PD = vision.position_embed({"weight": weight}, batch.visual.coords_P4, cfg, op_tables.portable())
+    coords_P4 = patches.lay_frames(sample, 2, cfg.patch_values).coords_P4
+    got_PD = vision.position_embed({"weight": weight}, coords_P4, cfg, op_tables.portable())
     side = int(num_positions**0.5)
     table = weight[: side * side].view(1, side, side, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(table, (h, w), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
@@ -57,9 +57,11 @@ def test_a_patch_embedding_is_the_convolution():
     cfg = config_from_hf(oracles.config().to_dict()).vision
     weight = torch.randn(cfg.d_model, 3, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     bias = torch.arange(cfg.d_model, dtype=torch.float64)
-    patches = torch.randn(7, 3, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    got_PD = vision.patch_embed({"weight": weight.flatten(1), "bias": bias}, patches.flatten(1), op_tables.portable())
-    torch.testing.assert_close(got_PD, F.conv3d(patches, weight, bias).flatten(1), rtol=1e-12, atol=1e-12)
+    patches_PF = torch.randn(7, 3, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got_PD = vision.patch_embed(
+        {"weight": weight.flatten(1), "bias": bias}, patches_PF.flatten(1), op_tables.portable()
+    )
+    torch.testing.assert_close(got_PD, F.conv3d(patches_PF, weight, bias).flatten(1), rtol=1e-12, atol=1e-12)
 
 
 def test_the_cache_is_written_out_of_place():

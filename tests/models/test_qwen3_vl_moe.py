@@ -9,13 +9,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmfn
 from mmfn import spec, tree
-from mmfn.batch import Sample, pack
+from mmfn.batch import Sample
 from mmfn.models import family, qwen3_vl_moe
+from mmfn.models.layers import moe
+from mmfn.models.layers.balance import balance
 from mmfn.ops import portable
+from mmfn.packing import Sizes
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.compiled import compiled
-from mmfn.train.objective import balance, loss_fn, weigh
+from mmfn.train.objective import loss_fn, weigh
 from tests import oracles
+from tests.batches import packed
 from tests.oracles import ATOL, RTOL
 
 FAMILY = "qwen3_vl_moe"
@@ -104,7 +108,20 @@ def pair(tmp_path_factory):
 
 def pooled(params, batch, model):
     """The load-balancing loss alone."""
-    return balance(model.family.apply(params, batch, model.cfg, portable()).aux, portable())
+    return model.family.apply(params, batch, model.cfg, portable()).losses["aux_loss"].value
+
+
+def statistics(model, batch):
+    """What the routers of a model report of a batch."""
+    found = []
+
+    def layer(block, params, *xs):
+        x, out = block(params, *xs)
+        found.append(out["router"] if isinstance(out, dict) else None)
+        return x, out
+
+    model.family.apply(model.params, batch, model.cfg, replace(portable(), layer=layer))
+    return moe.total(found)
 
 
 @pytest.mark.parametrize("seed", range(15))
@@ -140,21 +157,21 @@ def test_shares_of_ranks_add_up_with_one_sum(pair):
     """Statistics of two ranks: each adds the other's counts, and the shares and their gradients make up the whole."""
     oracle, model = pair
     parts = [
-        model.family.apply(model.params, mmfn.batch_from_hf(row, model), model.cfg, portable()).aux
+        statistics(model, mmfn.batch_from_hf(row, model))
         for row in oracles.rows_of(oracles.inputs(oracle.config, 4, rows=2))
     ]
-    packed = torch.stack([torch.cat([p["counts_E"], p["rows"][None]]) for p in parts])
+    stacked = torch.stack([torch.cat([p["counts_E"], p["rows"][None]]) for p in parts])
     sums = []
 
     def psum(x):
         sums.append(x)
-        return packed.sum(0)
+        return stacked.sum(0)
 
     shares = [balance(part, replace(portable(), psum=psum)) for part in parts]
     whole = {key: parts[0][key] + parts[1][key] for key in parts[0]}
     torch.testing.assert_close(sum(shares), balance(whole, portable()))
-    assert torch.equal(torch.stack(sums), packed)
-    assert not packed.requires_grad
+    assert torch.equal(torch.stack(sums), stacked)
+    assert not stacked.requires_grad
 
 
 def test_a_step_takes_the_mean_over_micro_batches(pair):
@@ -197,9 +214,7 @@ def test_compiled_blocks_are_one_graph_and_equal_eager(pair):
     program = lower(pipe(Program.of(model.family.specs(model.cfg)), compiled("layer", backend=backend)))
     for seed in range(3):
         samples = texts(labelled(oracle.config, seed, rows=2, images=0, videos=0))
-        size = {"merge_size": 2, "patch_values": model.cfg.vision.patch_values, "num_tokens": 64, "num_segments": 3}
-        positions = [model.family.positions(sample, model.cfg) for sample in samples]
-        batch = pack(samples, positions, **size, num_patches=8, num_frames=2)
+        batch = packed(model, samples, tokens=64, segments=3, patches=8)
         differentiate = mmfn.value_and_grad(mmfn.loss, has_aux=True)
         (want, want_metrics), want_grads = differentiate(model.params, batch, model)
         with program.compiling():
@@ -241,8 +256,7 @@ def test_fake_parameters_run_shapes_alone():
     vision = PUBLISHED["vision_config"] | {"depth": 1, "deepstack_visual_indexes": [0]}
     cfg = qwen3_vl_moe.config_from_hf(PUBLISHED | {"text_config": text, "vision_config": vision})
     sample = Sample(tokens_T=torch.arange(40), labels_T=torch.arange(40), kinds_T=torch.zeros(40, dtype=torch.int64))
-    size = {"merge_size": 2, "patch_values": cfg.vision.patch_values, "num_patches": 8, "num_frames": 2}
-    batch = pack([sample], [qwen3_vl_moe.positions(sample, cfg)], **size, num_tokens=64)
+    batch = family(FAMILY).pack([sample], cfg, Sizes(tokens=64, units={"vision": 2}))
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = tree.map(lambda s: torch.empty(s.shape, dtype=torch.bfloat16), qwen3_vl_moe.specs(cfg))
         differentiate = mmfn.value_and_grad(loss_fn, has_aux=True)

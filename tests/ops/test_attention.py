@@ -40,7 +40,7 @@ QUIET_INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarn
 
 
 def pack(lengths):
-    return Segments(offsets_N=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32))
+    return Segments.of(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32))
 
 
 def draw(T, H, K, C, dtype=torch.float64, seed=0):
@@ -217,7 +217,7 @@ def test_under_checkpoint(compiled):
 def test_operators_pass_torchs_own_checks():
     leaves, do = draw(9, 4, 2, 3)
     offsets = pack([3, 4]).offsets_N
-    o, lse = attention_block(*leaves, Segments(offsets_N=offsets), is_causal=True)
+    o, lse = attention_block(*leaves, Segments.of(offsets), is_causal=True)
     plain = [x.detach() for x in leaves]
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.mmfn.attention.default, (*plain, offsets, True), test_utils=tests)
@@ -277,7 +277,7 @@ def test_blocks_without_values():
     """On the meta device: shapes and dtypes, with offsets or without."""
     q, k = (torch.empty(n, heads, 8, device="meta", dtype=torch.bfloat16) for n, heads in ((9, 4), (6, 2)))
     for device in ("cpu", "meta"):
-        own = [Segments(offsets_N=s.offsets_N.to(device)) for s in (pack([4, 5]), pack([4, 1]))]
+        own = [Segments.of(s.offsets_N.to(device)) for s in (pack([4, 5]), pack([4, 1]))]
         o, lse = attention_block(q, k, k, *own, is_causal=False)
         assert (o.shape, o.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (9, 4), torch.float32)
         grads = attention_block_grad(o, q, k, k, o, lse, *own, is_causal=False)
@@ -340,10 +340,10 @@ def test_cached_equals_the_last_row_of_causal_attention(heads, dtype):
         (lambda q, k, v, s: (q, k, v[..., :-1], s), "make S, K and C agree"),
         (lambda q, k, v, s: (q[:, :3], k, v, s), "must divide the number of query heads"),
         (lambda q, k, v, s: (q, k.float(), v, s), "one floating dtype"),
-        (lambda q, k, v, s: (q, k, v, Segments(offsets_N=torch.tensor([0, 12]))), "at most the 9 tokens"),
-        (lambda q, k, v, s: (q, k, v, Segments(offsets_N=torch.tensor([0, 5, 4]))), "must rise from 0"),
-        (lambda q, k, v, s: (q, k, v, Segments(offsets_N=torch.tensor([1, 4]))), "must rise from 0"),
-        (lambda q, k, v, s: (q, k, v, Segments(offsets_N=torch.tensor(3))), r"must be \[N \+ 1\]"),
+        (lambda q, k, v, s: (q, k, v, Segments.of(torch.tensor([0, 12]))), "at most the 9 tokens"),
+        (lambda q, k, v, s: (q, k, v, Segments.of(torch.tensor([0, 5, 4]))), "must rise from 0"),
+        (lambda q, k, v, s: (q, k, v, Segments.of(torch.tensor([1, 4]))), "must rise from 0"),
+        (lambda q, k, v, s: (q, k, v, Segments.of(torch.tensor(3))), r"must be \[N \+ 1\]"),
     ],
 )
 def test_bad_input_is_refused(change, message):

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import mmfn
 from mmfn import rng, tree
-from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, pack
+from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample
 from mmfn.lora import add_adapters, lora
+from mmfn.models import family
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import Call, World, run_virtual
 from mmfn.parallel.program import Program, Transform, pipe
@@ -26,6 +27,7 @@ from mmfn.train.optim import adamw, chain, clip_by_global_norm, on_host
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
 from mmfn.tree import Tree
+from tests.batches import packed, wide
 
 NUM_SAMPLES = 8
 PAD_TOKENS = 48  # a batch rank's tokens are padded to a multiple of this, which up to 8 cp ranks of any kind divide
@@ -68,6 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "moe": {**CONFIG, "model_type": "qwen3_vl_moe", "text_config": {**CONFIG["text_config"], **EXPERTS}},
 }
 
+TOWERS = family("qwen3_vl").towers(family("qwen3_vl").config_from_hf(CONFIG))
 TRAINED: dict[str, Callable[[Tree], Tree]] = {  # specs -> specs: what is trained
     "all": lambda specs: specs,
     "decoder": lambda specs: freeze(specs, [r"vision/.*", r"text/embed/.*"]),
@@ -88,7 +91,7 @@ class Cell:
     """One line of the matrix.
 
     `transforms` come in any order and `name` says what they are. `batch`: a name in `BATCHES`. `pack`: further
-    arguments of `mmfn.batch.pack`. `dtype`: the narrowest one in use, which sets the tolerance. `num_layers`: text
+    arguments of `tests.batches.packed`. `dtype`: the narrowest one in use, which sets the tolerance. `num_layers`: text
     blocks, to count what one costs. `trained`: a name in `TRAINED`.
     """
 
@@ -136,7 +139,7 @@ def _sample(cfg: Any, seed: int, kinds: Sequence[int], *, supervised: bool) -> S
     for kind in kinds:
         grid = (draw(2, 3) if kind == VIDEO else 1, 2 * draw(1, 2), 2 * draw(1, 2))
         patches_PF = torch.randn(prod(grid), cfg.vision.patch_values, generator=g)
-        media[kind].append(Media(patches_PF=patches_PF, grid=grid))
+        media[kind].append(Media(inputs_UF=patches_PF, grid=grid))
         parts += [(kind, torch.full((prod(grid) // 4,), IMAGE_ID if kind == IMAGE else VIDEO_ID)), words()]
     tokens_T = torch.cat([tokens for _, tokens in parts])
     kinds_T = torch.cat([torch.full_like(tokens, kind) for kind, tokens in parts])
@@ -170,14 +173,10 @@ def batch_of(cell: Cell, index: int = 0, size: int = 1) -> Batch:
     mine = range(NUM_SAMPLES * index // size, NUM_SAMPLES * (index + 1) // size)
     media = [BATCHES[cell.batch](i) for i in mine]
     rows = [_sample(cfg, i, kinds, supervised=ok) for i, (kinds, ok) in zip(mine, media, strict=True)]
-    given = {"merge_size": cfg.vision.merge_size, "patch_values": cfg.vision.patch_values, **cell.pack}
-    places = [model.family.positions(row, cfg) for row in rows]
-    used = pack(rows, places, **given).tokens_T.numel()
+    used = packed(model, rows, **cell.pack).tokens_T.numel()
     num_segments = -(-NUM_SAMPLES // size)  # the same on every rank
-    sizes = {"num_tokens": -(-used // PAD_TOKENS) * PAD_TOKENS, "num_segments": num_segments}
-    batch = pack(rows, places, **(sizes | given))
-    visual = replace(batch.visual, patches_PF=batch.visual.patches_PF.double())
-    return replace(batch, weights_T=batch.weights_T.double(), visual=visual)
+    sizes = {"tokens": -(-used // PAD_TOKENS) * PAD_TOKENS, "segments": num_segments}
+    return wide(packed(model, rows, **(sizes | dict(cell.pack))))
 
 
 def prepared(cell: Cell, mesh: Mesh, *, donate: bool = True) -> tuple[Step, State, Batch]:

@@ -60,12 +60,12 @@ class Case:
 
     def on_rank(self, mesh: Mesh, wrap: Callable[[Attention], Attention] = lambda attend: attend) -> list[Tensor]:
         """This rank's tokens, and their rows of `expected`."""
-        transform = context_parallel(self.kind, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
+        transform = context_parallel(self.kind, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, towers={})
         attend = wrap(pipe(Program.of(None, self.ops, mesh), transform).ops.attention)
         order = token_order(self.offsets(), self.num_tokens, self.kind, mesh)
         row, do = self.draw()
         leaves = [x.detach()[order].requires_grad_() for x in row]
-        o_THC = attend(*leaves, Segments(offsets_N=self.offsets(), spread="cp"), is_causal=True)
+        o_THC = attend(*leaves, Segments.of(self.offsets(), spread="cp"), is_causal=True)
         return [order, o_THC.detach(), *torch.autograd.grad(o_THC, leaves, do[order])]
 
     def check(self, ranks: list[list[Tensor]]) -> None:

@@ -18,6 +18,7 @@ from mmfn import ops as tables
 from mmfn import tree
 from mmfn.grad import value_and_grad
 from mmfn.models.layers import moe
+from mmfn.models.layers.balance import balance
 from mmfn.ops import Ops
 from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh
 from mmfn.parallel.program import Program, Transform, lower, pipe
@@ -27,7 +28,6 @@ from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params, whole
 from mmfn.spec import init_params
-from mmfn.train.objective import balance
 from mmfn.tree import Tree
 
 CFG = moe.MoeConfig(d_model=7, d_ff=6, num_experts=8, num_chosen=2, init_std=0.6)
@@ -102,7 +102,7 @@ def block(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, ops: Ops) -> tuple[T
 
 
 def loss(params: Tree, is_real_T: Tensor, weights_T: Tensor, *, ops: Ops) -> tuple[Tensor, Tree]:
-    x_TD, outs = ops.stack(ops.layer, partial(block, ops=ops), params["layers"], params["x"], is_real_T)
+    x_TD, outs, _ = ops.stack(ops.layer, partial(block, ops=ops), params["layers"], params["x"], is_real_T)
     aux = moe.total(outs)
     aux_loss = balance(aux, ops)
     value = weights_T @ x_TD.square().sum(1) + 0.3 * aux_loss

@@ -19,7 +19,7 @@ from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.context_parallel import context_parallel
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.remat import remat
-from tests.parallel.conformance import Cell, check_cell
+from tests.parallel.conformance import TOWERS, Cell, check_cell
 from tests.parallel.cp_cases import REAL_CASES, Case, on_real_rank, random_case, ulysses
 from tests.parallel.ranks import run_ranks
 
@@ -81,10 +81,10 @@ def test_the_same_bits_twice() -> None:
 def test_ulysses_takes_attention_that_is_not_causal_and_others_refuse_it() -> None:
     case = random_case("ulysses", ulysses(2), 1)
     (q, k, v), _ = case.draw()
-    segments = Segments(offsets_N=case.offsets(), spread="cp")
+    segments = Segments.of(case.offsets(), spread="cp")
 
     def attend(kind: str, mesh: Any) -> torch.Tensor:
-        transform = context_parallel(kind, num_heads=case.num_heads, num_kv_heads=case.num_kv_heads)
+        transform = context_parallel(kind, num_heads=case.num_heads, num_kv_heads=case.num_kv_heads, towers={})
         own = [x.detach().chunk(2)[mesh["cp"].index] for x in (q, k, v)]
         return pipe(Program.of(None, mesh=mesh), transform).ops.attention(*own, segments, is_causal=False)
 
@@ -112,7 +112,7 @@ def test_collectives_of_one_attention() -> None:
 
 def cell(kind: str, layout: Layout, *others: Any, **fields: Any) -> Cell:
     """Any order of transforms will do: here context_parallel comes last."""
-    spread = context_parallel(kind, num_heads=8, num_kv_heads=2, matmul_patches=56)
+    spread = context_parallel(kind, num_heads=8, num_kv_heads=2, towers=TOWERS)
     given = {"name": kind, "pack": {"segment_multiple": segment_multiple(kind, layout)}}
     return Cell(layout=layout, transforms=(data_parallel(), *others, spread), **(given | fields))
 
@@ -165,7 +165,7 @@ def test_on_real_ranks(kinds: list[str], modes: list[str]) -> None:
 
 def test_what_it_says() -> None:
     def notes(kind: str, layout: Layout) -> str:
-        transform = context_parallel(kind, num_heads=8, num_kv_heads=2)
+        transform = context_parallel(kind, num_heads=8, num_kv_heads=2, towers={})
         return virtual(layout, lambda mesh: pipe(Program.of(None, mesh=mesh), transform).notes)[0][0]
 
     assert notes("gather", Layout(cp=2)) == "context_parallel('gather'): tokens over 2 ranks, in multiples of 4"
@@ -181,7 +181,7 @@ def test_kv_heads_are_repeated_no_more_than_needed() -> None:
 
 def test_one_cp_rank_is_the_identity() -> None:
     program = Program.of(None)
-    assert pipe(program, context_parallel("ring", num_heads=4, num_kv_heads=2)) is program
+    assert pipe(program, context_parallel("ring", num_heads=4, num_kv_heads=2, towers={})) is program
 
 
 @pytest.mark.parametrize(
@@ -202,14 +202,15 @@ def test_refused_before_any_work(kind: str, layout: Layout, heads: tuple[int, in
         virtual(
             layout,
             lambda mesh: pipe(
-                Program.of(None, mesh=mesh), context_parallel(kind, num_heads=heads[0], num_kv_heads=heads[1])
+                Program.of(None, mesh=mesh),
+                context_parallel(kind, num_heads=heads[0], num_kv_heads=heads[1], towers={}),
             ),
         )
 
 
 def test_gradients_of_a_spread_batch_need_data_parallel() -> None:
     def build(mesh: Any, *more: Any) -> Program:
-        spread = context_parallel("gather", num_heads=4, num_kv_heads=2)
+        spread = context_parallel("gather", num_heads=4, num_kv_heads=2, towers={})
         return lower(pipe(Program.of(None, mesh=mesh), spread, *more))
 
     done = virtual(Layout(cp=2), lambda mesh: build(mesh, data_parallel()))[0]

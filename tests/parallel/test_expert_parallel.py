@@ -38,7 +38,7 @@ EDP2_EP2, HSDP_EP2 = Layout(dp=4, ep=2), Layout(replicate=2, dp=2, ep=2)
 LAYOUTS = (EP2, EP4, EP8, EDP2_EP2, HSDP_EP2, Layout(replicate=2, dp=4, ep=2))
 SLOW = pytest.mark.slow
 KEPT = remat("selective", save=("attention", "exchange"))
-CAPACITY = {"num_tokens": 192}  # of a batch of the conformance matrix: this form needs as many on every rank
+CAPACITY = {"tokens": 192}  # of a batch of the conformance matrix: this form needs as many on every rank
 
 
 def cell(layout: Layout, kind: str, *others: Any, **fields: Any) -> Cell:

@@ -257,7 +257,7 @@ def log_of_a_stack(*transforms: Any, num_layers: int = 3) -> str:
         ws = [torch.randn(4, generator=g) / 9 for _ in range(num_layers)]
         layers = [{"w": shard(w, sharding_of(spec_w, mesh)).requires_grad_()} for w in ws]
         x = torch.ones(())
-        x, _ = program.ops.stack(program.ops.layer, block, layers, x, mesh["dp"], program.ops.gather)
+        x, *_ = program.ops.stack(program.ops.layer, block, layers, x, mesh["dp"], program.ops.gather)
         grads = torch.autograd.grad(x, [layer["w"] for layer in layers])
         want = [w.clone().requires_grad_() for w in ws]
         y = torch.ones(())

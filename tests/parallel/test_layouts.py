@@ -10,7 +10,7 @@ from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
 from mmfn.train.build.setup import build_remat, layout_of
 from mmfn.train.config.schema import LayoutSection
-from tests.parallel.conformance import Cell, check_cell
+from tests.parallel.conformance import TOWERS, Cell, check_cell
 from tests.parallel.layout_cases import FAST, LAYOUTS, Case, has_experts, name_of, settings_of
 
 ROW = 384  # tokens of a batch of any half of the samples, padded: a capacity needs as many on every rank
@@ -27,7 +27,7 @@ def cell(case: Case) -> Cell:
         transforms=(
             expert_parallel("dropless" if capacity is None else "capacity", capacity=capacity),
             data_parallel(),
-            context_parallel(kind, num_heads=8, num_kv_heads=2, matmul_patches=56),
+            context_parallel(kind, num_heads=8, num_kv_heads=2, towers=TOWERS),
             *build_remat(section),
             *(offload(what) for what in section.offload),
             *([vocabulary_parallel()] if section.head == "sharded" else []),
@@ -35,7 +35,7 @@ def cell(case: Case) -> Cell:
         family="moe" if has_experts(case) else "dense",
         batch=case["batch"],
         trained=case.get("trained", "all"),
-        pack=pack | ({} if capacity is None else {"num_tokens": ROW}),
+        pack=pack | ({} if capacity is None else {"tokens": ROW}),
     )
 
 

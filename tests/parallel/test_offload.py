@@ -56,7 +56,7 @@ def layers(num: int) -> list[dict[str, Tensor]]:
 
 def run(stack: Any, num: int) -> list[Tensor]:
     params, x_TD = layers(num), torch.linspace(-1, 1, T * D, dtype=torch.float64).view(T, D).requires_grad_()
-    y_TD, _ = stack(call_layer, block, params, x_TD, torch.ones(T, D))
+    y_TD, *_ = stack(call_layer, block, params, x_TD, torch.ones(T, D))
     return [y_TD, *torch.autograd.grad(y_TD.square().sum(), [x_TD, *(p["w"] for p in params)])]
 
 
@@ -87,7 +87,7 @@ def test_small_tensors_and_those_of_others_stay() -> None:
         torch.ones(T, D, dtype=torch.float64).requires_grad_(),
         torch.ones(T, D).double(),
     )
-    y_TD, _ = offloaded(run_stack, memory)(call_layer, uses_all, params, x_TD, other_TD)
+    y_TD, *_ = offloaded(run_stack, memory)(call_layer, uses_all, params, x_TD, other_TD)
     assert memory.log == [("out", 2 * T * D * 8)]  # x * other and its product with w: neither other nor w nor a scalar
     assert T * D * 8 > module.LEAST_BYTES
     torch.autograd.grad(y_TD.sum(), x_TD)
@@ -103,7 +103,7 @@ def test_views_of_one_storage_travel_once_and_a_graph_may_be_used_twice() -> Non
     results = []
     for stack in (run_stack, offloaded(run_stack, memory)):
         params, x_TD = layers(3), torch.ones(T, D, dtype=torch.float64).requires_grad_()
-        y_TD, _ = stack(call_layer, views, params, x_TD)
+        y_TD, *_ = stack(call_layer, views, params, x_TD)
         leaves = [x_TD, *(p["w"] for p in params)]
         results += [torch.autograd.grad(y_TD.sum(), leaves, retain_graph=keep) for keep in (True, False)]
     assert memory.log[0] == ("out", 2 * T * D * 8)
@@ -116,7 +116,7 @@ def test_a_gradient_that_does_not_come_through_the_last_block() -> None:
     results = []
     for stack in (run_stack, offloaded(run_stack, Watched())):
         params, x_TD, taps = layers(4), torch.ones(T, D, dtype=torch.float64).requires_grad_(), []
-        stack(call_layer, block, params, x_TD, between={1: lambda x, taps=taps: taps.append(x) or x})
+        stack(call_layer, block, params, x_TD, between={1: lambda x, taps=taps: (x, taps.append(x))})
         results.append(torch.autograd.grad(taps[0].sum(), [x_TD, params[0]["w"], params[1]["w"]]))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 

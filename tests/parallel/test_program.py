@@ -30,7 +30,7 @@ def stack(program: Program, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """The last x and the sum of every layer's second output."""
     ops = lower(program).ops
     with program.compiling():
-        x_TD, outs = ops.stack(ops.layer, block, layers(), x_TD, torch.tensor(0.5))
+        x_TD, outs, _ = ops.stack(ops.layer, block, layers(), x_TD, torch.tensor(0.5))
     return x_TD, torch.stack(outs).sum()
 
 

@@ -18,7 +18,7 @@ from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
-from tests.parallel.conformance import Cell, check_outcome, outcome, run_cell
+from tests.parallel.conformance import TOWERS, Cell, check_outcome, outcome, run_cell
 from tests.parallel.ranks import run_ranks
 
 CELLS = {
@@ -40,7 +40,7 @@ CELLS = {
             name="exchange kept",
             transforms=(
                 data_parallel(),
-                context_parallel("ulysses", num_heads=8, num_kv_heads=2, matmul_patches=56),
+                context_parallel("ulysses", num_heads=8, num_kv_heads=2, towers=TOWERS),
                 expert_parallel(),
                 remat("selective", save=("exchange",)),
             ),

@@ -16,7 +16,7 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import OPERATORS, remat
 from tests.parallel import expert_cases
-from tests.parallel.conformance import EXPERTS, Cell, check_cell, check_outcome, model_of, outcome
+from tests.parallel.conformance import EXPERTS, TOWERS, Cell, check_cell, check_outcome, model_of, outcome
 from tests.parallel.expert_cases import Case
 
 ATTENTION, GROUPED, MM, EMBED = "mmfn::attention", "mmfn::grouped_linear", "aten::mm", "aten::embedding"
@@ -101,10 +101,11 @@ def run_blocks(num: int, between: Sequence[int], *transforms: Any, each: bool = 
     layers = [{"w": torch.randn(8, 8, generator=g).requires_grad_()} for _ in range(num)]
     x, scale = torch.ones(16, 8, requires_grad=True), torch.tensor(2.0)
     given = {"each": [1.0 + i for i in range(num)]} if each else {}
-    taps = {i: (lambda x, i=i: x + i) for i in between}
+    taps = {i: (lambda x, i=i: (x + i, i)) for i in between}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y, outs = program.ops.stack(program.ops.layer, block, layers, x, scale, between=taps, **given)
+        y, outs, tapped = program.ops.stack(program.ops.layer, block, layers, x, scale, between=taps, **given)
     grads = torch.autograd.grad(y.sum() + sum(outs), [x, *(layer["w"] for layer in layers)])
+    assert tapped == {i: i for i in between}
     return [y, *outs, *grads], sum(seen.values()) - sum(layer["w"].nbytes for layer in layers)
 
 
@@ -187,7 +188,7 @@ def test_exchanges_of_heads_are_not_those_of_experts() -> None:
     def exchanges(*save: str) -> Counter[tuple[str, str]]:
         transforms = (
             remat("selective", save=save),
-            context_parallel("ulysses", num_heads=8, num_kv_heads=2, matmul_patches=56),
+            context_parallel("ulysses", num_heads=8, num_kv_heads=2, towers=TOWERS),
             expert_parallel(),
             data_parallel(),
         )

@@ -49,8 +49,9 @@ def test_a_batch_keeps_every_token_with_all_that_belongs_to_it(kind: str) -> Non
     orders = virtual(layout, lambda mesh: token_order(batch.segments.offsets_N, batch.tokens_T.numel(), kind, mesh))
     assert torch.equal(batch.tokens_T, before)
     for part, order in zip(parts, orders, strict=True):
-        for name in ("tokens_T", "labels_T", "weights_T", "feature_index_T", "segment_T", "token_ids_T"):
+        for name in ("tokens_T", "labels_T", "weights_T", "segment_T", "token_ids_T"):
             assert torch.equal(getattr(part, name), getattr(batch, name)[order])
+        assert torch.equal(part.towers["vision"].index_T, batch.towers["vision"].index_T[order])
         assert torch.equal(part.positions_3T, batch.positions_3T[:, order])
         assert torch.equal(part.segments.offsets_N, batch.segments.offsets_N)
         assert part.segments.spread == "cp"

@@ -99,7 +99,7 @@ def test_a_gradient_does_not_depend_on_the_split(model: Any, split: str) -> None
     rows = numbered(model, 7)
     want = gradients(model, [packed(model, rows)])
     parts = [packed(model, part) for part in SPLITS[split](rows)]
-    padded = [packed(model, p, num_tokens=160, num_patches=240, segment_multiple=4) for p in SPLITS[split](rows)]
+    padded = [packed(model, p, tokens=160, patches=240, segment_multiple=4) for p in SPLITS[split](rows)]
     for microbatches in (parts, padded):
         assert distance(gradients(model, microbatches), want) < 1e-12
     assert distance(gradients(model, [packed(model, rows)], dropout=0.0), want) > 1e-3

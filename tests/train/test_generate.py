@@ -92,14 +92,14 @@ def test_rows_do_not_depend_on_their_neighbours(pair):
 def test_padding_and_empty_segments_are_left_out(pair):
     oracle, model = pair
     batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 9, rows=2, images=0, videos=0), model)
-    tail = 5
+    tail, tower = 5, batch.towers["vision"]
     offsets_N = torch.cat([batch.segments.offsets_N, batch.segments.offsets_N[-1:].expand(2)])
     padded = replace(
         batch,
         tokens_T=torch.cat([batch.tokens_T, torch.zeros(tail, dtype=torch.int64)]),
-        positions_3T=torch.cat([batch.positions_3T, torch.full((3, tail), 999)], dim=1),
-        feature_index_T=torch.cat([batch.feature_index_T, torch.full((tail,), -1)]),
-        segments=Segments(offsets_N=offsets_N),
+        positions_3T=torch.cat([batch.positions_3T, torch.full((3, tail), 999.0)], dim=1),
+        towers={"vision": replace(tower, index_T=torch.cat([tower.index_T, torch.full((tail,), -1)]))},
+        segments=Segments.of(offsets_N),
         segment_T=torch.cat([batch.segment_T, torch.full((tail,), offsets_N.numel() - 1)]),
     )
     assert mmfn.generate(model, padded, 6) == mmfn.generate(model, batch, 6)
@@ -138,4 +138,4 @@ def test_bad_arguments_are_refused(pair):
     with pytest.raises(ValueError, match="max_new_tokens is 0 but must be at least 1"):
         mmfn.generate(model, batch, 0)
     with pytest.raises(ValueError, match="no row to continue"):
-        mmfn.generate(model, replace(batch, segments=Segments(offsets_N=torch.zeros(3, dtype=torch.int32))))
+        mmfn.generate(model, replace(batch, segments=Segments.of(torch.zeros(3, dtype=torch.int32))))

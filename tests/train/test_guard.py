@@ -28,6 +28,7 @@ from mmfn.train.run import loop
 from mmfn.train.run.progress import Progress
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, init_state, make_step
+from tests.batches import with_inputs
 from tests.parallel.conformance import Cell, batch_of, model_of
 from tests.parallel.ranks import run_ranks
 
@@ -190,9 +191,7 @@ def spoil(run: setup.Run, is_bad: Callable[[int], bool]) -> setup.Run:
 
     def step(state: State, microbatches: Any) -> Any:
         if is_bad(next(calls)):
-            visual = microbatches[0].visual
-            nan = replace(visual, patches_PF=visual.patches_PF * torch.nan)
-            microbatches = [replace(microbatches[0], visual=nan), *microbatches[1:]]
+            microbatches = [with_inputs(microbatches[0], lambda x: x * torch.nan), *microbatches[1:]]
         return real(state, microbatches)
 
     return replace(run, step=step)

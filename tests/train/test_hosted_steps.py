@@ -34,8 +34,9 @@ from mmfn.train import optim
 from mmfn.train.guard import Guard
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
+from tests.batches import with_inputs
 from tests.parallel import conformance
-from tests.parallel.conformance import TRAINED, Cell, batch_of, model_of
+from tests.parallel.conformance import TOWERS, TRAINED, Cell, batch_of, model_of
 
 # torch's compiler reads `.grad` of non-leaf inputs and hides the warning by a means that "error" defeats
 QUIET_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -101,7 +102,7 @@ SEVERAL: dict[str, Case] = {
     "cp": Case(
         layout=Layout(cp=2),
         kind="ring",
-        transforms=(*MESH, FULL, context_parallel("ring", num_heads=8, num_kv_heads=2, matmul_patches=56)),
+        transforms=(*MESH, FULL, context_parallel("ring", num_heads=8, num_kv_heads=2, towers=TOWERS)),
     ),
     "all, frozen": Case(
         layout=Layout(dp=2), trained="decoder", transforms=(*MESH, FULL, offload("activations")), what=ALL
@@ -170,7 +171,7 @@ def take_steps(case: Case, mesh: Mesh, *, is_hosted: bool, is_watched: bool) -> 
     pack = {"segment_multiple": segment_multiple(case.kind, case.layout)} if case.layout.cp > 1 else {}
     cell = Cell(layout=case.layout, name="", transforms=(), family=case.family, num_layers=case.num_layers, pack=pack)
     batch = program.split(batch_of(cell, mesh["batch"].index, mesh["batch"].size))
-    bad = replace(batch, visual=replace(batch.visual, patches_PF=batch.visual.patches_PF * torch.nan))
+    bad = with_inputs(batch, lambda x: x * torch.nan)
     found, places = [], [local(x).data_ptr() for x in tree.leaves(state["params"])]
     for number in range(NUM_STEPS):
         watch = OnlyCopies([local(x) for x in tree.leaves(state["params"])])

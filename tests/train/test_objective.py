@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfn import ops, tree
-from mmfn.batch import IGNORE, Batch, Sample, pack
+from mmfn.batch import IGNORE, Batch, Sample
 from mmfn.grad import value_and_grad
 from mmfn.models import Output
+from mmfn.packing import Sizes, pack
 from mmfn.parallel.context.token_order import segment_multiple, split_tokens
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.step_sums import all_counts
@@ -37,10 +38,13 @@ def sample(labels: Sequence[int]) -> Sample:
     )
 
 
+def pack_rows(rows: Sequence[Sequence[int]], sizes: Sizes) -> Batch:
+    positions = [torch.arange(len(r)).expand(3, -1).float() for r in rows]
+    return pack([sample(r) for r in rows], positions, [{} for _ in rows], {}, sizes)
+
+
 def batch(*rows: Sequence[int], num_tokens: int = 16, num_segments: int | None = None) -> Batch:
-    positions = [torch.arange(len(r)).expand(3, -1) for r in rows]
-    samples = [sample(r) for r in rows]
-    return pack(samples, positions, merge_size=2, patch_values=3, num_tokens=num_tokens, num_segments=num_segments)
+    return pack_rows(rows, Sizes(tokens=num_tokens, segments=num_segments))
 
 
 MICROBATCHES = [
@@ -263,9 +267,7 @@ def shares(
     multiple = segment_multiple(kind, mesh.layout) if kind else 1
     batches = []
     for rows in own:
-        places_3T = [torch.arange(len(r)).expand(3, -1) for r in rows]
-        given = {"num_tokens": TOKENS, "num_segments": 9, "segment_multiple": multiple}
-        b = pack([sample(r) for r in rows], places_3T, merge_size=2, patch_values=3, **given)
+        b = pack_rows(rows, Sizes(tokens=TOKENS, segments=9, segment_multiple=multiple))
         b = replace(b, weights_T=b.weights_T.double())
         batches.append(split_tokens(b, kind, mesh) if kind else b)
     weighed = weigh(batches, objective, partial(all_counts, mesh=mesh))

@@ -137,7 +137,7 @@ def test_patterns_are_those_of_the_whole_model(call: Call) -> None:
 def test_the_batch_that_was_made_is_described(call: Call) -> None:
     """Of 64 tokens in samples of 24 the last has 16; a side of 5 is one of 4, whose 4 features leave room for text."""
     sizes = ["--tokens", "64", "--sample-tokens", "24", "--device", "cpu"]
-    image = "tokens with an image of 4 x 4 patches"
+    image = "tokens with an image of 4 x 4 inputs"
     assert f"2 x 24 {image}, 1 x 16 {image}\n" in call("1.7/config.json", *sizes, "--image-side", "5")[1]
     large = call("1.7/config.json", *sizes, "--image-side", "100")[1]
     assert "2 x 24 tokens of text, 1 x 16 tokens of text, no image of 100 x 100 patches" in large

@@ -10,13 +10,14 @@ from torch import Tensor
 
 import mmfn
 from mmfn import ops, tree
-from mmfn.batch import IGNORE, Batch, Media, Sample, pack
+from mmfn.batch import IGNORE, Batch, Media, Sample, to
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.train.optim import Transform, adamw, by_path, chain, clip_by_global_norm
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
 from tests import oracles
+from tests.batches import packed, wide, with_inputs
 
 # torch's compiler reads `.grad` of non-leaf inputs and hides the warning by a means that "error" defeats
 QUIET_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -63,7 +64,7 @@ def samples(seed: int, num: int, cfg: Any) -> list[Sample]:
         for _ in range(draw(0, 2)):
             grid = (1, 2 * draw(1, 3), 2 * draw(1, 2))
             num_patches = grid[1] * grid[2]
-            images.append(Media(patches_PF=torch.randn(num_patches, cfg.vision.patch_values, generator=g), grid=grid))
+            images.append(Media(inputs_UF=torch.randn(num_patches, cfg.vision.patch_values, generator=g), grid=grid))
             tokens += [torch.full((num_patches // 4,), oracles.IMAGE_ID)]
             kinds += [torch.ones(num_patches // 4, dtype=torch.int64)]
         words = draw(3, 12)
@@ -76,13 +77,7 @@ def samples(seed: int, num: int, cfg: Any) -> list[Sample]:
     return out
 
 
-def packed(model: Any, rows: Sequence[Sample], **sizes: int) -> Batch:
-    cfg = model.cfg
-    positions = [model.family.positions(s, cfg) for s in rows]
-    return pack(rows, positions, merge_size=cfg.vision.merge_size, patch_values=cfg.vision.patch_values, **sizes)
-
-
-BUCKET = {"num_tokens": 64, "num_patches": 96, "num_segments": 6, "num_frames": 8}
+BUCKET = {"tokens": 64, "patches": 96, "segments": 6}
 
 
 def bucketed(model: Any) -> list[list[Batch]]:
@@ -94,11 +89,6 @@ def bucketed(model: Any) -> list[list[Batch]]:
 def distance(a: Any, b: Any) -> float:
     pairs = zip(tree.leaves(a), tree.leaves(b), strict=True)
     return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
-
-
-def wide(batch: Batch) -> Batch:
-    visual = replace(batch.visual, patches_PF=batch.visual.patches_PF.double())
-    return replace(batch, weights_T=batch.weights_T.double(), visual=visual)
 
 
 # ---- against transformers
@@ -182,7 +172,7 @@ def test_default_objective_depends_on_the_split_but_not_on_padding(model: Any) -
     rows = samples(3, 5, model.cfg)
     whole, _ = gradient_step(model, [packed(model, rows)], "default")
     split, _ = gradient_step(model, [packed(model, rows[:1]), packed(model, rows[1:])], "default")
-    padded, _ = gradient_step(model, [packed(model, rows, num_tokens=128, num_patches=160, num_segments=9)], "default")
+    padded, _ = gradient_step(model, [packed(model, rows, tokens=128, patches=160, segments=9)], "default")
     assert distance(whole["opt"]["m"], split["opt"]["m"]) > 1e-4
     assert distance(whole["opt"]["m"], padded["opt"]["m"]) < 1e-12
 
@@ -190,8 +180,7 @@ def test_default_objective_depends_on_the_split_but_not_on_padding(model: Any) -
 def test_bfloat16_microbatches_accumulate_in_float32(model: Any) -> None:
     rows = samples(3, 4, model.cfg)
     state = fresh(model, torch.bfloat16)
-    parts = [packed(model, [r]) for r in rows]
-    parts = [replace(b, visual=replace(b.visual, patches_PF=b.visual.patches_PF.bfloat16())) for b in parts]
+    parts = [to(packed(model, [r]), "cpu", torch.bfloat16) for r in rows]
     state, metrics = build(model)(state, parts)
     assert all(x.dtype == torch.bfloat16 for x in tree.leaves(state["params"]))
     assert metrics["grad_norm"].dtype == torch.float32
@@ -228,9 +217,13 @@ def run(step: Step, state: State, steps: Sequence[Sequence[Batch]]) -> tuple[Sta
 
 def poisoned(batch: Batch) -> Batch:
     """The batch with one patch value that is not a number."""
-    patches_PF = batch.visual.patches_PF.clone()
-    patches_PF[0, 0] = torch.nan
-    return replace(batch, visual=replace(batch.visual, patches_PF=patches_PF))
+
+    def poison(inputs_UF: Tensor) -> Tensor:
+        bad_UF = inputs_UF.clone()
+        bad_UF[0, 0] = torch.nan
+        return bad_UF
+
+    return with_inputs(batch, poison)
 
 
 @QUIET_DYNAMO

@@ -95,8 +95,9 @@ def total(statistics: Sequence[Tree]) -> Tree:
     return {name: torch.stack([layer[name] for layer in given]).sum(0) for name in given[0]} if given else None
 
 
-def mixed(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops: Ops) -> tuple[Tensor, Tree]:
+def mixed(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig | None, ops: Ops) -> tuple[Tensor, Tree]:
     """The `FeedForward` of a stack in which some blocks have experts and the others an `mlp`."""
     if "moe" in params:
+        assert cfg is not None, "a config without experts but parameters of some"
         return apply(params["moe"], x_TD, is_real_T, cfg=cfg, ops=ops)
     return decoder.dense(params, x_TD, is_real_T, ops=ops)

@@ -1,48 +1,40 @@
-"""Multimodal rope positions of one sample, on the host. Legend: T tokens."""
+"""Multimodal rope positions, on the host, by the one rule of all families. Legend: T tokens, M tokens of a block."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from mmfn.batch import IMAGE, TEXT, VIDEO, Sample
+Block = tuple[Tensor, Tensor]
+"""(tokens_M: int64[M], which tokens of the sample are in it, increasing; places_3M: float32[3, M], their places)."""
 
 
-def mrope(sample: Sample, merge_size: int) -> Tensor:
-    """int64[3, T]: (temporal, height, width) positions, as Qwen3-VL counts them.
+def mrope(num_tokens: int, blocks: Iterable[Block]) -> Tensor:
+    """float32[3, T], (temporal, height, width) positions: a block begins behind everything before it.
 
-    Text advances all three by one. A visual block at `start` has height and width `start + row`, `start + column` in
-    merged cells and the next token follows at `start + max(h, w) / merge_size`. Every temporal grid of a video is a
-    block of its own (timestamps stand between them). Adjacent blocks are told apart by their grids, not by the text
-    between them. Raises ValueError when a run of placeholders does not match its grids.
+    A token's position is the start of its block plus its place in it, and a block starts at the largest position before
+    it plus 1 (the first at 0). A token that is in none of `blocks` is a block of its own, at place 0: so text advances
+    all three by one. `blocks`: in the order of their first tokens; no two share a token.
 
-    Source: `Qwen3VLModel.get_rope_index` in transformers 5.23 (which needs a text token between two blocks).
+    >>> row_column = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1.0]])  # an image of 2 x 2 features
+    >>> mrope(7, [(torch.arange(1, 5), row_column)])[1].tolist()  # text, the image, two more of text
+    [0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 4.0]
+
+    Source: the positions of every family's `get_rope_index` in transformers 5.23 follow from it.
     """
-    blocks = {IMAGE: iter(m.grid for m in sample.images), VIDEO: _frames(sample)}
-    kinds, lengths = torch.unique_consecutive(sample.kinds_T, return_counts=True)
-    parts, start = [torch.zeros(3, 0, dtype=torch.int64)], 0
-    for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
-        if kind == TEXT:
-            parts.append(torch.arange(start, start + length).expand(3, -1))
-            start += length
-            continue
-        left = length
-        while left > 0:
-            t, h, w = next(blocks[kind], (0, 0, 0))
-            rows, columns = h // merge_size, w // merge_size
-            size = t * rows * columns
-            if not 0 < size <= left:
-                raise ValueError(
-                    f"sample {sample.id!r} has a run of {length} visual placeholder tokens with {left} left where "
-                    f"the next image or frame gives {size}; make the text and the media agree"
-                )
-            parts.append(torch.cartesian_prod(*map(torch.arange, (t, rows, columns))).T + start)
-            start += max(rows, columns)
-            left -= size
-    return torch.cat(parts, dim=1)
+    positions_3T = torch.zeros(3, num_tokens)
+    start, done = 0.0, 0  # of what comes next, and the tokens that have positions
+    for tokens_M, places_3M in blocks:
+        first = int(tokens_M[0])
+        start = _text_(positions_3T, done, first, start)
+        positions_3T[:, tokens_M] = places_3M + start
+        start += float(places_3M.max()) + 1
+        done = int(tokens_M[-1]) + 1
+    _text_(positions_3T, done, num_tokens, start)
+    return positions_3T
 
 
-def _frames(sample: Sample) -> Iterator[tuple[int, int, int]]:
-    for media in sample.videos:
-        t, h, w = media.grid
-        yield from [(1, h, w)] * t
+def _text_(positions_3T: Tensor, first: int, last: int, start: float) -> float:
+    """Give the tokens from `first` to `last` (exclusive) positions from `start` on; what the next one starts at."""
+    positions_3T[:, first:last] = torch.arange(last - first) + start
+    return start + (last - first)

@@ -5,7 +5,6 @@ Features are merged patches. Those tapped behind earlier blocks (deepstack) pass
 Legend: P patches, F values of a flattened patch, D width, H heads, C channels of a head, R = C / 2, N merged features.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from mmfn.batch import Segments, Visual
-from mmfn.lora import with_drops
+from mmfn.batch import Segments, Tower
 from mmfn.models.hf_config import Section
 from mmfn.models.layers import linear, norm, rope
 from mmfn.ops import Ops
@@ -106,31 +104,32 @@ def specs(cfg: VisionConfig) -> Tree:
     }
 
 
-def encode(
-    params: Tree, visual: Visual, cfg: VisionConfig, ops: Ops, salts: Mapping[str, Tensor] | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """`(features_ND, deepstack)`: merged features of all images and frames, and those tapped behind earlier blocks.
-
-    `salts`: see `mmfn.batch.Batch`. A merged feature goes by the id of its first patch.
-    """
-    ids_P, ids_N = visual.patch_ids_P, visual.patch_ids_P[:: cfg.merged]
-    layers = with_drops(params["layers"], ids_P, salts, "vision/layers")
-    last = with_drops(params["merger"], ids_N, salts, "vision/merger")
-    mergers = with_drops(params["deepstack"], ids_N, salts, "vision/deepstack")
-    x_PD = patch_embed(params["patch_embed"], visual.patches_PF, ops)
-    x_PD = x_PD + position_embed(params["positions"], visual.coords_P4, cfg, ops).to(x_PD.dtype)
-    deepstack: list[Tensor] = []
-
-    def tap(merger: Tree, x_PD: Tensor) -> Tensor:
-        deepstack.append(merge(merger, x_PD, cfg, ops, norm_merged=True))
-        return x_PD
-
-    cos_PR, sin_PR = rope.axial(visual.coords_P4, cfg.head_dim // 2, cfg.rope_theta)
+def encode(params: Tree, tower: Tower, cfg: VisionConfig, ops: Ops) -> tuple[Tensor, list[Tensor]]:
+    """`(features_ND, taps)`: merged features of all images and frames, and those tapped behind earlier blocks."""
+    x_PD = patch_embed(params["patch_embed"], tower.inputs_UF, ops)
+    x_PD = x_PD + position_embed(params["positions"], tower.coords_P4, cfg, ops).to(x_PD.dtype)
+    cos_PR, sin_PR = rope.axial(tower.coords_P4, cfg.head_dim // 2, cfg.rope_theta)
     block = partial(vision_block, cfg=cfg, ops=ops)
-    taps = {i: partial(tap, merger) for i, merger in zip(cfg.deepstack, mergers, strict=True)}
-    xs = (cos_PR, sin_PR, visual.segments)
-    x_PD, _ = ops.stack(ops.layer, block, layers, x_PD, *xs, name="vision", between=taps)
-    return merge(last, x_PD, cfg, ops, norm_merged=False), deepstack
+    taps = {
+        i: partial(tap, merger, cfg=cfg, ops=ops) for i, merger in zip(cfg.deepstack, params["deepstack"], strict=True)
+    }
+    xs = (cos_PR, sin_PR, tower.segments[0])
+    x_PD, _, features = ops.stack(ops.layer, block, params["layers"], x_PD, *xs, name="vision", between=taps)
+    return merge(params["merger"], x_PD, cfg, ops, norm_merged=False), [features[i] for i in sorted(features)]
+
+
+def tap(params: Tree, x_PD: Tensor, *, cfg: VisionConfig, ops: Ops) -> tuple[Tensor, Tensor]:
+    """`(x_PD, features_ND)`: what a merger makes of the patches behind a block, which go on as they are."""
+    return x_PD, merge(params, x_PD, cfg, ops, norm_merged=True)
+
+
+def row_ids(tower: Tower, cfg: VisionConfig, prefix: str) -> list[tuple[str, Tensor]]:
+    """Which rows the parameters of the tower, under the path `prefix`, compute with (see `mmfn.lora.with_drops`).
+
+    A merged feature goes by the id of its first patch.
+    """
+    ids_N = tower.ids_P[:: cfg.merged]
+    return [(f"{prefix}merger/", ids_N), (f"{prefix}deepstack/", ids_N), (prefix, tower.ids_P)]
 
 
 def patch_embed_specs(cfg: VisionConfig) -> Tree:

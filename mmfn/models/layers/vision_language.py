@@ -1,34 +1,30 @@
-"""What families of a text decoder that sees through a vision tower share.
+"""What families of a text decoder that sees through one tower of merged patches share: all but the forward pass.
 
-Features of the tower replace the embeddings of their placeholder tokens, and features tapped on the way (deepstack) are
-added behind the first text blocks. A family brings the blocks: their parameters, and the function that runs one.
-
-Legend: T tokens, D width, N features, V vocabulary.
+Config, parameters and their stored names, and what such a family says of samples and batches.
+Legend: T tokens, D width, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
-from mmfn.batch import Batch, Sample
-from mmfn.lora import with_drops
-from mmfn.models import Output
+from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Laid, Media, Sample, TowerKind
 from mmfn.models.hf_config import Section
 from mmfn.models.keymap import Entry
 from mmfn.models.layers import cache as layer_cache
-from mmfn.models.layers import decoder, linear, moe, norm, rope, vision
-from mmfn.models.layers import positions as layer_positions
-from mmfn.models.layers.cache import Cache
+from mmfn.models.layers import decoder, linear, norm, patches, vision
 from mmfn.models.layers.decoder import DecoderConfig
+from mmfn.models.layers.moe import MoeConfig
+from mmfn.models.layers.positions import mrope
 from mmfn.models.layers.vision import VisionConfig
-from mmfn.ops import Block, Ops
+from mmfn.ops import Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
+
+LORA_TARGETS = (r"text/layers/\d+/attention/(q|k|v|o)",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +32,8 @@ class VisionLanguageConfig:
     """The fields all such families have. `rope_sections`: rotated pairs that follow time, height and width.
 
     `pad_token_id`: the embedding row that gets no gradient as an input (None: every row does), as in transformers.
+    `moe`: experts of the blocks in `moe_layers`, None where all are dense; `router_aux_coef`: weight of their
+    load-balancing loss.
     """
 
     vocab_size: int
@@ -48,6 +46,9 @@ class VisionLanguageConfig:
     image_token_id: int
     video_token_id: int
     pad_token_id: int | None = None
+    moe: MoeConfig | None = None
+    moe_layers: frozenset[int] = frozenset()
+    router_aux_coef: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.rope_sections) != 3 or 2 * sum(self.rope_sections) != self.decoder.head_dim:
@@ -116,42 +117,6 @@ def specs(cfg: VisionLanguageConfig, layers: Sequence[Tree]) -> Tree:
     return tree
 
 
-def apply(
-    params: Tree, batch: Batch, cfg: VisionLanguageConfig, ops: Ops, block: Block, cache: Cache | None = None
-) -> Output:
-    """`Output(hidden_TD, aux, cache)`: the last hidden states, normalised, before the head.
-
-    `block`: a `decoder.decoder_block` that lacks only its positional arguments. `aux`: the router statistics of all
-    blocks added up, None without a router. With a `cache`, keys and values of the tokens are written to it and
-    `Output.cache` is the new one; a decode step (one token per row, `cache.slots.is_prefill` false) has no visual
-    input and skips the tower.
-    """
-    x_TD = embedding(batch.tokens_T, ops.gather(params["text"]["embed"])["weight"], padding_idx=cfg.pad_token_id)
-    deepstack: list[Tensor] = []
-    if cache is None or cache.slots.is_prefill:
-        features_ND, deepstack = vision.encode(params["vision"], batch.visual, cfg.vision, ops, batch.salts)
-        placed_TD = ops.place_features(features_ND.to(x_TD.dtype), batch.feature_index_T)
-        is_visual_T = batch.feature_index_T >= 0
-        x_TD = torch.where(is_visual_T[:, None], placed_TD, x_TD)
-
-    def add(features_ND: Tensor, x_TD: Tensor) -> Tensor:
-        return x_TD + ops.place_features(features_ND.to(x_TD.dtype), batch.feature_index_T)
-
-    cos_TR, sin_TR = rope.interleaved(batch.positions_3T, cfg.rope_sections, cfg.rope_theta)
-    is_real_T = batch.segment_T < batch.num_segments
-    xs = (cos_TR.to(x_TD.dtype), sin_TR.to(x_TD.dtype), batch.segments, is_real_T)
-    between = {i: partial(add, features_ND) for i, features_ND in enumerate(deepstack)}
-    layers = with_drops(params["text"]["layers"], batch.token_ids_T, batch.salts, "text/layers")
-    stack = partial(ops.stack, ops.layer, block, layers, x_TD, *xs, name="text", between=between)
-    if cache is None:
-        x_TD, outs = stack()
-    else:
-        x_TD, outs = stack(cache.slots, each=cache.layers)
-        cache = Cache(layers=[out["cached"] for out in outs], slots=cache.slots)
-    x_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, cfg.decoder.norm_eps, ops)
-    return Output(hidden_TD=x_TD, aux=moe.total([out["router"] for out in outs]), cache=cache)
-
-
 def head(params: Tree, cfg: VisionLanguageConfig, ops: Ops) -> Tensor:
     """`weight_VD` of the language-model head, or those of its rows that `ops.linear_cross_entropy` takes."""
     weight_VD: Tensor = ops.gather_head(params["text"]["embed"] if cfg.is_tied else params["head"])["weight"]
@@ -167,8 +132,64 @@ def empty_cache(
 
 
 def positions(sample: Sample, cfg: VisionLanguageConfig) -> Tensor:
-    """int64[3, T]: see `layers.positions.mrope`."""
-    return layer_positions.mrope(sample, cfg.vision.merge_size)
+    """float32[3, T]: text, and a block for every image and every frame of a video (timestamps stand between them).
+
+    Source: `Qwen3VLModel.get_rope_index` in transformers 5.23 (which needs a text token between two blocks).
+    """
+    return mrope(sample.tokens_T.numel(), patches.frame_blocks(sample, cfg.vision.merge_size))
+
+
+def towers(cfg: VisionLanguageConfig) -> dict[str, TowerKind]:
+    """One tower, of merged patches. A patch costs a block `8 D**2 + 4 D F` FLOPs in matmuls, and `4 D` per patch it
+    attends to: as much at `2 D + F` patches."""
+    vision = cfg.vision
+    return {"vision": patches.tower_kind(vision.merge_size, vision.patch_values, 2 * vision.d_model + vision.d_ff)}
+
+
+def lay(sample: Sample, cfg: VisionLanguageConfig) -> dict[str, Laid]:
+    """See `patches.lay_frames`."""
+    return {"vision": patches.lay_frames(sample, cfg.vision.merge_size, cfg.vision.patch_values)}
+
+
+def kinds(tokens_T: Tensor, cfg: VisionLanguageConfig) -> Tensor:
+    """int64[T]: the kind of every token, by the placeholders' ids."""
+    is_image_T, is_video_T = tokens_T == cfg.image_token_id, tokens_T == cfg.video_token_id
+    return torch.where(is_image_T, IMAGE, torch.where(is_video_T, VIDEO, TEXT))
+
+
+def example(num_tokens: int, side: int, cfg: VisionLanguageConfig) -> Sample:
+    """A sample to plan with: an image of `side` x `side` patches, rounded down to merge blocks, where that leaves room
+    for text behind it, which is supervised."""
+    merge, kinds_T = cfg.vision.merge_size, torch.full((num_tokens,), TEXT)
+    side = side // merge * merge
+    num_features = (side // merge) ** 2
+    images: tuple[Media, ...] = ()
+    if 0 < num_features < num_tokens - 1:
+        kinds_T[1 : 1 + num_features] = IMAGE
+        images = (Media(inputs_UF=torch.empty(side * side, cfg.vision.patch_values), grid=(1, side, side)),)
+    tokens_T = torch.where(kinds_T == IMAGE, cfg.image_token_id, torch.arange(num_tokens) % cfg.vocab_size)
+    labels_T = torch.where(kinds_T == IMAGE, IGNORE, tokens_T)
+    return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images)
+
+
+def stacks(cfg: VisionLanguageConfig) -> dict[str, int]:
+    """Blocks of the tower and of the text."""
+    return {"vision": cfg.vision.depth, "text": cfg.num_layers}
+
+
+def at_depth(cfg: VisionLanguageConfig, num_layers: int) -> VisionLanguageConfig:
+    """The config of the model with the first `num_layers` text blocks alone."""
+    return replace(cfg, num_layers=num_layers)
+
+
+def taps(cfg: VisionLanguageConfig) -> int:
+    """Text blocks, from the first on, behind which something is added."""
+    return len(cfg.vision.deepstack)
+
+
+def row_ids(batch: Batch, cfg: VisionLanguageConfig) -> list[tuple[str, Tensor]]:
+    """Which rows parameters compute with, by the beginning of their path."""
+    return [*vision.row_ids(batch.towers["vision"], cfg.vision, "vision/"), ("text/", batch.token_ids_T)]
 
 
 def parts(cfg: VisionLanguageConfig) -> dict[str, str]:

@@ -42,7 +42,7 @@ def key_gather_attention(
     first_W, second_W = kv_S2KC.unflatten(0, (axis.size, 2, -1)).unbind(1)  # type: ignore[no-untyped-call]
     k_SKC, v_SKC = torch.cat([first_W, second_W.flip(0)]).flatten(0, 1).unbind(1)
     o_THC: Tensor = _Chunks.apply(  # type: ignore[no-untyped-call]
-        q_THC, k_SKC, v_SKC, segments.offsets_N, axis, block, block_grad
+        q_THC, k_SKC, v_SKC, segments.offsets_N, segments.host_N, axis, block, block_grad
     )
     return o_THC
 
@@ -53,23 +53,32 @@ def _chunks(axis: Axis, num_tokens: int) -> tuple[tuple[int, int], ...]:
     return tuple((i * size, (i + 1) * size) for i in (axis.index, 2 * axis.size - 1 - axis.index))
 
 
-def _own(offsets_N: Tensor, start: int, end: int) -> Segments:
+def _own(segments: Segments, start: int, end: int) -> Segments:
     """Segments cut to a chunk."""
-    return Segments(offsets_N=offsets_N.clamp(start, end) - start)
+    return segments.map(lambda offsets_N: offsets_N.clamp(start, end) - start)
 
 
-def _earlier(offsets_N: Tensor, start: int, end: int) -> tuple[Segments, Segments]:
+def _earlier(segments: Segments, start: int, end: int) -> tuple[Segments, Segments]:
     """Queries of the segment that spans the chunk's start, and its keys before the start: both may be none.
 
     Two segments each: what comes before those keys, which no query attends to, and they themselves.
     """
-    first_N, last_N = offsets_N[:-1], offsets_N[1:]
-    spans_N = (first_N < start) & (last_N > start)
-    num_queries = ((last_N.clamp(max=end) - start) * spans_N).sum()
-    num_keys = ((start - first_N) * spans_N).sum()
-    zero = torch.zeros_like(num_keys)
-    queries_N, keys_N = torch.stack([zero, zero, num_queries]), torch.stack([zero, start - num_keys, zero + start])
-    return Segments(offsets_N=queries_N), Segments(offsets_N=keys_N)
+
+    def queries(offsets_N: Tensor) -> Tensor:
+        first_N, last_N = offsets_N[:-1], offsets_N[1:]
+        spans_N = (first_N < start) & (last_N > start)
+        num_queries = ((last_N.clamp(max=end) - start) * spans_N).sum()
+        zero = torch.zeros_like(num_queries)
+        return torch.stack([zero, zero, num_queries])
+
+    def keys(offsets_N: Tensor) -> Tensor:
+        first_N, last_N = offsets_N[:-1], offsets_N[1:]
+        spans_N = (first_N < start) & (last_N > start)
+        num_keys = ((start - first_N) * spans_N).sum()
+        zero = torch.zeros_like(num_keys)
+        return torch.stack([zero, start - num_keys, zero + start])
+
+    return segments.map(queries), segments.map(keys)
 
 
 class _Chunks(torch.autograd.Function):
@@ -80,31 +89,33 @@ class _Chunks(torch.autograd.Function):
         k_SKC: Tensor,
         v_SKC: Tensor,
         offsets_N: Tensor,
+        host_N: Tensor,
         axis: Axis,
         block: AttentionBlock,
         block_grad: AttentionBlockGrad,
     ) -> Tensor:
-        parts = []
+        segments, parts = Segments(offsets_N=offsets_N, host_N=host_N), []
         for q, (start, end) in zip(q_THC.chunk(2), _chunks(axis, q_THC.shape[0]), strict=True):
-            queries, keys = _earlier(offsets_N, start, end)
-            own = block(q, k_SKC[start:end], v_SKC[start:end], _own(offsets_N, start, end), is_causal=True)
+            queries, keys = _earlier(segments, start, end)
+            own = block(q, k_SKC[start:end], v_SKC[start:end], _own(segments, start, end), is_causal=True)
             earlier = block(q, k_SKC[:start], v_SKC[:start], queries, keys, is_causal=False)
             parts.append(merge_blocks(*own, *earlier))
         o_THC, lse_TH = (torch.cat(x) for x in zip(*parts, strict=True))
         o_THC = o_THC.to(q_THC.dtype)
-        ctx.save_for_backward(q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N)
+        ctx.save_for_backward(q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N, host_N)
         ctx.axis, ctx.block_grad = axis, block_grad
         return o_THC
 
     @staticmethod
     def backward(ctx: Any, do_THC: Tensor) -> tuple[Tensor | None, ...]:
-        q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N = ctx.saved_tensors
+        q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N, host_N = ctx.saved_tensors
+        whole = Segments(offsets_N=offsets_N, host_N=host_N)
         dk_SKC, dv_SKC = (torch.zeros_like(x, dtype=lse_TH.dtype) for x in (k_SKC, v_SKC))
         dq = []
         halves = zip(*(x.chunk(2) for x in (do_THC, q_THC, o_THC, lse_TH)), strict=True)
         for (do, q, o, lse), (start, end) in zip(halves, _chunks(ctx.axis, q_THC.shape[0]), strict=True):
-            queries, keys = _earlier(offsets_N, start, end)
-            k, v, segments = k_SKC[start:end], v_SKC[start:end], _own(offsets_N, start, end)
+            queries, keys = _earlier(whole, start, end)
+            k, v, segments = k_SKC[start:end], v_SKC[start:end], _own(whole, start, end)
             own = ctx.block_grad(do, q, k, v, o, lse, segments, is_causal=True)
             k, v = k_SKC[:start], v_SKC[:start]
             earlier = ctx.block_grad(do, q, k, v, o, lse, queries, keys, is_causal=False)
@@ -112,4 +123,4 @@ class _Chunks(torch.autograd.Function):
             for grad, own_part, earlier_part in zip((dk_SKC, dv_SKC), own[1:], earlier[1:], strict=True):
                 grad[start:end] += own_part
                 grad[:start] += earlier_part
-        return torch.cat(dq), dk_SKC.to(k_SKC.dtype), dv_SKC.to(v_SKC.dtype), None, None, None, None
+        return torch.cat(dq), dk_SKC.to(k_SKC.dtype), dv_SKC.to(v_SKC.dtype), None, None, None, None, None

@@ -42,7 +42,7 @@ def ring_attention(
     if not is_causal:
         raise ValueError("ring attention is causal but got is_causal False; use context_parallel kind 'ulysses'")
     o_THC: Tensor = _Ring.apply(  # type: ignore[no-untyped-call]
-        q_THC, k_TKC, v_TKC, segments.offsets_N, axis, block, block_grad
+        q_THC, k_TKC, v_TKC, segments.offsets_N, segments.host_N, axis, block, block_grad
     )
     return o_THC
 
@@ -62,11 +62,12 @@ class _Ring(torch.autograd.Function):
         k_TKC: Tensor,
         v_TKC: Tensor,
         offsets_N: Tensor,
+        host_N: Tensor,
         axis: Axis,
         block: AttentionBlock,
         block_grad: AttentionBlockGrad,
     ) -> Tensor:
-        half = Segments(offsets_N=offsets_N // (2 * axis.size))
+        half = Segments(offsets_N=offsets_N, host_N=host_N).map(lambda x: x // (2 * axis.size))
         q, dtype = q_THC.chunk(2), wide(q_THC.dtype)
         o = [torch.zeros_like(x, dtype=dtype) for x in q]
         lse = [x.new_full(x.shape[:2], -torch.inf, dtype=dtype) for x in q]
@@ -79,14 +80,14 @@ class _Ring(torch.autograd.Function):
                 o[i], lse[i] = merge_blocks(o[i], lse[i], part, part_lse)
             kv_2TKC = kv_2TKC if coming_2TKC is None else axis.wait(coming_2TKC)
         o_THC = torch.cat(o).to(q_THC.dtype)
-        ctx.save_for_backward(q_THC, k_TKC, v_TKC, o_THC, torch.cat(lse), half.offsets_N)
+        ctx.save_for_backward(q_THC, k_TKC, v_TKC, o_THC, torch.cat(lse), half.offsets_N, half.host_N)
         ctx.axis, ctx.block_grad = axis, block_grad
         return o_THC
 
     @staticmethod
     def backward(ctx: Any, do_THC: Tensor) -> tuple[Tensor | None, ...]:
-        q_THC, k_TKC, v_TKC, o_THC, lse_TH, offsets_N = ctx.saved_tensors
-        axis, half = ctx.axis, Segments(offsets_N=offsets_N)
+        q_THC, k_TKC, v_TKC, o_THC, lse_TH, offsets_N, host_N = ctx.saved_tensors
+        axis, half = ctx.axis, Segments(offsets_N=offsets_N, host_N=host_N)
         q, o, lse, do = (x.chunk(2) for x in (q_THC, o_THC, lse_TH, do_THC))
         dq = [torch.zeros_like(x, dtype=lse_TH.dtype) for x in q]
         kv_2TKC = torch.stack([k_TKC, v_TKC])
@@ -101,4 +102,4 @@ class _Ring(torch.autograd.Function):
             kv_2TKC = kv_2TKC if coming_2TKC is None else axis.wait(coming_2TKC)
             dkv_2TKC = axis.shift(torch.stack([torch.cat(dk), torch.cat(dv)]), 1, SITE)  # the last one leads home
         dk_TKC, dv_TKC = dkv_2TKC.to(k_TKC.dtype).unbind(0)
-        return torch.cat(dq).to(q_THC.dtype), dk_TKC, dv_TKC, None, None, None, None
+        return torch.cat(dq).to(q_THC.dtype), dk_TKC, dv_TKC, None, None, None, None, None

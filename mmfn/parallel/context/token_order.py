@@ -16,7 +16,7 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from mmfn.batch import Batch
+from mmfn.batch import Batch, map_tokens
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Layout, Mesh
 
@@ -80,19 +80,10 @@ def ring_order(offsets_N: Tensor, num_tokens: int, axis: Axis) -> Tensor:
 
 
 def split_tokens(batch: Batch, kind: str, mesh: Mesh) -> Batch:
-    """This rank's tokens of a batch on the host. `segments` keep the boundaries of the whole row, `visual` is whole.
+    """This rank's tokens of a batch on the host. `segments` keep the boundaries of the whole row; towers stay whole.
 
     Raises ValueError as `token_order` does.
     """
-    order = token_order(batch.segments.offsets_N, batch.tokens_T.shape[0], kind, mesh)
-    return replace(
-        batch,
-        tokens_T=batch.tokens_T[order],
-        positions_3T=batch.positions_3T[:, order],
-        segments=replace(batch.segments, spread="cp"),
-        labels_T=batch.labels_T[order],
-        weights_T=batch.weights_T[order],
-        feature_index_T=batch.feature_index_T[order],
-        segment_T=batch.segment_T[order],
-        token_ids_T=batch.token_ids_T[order],
-    )
+    order = token_order(batch.segments.host_N, batch.tokens_T.shape[0], kind, mesh)
+    own = map_tokens(batch, lambda x: x[..., order])
+    return replace(own, segments=replace(batch.segments, spread="cp"))

@@ -1,83 +1,87 @@
-"""The vision tower under context parallelism: whole frames are spread over the ranks, features come back to tokens.
+"""Towers under context parallelism: whole items are spread over the ranks, features come back to tokens.
 
-A frame (an image, or one temporal grid of a video) attends to itself alone, so it runs on one rank, by the tower's
-plain attention. Every rank has the same number of patches, padding included, and runs the tower whether or not it has
-a frame. Legend: P patches, N frames, M features, D width, T tokens, W ranks.
+An item (a frame, a window of sound) is what may lie on any rank, since no segment crosses its ends; so it runs on one
+rank, by the tower's plain attention. Every rank has the same number of units, padding included, and runs the tower
+whether or not it has an item. Legend: U units, I items, M features, T tokens, W ranks.
 """
 
 from dataclasses import replace
-from itertools import pairwise
+from heapq import heapify, heapreplace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mmfn.batch import Batch, Segments, Visual
+from mmfn.batch import Batch, Segments, Tower, TowerKind
 from mmfn.ops import place_features
 from mmfn.parallel.mesh.axis import Axis, all_gather
+from mmfn.parallel.mesh.layout import Mesh
 
 SITE = "features"
-SIZES = 4  # steps of the static size between an even share and the next
 
 
-def frame_cost(num_patches: int, matmul_patches: int) -> int:
-    """Encoder FLOPs of one frame, up to a factor: matmuls, linear in its patches, and attention, quadratic.
-
-    A patch costs `8 D**2 + 4 D F` FLOPs in the matmuls of a block and `4 D` per patch it attends to, so the two are
-    equal at `matmul_patches = 2 D + F` patches.
-    """
-    return num_patches * (num_patches + matmul_patches)
+def item_cost(num_rows: int, matmul_rows: int) -> int:
+    """FLOPs of one item, up to a factor: matmuls, linear in its rows, and attention, quadratic."""
+    return num_rows * (num_rows + matmul_rows)
 
 
-def assign_frames(lengths: list[int], num_ranks: int, matmul_patches: int) -> list[int]:
-    """The rank of each frame of `lengths[n]` patches: the dearest first, each to the rank with the least cost so far.
+def assign_items(lengths: list[int], num_ranks: int, matmul_rows: int) -> list[int]:
+    """The rank of each item of `lengths[n]` rows: the dearest first, each to the rank with the least cost so far.
 
-    Ties go to the earlier frame and the lower rank. The largest load is at most 4/3 of the smallest possible one.
+    Ties go to the earlier item and the lower rank. The largest load is at most 4/3 of the smallest possible one.
     Source: Graham 1969 (longest processing time first).
     """
-    loads, ranks = [0] * num_ranks, [0] * len(lengths)
+    loads, ranks = [(0, rank) for rank in range(num_ranks)], [0] * len(lengths)
+    heapify(loads)
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        ranks[n] = loads.index(min(loads))
-        loads[ranks[n]] += frame_cost(lengths[n], matmul_patches)
+        load, ranks[n] = loads[0]
+        heapreplace(loads, (load + item_cost(lengths[n], matmul_rows), ranks[n]))
     return ranks
 
 
-def static_patches(most: int, num_patches: int, num_ranks: int, merged: int) -> int:
-    """Patches every rank has room for when the fullest needs `most` of a batch with `num_patches`.
+def static_units(most: int, num_units: int, num_ranks: int) -> int:
+    """Units every rank has room for when the fullest needs `most` of a batch with `num_units`.
 
-    A multiple of a quarter of the even share and of `merged` patches, at least one of those: few shapes occur.
+    The even share, or 1.25, 1.5, 2, 3, 4, 6, ... times that: a quarter to a half more than needed at most, and few
+    shapes, each of which is compiled once, on however many ranks (2, 4, 8, 16: at most 4, 6, 8, 10).
     """
-    unit = merged * max(1, -(-num_patches // (SIZES * num_ranks * merged)))
-    return max(1, -(-most // unit)) * unit
+    even = max(1, -(-num_units // num_ranks))
+    quarters = [4, 5, 6, 8]
+    while -(-even * quarters[-1] // 4) < most:
+        quarters.append(2 * quarters[-2])
+    return next(size for n in quarters if (size := -(-even * n // 4)) >= most)
 
 
-def split_tower(batch: Batch, axis: Axis, merge_size: int, matmul_patches: int) -> Batch:
-    """This rank's frames on the host; `feature_index_T` then counts the features of all ranks, by rank.
+def split_tower(tower: Tower, kind: TowerKind, axis: Axis) -> tuple[Tower, Tensor]:
+    """This rank's items on the host, and where each feature of the whole tower then is among those of all ranks.
 
-    Every rank makes the same assignment from the same batch, without communication. Raises ValueError for frames that
-    are no multiple of `merge_size**2` patches.
+    The second is int64[1 + M], to be indexed by 1 + feature: -1 stays -1. Every rank makes the same assignment from the
+    same batch, without communication.
     """
-    visual, merged = batch.visual, merge_size**2
-    offsets = visual.segments.offsets_N.tolist()
-    lengths = [end - start for start, end in pairwise(offsets)]
-    if any(length % merged for length in lengths):
-        raise ValueError(
-            f"frames have {lengths} patches but merge_size is {merge_size}; pass the model's own merge_size, whose "
-            "square divides them all, to context_parallel"
-        )
-    ranks = assign_frames(lengths, axis.size, matmul_patches)
-    frames = [[n for n, rank in enumerate(ranks) if rank == r] for r in range(axis.size)]
-    most = max(sum(lengths[n] for n in own) for own in frames)
-    size = static_patches(most, visual.patches_PF.shape[0], axis.size, merged)
-    new_M = torch.full((offsets[-1] // merged,), -1)
-    for rank, own in enumerate(frames):
-        features = torch.cat([new_M[:0], *(torch.arange(*_span(offsets, n, merged)) for n in own)])
-        new_M[features] = rank * (size // merged) + torch.arange(features.numel())
-    return replace(
-        batch,
-        visual=_take(visual, frames[axis.index], offsets, size),
-        feature_index_T=pad(new_M, (1, 0), value=-1)[batch.feature_index_T + 1],
+    items_I = tower.items_I[tower.items_I > 0].long()
+    ranks_I = torch.tensor(assign_items((items_I * kind.rows).tolist(), axis.size, kind.matmul_rows), dtype=torch.int64)
+    ranks_U = ranks_I.repeat_interleave(items_I)
+    loads_W = torch.bincount(ranks_U, minlength=axis.size)
+    size = static_units(int(loads_W.max()), tower.inputs_UF.shape[0] // kind.inputs, axis.size)
+    order_U = ranks_U.argsort(stable=True)
+    first_W = loads_W.cumsum(0) - loads_W
+    places_U = torch.empty_like(order_U)
+    places_U[order_U] = ranks_U[order_U] * size + torch.arange(order_U.numel()) - first_W[ranks_U[order_U]]
+    own = _take(tower, kind, ranks_I == axis.index, ranks_U == axis.index, size)
+    return own, pad(_within(places_U, kind.features), (1, 0), value=-1)
+
+
+def split_towers(batch: Batch, kinds: dict[str, TowerKind], mesh: Mesh) -> Batch:
+    """This rank's items of each of a batch's towers; indices of features, those ahead too, then count those of all."""
+    towers, places = {}, {}
+    for name, tower in batch.towers.items():
+        own, places[name] = split_tower(tower, kinds[name], mesh["cp"])
+        towers[name] = replace(own, index_T=places[name][tower.index_T + 1])
+    ahead = tuple(
+        replace(further, index_T={name: places[name][index_T + 1] for name, index_T in further.index_T.items()})
+        for further in batch.ahead
     )
+    return replace(batch, towers=towers, ahead=ahead)
 
 
 def spread_features(features_MD: Tensor, index_T: Tensor, axis: Axis) -> Tensor:
@@ -85,21 +89,41 @@ def spread_features(features_MD: Tensor, index_T: Tensor, axis: Axis) -> Tensor:
     return place_features(all_gather(features_MD, axis, SITE), index_T)
 
 
-def _span(offsets: list[int], n: int, merged: int) -> tuple[int, int]:
-    return offsets[n] // merged, offsets[n + 1] // merged
+def _within(units: Tensor, per_unit: int) -> Tensor:
+    """Places of what units consist of, `per_unit` in each."""
+    return (units[:, None] * per_unit + torch.arange(per_unit)).flatten()
 
 
-def _take(visual: Visual, frames: list[int], offsets: list[int], size: int) -> Visual:
-    """Some frames of a tower's input, padded to `size` patches."""
-    patches = [torch.arange(offsets[n], offsets[n + 1]) for n in frames]
-    order = torch.cat([torch.arange(0), *patches])
-    num_pads = size - order.numel()
-    pads_P4 = torch.tensor([[0, 0, 1, 1]], dtype=visual.coords_P4.dtype).expand(num_pads, 4)
-    ends = torch.tensor([0, *(p.numel() for p in patches)]).cumsum(0).to(visual.segments.offsets_N.dtype)
-    unused = len(offsets) - ends.numel()
-    return Visual(
-        patches_PF=pad(visual.patches_PF[order], (0, 0, 0, num_pads)),
-        coords_P4=torch.cat([visual.coords_P4[order], pads_P4]),
-        segments=Segments(offsets_N=torch.cat([ends, ends[-1:].expand(unused)])),
-        patch_ids_P=pad(visual.patch_ids_P[order], (0, num_pads), value=-1),
+def _take(tower: Tower, kind: TowerKind, is_own_I: Tensor, is_own_U: Tensor, size: int) -> Tower:
+    """Some items of a tower's input, padded to `size` units."""
+    units = is_own_U.nonzero()[:, 0]
+    rest = size - units.numel()
+    inputs, rows = _within(units, kind.inputs), _within(units, kind.rows)
+    no_place_P4 = torch.tensor([[0, 0, 1, 1]], dtype=tower.coords_P4.dtype).expand(rest * kind.rows, 4)
+    lengths = tower.items_I[: is_own_I.numel()]
+    items = lengths[is_own_I]
+    starts = (lengths.cumsum(0) - lengths) * kind.rows
+    return replace(
+        tower,
+        inputs_UF=pad(tower.inputs_UF[inputs], (0, 0, 0, rest * kind.inputs)),
+        coords_P4=torch.cat([tower.coords_P4[rows], no_place_P4]),
+        segments=tuple(_segments(own, starts, is_own_I) for own in tower.segments),
+        ids_P=pad(tower.ids_P[rows], (0, rest * kind.rows), value=-1),
+        items_I=pad(items, (0, tower.items_I.numel() - items.numel())),
     )
+
+
+def _segments(segments: Segments, starts_I: Tensor, is_own_I: Tensor) -> Segments:
+    """Those of some items, moved together; as many entries as before. `starts_I`: first rows of items."""
+    offsets_N = segments.host_N
+    lengths_N = offsets_N.diff()
+    used_N = lengths_N.nonzero()[:, 0]
+    item = torch.searchsorted(starts_I, offsets_N[:-1][used_N].long(), right=True) - 1
+    ends = lengths_N[used_N][is_own_I[item]].cumsum(0)
+    return Segments.of(_padded(ends, offsets_N.numel()).to(offsets_N.dtype))
+
+
+def _padded(ends: Tensor, num: int) -> Tensor:
+    """Boundaries from 0 on, the last one repeated up to `num`."""
+    offsets = pad(ends, (1, 0))
+    return torch.cat([offsets, offsets[-1:].expand(num - offsets.numel())])

@@ -1,21 +1,20 @@
 """`context_parallel`: the tokens of one packed batch spread over the ranks of cp."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 
-from mmfn.batch import Batch, Segments
+from mmfn.batch import Batch, Segments, TowerKind
 from mmfn.ops import Attention, Ops
 from mmfn.parallel.context.key_gather import key_gather_attention
 from mmfn.parallel.context.ring import ring_attention
 from mmfn.parallel.context.token_order import CP_KINDS, segment_multiple, split_tokens, token_multiple
-from mmfn.parallel.context.tower_split import split_tower, spread_features
+from mmfn.parallel.context.tower_split import split_towers, spread_features
 from mmfn.parallel.context.ulysses import kv_repeats, ulysses_attention
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.program import Program, Transform, noted, uses
-
-MATMUL_PATCHES = 6608  # 2 * 1152 + 4304, of the Qwen3-VL tower
 
 
 def context_parallel(
@@ -23,14 +22,13 @@ def context_parallel(
     *,
     num_heads: int,
     num_kv_heads: int,
-    merge_size: int = 2,
-    matmul_patches: int = MATMUL_PATCHES,
+    towers: Mapping[str, TowerKind],
 ) -> Transform:
-    """Spread tokens over cp ranks, and the frames of the vision tower with them.
+    """Spread tokens over cp ranks, and the items that encoders read with them.
 
-    Placement of a batch's tokens: whole on every cp rank -> Shard over cp in the order of `split.token_order`. Of a
-    tower's patches: whole frames on one rank each, by cost (`tower.assign_frames`). Parameters are sharded over
-    dp * cp by `data_parallel`, whose reduce-scatter sums their gradients; nothing else is reduced.
+    Placement of a batch's tokens: whole on every cp rank -> Shard over cp in the order of `token_order`. Of a tower's
+    inputs: whole items (frames, windows of sound) on one rank each, by cost (`tower_split.assign_items`). Parameters
+    are sharded over dp * cp by `data_parallel`, whose reduce-scatter sums their gradients; nothing else is reduced.
 
     | kind | communication of one attention | segments |
     |---|---|---|
@@ -40,7 +38,7 @@ def context_parallel(
     | gather | keys and values all-gathered, their gradients reduce-scattered | any |
 
     What is not causal stays whole on its rank, or takes ulysses. `num_heads`, `num_kv_heads`: of the text model.
-    `merge_size`: of the vision tower; `matmul_patches`: see `tower.frame_cost`. The identity where cp is 1.
+    `towers`: how the model's encoders read (`Family.towers`). The identity where cp is 1.
 
     Raises ValueError for an unknown kind, sizes of the layout it does not use, and heads it cannot divide; and, when a
     batch is split, for tokens or segments that cannot be divided.
@@ -58,7 +56,7 @@ def context_parallel(
 
         def split(batch: Batch) -> Batch:
             own = split_tokens(before(batch), kind, mesh)
-            return split_tower(own, mesh["cp"], merge_size, matmul_patches)
+            return split_towers(own, dict(towers), mesh)
 
         done = replace(program, ops=replace(ops, attention=_attention(ops, kind, mesh), place_features=place))
         return noted(uses(replace(done, split=split), "cp", "ulysses"), _note(kind, layout, num_kv_heads))

@@ -98,7 +98,7 @@ def _in_groups(
     each: Sequence[Any] = (),
     between: Mapping[int, Any] | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, list[Any]]:
+) -> tuple[Tensor, list[Any], dict[int, Any]]:
     """A stack whose blocks are groups of up to `size` blocks: their parameters are a list. Groups end at `between`."""
     spans, between = _spans(len(layers), size, between or {}), between or {}
 
@@ -110,17 +110,18 @@ def _in_groups(
             outs.append(out)
         return x, outs
 
-    x, outs = inner(
+    last = {i: end - 1 for i, (_, end) in enumerate(spans)}
+    x, outs, taps = inner(
         run,
         Recomputed(group),
         [layers[start:end] for start, end in spans],
         x,
         *xs,
         each=[each[start:end] for start, end in spans] if each else (),
-        between={i: between[end - 1] for i, (_, end) in enumerate(spans) if end - 1 in between},
+        between={i: between[block_index] for i, block_index in last.items() if block_index in between},
         **kwargs,
     )
-    return x, [out for group_outs in outs for out in group_outs]
+    return x, [out for group_outs in outs for out in group_outs], {last[i]: tap for i, tap in taps.items()}
 
 
 def _spans(num_layers: int, size: int, ends: Container[int]) -> list[tuple[int, int]]:

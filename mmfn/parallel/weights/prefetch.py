@@ -16,7 +16,7 @@ from mmfn.tree import Tree
 
 Run = Callable[..., tuple[Tensor, Any]]
 Own = Pending | list[Pending]  # a block's, or those of a group of blocks that are run as one (see `remat`)
-Stack = Callable[..., tuple[Tensor, list[Any]]]
+Stack = Callable[..., Any]  # `ops.stack`
 
 
 def prefetched(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:

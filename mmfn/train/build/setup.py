@@ -72,6 +72,7 @@ class Run:
     processor: Processor
     loader: Loader
     held_out: Dataset | None
+    objective: Objective
     step: Step
     state: State
     eos_token_ids: tuple[int, ...]
@@ -86,7 +87,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     config = loaded.config
     if place is None or place.is_first:  # the one that writes
         check_output(loaded)
-    build_objective(config.objective)
+    build_objective(config.objective)  # an unknown name is found first
     processor = load_model_processor(config.model.path, config.data.template)
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
@@ -114,6 +115,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
         processor=processor,
         loader=loader,
         held_out=held_out,
+        objective=build_objective(config.objective),
         step=step,
         state=state,
         eos_token_ids=eos,
@@ -295,7 +297,7 @@ def check_match(model: Model, processor: Processor) -> None:
 
 def build_loader(config: Config, dataset: Dataset, model: Model, program: Program) -> Loader:
     """The loader of a data set for a model and the share of it that a program computes."""
-    vision, kind, layout = model.cfg.vision, config.layout.kind, program.mesh.layout
+    kind, layout = config.layout.kind, program.mesh.layout
     least = token_multiple(kind, layout) if layout.cp > 1 else 1
     if odd := [size for size in config.data.token_buckets if size % least]:
         raise ValueError(
@@ -304,13 +306,12 @@ def build_loader(config: Config, dataset: Dataset, model: Model, program: Progra
         )
     return Loader(
         dataset,
-        lambda sample: model.family.positions(sample, model.cfg),
+        lambda samples, sizes: model.family.pack(samples, model.cfg, sizes),
+        model.family.towers(model.cfg),
         batch_samples=config.data.batch_samples,
         token_buckets=config.data.token_buckets,
-        patch_buckets=config.data.patch_buckets,
+        tower_buckets={"vision": config.data.patch_buckets},
         seed=config.train.seed,
-        merge_size=vision.merge_size,
-        patch_values=vision.patch_values,
         axis=program.mesh["batch"],
         split=program.split,
         segment_multiple=segment_multiple(kind, layout),
@@ -337,8 +338,7 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
             kind=chosen.kind,
             num_heads=cfg.decoder.num_heads,
             num_kv_heads=cfg.decoder.num_kv_heads,
-            merge_size=cfg.vision.merge_size,
-            matmul_patches=2 * cfg.vision.d_model + cfg.vision.d_ff,
+            towers=family.towers(cfg),
         ),
         expert_parallel("dropless" if chosen.capacity is None else "capacity", capacity=chosen.capacity),
         *build_remat(chosen),

@@ -168,7 +168,7 @@ class Dataset:
     def _keep(self, index: int, sample: Sample, texts: tuple[VideoText, ...]) -> None:
         """Keep until full, never evict: under a random order each epoch, a fixed share of hits beats none."""
         tensors = [sample.tokens_T, sample.labels_T, sample.kinds_T]
-        tensors += [media.patches_PF for media in (*sample.images, *sample.videos)]
+        tensors += [media.inputs_UF for media in (*sample.images, *sample.videos)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         with self._lock:
             if size <= self._cache_room and index not in self._cache:
@@ -177,7 +177,7 @@ class Dataset:
 
 
 def _num_tokens(media: Media, merge_size: int) -> int:
-    return media.patches_PF.shape[0] // merge_size**2
+    return media.inputs_UF.shape[0] // merge_size**2
 
 
 def _paths(record: Record) -> list[str]:

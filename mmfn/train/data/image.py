@@ -129,7 +129,7 @@ def check_regular(source: str | PathLike[str]) -> None:
 
 
 def preprocess_image(image_u8: Tensor, spec: ImageSpec) -> Media:
-    """uint8[3, H, W] -> `Media` with patches_PF float32 and grid (1, height, width) in patches.
+    """uint8[3, H, W] -> `Media` with inputs_UF float32 and grid (1, height, width) in patches.
 
     Raises ValueError for another shape or dtype, or an aspect ratio above 200.
     Source: Qwen2VLImageProcessor of transformers 5.23.0, bit-equal to its torchvision backend.
@@ -193,7 +193,7 @@ def patchify(frames: Tensor, spec: ImageSpec) -> Media:
     grid = (T // t, H // p, W // p)
     x = frames.reshape(grid[0], t, C, grid[1] // m, m, p, grid[2] // m, m, p)
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return Media(patches_PF=x.reshape(math.prod(grid), spec.patch_values), grid=grid)
+    return Media(inputs_UF=x.reshape(math.prod(grid), spec.patch_values), grid=grid)
 
 
 def _channels(name: str, values: Any) -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ that have different data takes every n-th of them from the i-th, so a step sees 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from mmfn import rng
-from mmfn.batch import IGNORE, Batch, Sample, pack
+from mmfn.batch import IGNORE, Batch, Sample, Tower, TowerKind
+from mmfn.packing import Sizes, num_units
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.program import whole_batch
+from mmfn.train.objective import count_labels
 
 T = TypeVar("T")
 ALONE = Axis(name="batch")
@@ -33,18 +35,20 @@ class Samples(Protocol):
     def sample(self, index: int) -> Sample: ...
 
 
+Pack = Callable[[Sequence[Sample], Sizes], Batch]  # (samples, static sizes) -> batch; `Family.pack` of a config
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Counts over the micro-batches of a step. `frames`: images, plus the temporal grids of videos."""
+    """Counts over the micro-batches of a step. `inputs`: what encoders read, all towers together."""
 
     samples: int
     tokens: int
     padded_tokens: int  # static size: tokens and padding
     supervised_tokens: int
-    visual_tokens: int
-    patches: int
-    padded_patches: int
-    frames: int
+    media_tokens: int
+    inputs: int
+    padded_inputs: int
 
     @property
     def padding_share(self) -> float:
@@ -54,10 +58,14 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What a rank computes in one step, and the counts of the samples it is a share of."""
+    """What a rank computes in one step, and the counts of the samples it is a share of.
+
+    `labels_AN`: int64, supervised tokens of every sample of the A whole micro-batches, N places for samples in each.
+    """
 
     microbatches: list[Batch]
     counts: Stats
+    labels_AN: Tensor
 
 
 class Loader:
@@ -66,24 +74,24 @@ class Loader:
     def __init__(
         self,
         dataset: Samples,
-        positions_fn: Callable[[Sample], Tensor],
+        pack: Pack,
+        towers: Mapping[str, TowerKind],
         *,
         batch_samples: int,
         token_buckets: Sequence[int],
-        patch_buckets: Sequence[int],
+        tower_buckets: Mapping[str, Sequence[int]],
         seed: int,
-        merge_size: int,
-        patch_values: int,
         axis: Axis = ALONE,
         split: Callable[[Batch], Batch] = whole_batch,
         segment_multiple: int = 1,
     ) -> None:
-        """`batch_samples` samples per step; `token_buckets`, `patch_buckets`: static sizes a micro-batch may take.
+        """`batch_samples` samples per step; `token_buckets` and, for each of the model's `towers`, `tower_buckets`:
+        static sizes a micro-batch may take, in tokens and in inputs of the encoder.
 
-        `positions_fn(sample)`: int64[3, T], the family's rope positions. `axis`: the ranks that divide the samples of a
-        step; `split`: a batch -> what this rank computes of it; `segment_multiple`: what samples are padded to. Raises
-        ValueError for an empty dataset, fewer samples per step than ranks, buckets that are not positive and strictly
-        increasing, or patch buckets not divisible by merge_size**2.
+        `pack`: the family's. `axis`: the ranks that divide the samples of a step; `split`: a batch -> what this rank
+        computes of it; `segment_multiple`: what samples are padded to. Raises ValueError for an empty dataset, fewer
+        samples per step than ranks, a tower without buckets or buckets without a tower, and buckets that are not
+        positive and strictly increasing, or not made of whole units.
         """
         if len(dataset) == 0:
             raise ValueError("the dataset is empty; it must hold at least one sample")
@@ -91,13 +99,22 @@ class Loader:
             raise ValueError(
                 f"batch_samples must be at least {axis.size}, one for each rank with its own data, got {batch_samples}"
             )
+        if odd := sorted(tower_buckets.keys() ^ towers.keys()):
+            raise ValueError(
+                f"tower_buckets has sizes for {', '.join(tower_buckets) or 'nothing'} but the model's towers are "
+                f"{', '.join(towers) or 'none'}; {'add' if odd[0] in towers else 'remove'} {odd[0]!r}"
+            )
         _check_buckets("token_buckets", token_buckets, 1)
-        _check_buckets("patch_buckets", patch_buckets, merge_size**2)
-        self.dataset, self.positions_fn = dataset, positions_fn
+        for name, kind in towers.items():
+            _check_buckets(f"tower_buckets of {name!r}", tower_buckets[name], kind.inputs)
+        self.dataset, self._pack, self.towers = dataset, pack, towers
         self.batch_samples, self.seed = batch_samples, seed
-        self.token_buckets, self.patch_buckets = tuple(token_buckets), tuple(patch_buckets)
-        self.merge_size, self.patch_values = merge_size, patch_values
+        self.buckets = {
+            "tokens": tuple(token_buckets),
+            **{name: tuple(n // kind.inputs for n in tower_buckets[name]) for name, kind in towers.items()},
+        }
         self.axis, self.split, self.segment_multiple = axis, split, segment_multiple
+        self.num_segments = -(-batch_samples // axis.size)
 
     def indices(self, step: int) -> list[int]:
         """Dataset indices of step `step` (from 0), of all ranks, in order. A step may span the end of an epoch."""
@@ -117,9 +134,9 @@ class Loader:
     def microbatches(self, step: int) -> list[Batch]:
         """This rank's samples of a step in as few batches as first-fit finds, padded to the smallest buckets they fit.
 
-        Every batch has room for as many segments as a rank has samples and `patches / merge_size**2` frames, so its
-        shapes depend on its two buckets only. A sample's `number` is its place in the order of data. Raises ValueError
-        naming the sample when one is larger than the largest bucket.
+        Every batch has room for as many segments as a rank has samples, so its shapes depend on its buckets only. A
+        sample's `number` is its place in the order of data. Raises ValueError naming the sample when one is larger than
+        the largest bucket.
         """
         places = self._places(step)[self.axis.index :: self.axis.size]
         samples = [self.dataset.sample(index) for index in self.own(step)]
@@ -134,7 +151,10 @@ class Loader:
         return self._share([self._pack_one([])])
 
     def _share(self, microbatches: list[Batch]) -> Share:
-        return Share(microbatches=[self.split(b) for b in microbatches], counts=stats(microbatches))
+        labels_AN = count_labels(microbatches)
+        return Share(
+            microbatches=[self.split(b) for b in microbatches], counts=stats(microbatches), labels_AN=labels_AN
+        )
 
     def pack(self, samples: Sequence[Sample]) -> list[Batch]:
         """Samples -> micro-batches, as in `microbatches`."""
@@ -145,80 +165,115 @@ class Loader:
     def _groups(self, samples: Sequence[Sample]) -> list[list[int]]:
         """First fit, longest first (it needs at most 11/9 of the fewest bins); a group keeps the order of the step."""
         groups: list[list[int]] = []
-        room: list[list[int]] = []
-        for i in sorted(range(len(samples)), key=lambda i: -self._num_tokens(samples[i])):
-            tokens, patches = self._num_tokens(samples[i]), samples[i].num_patches
-            fitting = (g for g, (t, p) in enumerate(room) if tokens <= t and patches <= p)
+        rooms: list[dict[str, int]] = []
+        for i in sorted(range(len(samples)), key=lambda i: -self._size(samples[i])["tokens"]):
+            size = self._size(samples[i])
+            fitting = (g for g, room in enumerate(rooms) if all(size[name] <= room[name] for name in size))
             group = next(fitting, len(groups))
             if group == len(groups):
                 groups.append([])
-                room.append([self.token_buckets[-1], self.patch_buckets[-1]])
+                rooms.append({name: buckets[-1] for name, buckets in self.buckets.items()})
             groups[group].append(i)
-            room[group] = [room[group][0] - tokens, room[group][1] - patches]
+            rooms[group] = {name: room - size[name] for name, room in rooms[group].items()}
         return sorted(sorted(group) for group in groups)
 
     def _pack_one(self, samples: Sequence[Sample]) -> Batch:
-        num_patches = _bucket(self.patch_buckets, sum(s.num_patches for s in samples))
-        return pack(
+        sizes = [self._size(sample) for sample in samples]
+        chosen = {name: _bucket(b, sum(size[name] for size in sizes)) for name, b in self.buckets.items()}
+        return self._pack(
             samples,
-            [self.positions_fn(s) for s in samples],
-            merge_size=self.merge_size,
-            patch_values=self.patch_values,
-            num_tokens=_bucket(self.token_buckets, sum(map(self._num_tokens, samples))),
-            num_patches=num_patches,
-            num_segments=-(-self.batch_samples // self.axis.size),
-            num_frames=num_patches // self.merge_size**2,
-            segment_multiple=self.segment_multiple,
+            Sizes(
+                tokens=chosen.pop("tokens"),
+                segments=self.num_segments,
+                units=chosen,
+                segment_multiple=self.segment_multiple,
+            ),
         )
 
-    def _num_tokens(self, sample: Sample) -> int:
-        """Tokens a sample takes in a batch."""
-        return -(-sample.tokens_T.numel() // self.segment_multiple) * self.segment_multiple
+    def _size(self, sample: Sample) -> dict[str, int]:
+        """What a sample takes in a batch: tokens, and units of each tower."""
+        tokens = -(-sample.tokens_T.numel() // self.segment_multiple) * self.segment_multiple
+        return {"tokens": tokens, **{name: num_units(sample, kind) for name, kind in self.towers.items()}}
 
     def check_fits(self, sample: Sample) -> None:
         """Raise ValueError, with the sizes, for a sample larger than the largest bucket."""
-        sizes = (
-            ("tokens", self._num_tokens(sample), self.token_buckets),
-            ("patches", sample.num_patches, self.patch_buckets),
-        )
-        for what, size, buckets in sizes:
-            if size > buckets[-1]:
+        for name, size in self._size(sample).items():
+            inputs = self.towers[name].inputs if name in self.towers else 1
+            what = f"inputs of {name}" if name in self.towers else name
+            if size > (largest := self.buckets[name][-1]):
                 raise ValueError(
-                    f"sample {sample.id!r} has {size} {what} but the largest bucket holds {buckets[-1]}; add a larger "
-                    f"{what} bucket or remove the sample"
+                    f"sample {sample.id!r} has {size * inputs} {what} but the largest bucket holds {largest * inputs}; "
+                    f"add a larger bucket for {what} or remove the sample"
                 )
 
 
 def stats(microbatches: Sequence[Batch]) -> Stats:
     """Counts over micro-batches on the host."""
-    places = [b.visual.patches_PF.shape[0] for b in microbatches]
+    towers = [tower for b in microbatches for tower in b.towers.values()]
     return Stats(
-        samples=sum(_num_segments(b.segments.offsets_N) for b in microbatches),
+        samples=sum(_num_samples(b) for b in microbatches),
         tokens=sum(int((b.segment_T < b.num_segments).sum()) for b in microbatches),
         padded_tokens=sum(b.tokens_T.numel() for b in microbatches),
         supervised_tokens=sum(int((b.labels_T != IGNORE).sum()) for b in microbatches),
-        visual_tokens=sum(int((b.feature_index_T >= 0).sum()) for b in microbatches),
-        patches=sum(int(b.visual.segments.offsets_N[-1]) for b in microbatches),
-        padded_patches=sum(places),
-        frames=sum(_num_segments(b.visual.segments.offsets_N) for b in microbatches),
+        media_tokens=sum(int((tower.index_T >= 0).sum()) for tower in towers),
+        inputs=sum(_num_inputs(tower) for tower in towers),
+        padded_inputs=sum(tower.inputs_UF.shape[0] for tower in towers),
     )
 
 
-def agree(share: Share, axis: Axis, empty: Share) -> Share:
-    """The share with as many micro-batches as any rank of `axis` has, and the counts of all of them together.
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """What all ranks with their own data know of a step: `share` of this rank, with as many micro-batches as any has.
+
+    `counts`: of all ranks together. `labels_DAN`: int64, supervised tokens of every sample of all D ranks, what
+    `objective.weigh_by` takes.
+    """
+
+    microbatches: list[Batch]
+    counts: Stats
+    labels_DAN: Tensor
+
+
+def agree(share: Share, axis: Axis, empty: Share) -> Agreed:
+    """One exchange of a few numbers per sample over `axis`, the ranks with their own data.
 
     Ranks must take part in the same collectives: those with fewer micro-batches get copies of `empty` behind them.
     """
-    if axis.size == 1:
-        return share
-    own = torch.tensor([[len(share.microbatches), *astuple(share.counts)]])
-    all_BK = axis.all_gather(own, "data")
-    most = int(all_BK[:, 0].max())
-    num_all, *totals = all_BK.sum(0).tolist()
+    A, N = share.labels_AN.shape
+    micro_S, place_S = _samples_of(share)
+    own = torch.full((2, N), -1)
+    own[:, : micro_S.numel()] = torch.stack([micro_S, share.labels_AN[micro_S, place_S]])
+    facts = torch.tensor([A, *astuple(share.counts)])
+    all_DK = axis.all_gather(torch.cat([facts, own.flatten()])[None], "data")
+    most = int(all_DK[:, 0].max())
+    num_all, *totals = all_DK[:, : facts.numel()].sum(0).tolist()
     counts = Stats(**dict(zip(asdict(share.counts), totals, strict=True)))
     padded = counts.padded_tokens + (most * axis.size - num_all) * empty.counts.padded_tokens
-    padding = empty.microbatches * (most - len(share.microbatches))
-    return Share(microbatches=share.microbatches + padding, counts=replace(counts, padded_tokens=padded))
+    return Agreed(
+        microbatches=share.microbatches + empty.microbatches * (most - A),
+        counts=replace(counts, padded_tokens=padded),
+        labels_DAN=_labels(all_DK[:, facts.numel() :].view(axis.size, 2, N), most),
+    )
+
+
+def _samples_of(share: Share) -> tuple[Tensor, Tensor]:
+    """Micro-batch and place in it of every sample."""
+    numbers_A = torch.tensor([_num_samples(b) for b in share.microbatches])
+    micro_S = torch.repeat_interleave(numbers_A)
+    return micro_S, torch.arange(micro_S.numel()) - (numbers_A.cumsum(0) - numbers_A)[micro_S]
+
+
+def _labels(all_D2N: Tensor, num_microbatches: int) -> Tensor:
+    """labels_DAN from the micro-batch (-1: no sample) and the count of every sample of every rank, in order."""
+    D, _, N = all_D2N.shape
+    micro_DN, count_DN = all_D2N.unbind(1)
+    is_first_DN = micro_DN.diff(dim=1, prepend=micro_DN.new_full((D, 1), -2)) != 0
+    places_N = torch.arange(N)
+    place_DN = places_N - torch.where(is_first_DN, places_N, 0).cummax(1).values  # in its micro-batch
+    d, n = (micro_DN >= 0).nonzero(as_tuple=True)
+    labels_DAN = torch.zeros(D, num_microbatches, N, dtype=torch.int64)
+    labels_DAN[d, micro_DN[d, n], place_DN[d, n]] = count_DN[d, n]
+    return labels_DAN
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, *, workers: int = 1, ahead: int = 2) -> Iterator[T]:
@@ -254,8 +309,14 @@ def _bucket(buckets: Sequence[int], size: int) -> int:
     return next(bucket for bucket in buckets if bucket >= size)
 
 
-def _num_segments(offsets_N: Tensor) -> int:
-    return int((offsets_N[1:] > offsets_N[:-1]).sum())
+def _num_samples(batch: Batch) -> int:
+    return int((batch.segments.host_N.diff() > 0).sum())
+
+
+def _num_inputs(tower: Tower) -> int:
+    """Inputs that are not padding."""
+    rows = tower.inputs_UF.shape[0] / max(1, tower.coords_P4.shape[0])
+    return round(int(tower.segments[0].host_N[-1]) * rows)
 
 
 def _check_buckets(name: str, buckets: Sequence[int], multiple: int) -> None:
@@ -264,4 +325,4 @@ def _check_buckets(name: str, buckets: Sequence[int], multiple: int) -> None:
         raise ValueError(f"{name} must be positive and strictly increasing, got {list(buckets)}")
     for bucket in buckets:
         if bucket % multiple:
-            raise ValueError(f"{name} must be multiples of merge_size**2 = {multiple}, got {bucket}")
+            raise ValueError(f"{name} must be multiples of {multiple}, what makes a feature, got {bucket}")

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
-from mmfn.batch import IGNORE, IMAGE, TEXT, Batch, Media, Sample, pack
+from mmfn.batch import IGNORE, Batch, is_on_host
 from mmfn.models import Family
 from mmfn.ops import Ops
 from mmfn.ops.cross_entropy import chunk_rows
+from mmfn.packing import Sizes
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning import extrapolate as scaling
 from mmfn.parallel.planning.devices import Device
@@ -43,9 +44,8 @@ class Workload:
     """What every rank is given in a step.
 
     `tokens` per rank and micro-batch: a batch of cp ranks has cp times as many, cut into samples of `sample_tokens`
-    (the last may be shorter). A sample starts with an image of `image_side` x `image_side` patches, if it has room;
-    the side is rounded down to what the tower can merge.
-    `segment_multiple`: see `mmfn.batch.pack`.
+    (the last may be shorter). A sample starts with an image of `image_side` x `image_side` inputs of its encoder, if it
+    has room; the side is rounded down to what the tower can merge. `segment_multiple`: see `mmfn.packing.Sizes`.
     """
 
     tokens: int
@@ -82,12 +82,14 @@ def plan(
     Deep stacks of equal blocks are traced at three depths and extended where that is exact, unless `all_layers`.
     Raises ValueError for a layout the program refuses, and for a compiled program: the eager step is what is traced.
     """
-    L, V = setup.cfg.num_layers, setup.cfg.vision.depth
+    stacks = setup.family.stacks(setup.cfg)
+    *_, (last, L) = stacks.items()
+    V = sum(stacks.values()) - L  # blocks before those of the last stack
     mesh = recording_mesh(layout, rank, Recorder(is_fake=True))
     program = setup.build(setup.cfg, mesh)
-    blocks = program.specs["text"]["layers"]
+    blocks = program.specs[last]["layers"]
     reach = 2 if program.is_hosted and layout.world > 1 else 1  # how many blocks ahead something is started
-    num_special = max(len(setup.cfg.vision.deepstack), program.num_special) + reach - 1
+    num_special = max(setup.family.taps(setup.cfg), program.num_special) + reach - 1
     depths = None if all_layers else scaling.choose_depths(blocks, num_special, V, lcm(program.period, reach))
     whole, shares = make_shares(setup, program)
     run = partial(trace_step, setup, layout, rank=rank, shares=shares)
@@ -131,13 +133,13 @@ def trace_step(
     """
     recorder = Recorder(is_fake=is_fake)
     mesh = recording_mesh(layout, rank, recorder)
-    cfg = replace(setup.cfg, num_layers=num_layers)
+    cfg = setup.family.at_depth(setup.cfg, num_layers)
     program = _watched(setup.build(cfg, mesh), recorder)
     seed = None if is_fake else 0
     step = make_step(setup.family, cfg, program, setup.objective, setup.optimizer, schedule=_constant(), seed=seed)
     shares = shares or make_shares(setup, program, is_fake=is_fake)[1]
     with recorder:
-        recorder.hold("batch", tree.leaves(list(shares)))
+        recorder.hold("batch", [x for path, x in tree.items(list(shares)) if not is_on_host(path)])
         state = _state(setup, program, recorder)
         recorder.begin()
         step(state, shares)
@@ -157,14 +159,8 @@ def make_shares(setup: Setup, program: Program, *, is_fake: bool = True) -> tupl
 
 def make_batch(family: Family, cfg: Any, workload: Workload, num_ranks: int) -> Batch:
     """The batch of `num_ranks` ranks that share one. Patches are on the meta device where a recorder runs."""
-    samples = [_sample(length, side, cfg) for length, side in _sizes(cfg, workload, num_ranks)]
-    return pack(
-        samples,
-        [family.positions(sample, cfg) for sample in samples],
-        merge_size=cfg.vision.merge_size,
-        patch_values=cfg.vision.patch_values,
-        segment_multiple=workload.segment_multiple,
-    )
+    samples = [family.example(n, workload.image_side, cfg) for n in _lengths(workload, num_ranks)]
+    return family.pack(samples, cfg, Sizes(segment_multiple=workload.segment_multiple))
 
 
 def balanced(ops: Ops) -> Ops:
@@ -214,7 +210,8 @@ def _leaves(setup: Setup, program: Program, depths: scaling.Depths | None) -> li
     """Every leaf of the state. Blocks that repeat are declared alike, so one period of them is made and copied."""
     specs, recorder = program.specs, Recorder(is_fake=True)
     if depths is not None:
-        specs = {**specs, "text": {**specs["text"], "layers": specs["text"]["layers"][: depths.first]}}
+        *_, stack = setup.family.stacks(setup.cfg)
+        specs = {**specs, stack: {**specs[stack], "layers": specs[stack]["layers"][: depths.first]}}
     wide = setup.workload.micro_batches > 1  # gradients are summed in float32 or wider
     itemsize = max(4, setup.dtype.itemsize) if wide else None
     with recorder:
@@ -225,7 +222,7 @@ def _leaves(setup: Setup, program: Program, depths: scaling.Depths | None) -> li
     def find(path: str) -> Leaf:
         if path in known or depths is None:
             return known[path]
-        head, index, name = re.fullmatch(r"(text/layers/)(\d+)(/.*)", path).groups()  # type: ignore[union-attr]
+        head, index, name = re.fullmatch(rf"({stack}/layers/)(\d+)(/.*)", path).groups()  # type: ignore[union-attr]
         alike = depths.first - depths.period + (int(index) - depths.first) % depths.period
         return replace(known[f"{head}{alike}{name}"], path=path)
 
@@ -234,9 +231,12 @@ def _leaves(setup: Setup, program: Program, depths: scaling.Depths | None) -> li
 
 def _balance(whole: Batch, share: Batch, num_ranks: int) -> dict[str, float]:
     """The real part of what the ranks of a batch compute: all have the static size of the one with most."""
+    rows = {
+        name: (int(t.segments[0].host_N[-1]), share.towers[name].coords_P4.shape[0]) for name, t in whole.towers.items()
+    }
     return {
         "tokens": int((whole.segment_T < whole.num_segments).sum()) / (num_ranks * share.tokens_T.shape[0]),
-        "patches": int(whole.visual.segments.offsets_N[-1]) / max(1, num_ranks * share.visual.coords_P4.shape[0]),
+        **{name: real / max(1, num_ranks * size) for name, (real, size) in rows.items()},
     }
 
 
@@ -251,35 +251,23 @@ def _watched(program: Program, recorder: Recorder) -> Program:
     return replace(program, watch=watch)
 
 
-def _sizes(cfg: Any, workload: Workload, num_ranks: int) -> list[tuple[int, int]]:
-    """Of each sample of a batch its number of tokens and the side of its image in patches, 0 where it has none."""
-    total, longest, merge = workload.tokens * num_ranks, workload.sample_tokens, cfg.vision.merge_size
-    lengths = [longest] * (total // longest) + [total % longest] * (total % longest > 0)
-    features = (workload.image_side // merge) ** 2
-    return [(n, workload.image_side // merge * merge if features < n - 1 else 0) for n in lengths]
-
-
-def _sample(num_tokens: int, side: int, cfg: Any) -> Sample:
-    """An image and text behind it, or text alone. Text is supervised."""
-    vision = cfg.vision
-    kinds_T = torch.full((num_tokens,), TEXT)
-    images: tuple[Media, ...] = ()
-    if side:
-        kinds_T[1 : 1 + (side // vision.merge_size) ** 2] = IMAGE
-        images = (Media(patches_PF=torch.empty(side * side, vision.patch_values), grid=(1, side, side)),)
-    tokens_T = torch.where(kinds_T == IMAGE, cfg.image_token_id, torch.arange(num_tokens) % cfg.vocab_size)
-    labels_T = torch.where(kinds_T == IMAGE, IGNORE, tokens_T)
-    return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images)
+def _lengths(workload: Workload, num_ranks: int) -> list[int]:
+    """Tokens of each sample of a batch."""
+    total, longest = workload.tokens * num_ranks, workload.sample_tokens
+    return [longest] * (total // longest) + [total % longest] * (total % longest > 0)
 
 
 def _assumptions(setup: Setup, program: Program, num_ranks: int) -> list[str]:
-    wanted, sizes = setup.workload.image_side, Counter(_sizes(setup.cfg, setup.workload, num_ranks))
+    side = setup.workload.image_side
+    samples = Counter(
+        (n, len(setup.family.example(n, side, setup.cfg).images)) for n in _lengths(setup.workload, num_ranks)
+    )
     kinds = [
-        f"{count} x {length:,} tokens {f'with an image of {side} x {side} patches' if side else 'of text'}"
-        for (length, side), count in sizes.items()
+        f"{count} x {n:,} tokens {f'with an image of {side} x {side} inputs' if images else 'of text'}"
+        for (n, images), count in samples.items()
     ]
-    if wanted and not any(side for _, side in sizes):
-        kinds.append(f"no image of {wanted} x {wanted} patches can be made or has room in a sample")
+    if side and not any(images for _, images in samples):
+        kinds.append(f"no image of {side} x {side} inputs can be made or has room in a sample")
     found = [
         f"samples of a batch: {', '.join(kinds)}",
         "all text is supervised"
@@ -287,7 +275,7 @@ def _assumptions(setup: Setup, program: Program, num_ranks: int) -> list[str]:
         "other ranks do as this one does",
         "the portable ops; memory without the allocator's rounding and kernels' workspaces",
     ]
-    if hasattr(setup.cfg, "moe"):
+    if any("experts" in leaf.axes for leaf in tree.leaves(program.specs)):
         found.append("experts: rows are spread evenly")
     return found
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from mmfn import batch as packing
 from mmfn import tree
-from mmfn.batch import IGNORE, Batch, Sample
+from mmfn.batch import IGNORE, Batch, Sample, to
 from mmfn.model import Model
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import Axis
@@ -134,7 +133,7 @@ def answer(
     entry = {"messages": [{"role": "user", "content": text}], "images": list(images)}
     record = parse_record(entry, "prompt")
     media = tuple(preprocess_image(decode_image(path), processor.image) for path in record.images)
-    counts = [m.patches_PF.shape[0] // processor.image.merge_size**2 for m in media]
+    counts = [m.inputs_UF.shape[0] // processor.image.merge_size**2 for m in media]
     encoded = encode(record.messages, processor.chat, images=counts, is_prompt=True)
     sample = Sample(
         tokens_T=encoded.tokens_T,
@@ -177,14 +176,7 @@ def _gathered(
 
 def _pack(samples: Sequence[Sample], model: Model) -> Batch:
     """Samples end to end, without padding, on the device of the parameters."""
-    vision = model.cfg.vision
-    batch = packing.pack(
-        samples,
-        [model.family.positions(s, model.cfg) for s in samples],
-        merge_size=vision.merge_size,
-        patch_values=vision.patch_values,
-    )
-    return packing.to(batch, tree.leaves(model.params)[0].device)
+    return to(model.family.pack(samples, model.cfg), tree.leaves(model.params)[0].device)
 
 
 def _answer(dataset: Dataset, record: Record, prompt: Sample, prediction: str, truth: str) -> Answer:

@@ -27,7 +27,8 @@ from mmfn.spec import num_trained
 from mmfn.train.build.setup import Run
 from mmfn.train.config.load import describe
 from mmfn.train.config.schema import TrainSection
-from mmfn.train.data import Share, agree, prefetch
+from mmfn.train.data import Agreed, agree, prefetch
+from mmfn.train.objective import weigh_by
 from mmfn.train.optim import ema_params
 from mmfn.train.report.page import render_report
 from mmfn.train.run import folder as run_folder
@@ -148,7 +149,8 @@ def train(run: Run, emit: Callable[[Record], None]) -> State:
         asked = time.perf_counter()
         share = agree(next(shares), batch_axis, empty)
         facts = _facts(step, share, time.perf_counter() - asked)
-        state, metrics = run.step(state, [packing.to(b, run.place.device) for b in share.microbatches])
+        weighed = weigh_by(share.microbatches, run.objective, share.labels_DAN, batch_axis.index)
+        state, metrics = run.step(state, [packing.to(b, run.place.device) for b in weighed])
         if started is not None:
             finish(*started)
         started = facts, metrics
@@ -202,7 +204,7 @@ class _Meter:
         }
 
 
-def _facts(step: int, share: Share, wait_s: float) -> Record:
+def _facts(step: int, share: Agreed, wait_s: float) -> Record:
     counts = share.counts
     return {
         "step": step,
@@ -210,7 +212,7 @@ def _facts(step: int, share: Share, wait_s: float) -> Record:
         "microbatches": len(share.microbatches),
         "tokens": counts.tokens,
         "supervised": counts.supervised_tokens,
-        "image_tokens": counts.visual_tokens,
+        "image_tokens": counts.media_tokens,
         "padding": round(counts.padding_share, 4),
         "wait_s": round(wait_s, 6),
     }

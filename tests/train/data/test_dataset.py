@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmfn.batch import IGNORE, IMAGE, VIDEO, pack
+from mmfn.batch import IGNORE, IMAGE, VIDEO
+from mmfn.models.layers.patches import lay_frames
 from mmfn.train.data import Dataset, dataset, decode_image, preprocess_image, preprocess_video
 from mmfn.train.data.video import decode_frames
 
@@ -53,16 +54,15 @@ def test_sample_of_images_and_video(folder, processor):
     assert torch.equal(sample.labels_T[supervised], sample.tokens_T[supervised])
     assert tokenizer.decode(sample.tokens_T[supervised]) == "One.<|im_end|>\nTwo.<|im_end|>\n"
     first = preprocess_image(decode_image(folder / "media" / "0.png"), processor.image)
-    assert torch.equal(sample.images[0].patches_PF, first.patches_PF)
+    assert torch.equal(sample.images[0].inputs_UF, first.inputs_UF)
     frames, _ = decode_frames([folder / "media" / f"{i}.png" for i in range(5)], processor.video)
-    assert torch.equal(sample.videos[0].patches_PF, preprocess_video(frames, processor.video.pixels).patches_PF)
+    assert torch.equal(sample.videos[0].inputs_UF, preprocess_video(frames, processor.video.pixels).inputs_UF)
     assert sample.videos[0].grid[0] == 3
     assert "<0.2 seconds>" in tokenizer.decode(sample.tokens_T)  # mean of 0.0 and 0.5, as printed by %.1f
     assert "<2.0 seconds>" in tokenizer.decode(sample.tokens_T)
-    T = sample.tokens_T.numel()
-    batch = pack([sample], [torch.zeros(3, T, dtype=torch.int64)], merge_size=2, patch_values=96)
-    assert int(batch.visual.segments.offsets_N[-1]) == sample.num_patches
-    assert int((sample.kinds_T == VIDEO).sum()) * 4 == sample.videos[0].patches_PF.shape[0]
+    laid = lay_frames(sample, 2, 96)
+    assert sum(laid.segments[0]) == sum(m.inputs_UF.shape[0] for m in sample.media(IMAGE, VIDEO))
+    assert int((sample.kinds_T == VIDEO).sum()) * 4 == sample.videos[0].inputs_UF.shape[0]
 
 
 def test_text_alone(folder, processor):
@@ -171,7 +171,7 @@ def test_cache_is_bounded_and_changes_nothing(digits, processor, monkeypatch):
     for one, two, three in zip(first, again, [bare.sample(i) for i in range(4)], strict=True):
         assert torch.equal(one.tokens_T, two.tokens_T)
         assert torch.equal(one.labels_T, three.labels_T)
-        assert torch.equal(one.images[0].patches_PF, three.images[0].patches_PF)
+        assert torch.equal(one.images[0].inputs_UF, three.images[0].inputs_UF)
 
 
 def test_samples_from_threads_equal_samples_in_turn(digits, processor):
@@ -189,4 +189,4 @@ def test_samples_from_threads_equal_samples_in_turn(digits, processor):
         expected = bare.sample(index)
         for result in results:
             assert torch.equal(result[index].labels_T, expected.labels_T)
-            assert torch.equal(result[index].images[0].patches_PF, expected.images[0].patches_PF)
+            assert torch.equal(result[index].images[0].inputs_UF, expected.images[0].inputs_UF)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers.image_utils import load_image
 
-from mmfn.batch import pack
+from mmfn.models.layers.patches import lay_frames
 from mmfn.train.data.image import ImageSpec, decode_image, patchify, preprocess_image, target_size
 
 GOLDENS = json.loads((Path(__file__).parents[2] / "goldens" / "media.json").read_text(encoding="utf-8"))
@@ -36,9 +36,9 @@ def test_bits_of_the_torchvision_backend(case, layout):
     before = image.clone()
     media = preprocess_image(image, ImageSpec.from_hf(case["config"]))
     assert list(media.grid) == case["grid"]
-    assert media.patches_PF.dtype == torch.float32
-    assert media.patches_PF.flatten()[:4].tolist() == case["first"]
-    assert hashlib.sha256(media.patches_PF.contiguous().numpy().tobytes()).hexdigest() == case["sha256"]
+    assert media.inputs_UF.dtype == torch.float32
+    assert media.inputs_UF.flatten()[:4].tolist() == case["first"]
+    assert hashlib.sha256(media.inputs_UF.contiguous().numpy().tobytes()).hexdigest() == case["sha256"]
     assert torch.equal(image, before)
 
 
@@ -50,7 +50,7 @@ def test_pil_backend_agrees_within_its_rounding(height, width):
     theirs = Qwen2VLImageProcessorPil(**config)(images=[image.numpy()], return_tensors="pt")
     ours = preprocess_image(image, ImageSpec.from_hf(config))
     assert list(ours.grid) == theirs["image_grid_thw"][0].tolist()
-    levels = (ours.patches_PF - theirs["pixel_values"]).abs() * 127.5  # in grey levels of 256
+    levels = (ours.inputs_UF - theirs["pixel_values"]).abs() * 127.5  # in grey levels of 256
     if target_size(height, width, ImageSpec.from_hf(config)) == (height, width):
         assert levels.max() < 1e-3
     assert levels.mean() < 0.6  # PIL's filter rounds its weights otherwise: a level here and there
@@ -63,8 +63,8 @@ def test_patches_stay_in_merge_blocks():
     media = patchify(image, spec())
     assert media.grid == (1, 4, 6)
     sample = _sample(media)
-    coords = pack([sample], [torch.zeros(3, 6, dtype=torch.int64)], merge_size=2, patch_values=96).visual.coords_P4
-    for patch, (row, column, _, _) in zip(media.patches_PF, coords.tolist(), strict=True):
+    coords = lay_frames(sample, 2, 96).coords_P4
+    for patch, (row, column, _, _) in zip(media.inputs_UF, coords.tolist(), strict=True):
         expected = image[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
         assert torch.equal(patch.reshape(3, 2, 4, 4), expected.transpose(0, 1))
 
@@ -72,7 +72,7 @@ def test_patches_stay_in_merge_blocks():
 def _sample(media):
     from mmfn.batch import IMAGE, Sample
 
-    tokens_T = torch.zeros(media.patches_PF.shape[0] // 4, dtype=torch.int64)
+    tokens_T = torch.zeros(media.inputs_UF.shape[0] // 4, dtype=torch.int64)
     return Sample(tokens_T=tokens_T, labels_T=tokens_T, kinds_T=torch.full_like(tokens_T, IMAGE), images=(media,))
 
 

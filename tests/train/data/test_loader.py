@@ -7,6 +7,8 @@ import torch
 
 from mmfn import rng, tree
 from mmfn.batch import IGNORE, IMAGE, Media, Sample
+from mmfn.models.layers.patches import lay_frames, tower_kind
+from mmfn.packing import pack
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.train.data.loader import Loader, Stats, prefetch, stats
 
@@ -32,19 +34,23 @@ class Made:
         kinds_T[1 : 1 + num_patches // 4] = IMAGE
         labels_T = torch.where(torch.arange(num_tokens) >= num_tokens - 2, tokens_T, IGNORE)
         patches_PF = torch.randn(num_patches, VALUES, generator=generator)
-        images = (Media(patches_PF=patches_PF, grid=(1, 2, num_patches // 2)),) if num_patches else ()
+        images = (Media(inputs_UF=patches_PF, grid=(1, 2, num_patches // 2)),) if num_patches else ()
         return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images, id=f"s{index}")
 
 
-def positions(sample):
-    return torch.arange(sample.tokens_T.numel()).expand(3, -1)
+TOWERS = {"vision": tower_kind(merge_size=2, num_values=VALUES, matmul_patches=1)}
+
+
+def pack_samples(samples, sizes):
+    positions = [torch.arange(s.tokens_T.numel()).expand(3, -1).float() for s in samples]
+    return pack(samples, positions, [{"vision": lay_frames(s, 2, VALUES)} for s in samples], TOWERS, sizes)
 
 
 def make(sizes=None, **change):
     sizes = sizes if sizes is not None else [(8 + 3 * i % 17, 4 * (i % 3)) for i in range(10)]
-    options = {"batch_samples": 4, "token_buckets": [32, 64], "patch_buckets": [8, 16], "seed": 3, "merge_size": 2}
+    options = {"batch_samples": 4, "token_buckets": [32, 64], "tower_buckets": {"vision": [8, 16]}, "seed": 3}
     dataset = sizes if isinstance(sizes, Made) else Made(sizes)
-    return Loader(dataset, positions, **{**options, "patch_values": VALUES, **change})
+    return Loader(dataset, pack_samples, TOWERS, **{**options, **change})
 
 
 def contents(microbatches):
@@ -89,8 +95,8 @@ def test_a_sample_is_numbered_by_its_place_in_the_order_of_data(num_ranks):
                 starts = batch.token_ids_T[(batch.token_ids_T & (2**32 - 1)) == 0]
                 tokens = batch.tokens_T[(batch.token_ids_T & (2**32 - 1)) == 0]
                 found |= dict(zip((starts >> 32).tolist(), tokens.tolist(), strict=True))
-                used = int(batch.visual.segments.offsets_N[-1])
-                assert set((batch.visual.patch_ids_P[:used] >> 32).tolist()) <= set((starts >> 32).tolist())
+                used = int(batch.towers["vision"].segments[0].offsets_N[-1])
+                assert set((batch.towers["vision"].ids_P[:used] >> 32).tolist()) <= set((starts >> 32).tolist())
         assert found == dict(zip(range(4 * step, 4 * step + 4), make().indices(step), strict=True))
 
 
@@ -104,21 +110,21 @@ def test_shapes_come_from_the_buckets_alone():
     loader, seen = make(), set()
     for step in range(12):
         for batch in loader.microbatches(step):
-            T, P = batch.tokens_T.numel(), batch.visual.patches_PF.shape[0]
+            T, P = batch.tokens_T.numel(), batch.towers["vision"].inputs_UF.shape[0]
             assert T in (32, 64)
             assert P in (8, 16)
             seen.add((T, P, tuple(tuple(leaf.shape) for leaf in tree.leaves(batch))))
             assert batch.segments.offsets_N.numel() == 5
-            assert batch.visual.segments.offsets_N.numel() == P // 4 + 1
+            assert batch.towers["vision"].segments[0].offsets_N.numel() == P // 4 + 1
     assert len(seen) == len({(T, P) for T, P, _ in seen}) > 1
 
 
 def test_smallest_buckets_that_fit():
     loader = make([(8, 4)] * 4)
     (batch,) = loader.microbatches(0)
-    assert (batch.tokens_T.numel(), batch.visual.patches_PF.shape[0]) == (32, 16)
+    assert (batch.tokens_T.numel(), batch.towers["vision"].inputs_UF.shape[0]) == (32, 16)
     (batch,) = make([(8, 0)] * 4).microbatches(0)
-    assert (batch.tokens_T.numel(), batch.visual.patches_PF.shape[0]) == (32, 8)
+    assert (batch.tokens_T.numel(), batch.towers["vision"].inputs_UF.shape[0]) == (32, 8)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +156,12 @@ def test_stats_count():
         tokens=67,
         padded_tokens=64 + 32,
         supervised_tokens=8,
-        visual_tokens=7,
-        patches=28,
-        padded_patches=32,
-        frames=3,
+        media_tokens=7,
+        inputs=28,
+        padded_inputs=32,
     )
     assert counted.padding_share == pytest.approx(1 - 67 / 96)
-    assert stats(make([(8, 0)]).microbatches(0)).visual_tokens == 0
+    assert stats(make([(8, 0)]).microbatches(0)).media_tokens == 0
 
 
 @pytest.mark.parametrize(("workers", "ahead"), [(0, 1), (1, 1), (1, 5), (4, 2), (4, 50)])
@@ -198,8 +203,11 @@ def test_prefetch_closes_its_threads():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([(65, 0)], "sample 's0' has 65 tokens but the largest bucket holds 64; add a larger tokens bucket"),
-        ([(30, 20)], "sample 's0' has 20 patches but the largest bucket holds 16"),
+        ([(65, 0)], "sample 's0' has 65 tokens but the largest bucket holds 64; add a larger bucket for tokens"),
+        (
+            [(30, 20)],
+            "sample 's0' has 20 inputs of vision but the largest bucket holds 16; add a larger bucket for inputs of",
+        ),
     ],
 )
 def test_samples_larger_than_the_largest_bucket(sizes, message):
@@ -213,8 +221,10 @@ def test_samples_larger_than_the_largest_bucket(sizes, message):
         ({"batch_samples": 0}, "batch_samples must be at least 1, one for each rank with its own data, got 0"),
         ({"token_buckets": []}, r"token_buckets must be positive and strictly increasing, got \[\]"),
         ({"token_buckets": [64, 32]}, "token_buckets must be positive and strictly increasing"),
-        ({"patch_buckets": [0, 8]}, "patch_buckets must be positive"),
-        ({"patch_buckets": [6]}, r"patch_buckets must be multiples of merge_size\*\*2 = 4, got 6"),
+        ({"tower_buckets": {"vision": [0, 8]}}, "tower_buckets of 'vision' must be positive"),
+        ({"tower_buckets": {"vision": [6]}}, "tower_buckets of 'vision' must be multiples of 4, what makes a feature"),
+        ({"tower_buckets": {}}, "has sizes for nothing but the model's towers are vision; add 'vision'"),
+        ({"tower_buckets": {"vision": [8], "audio": [2]}}, "towers are vision; remove 'audio'"),
         ({"sizes": []}, "the dataset is empty"),
     ],
 )

@@ -1,0 +1,38 @@
+"""What routers report, and the loss that balances them. Legend: E experts."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmfn.models import Loss
+from mmfn.models.layers import moe
+from mmfn.ops import Ops
+from mmfn.tree import Tree
+
+
+def router_losses(statistics: Sequence[Tree], coef: float, ops: Ops) -> dict[str, Loss]:
+    """The load-balancing loss of all layers with a router, `aux_loss`; nothing without routers, or where it is off."""
+    total = moe.total(statistics)
+    return {} if total is None or coef == 0 else {"aux_loss": Loss(balance(total, ops), coef)}
+
+
+def router_stats(statistics: Sequence[Tree]) -> dict[str, Tensor]:
+    """`dropped`, the routed rows that experts left out; nothing without routers."""
+    total = moe.total(statistics)
+    return {} if total is None else {"dropped": total["dropped"]}
+
+
+def balance(total: Mapping[str, Tensor], ops: Ops) -> Tensor:
+    """This rank's share of the load-balancing loss of one micro-batch, 0-D: shares add up to the loss.
+
+    `E * sum_e f_e p_e`: f_e tokens sent to expert e and p_e its probability, both per token, over all tokens of all
+    layers with experts; equal loads give X, the experts per token. Only p_e carries a gradient. `total`: what
+    `moe.total` gives for this rank, which `ops.psum` adds up over ranks once. A product of two means, it depends on how
+    a batch is split into micro-batches, but not on how it is spread over ranks.
+    Source: Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6; `load_balancing_loss_func` in transformers 5.23.
+    """
+    sums = ops.psum(torch.cat([total["counts_E"], total["rows"][None]]))
+    counts_E, rows = sums[:-1], sums[-1].clamp(min=1)  # a batch of padding alone has no rows
+    value: Tensor = counts_E.numel() * ((counts_E / rows) @ (total["probs_E"] / rows))
+    return value
