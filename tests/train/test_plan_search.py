@@ -140,8 +140,8 @@ def test_the_batch_that_was_made_is_described(call: Call) -> None:
     image = "tokens with an image of 4 x 4 inputs"
     assert f"2 x 24 {image}, 1 x 16 {image}\n" in call("1.7/config.json", *sizes, "--image-side", "5")[1]
     large = call("1.7/config.json", *sizes, "--image-side", "100")[1]
-    assert "2 x 24 tokens of text, 1 x 16 tokens of text, no image of 100 x 100 patches" in large
-    image = "2 x 24 tokens with an image of 8 x 8 patches, 1 x 16 tokens of text\n"
+    assert "2 x 24 tokens of text, 1 x 16 tokens of text, no image of 100 x 100 inputs" in large
+    image = "2 x 24 tokens with an image of 8 x 8 inputs, 1 x 16 tokens of text\n"
     assert image in call("1.7/config.json", *sizes, "--image-side", "8")[1]
     assert "image_side is -1 but must be at least 0" in sentence(call("1.7/config.json", *sizes, "--image-side", "-1"))
 

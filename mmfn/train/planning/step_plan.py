@@ -258,15 +258,12 @@ def _lengths(workload: Workload, num_ranks: int) -> list[int]:
 
 
 def _assumptions(setup: Setup, program: Program, num_ranks: int) -> list[str]:
-    side = setup.workload.image_side
-    samples = Counter(
-        (n, len(setup.family.example(n, side, setup.cfg).images)) for n in _lengths(setup.workload, num_ranks)
-    )
-    kinds = [
-        f"{count} x {n:,} tokens {f'with an image of {side} x {side} inputs' if images else 'of text'}"
-        for (n, images), count in samples.items()
-    ]
-    if side and not any(images for _, images in samples):
+    side, samples = setup.workload.image_side, Counter[tuple[int, str]]()
+    for n in _lengths(setup.workload, num_ranks):
+        grids = [" x ".join(map(str, m.grid[1:])) for m in setup.family.example(n, side, setup.cfg).images]
+        samples[n, f"with an image of {grids[0]} inputs" if grids else "of text"] += 1
+    kinds = [f"{count} x {n:,} tokens {what}" for (n, what), count in samples.items()]
+    if side and all(what == "of text" for _, what in samples):
         kinds.append(f"no image of {side} x {side} inputs can be made or has room in a sample")
     found = [
         f"samples of a batch: {', '.join(kinds)}",
