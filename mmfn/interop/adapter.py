@@ -22,11 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mmfn import tree
-from mmfn.interop.checkpoint import load_file, read_json
+from mmfn.interop.checkpoint import load_file
+from mmfn.interop.files import read_json
 from mmfn.lora import Adapter, adapt, adapters_of, layers
 from mmfn.model import Model
-from mmfn.models.keymap import KeyMap, Stored
-from mmfn.spec import trained_paths
+from mmfn.models.disk_tensor import DiskTensor, whole
+from mmfn.models.keymap import KeyMap
+from mmfn.spec import model_dtype, rules_of, trained_paths
 from mmfn.tree import Tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,14 +59,14 @@ def save(folder: str | PathLike[str], model: Model, specs: Tree, base: str = "")
     """Write a model's adapters, and what else is trained, as peft reads them; the folder appears complete or not.
 
     `specs`: those of `model.params` (`mmfn.lora.lora`). `base`: the name or folder of the model without adapters.
-    Raises ValueError for a folder that is not empty and for what peft's format cannot express (see `stored`).
+    Raises ValueError for a folder that is not empty and for what peft's format cannot express (see `disk_tensors`).
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"target {folder} exists and is not an empty folder; choose another")
     leaves = dict(tree.items(model.params))
-    names = stored(specs, *_plain(model))
-    tensors = {name: s.to_disk(leaves[s.path]).detach().cpu().contiguous() for name, s in names.items()}
+    names = disk_tensors(specs, *_plain(model))
+    tensors = {name: t.to_disk(leaves[t.path]).detach().cpu().contiguous() for name, t in names.items()}
     config = settings(specs, *_plain(model)) | {"base_model_name_or_path": base}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
@@ -86,10 +88,10 @@ def load(folder: str | PathLike[str], model: Model) -> Model:
     for settings that mmfn does not have (see `read`).
     """
     specs = read(folder, *_plain(model))
-    values = dict(tree.items(model.params))
-    like = next(iter(values.values()))
-    found = load_file(Path(folder) / WEIGHTS, stored(specs, *_plain(model)))
-    values |= {path: leaf.to(device=like.device, dtype=like.dtype) for path, leaf in found.items()}
+    values, declared = dict(tree.items(model.params)), {path: leaf.dtype for path, leaf in tree.items(specs)}
+    device, dtype = next(iter(values.values())).device, model_dtype(model.params, specs)
+    stored = load_file(Path(folder) / WEIGHTS, disk_tensors(specs, *_plain(model)))
+    values |= {path: leaf.to(device=device, dtype=declared[path] or dtype) for path, leaf in stored.items()}
     return replace(model, params=tree.map_with_path(lambda path, leaf: values[path], specs))
 
 
@@ -128,8 +130,8 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
     )
 
 
-def stored(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Stored]:
-    """`{name on disk: Stored}` of all that is trained: adapters, [E * r, in] and [out, r * E] of experts, and the rest.
+def disk_tensors(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, DiskTensor]:
+    """`{name on disk: DiskTensor}` of all that is trained: adapters, [E * r, in] and [out, r * E] of experts, the rest.
 
     `plain`: the specs without adapters. Raises ValueError for what peft cannot express: a module that is trained in
     part, and an embedding trained in full that is the head too.
@@ -141,7 +143,7 @@ def stored(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Stored]:
         holder = _holder(path, adapters, names, key_map)
         for side, leaf in (("a", adapter.a), ("b", adapter.b)):
             found[f"{PREFIX}{holder}.lora_{side.upper()}.weight"] = _on_disk(f"{head}/lora/{name}/{side}", leaf, side)
-    kept = [path for path in trained_paths(specs) if path in names]
+    kept = [path for path in (*trained_paths(specs), *rules_of(specs)) if path in names]
     together = _kept(names, {names[path].rpartition(".")[0] for path in kept})
     if partial := set(together) - set(kept):
         raise ValueError(
@@ -153,8 +155,8 @@ def stored(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Stored]:
             f"{min(tied)!r} is trained in full and tied to the head, which peft leaves on the old matrix; set "
             "output.adapter to merged, or leave the embedding out of lora.keep"
         )
-    own = {s.path: s for s in key_map.stored(plain, "transformers").values()}
-    return found | {f"{PREFIX}{names[path]}": own[path] for path in kept}
+    by_name = key_map.disk_tensors(plain, "transformers")
+    return found | {f"{PREFIX}{names[path]}": by_name[names[path]] for path in kept}
 
 
 def settings(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def settings(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Any]:
         )
     ((rank, alpha, is_rs, dropout),) = kinds
     experts = [path for path in adapters if _is_stack(adapters[path])]
-    kept = [names[path].rpartition(".")[0] for path in trained_paths(specs) if path in names]
+    kept = [names[path].rpartition(".")[0] for path in (*trained_paths(specs), *rules_of(specs)) if path in names]
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -190,21 +192,30 @@ def _plain(model: Model) -> tuple[Tree, KeyMap]:
 
 
 def _names(plain: Tree, key_map: KeyMap) -> dict[str, str]:
-    """`{path: name of the parameter in transformers}`."""
-    return {s.path: name for name, s in key_map.stored(plain, "transformers").items()}
+    """`{path: name of the parameter in transformers}`. Raises ValueError where a leaf is several parameters there."""
+    names: dict[str, str] = {}
+    for name, tensor in key_map.disk_tensors(plain, "transformers").items():
+        if tensor.path in names:
+            raise ValueError(
+                f"{tensor.path!r} is several parameters in transformers, such as {name!r}, and peft adapts each alone; "
+                "set output.adapter to merged"
+            )
+        names[tensor.path] = name
+    return names
 
 
 def _is_stack(adapter: Adapter) -> bool:
     return len(adapter.a.shape) == 3
 
 
-def _on_disk(path: str, leaf: Any, side: str) -> Stored:
+def _on_disk(path: str, leaf: Any, side: str) -> DiskTensor:
+    ranges = whole(leaf.shape)
     if len(leaf.shape) == 2:
-        return Stored(path=path, dims=(0, 1), shape=leaf.shape, leaf=leaf)
+        return DiskTensor(path=path, ranges=ranges, dims=(0, 1), shape=leaf.shape, leaf=leaf)
     dims = (0, 1, 2) if side == "a" else (1, 2, 0)
     first, second, third = (leaf.shape[d] for d in dims)
     shape = (first * second, third) if side == "a" else (first, second * third)
-    return Stored(path=path, dims=dims, shape=shape, leaf=leaf)
+    return DiskTensor(path=path, ranges=ranges, dims=dims, shape=shape, leaf=leaf)
 
 
 def _holder(path: str, adapters: Mapping[str, Adapter], names: Mapping[str, str], key_map: KeyMap) -> str:
@@ -212,7 +223,8 @@ def _holder(path: str, adapters: Mapping[str, Adapter], names: Mapping[str, str]
     module, _, parameter = names[path].rpartition(".")
     if not _is_stack(adapters[path]):
         return module
-    order = [entry.name.rpartition(".")[2] for entry in key_map.layouts["transformers"]]
+    entries = (*key_map.layouts["transformers"], *key_map.entries)
+    order = [name.rpartition(".")[2] for entry in entries for name in entry.names]
     others = [names[other].rpartition(".") for other in adapters if _is_stack(adapters[other])]
     behind = [p for m, _, p in others if m == module and order.index(p) > order.index(parameter)]
     return module + ".base_layer" * len(behind)

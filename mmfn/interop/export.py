@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmfn.interop.checkpoint import INDEX, SINGLE
+from mmfn.interop.files import INDEX, SINGLE
 from mmfn.models.keymap import KeyMap
 from mmfn.tree import Tree
 
@@ -39,11 +39,11 @@ def check_layout(specs: Tree, key_map: KeyMap, layout: str) -> None:
     It tells layouts apart by the shape of each tensor alone, so it takes one whose dims are in another order than its
     own, but of the same sizes, for its own.
     """
-    own = key_map.stored(specs, "transformers")
-    for name, stored in key_map.stored(specs, layout).items():
-        if name in own and stored.shape == own[name].shape and stored.dims != own[name].dims:
+    library = key_map.disk_tensors(specs, "transformers")
+    for name, tensor in key_map.disk_tensors(specs, layout).items():
+        if name in library and tensor.shape == library[name].shape and tensor.dims != library[name].dims:
             raise ValueError(
-                f"tensor {name!r} has shape {list(stored.shape)} in every layout, so transformers would misread that "
+                f"tensor {name!r} has shape {list(tensor.shape)} in every layout, so transformers would misread that "
                 f"of {layout!r}; save with layout='transformers' (in a config: output.experts)"
             )
 

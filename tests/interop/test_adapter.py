@@ -92,7 +92,7 @@ def test_peft_loads_what_is_saved_here(name: str, pairs: dict[str, Pair], tmp_pa
     _, grads = mmfn.value_and_grad(
         lambda params: (mmfn.logits(replace(model, params=params), pair.batch) * weights_TV).sum()
     )(model.params)
-    named = adapter.stored(specs, pair.plain, model.family.key_map(model.cfg))
+    named = adapter.disk_tensors(specs, pair.plain, model.family.key_map(model.cfg))
     mine = {key: entry.to_disk(dict(tree.items(grads))[entry.path]) for key, entry in named.items()}
     for key, parameter in theirs.named_parameters():
         if parameter.requires_grad:
@@ -187,7 +187,7 @@ def test_a_is_drawn_as_peft_draws_it(pairs: dict[str, Pair]) -> None:
             r=32, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
         ),
     )
-    named = adapter.stored(specs, pair.plain, pair.model.family.key_map(pair.model.cfg))
+    named = adapter.disk_tensors(specs, pair.plain, pair.model.family.key_map(pair.model.cfg))
     mine = {name: entry.to_disk(dict(tree.items(params))[entry.path]) for name, entry in named.items()}
     drawn = {k.replace(".default", ""): p for k, p in theirs.named_parameters() if p.requires_grad}
     assert mine.keys() >= {k for k in drawn if "visual" not in k}

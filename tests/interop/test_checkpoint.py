@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import mmfn
 from mmfn import tree
-from mmfn.interop import export
+from mmfn.interop import export, hf
 from mmfn.interop.hf import from_hf
+from mmfn.lora import add_adapters, lora
+from mmfn.models import family
 from tests import oracles
 
 EMBED = "model.language_model.embed_tokens.weight"
@@ -336,3 +338,47 @@ def test_trees_of_another_shape_are_refused(folder):
     named.pop(NORM)
     with pytest.raises(ValueError, match=f"the mapping lacks tensor '{NORM}'"):
         from_hf(named, model)
+
+
+@pytest.fixture
+def declare(monkeypatch):
+    """The family with the text's last norm declared float32."""
+
+    def declared_specs(cfg):
+        specs = family("qwen3_vl").specs(cfg)
+        norm = {"weight": replace(specs["text"]["norm"]["weight"], dtype=torch.float32)}
+        return {**specs, "text": {**specs["text"], "norm": norm}}
+
+    declaring = replace(family("qwen3_vl"), specs=declared_specs)
+    monkeypatch.setattr(hf, "family", lambda name: declaring)
+
+
+def test_a_declared_dtype_survives_init_load_save_and_adapters(declare, oracle, tmp_path):
+    """Values that bfloat16 cannot hold, in a model of bfloat16."""
+    folder = oracles.save(oracle, tmp_path / "source")
+    norm = oracle.get_parameter(NORM)
+    assert not torch.equal(norm.bfloat16().float(), norm)
+    model = mmfn.load_hf(folder, dtype=torch.bfloat16)
+    drawn = mmfn.init(oracle.config.to_dict(), dtype=torch.bfloat16)
+    for params in (model.params, drawn.params):
+        dtypes = {path: leaf.dtype for path, leaf in tree.items(params)}
+        assert [path for path, dtype in dtypes.items() if dtype == torch.float32] == ["text/norm/weight"]
+        assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    assert torch.equal(model.params["text"]["norm"]["weight"], norm)
+
+    mmfn.save_hf(tmp_path / "out", model)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name for name, value in written.items() if value.dtype == torch.float32} == {NORM}
+    assert torch.equal(written[NORM], norm)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_params_equal(mmfn.load_hf(tmp_path / "out", dtype=torch.bfloat16).params, model.params)
+
+    narrow = tree.map(lambda leaf: leaf.bfloat16(), model.params)  # what was cast on the way is written as declared
+    mmfn.save_hf(tmp_path / "cast", replace(model, params=narrow))
+    assert load_file(tmp_path / "cast" / "model.safetensors")[NORM].dtype == torch.float32
+    assert torch.equal(mmfn.load_hf(tmp_path / "cast").params["text"]["norm"]["weight"], norm.bfloat16().float())
+
+    specs = lora(model.family.specs(model.cfg), rank=2, alpha=4.0, targets=[r"text/layers/\d+/attention/q"])
+    adapted = add_adapters(model.params, specs, 0)
+    assert {leaf.dtype for path, leaf in tree.items(adapted) if "/lora/" in path} == {torch.bfloat16}
+    assert adapted["text"]["norm"]["weight"].dtype == torch.float32
