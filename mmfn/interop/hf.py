@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfn import spec, tree
-from mmfn.interop import checkpoint, export
+from mmfn.interop import checkpoint, export, verbatim
 from mmfn.model import Model
 from mmfn.models import Family, family
 from mmfn.tree import Tree
@@ -29,8 +29,10 @@ def load_hf(path: str | PathLike[str], dtype: torch.dtype | None = None, device:
     folder = Path(path)
     hf_config = checkpoint.read_config(folder)
     found, cfg = _resolve(hf_config)
-    params = checkpoint.load_params(folder, found.specs(cfg), found.key_map(cfg), dtype=dtype, device=device)
-    return Model(family=found, cfg=cfg, params=params, hf_config=hf_config)
+    specs, key_map = found.specs(cfg), found.key_map(cfg)
+    with checkpoint.open_weights(folder, specs, key_map, dtype=dtype, device=device) as weights:
+        params, extra = weights.read(), weights.account.verbatim
+    return Model(family=found, cfg=cfg, params=params, hf_config=hf_config, verbatim=extra)
 
 
 def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None = None) -> Model:
@@ -88,20 +90,22 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face checkpoint that transformers loads with no missing and no unexpected key.
 
-    `assets`: a folder whose tokenizer, processor, template and generation files are copied beside the weights. The
-    folder appears complete or not at all. `overwrite` replaces a checkpoint with all that is in its folder. `layout`:
+    `assets`: a folder whose tokenizer, processor, template and generation files are copied beside the weights, and, of
+    a model whose checkpoint held more than parameters (`model.verbatim`), these tensors, byte for byte. The folder
+    appears complete or not at all. `overwrite` replaces a checkpoint with all that is in its folder. `layout`:
     "hub", which everything reads, or "transformers", what that library itself writes; they differ in some families.
-    Raises ValueError when the folder exists and is neither empty nor a checkpoint to overwrite, and when transformers
-    would misread the layout because a tensor is square.
+    Raises ValueError when the folder exists and is neither empty nor a checkpoint to overwrite, when transformers would
+    misread the layout because a tensor is square, and when `assets` lack what is to be copied.
     """
     specs, key_map = model.family.specs(model.cfg), model.family.key_map(model.cfg)
     export.check_layout(specs, key_map, layout)
-    names = key_map.disk_tensors(specs, layout)
+    names, source = key_map.disk_tensors(specs, layout), None if assets is None else Path(assets)
     export.write(
         Path(path),
         {n: value.to(names[n].leaf.dtype or value.dtype) for n, value in to_hf(model.params, model, layout).items()},
         _config_to_save(model),
-        assets=None if assets is None else Path(assets),
+        assets=source,
+        extra=verbatim.find(source, model.verbatim),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )

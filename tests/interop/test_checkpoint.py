@@ -130,6 +130,42 @@ def test_a_stored_copy_of_a_tied_head_must_be_equal(rewrite):
         mmfn.load_hf(folder)
 
 
+BUFFER = "model.language_model.rotary_emb.inv_freq"
+
+
+def test_buffers_that_transformers_computes_are_ignored(oracle, rewrite):
+    """As in checkpoints of its early releases; the library loads them too."""
+    folder = rewrite(lambda t: t.update({BUFFER: torch.ones(4), "model.visual.rotary_pos_emb.inv_freq": torch.ones(2)}))
+    assert BUFFER not in mmfn.to_hf(mmfn.load_hf(folder).params, mmfn.load_hf(folder))
+    _, info = type(oracle).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    rewrite(lambda t: t.update({"model.language_model.inv_freqs": torch.ones(4)}))
+    with pytest.raises(ValueError, match=r"'model.language_model.inv_freqs' in .* belongs to no parameter"):
+        mmfn.load_hf(folder)
+
+
+@pytest.mark.parametrize("name", [BUFFER, "lm_head.weight"])
+def test_an_index_may_list_or_lack_what_is_not_needed(name, oracle, folder, sharded):
+    """A tied head or a buffer that was dropped from a file but not from the index, or the other way round."""
+    index = sharded / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    file = value["weight_map"][EMBED]
+    index.write_text(json.dumps({"weight_map": {**value["weight_map"], name: file}}))
+    assert_params_equal(mmfn.load_hf(sharded).params, mmfn.load_hf(folder).params)
+    tensors = load_file(sharded / file)
+    extra = {name: tensors[EMBED].clone()}
+    save_file(tensors | extra, sharded / file, metadata={"format": "pt"})
+    index.write_text(json.dumps(value))
+    assert_params_equal(mmfn.load_hf(sharded).params, mmfn.load_hf(folder).params)
+    back, info = type(oracle).from_pretrained(sharded, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(back.get_parameter(EMBED), oracle.get_parameter(EMBED))
+    if name != BUFFER:  # a tied head that is there must still be equal
+        save_file(tensors | {name: extra[name] + 1}, sharded / file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"'{name}' in {file} differs from"):
+            mmfn.load_hf(sharded)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmfn import spec, tree
-from mmfn.interop import files
+from mmfn.interop import export, files
 from mmfn.interop.checkpoint import from_tensors, load_params, open_weights
 from mmfn.models.disk_tensor import slices, whole
 from mmfn.models.keymap import Entry, KeyMap
@@ -97,6 +98,20 @@ def test_names_shapes_and_values_are_those_written_by_hand(layout, params):
         assert torch.equal(tensor.from_disk(stored), leaves[tensor.path][slices(tensor.ranges)])
         assert stored.untyped_storage().data_ptr() == leaves[tensor.path].untyped_storage().data_ptr()  # a view
     assert_equal(from_tensors(want, SPECS, KEY_MAP), params)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 500])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_generation_is_written(layout, max_shard_bytes, params, tmp_path):
+    """The tensors of a leaf are views of one memory, which files do not share."""
+    leaves = dict(tree.items(params))
+    tensors = {n: t.to_disk(leaves[t.path]) for n, t in KEY_MAP.disk_tensors(SPECS, layout).items()}
+    export.write(tmp_path / "out", tensors, {}, assets=None, extra={}, max_shard_bytes=max_shard_bytes, overwrite=False)
+    found = {n: v for file in (tmp_path / "out").glob("*.safetensors") for n, v in load_file(file).items()}
+    want = by_hand(params, layout)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert_equal(load(tmp_path / "out"), params)
 
 
 def test_gradients_flow_from_tensors_to_leaves(params):
