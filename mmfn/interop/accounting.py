@@ -41,8 +41,8 @@ def account(where: Path | str, specs: Tree, key_map: KeyMap, tensors: Mapping[st
     unexpected = [n for n in spare if n not in copies and n not in verbatim and not key_map.is_ignored(n)]
     check(where, names, tensors, unexpected)
     leaves: dict[str, list[Pair]] = {}
-    for name, tensor in names.items():
-        leaves.setdefault(tensor.path, []).append((tensors[name], tensor))
+    for name, target in names.items():
+        leaves.setdefault(target.path, []).append((tensors[name], target))
     repeats: dict[str, list[FileTensor]] = {}
     for name, path in copies.items():
         assert len(leaves[path]) == 1, f"{path} has a copy and is stored in several tensors"
@@ -69,18 +69,18 @@ def check(
             f"tensor {name!r} in {tensors[name].file} of {where} belongs to no parameter{nearest(name, names)}"
             f"{_more(unexpected)}; config and weights must belong together"
         )
-    for name, tensor in names.items():
-        stored = tensors[name]
-        if stored.shape != tensor.shape:
+    for name, target in names.items():
+        source = tensors[name]
+        if source.shape != target.shape:
             raise ValueError(
-                f"tensor {name!r} in {stored.file} of {where} has shape {list(stored.shape)} but the config needs "
-                f"{list(tensor.shape)}; config and weights must belong together"
+                f"tensor {name!r} in {source.file} of {where} has shape {list(source.shape)} but the config needs "
+                f"{list(target.shape)}; config and weights must belong together"
             )
-        dtype = tensor.leaf.dtype
+        dtype = target.leaf.dtype
         kind = "float" if dtype is None or dtype.is_floating_point else "integer"
-        if _kind(stored.dtype) != kind:
+        if _kind(source.dtype) != kind:
             raise ValueError(
-                f"tensor {name!r} in {stored.file} of {where} has dtype {stored.dtype} but a {kind} tensor is needed; "
+                f"tensor {name!r} in {source.file} of {where} has dtype {source.dtype} but a {kind} tensor is needed; "
                 "convert the checkpoint (quantized weights are not supported)"
             )
 
@@ -94,7 +94,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _choose_layout(
     where: Path | str, specs: Tree, key_map: KeyMap, tensors: Mapping[str, FileTensor]
 ) -> tuple[str, dict[str, DiskTensor]]:
-    """The layout that most names and shapes fit, and what is wanted in it.
+    """The layout that most names and shapes fit, and its tensors by name.
 
     One tensor alone may fit two layouts (a square one does), so all are asked together. Raises ValueError when they
     do not agree.
@@ -102,8 +102,8 @@ def _choose_layout(
     options = {layout: key_map.disk_tensors(specs, layout) for layout in key_map.layouts}
 
     def fits(layout: str, name: str) -> bool:
-        wanted = options[layout].get(name)
-        return wanted is not None and name in tensors and tensors[name].shape == wanted.shape
+        target = options[layout].get(name)
+        return target is not None and name in tensors and tensors[name].shape == target.shape
 
     misfits = {layout: [name for name in names if not fits(layout, name)] for layout, names in options.items()}
     best = min(options, key=lambda layout: len(misfits[layout]))

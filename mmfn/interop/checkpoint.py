@@ -54,12 +54,12 @@ class Weights:
         pairs = self.account.leaves[path]
         leaf: ParamSpec = pairs[0][1].leaf
         ranges = whole(leaf.shape) if ranges is None else ranges
-        dtype = leaf.dtype or self.dtype or _widest([tensor for tensor, _ in pairs])
-        parts = [(tensor, part) for tensor, wanted in pairs if (part := wanted.part(ranges)) is not None]
-        values = [part.from_disk(tensor.read(part.disk)) for tensor, part in parts]
+        dtype = leaf.dtype or self.dtype or _widest([source for source, _ in pairs])
+        parts = [(source, part) for source, target in pairs if (part := target.part(ranges)) is not None]
+        values = [part.from_disk(source.read(part.disk)) for source, part in parts]
         for copy in self.account.copies.get(path, ()):
-            for tensor, part in parts:
-                _check_copy(copy, tensor, part.disk)
+            for source, part in parts:
+                _check_copy(copy, source, part.disk)
         places = [part.place for _, part in parts]
         return _assemble(values, places, sizes(ranges), dtype=dtype, device=self.device)
 
@@ -114,8 +114,8 @@ def load_file(file: Path, names: Mapping[str, DiskTensor]) -> dict[str, Tensor]:
         tensors = open_file(file, stack)
         check(file.parent, names, tensors, [name for name in tensors if name not in names])
         return {
-            wanted.path: wanted.from_disk(tensors[name].read()).clone(memory_format=torch.contiguous_format)
-            for name, wanted in names.items()
+            target.path: target.from_disk(tensors[name].read()).clone(memory_format=torch.contiguous_format)
+            for name, target in names.items()
         }
 
 
@@ -132,10 +132,10 @@ def from_tensors(tensors: Mapping[str, Tensor], specs: Tree, key_map: KeyMap) ->
 
     def build(path: str, leaf: Any) -> Tensor:
         pairs = uses.leaves[path]
-        values = [wanted.from_disk(tensor.read()) for tensor, wanted in pairs]
+        values = [target.from_disk(source.read()) for source, target in pairs]
         if len(values) == 1:
             return values[0]
-        places, first = [wanted.ranges for _, wanted in pairs], values[0]
+        places, first = [target.ranges for _, target in pairs], values[0]
         dtype = reduce(torch.promote_types, [value.dtype for value in values])
         return _assemble(values, places, tuple(leaf.shape), dtype=dtype, device=first.device)
 
@@ -159,8 +159,8 @@ def _assemble(
     return out
 
 
-def _widest(tensors: Sequence[FileTensor]) -> torch.dtype:
-    return reduce(torch.promote_types, [DTYPES[tensor.dtype] for tensor in tensors])
+def _widest(sources: Sequence[FileTensor]) -> torch.dtype:
+    return reduce(torch.promote_types, [DTYPES[source.dtype] for source in sources])
 
 
 def _check_copy(copy: FileTensor, original: FileTensor, ranges: Ranges | None) -> None:

@@ -62,13 +62,13 @@ def scan(folder: Path, stack: ExitStack, is_optional: Callable[[str], bool]) -> 
     Raises ValueError where files and index disagree, but for names that are `is_optional`.
     """
     tensors: dict[str, FileTensor] = {}
-    for file, listed in _files(folder).items():
+    for file, index in _files(folder).items():
         path = folder / file
         content = open_file(path, stack)
         names = set(content)
-        if listed is not None and (absent := sorted(n for n in listed - names if not is_optional(n))):
+        if index is not None and (absent := sorted(n for n in index - names if not is_optional(n))):
             raise ValueError(f"weight file {path} lacks tensor {absent[0]!r} that {INDEX} lists; fetch the file again")
-        if listed is not None and (extra := sorted(n for n in names - listed if not is_optional(n))):
+        if index is not None and (extra := sorted(n for n in names - index if not is_optional(n))):
             raise ValueError(
                 f"weight file {path} holds tensor {extra[0]!r} that {INDEX} does not list; fetch both again"
             )

@@ -28,11 +28,11 @@ def load_hf(path: str | PathLike[str], dtype: torch.dtype | None = None, device:
     _check_device(device)
     folder = Path(path)
     hf_config = checkpoint.read_config(folder)
-    found, cfg = _resolve(hf_config)
-    specs, key_map = found.specs(cfg), found.key_map(cfg)
+    model_family, cfg = _resolve(hf_config)
+    specs, key_map = model_family.specs(cfg), model_family.key_map(cfg)
     with checkpoint.open_weights(folder, specs, key_map, dtype=dtype, device=device) as weights:
         params, extra = weights.read(), weights.account.verbatim
-    return Model(family=found, cfg=cfg, params=params, hf_config=hf_config, verbatim=extra)
+    return Model(family=model_family, cfg=cfg, params=params, hf_config=hf_config, verbatim=extra)
 
 
 def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None = None) -> Model:
@@ -42,9 +42,9 @@ def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None 
     Raises ValueError for an unsupported config or dtype.
     """
     _check_dtype(dtype)
-    found, cfg = _resolve(hf_config)
-    params = spec.init_params(found.specs(cfg), seed, dtype)
-    return Model(family=found, cfg=cfg, params=params, hf_config=copy.deepcopy(dict(hf_config)))
+    model_family, cfg = _resolve(hf_config)
+    params = spec.init_params(model_family.specs(cfg), seed, dtype)
+    return Model(family=model_family, cfg=cfg, params=params, hf_config=copy.deepcopy(dict(hf_config)))
 
 
 def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
@@ -55,8 +55,7 @@ def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
     """
     specs = model.family.specs(model.cfg)
     leaves = dict(tree.items(values))
-    wanted = model.family.key_map(model.cfg).disk_tensors(specs, layout)
-    if leaves.keys() != (paths := {tensor.path for tensor in wanted.values()}):
+    if leaves.keys() != (paths := set(tree.paths(specs))):
         odd = sorted(leaves.keys() ^ paths)[0]
         plain = "mmfn.lora.merge(params), which adds adapters to their weights"
         raise ValueError(
@@ -69,7 +68,8 @@ def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
                 f"leaf {path!r} has shape {list(leaves[path].shape)} but the parameter has {list(leaf.shape)}; pass a "
                 "tree shaped like model.params"
             )
-    return {name: tensor.to_disk(leaves[tensor.path]) for name, tensor in wanted.items()}
+    tensors = model.family.key_map(model.cfg).disk_tensors(specs, layout)
+    return {name: tensor.to_disk(leaves[tensor.path]) for name, tensor in tensors.items()}
 
 
 def from_hf(tensors: Mapping[str, Tensor], model: Model) -> Tree:
@@ -133,8 +133,8 @@ def _resolve(hf_config: Mapping[str, Any]) -> tuple[Family, Any]:
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str):
         raise ValueError(f"model_type is {model_type!r} but must name a model family; pass the dict of a config.json")
-    found = family(model_type)
-    return found, found.config_from_hf(hf_config)
+    model_family = family(model_type)
+    return model_family, model_family.config_from_hf(hf_config)
 
 
 def _config_to_save(model: Model) -> dict[str, Any]:

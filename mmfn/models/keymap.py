@@ -127,8 +127,8 @@ class KeyMap:
     @cached_property
     def _patterns(self) -> dict[str, list[tuple[Entry, re.Pattern[str]]]]:
         return {
-            layout: [(e, re.compile(_HOLE.sub(r"(?P<\1>[^/]+)", e.path))) for e in (*own, *self.entries)]
-            for layout, own in self.layouts.items()
+            layout: [(e, re.compile(_HOLE.sub(r"(?P<\1>[^/]+)", e.path))) for e in (*first, *self.entries)]
+            for layout, first in self.layouts.items()
         }
 
 
