@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmfn import spec, tree
-from mmfn.lora import lora
+from mmfn.lora import add_adapters, lora
 from mmfn.parallel.program import Program
 from mmfn.parallel.transforms.precision import precision
 from mmfn.spec import (
@@ -79,6 +79,15 @@ def test_a_declared_dtype_wins_over_the_models(dtype) -> None:
     assert [leaf.compute for leaf in tree.leaves(program.specs)] == [torch.float32, torch.int64, None]
     program = precision(compute=torch.bfloat16, rules={"bias": torch.float64})(Program.of(specs))
     assert [leaf.compute for leaf in tree.leaves(program.specs)] == [torch.float64, torch.int64, None]
+
+
+def test_adapters_have_the_models_dtype() -> None:
+    """Not that of a leaf which declares one, first in path order as it may be."""
+    bias = ParamSpec(shape=(3,), axes=("router",), init=ONES, dtype=torch.float32)
+    plain = {"bias": bias, "up": {"weight": spec.spec((2, 3), "mlp embed", normal(1.0))}}
+    specs = lora(plain, rank=1, alpha=1.0, targets=["up"])
+    params = add_adapters(init_params(plain, 0, torch.bfloat16), specs, 0)
+    assert {path for path, leaf in tree.items(params) if leaf.dtype == torch.float32} == {"bias"}
 
 
 def test_the_widest_dtype_is_the_models() -> None:

@@ -37,8 +37,9 @@ def account(where: Path | str, specs: Tree, key_map: KeyMap, tensors: Mapping[st
     layout, names = _choose_layout(where, specs, key_map, tensors)
     spare = {name: tensor for name, tensor in tensors.items() if name not in names}
     copies = {name: path for name, path in key_map.copies.items() if name in spare}
-    verbatim = tuple(name for name in spare if name not in copies and key_map.is_verbatim(name))
-    unexpected = [n for n in spare if n not in copies and n not in verbatim and not key_map.is_ignored(n)]
+    rest = [name for name in spare if name not in copies and not key_map.is_ignored(name)]
+    verbatim = tuple(name for name in rest if key_map.is_verbatim(name))
+    unexpected = [name for name in rest if not key_map.is_verbatim(name)]
     check(where, names, tensors, unexpected)
     leaves: dict[str, list[Pair]] = {}
     for name, target in names.items():

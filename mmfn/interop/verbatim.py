@@ -33,6 +33,11 @@ class Span:
         """Number of bytes."""
         return self.stop - self.start
 
+    @property
+    def order(self) -> tuple[bool, int]:
+        """What to sort by so that every tensor of a file starts at a multiple of its element's size."""
+        return self.nbytes > 0, -(self.nbytes // max(1, prod(self.shape)))
+
 
 def find(folder: Path | None, names: Collection[str]) -> dict[str, Span]:
     """Where the tensors `names`, which the model's checkpoint has beside its parameters, lie in `folder`.
@@ -61,8 +66,8 @@ def find(folder: Path | None, names: Collection[str]) -> dict[str, Span]:
 
 
 def write(file: Path, spans: Mapping[str, Span]) -> None:
-    """A safetensors file of the tensors, those of wide elements first, which keeps all aligned."""
-    ordered = dict(sorted(spans.items(), key=lambda item: -(item[1].nbytes // max(1, prod(item[1].shape)))))
+    """A safetensors file of the tensors; empty ones, then those of the widest elements, come first: all are aligned."""
+    ordered = dict(sorted(spans.items(), key=lambda item: item[1].order))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, span in ordered.items():

@@ -106,7 +106,7 @@ def _disk_ranges(
     read whole.
     """
     disk, read = list(whole(shape)), list(whole(extent))
-    places = {(prod(shape[:i]), size): i for i, size in enumerate(shape) if size > 1}
+    places = {(prod(shape[:i]), size): i for i, size in enumerate(shape)}
     for i, size in enumerate(extent):
         place = places.get((prod(extent[:i]), size))
         if place is not None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import mmfn
 from mmfn import tree
-from mmfn.interop import export, hf
+from mmfn.interop import adapter, export, hf
 from mmfn.interop.hf import from_hf
 from mmfn.lora import add_adapters, lora
 from mmfn.models import family
@@ -53,6 +53,7 @@ def rewrite(folder):
 
 def assert_params_equal(a, b):
     assert tree.paths(a) == tree.paths(b)
+    assert [x.dtype for x in tree.leaves(a)] == [y.dtype for y in tree.leaves(b)]
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
 
 
@@ -418,3 +419,13 @@ def test_a_declared_dtype_survives_init_load_save_and_adapters(declare, oracle, 
     adapted = add_adapters(model.params, specs, 0)
     assert {leaf.dtype for path, leaf in tree.items(adapted) if "/lora/" in path} == {torch.bfloat16}
     assert adapted["text"]["norm"]["weight"].dtype == torch.float32
+
+    specs = lora(
+        model.family.specs(model.cfg),
+        rank=2,
+        alpha=4.0,
+        targets=[r"text/layers/\d+/attention/q"],
+        keep=["text/norm/weight"],
+    )
+    adapter.save(tmp_path / "adapter", replace(model, params=adapted), specs)
+    assert_params_equal(adapter.load(tmp_path / "adapter", model).params, adapted)
