@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, to
-from mmfn.interop.checkpoint import nearest
+from mmfn.interop.accounting import nearest
 from mmfn.model import Model
 
 # Keys a processor of these families may return; `(pixels, grids)` of each kind of media.

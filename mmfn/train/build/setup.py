@@ -102,7 +102,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     for note in program.notes:
         say(note)
     if config.has_adapters and config.output.adapter != "merged":  # what peft's format cannot express is refused now
-        adapter.stored(program.specs, model.family.specs(model.cfg), model.family.key_map(model.cfg))
+        adapter.disk_tensors(program.specs, model.family.specs(model.cfg), model.family.key_map(model.cfg))
     step, state = build_step(config, model, program, place.device)
     loader = build_loader(config, train_set, model, program)
     check_data(config, loader, train_set, held_out, place, say)
