@@ -47,12 +47,10 @@ class ParamSpec:
 
     A leaf changes in training in one of three ways:
 
-    ========================  ===========  ========================================================================
-    by gradient               (default)    the step differentiates it and the optimizer keeps state for it
-    by a rule                 `is_frozen`  no gradient, no optimizer state; `rule` names what updates it from what a
-                              and `rule`   step has counted (a bias that balances experts)
-    not at all                `is_frozen`  no gradient, no optimizer state (see `freeze`)
-    ========================  ===========  ========================================================================
+    - by its gradient, as most;
+    - by a rule, where `is_frozen` is true and `rule` names one: it has no gradient and no optimizer state, and the rule
+      updates it from what a step counted (a bias that balances experts);
+    - not at all, where `is_frozen` is true alone (see `freeze`).
 
     >>> ParamSpec(shape=(8,), axes=("router",), init=ZEROS, dtype=torch.float32, is_frozen=True, rule="balance")
     """
