@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from transformers.image_utils import load_image
 
+from mmfn.models.data.pixels import ImageSpec, patchify, preprocess_image, target_size
+from mmfn.models.data.qwen_vision import IMAGE_DEFAULTS
 from mmfn.models.layers.patches import lay_frames
-from mmfn.train.data.image import ImageSpec, decode_image, patchify, preprocess_image, target_size
+from mmfn.train.data.image import decode_image
 
 GOLDENS = json.loads((Path(__file__).parents[2] / "goldens" / "media.json").read_text(encoding="utf-8"))
 TINY = {"patch_size": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -23,8 +25,12 @@ def pixels(height, width):
     return ((x * x // 3 + 5 * y + 37 * c + x * y // 7) % 256).to(torch.uint8)
 
 
+def from_hf(config):
+    return ImageSpec.from_hf(config, IMAGE_DEFAULTS)
+
+
 def spec(low=256, high=4096):
-    return ImageSpec.from_hf({**TINY, "size": {"shortest_edge": low, "longest_edge": high}})
+    return from_hf({**TINY, "size": {"shortest_edge": low, "longest_edge": high}})
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -34,7 +40,7 @@ def test_bits_of_the_torchvision_backend(case, layout):
     if layout == "channels_last":  # as decode_image returns it
         image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     before = image.clone()
-    media = preprocess_image(image, ImageSpec.from_hf(case["config"]))
+    media = preprocess_image(image, from_hf(case["config"]))
     assert list(media.grid) == case["grid"]
     assert media.inputs_UF.dtype == torch.float32
     assert media.inputs_UF.flatten()[:4].tolist() == case["first"]
@@ -48,10 +54,10 @@ def test_pil_backend_agrees_within_its_rounding(height, width):
 
     image, config = pixels(height, width), {**TINY, "size": {"shortest_edge": 256, "longest_edge": 40000}}
     theirs = Qwen2VLImageProcessorPil(**config)(images=[image.numpy()], return_tensors="pt")
-    ours = preprocess_image(image, ImageSpec.from_hf(config))
+    ours = preprocess_image(image, from_hf(config))
     assert list(ours.grid) == theirs["image_grid_thw"][0].tolist()
     levels = (ours.inputs_UF - theirs["pixel_values"]).abs() * 127.5  # in grey levels of 256
-    if target_size(height, width, ImageSpec.from_hf(config)) == (height, width):
+    if target_size(height, width, from_hf(config)) == (height, width):
         assert levels.max() < 1e-3
     assert levels.mean() < 0.6  # PIL's filter rounds its weights otherwise: a level here and there
     assert levels.max() < 16
@@ -148,12 +154,12 @@ def test_missing_image_is_named(tmp_path):
 
 
 def test_spec_reads_both_generations_of_configs():
-    new = ImageSpec.from_hf({"size": {"shortest_edge": 100, "longest_edge": 200}, "patch_size": 16})
-    old = ImageSpec.from_hf({"min_pixels": 100, "max_pixels": 200, "patch_size": 16})
-    older = ImageSpec.from_hf({"size": {"min_pixels": 100, "max_pixels": 200}, "patch_size": 16})
+    new = from_hf({"size": {"shortest_edge": 100, "longest_edge": 200}, "patch_size": 16})
+    old = from_hf({"min_pixels": 100, "max_pixels": 200, "patch_size": 16})
+    older = from_hf({"size": {"min_pixels": 100, "max_pixels": 200}, "patch_size": 16})
     assert new == old == older
     assert (new.min_pixels, new.max_pixels, new.merge_size, new.patch_values) == (100, 200, 2, 3 * 2 * 16 * 16)
-    defaults = ImageSpec.from_hf({})
+    defaults = from_hf({})
     assert (defaults.patch_size, defaults.min_pixels, defaults.max_pixels) == (14, 3136, 1003520)
     assert defaults.mean == (0.48145466, 0.4578275, 0.40821073)
 
@@ -176,7 +182,7 @@ def test_spec_reads_both_generations_of_configs():
 )
 def test_bad_spec(config, message):
     with pytest.raises(ValueError, match=message):
-        ImageSpec.from_hf(config)
+        from_hf(config)
 
 
 def test_bad_images():

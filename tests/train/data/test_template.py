@@ -2,14 +2,21 @@ import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import trainers
 
-from mmfn.batch import IMAGE, TEXT, VIDEO
-from mmfn.train.data.template import Chat, VideoText, encode, make_chat, render
+from mmfn.batch import IMAGE, TEXT, VIDEO, Media
+from mmfn.models import family
+from mmfn.models.data.chat import MediaText
+from mmfn.models.data.qwen_vision import video_text
+from mmfn.train.data import template
+from mmfn.train.data.template import Chat, encode, render
 
 CHATS = json.loads((Path(__file__).parents[2] / "goldens" / "chats.json").read_text(encoding="utf-8"))
 # the ChatML core of the format, written apart from the template under test, without generation blocks
@@ -27,6 +34,24 @@ def tokenizer(digits_module):
     trainer = trainers.BpeTrainer(vocab_size=420, show_progress=False)
     corpus = ["a:<0.5 seconds> b:<1.0 seconds> What is this? Two.\n\n\nHello there\n\n"] * 50
     return made.train_new_from_iterator(corpus, 700, initial_alphabet=trainer.initial_alphabet)
+
+
+def make_chat(tokenizer, source=""):
+    """A chat of the family with the ids that this tokenizer gives its tokens."""
+    qwen3 = family("qwen3_vl")
+    cfg = SimpleNamespace(
+        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in qwen3.data.chat.tokens.items()}
+    )
+    return template.make_chat(tokenizer, qwen3.data.chat, partial(qwen3.kinds, cfg=cfg), source)
+
+
+def images(*counts):
+    return {"image": [MediaText(text="<|image_pad|>", counts=(count,)) for count in counts]}
+
+
+def video(*times, tokens_per_group):
+    """The text of a video with one row of features in every group."""
+    return video_text(Media(inputs_UF=None, grid=(len(times), 2, 2 * tokens_per_group), times=times), merge_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +93,8 @@ def test_tokens_and_mask_of_the_library(tokenizer, chat, with_media):
     """One token per image, so that the library's own mask covers the same tokens."""
     for messages in conversations(60, with_media):
         expected = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-        num_images = expected["input_ids"].count(chat.image_id)
-        ours = encode(messages, chat, images=[1] * num_images)
+        num_images = expected["input_ids"].count(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        ours = encode(messages, chat, texts=images(*[1] * num_images))
         assert ours.tokens_T.tolist() == expected["input_ids"]
         assert ours.supervised_T.tolist() == [bool(m) for m in expected["assistant_masks"]]
 
@@ -82,14 +107,15 @@ def test_supervised_text_is_the_answer_and_its_end(tokenizer, chat):
         {"role": "user", "content": "Sure?"},
         {"role": "assistant", "content": "Yes."},
     ]
-    out = encode(messages, chat, images=[3])
+    out = encode(messages, chat, texts=images(3))
     assert tokenizer.decode(out.tokens_T[out.supervised_T]) == "Two.<|im_end|>\nYes.<|im_end|>\n"
     assert tokenizer.decode(out.tokens_T[~out.supervised_T]) == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|>"
         "<|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n<|im_start|>user\nSure?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert out.kinds_T.tolist() == [IMAGE if t == chat.image_id else TEXT for t in out.tokens_T.tolist()]
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert out.kinds_T.tolist() == [IMAGE if t == image_id else TEXT for t in out.tokens_T.tolist()]
 
 
 def test_repeated_pads_equal_tokenizing_the_expanded_text(tokenizer, chat):
@@ -99,7 +125,7 @@ def test_repeated_pads_equal_tokenizing_the_expanded_text(tokenizer, chat):
         counts = list(range(2, 2 + num_images))
         pieces = text.split("<|image_pad|>")
         expanded = "".join(p + "<|image_pad|>" * n for p, n in zip(pieces, [*counts, 0], strict=True))
-        out = encode(messages, chat, images=counts)
+        out = encode(messages, chat, texts=images(*counts))
         assert out.tokens_T.tolist() == tokenizer(expanded)["input_ids"]
         assert int((out.kinds_T == IMAGE).sum()) == sum(counts)
 
@@ -108,7 +134,7 @@ def test_videos_are_timed_groups(processor, media_goldens):
     """The library of the goldens keeps the outer pair of marks around all groups; the published models never saw it."""
     prompt = media_goldens["prompt"]
     times = (0.5, 2.5, 4.5)
-    out = encode(prompt["messages"], processor.chat, images=[8], videos=[VideoText(times=times, tokens_per_group=6)])
+    out = encode(prompt["messages"], processor.chat, texts=images(8) | {"video": [video(*times, tokens_per_group=6)]})
     text = (
         prompt["text"].replace("<|vision_start|><0.5", "<0.5").replace("<|vision_end|><|vision_end|>", "<|vision_end|>")
     )
@@ -126,7 +152,7 @@ def test_times_join_the_text_before_them(tokenizer, chat):
         {"role": "user", "content": [{"type": "text", "text": "a:"}, {"type": "video"}]},
         {"role": "assistant", "content": "ok"},
     ]
-    out = encode(messages, chat, videos=[VideoText(times=(0.5, 1.0), tokens_per_group=1)])
+    out = encode(messages, chat, texts={"video": [video(0.5, 1.0, tokens_per_group=1)]})
     pad = "<|vision_start|><|video_pad|><|vision_end|>"
     text = f"<|im_start|>user\na:<0.5 seconds>{pad}<1.0 seconds>{pad}<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
     expected = tokenizer(text)["input_ids"]
@@ -143,7 +169,7 @@ def test_template_without_blocks_is_followed_to_the_letter(tokenizer):
     chat = make_chat(copy)
     assert chat.own == PLAIN
     for messages in conversations(20, True):
-        out = encode(messages, chat, images=[1] * sum(m["role"] == "user" for m in messages))
+        out = encode(messages, chat, texts=images(*[1] * sum(m["role"] == "user" for m in messages)))
         assert out.tokens_T.tolist() == copy.apply_chat_template(messages)["input_ids"]
         assert bool(out.supervised_T.any())
     prompt = encode([{"role": "user", "content": "Hi"}], chat, is_prompt=True)
@@ -158,8 +184,8 @@ def test_template_that_differs_is_refused(tokenizer):
 
 
 def test_template_given_wins(tokenizer):
-    template = "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    out = encode([{"role": "user", "content": "Hi"}], make_chat(tokenizer, template))
+    source = "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    out = encode([{"role": "user", "content": "Hi"}], make_chat(tokenizer, source))
     assert tokenizer.decode(out.tokens_T) == "user:Hi"
     assert tokenizer.decode(out.tokens_T[out.supervised_T]) == "Hi"
 
@@ -185,7 +211,7 @@ def test_a_template_that_fails(tokenizer, source):
 
 
 @pytest.mark.parametrize(
-    ("content", "images", "message"),
+    ("content", "counts", "message"),
     [
         ([{"type": "image"}], [], "1 image placeholders for 0 images"),
         ("Hi", [4], "0 image placeholders for 1 images"),
@@ -193,9 +219,21 @@ def test_a_template_that_fails(tokenizer, source):
         ([{"type": "video"}], [], "1 video placeholders for 0 videos"),
     ],
 )
-def test_placeholders_match_media(chat, content, images, message):
+def test_placeholders_match_media(chat, content, counts, message):
     with pytest.raises(ValueError, match=message):
-        encode([{"role": "user", "content": content}], chat, images=images)
+        encode([{"role": "user", "content": content}], chat, texts=images(*counts))
+
+
+def test_media_of_a_kind_the_model_does_not_know(chat):
+    with pytest.raises(ValueError, match="0 audio placeholders for 1 audios"):
+        encode([{"role": "user", "content": "Hi"}], chat, texts={"audio": [MediaText(text="", counts=())]})
+
+
+def test_ids_of_another_model_are_refused(chat):
+    """The tokenizer writes media tokens that the model takes for text."""
+    other = replace(chat, kinds=lambda tokens_T: torch.full_like(tokens_T, TEXT))
+    with pytest.raises(ValueError, match=r"written with 1 media tokens but config\.json has the ids of 0"):
+        encode([{"role": "user", "content": [{"type": "image"}]}], other, texts=images(2))
 
 
 def test_threads_do_not_mix_spans(chat):
@@ -216,7 +254,7 @@ def test_threads_do_not_mix_spans(chat):
 def test_inputs_are_not_modified(chat):
     messages = [{"role": "user", "content": [{"type": "image"}], "name": None}, {"role": "assistant", "content": "a"}]
     before = json.dumps(messages)
-    out = encode(messages, chat, images=[2])
+    out = encode(messages, chat, texts=images(2))
     assert json.dumps(messages) == before
     assert out.tokens_T.dtype == out.kinds_T.dtype == torch.int64
     assert out.supervised_T.dtype == torch.bool

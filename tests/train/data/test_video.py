@@ -7,17 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from mmfn.train.data.video import (
-    VideoSpec,
-    decode_frames,
-    decode_video,
-    group_times,
-    preprocess_video,
-    sample_frames,
-)
+from mmfn.models.data.frames import VideoSpec, group_times, preprocess_video, sample_frames
+from mmfn.models.data.qwen_vision import VIDEO_DEFAULTS, VisionProcessor
+from mmfn.train.data.video import decode_frames, decode_video
 
 GOLDENS = json.loads((Path(__file__).parents[2] / "goldens" / "media.json").read_text(encoding="utf-8"))
-SPEC = VideoSpec.from_hf({"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 40960}})
+
+
+def from_hf(config):
+    return VideoSpec.from_hf(config, VIDEO_DEFAULTS)
+
+
+SPEC = from_hf({"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 40960}})
+SAMPLING = VisionProcessor(image_spec=SPEC.pixels, video_spec=SPEC).sampling()
 
 
 def pixels(*shape):
@@ -29,7 +31,7 @@ def pixels(*shape):
 @pytest.mark.parametrize("case", GOLDENS["videos"], ids=lambda c: "x".join(map(str, c["shape"])))
 def test_bits_of_the_library(case):
     frames, height, width = case["shape"]
-    media = preprocess_video(pixels(frames, 3, height, width), VideoSpec.from_hf(case["config"]).pixels)
+    media = preprocess_video(pixels(frames, 3, height, width), from_hf(case["config"]).pixels)
     assert list(media.grid) == case["grid"]
     assert media.inputs_UF.flatten()[:4].tolist() == case["first"]
     assert hashlib.sha256(media.inputs_UF.contiguous().numpy().tobytes()).hexdigest() == case["sha256"]
@@ -37,17 +39,25 @@ def test_bits_of_the_library(case):
 
 @pytest.mark.parametrize("case", GOLDENS["sampling"], ids=lambda c: f"{c['total']}@{c['fps']}")
 def test_sampling_of_the_library(case):
-    indices = sample_frames(case["total"], case["fps"], VideoSpec.from_hf({}))
+    indices = sample_frames(case["total"], case["fps"], from_hf({}))
     assert len(indices) == case["count"]
     assert indices[:12] == case["indices"]
 
 
+def test_sampling_is_numpys_rounded_linspace():
+    for num_frames in (1, 2, 3, 5, 24, 97, 250, 1801, 100_003):
+        for rate in (1.0, 7.5, 24.0, 30000 / 1001, 60.0):
+            indices = sample_frames(num_frames, rate, SPEC)
+            expected = np.linspace(0, num_frames - 1, len(indices)).round().astype(int)
+            assert indices == expected.tolist()
+
+
 def test_spec_has_the_defaults_of_the_library():
-    spec = VideoSpec.from_hf({})
+    spec = from_hf({})
     assert (spec.fps, spec.min_frames, spec.max_frames) == (2.0, 4, 768)
     assert (spec.pixels.patch_size, spec.pixels.min_pixels, spec.pixels.max_pixels) == (16, 131072, 786432)
     assert spec.pixels.mean == spec.pixels.std == (0.5, 0.5, 0.5)
-    older = VideoSpec.from_hf({"size": {"min_pixels": 64, "max_pixels": 128}}).pixels
+    older = from_hf({"size": {"min_pixels": 64, "max_pixels": 128}}).pixels
     assert (older.min_pixels, older.max_pixels) == (64, 128)
 
 
@@ -62,18 +72,18 @@ def test_frames_from_images(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path, frame in zip(paths, frames, strict=True):
         Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).save(path)
-    decoded, times = decode_frames(paths, SPEC)
+    decoded, times = decode_frames(paths, SPEC.fps)
     assert torch.equal(decoded, frames)
     assert times == [0.0, 0.5, 1.0]
     Image.fromarray(np.zeros((6, 9, 3), np.uint8)).save(paths[1])
     with pytest.raises(ValueError, match=r"must have one size, got \[\(6, 8\), \(6, 9\)\]"):
-        decode_frames(paths, SPEC)
+        decode_frames(paths, SPEC.fps)
 
 
 def test_missing_pyav_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ValueError, match=r"clip\.mp4' needs PyAV to be decoded; install it"):
-        decode_video(tmp_path / "clip.mp4", SPEC)
+        decode_video(tmp_path / "clip.mp4", SAMPLING)
 
 
 def _write_clip(av, path, num_frames, rate):
@@ -91,7 +101,7 @@ def test_decoding_a_file(tmp_path):
     av = pytest.importorskip("av", reason="PyAV is an optional dependency")
     path = tmp_path / "clip.mp4"
     _write_clip(av, path, 24, 8)
-    frames, times = decode_video(path, SPEC)
+    frames, times = decode_video(path, SAMPLING)
     with av.open(str(path)) as container:
         everything = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     assert times == [i / 8 for i in (0, 5, 9, 14, 18, 23)]
@@ -104,7 +114,7 @@ def test_broken_video_files(tmp_path):
     path.write_bytes(b"nothing")
     for source in (path, tmp_path / "missing.mp4"):
         with pytest.raises(ValueError, match=rf"{source.name}' could not be decoded"):
-            decode_video(source, SPEC)
+            decode_video(source, SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +133,7 @@ def test_broken_video_files(tmp_path):
 )
 def test_bad_spec(config, message):
     with pytest.raises(ValueError, match=message):
-        VideoSpec.from_hf(config)
+        from_hf(config)
 
 
 def test_bad_videos():
