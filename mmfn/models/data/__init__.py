@@ -60,14 +60,15 @@ class Fact:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSide:
-    """What a family says of its data.
+    """What a family says of its data: pure functions, and values that general code works with.
 
-    `chat`: how conversations are written. `sections`: the parts of its processor's files that a checkpoint must have,
-    by the names they have in `processor_config.json`. `processor`: of all such sections that are there. `facts(cfg,
-    processor)`: what must agree between the two.
+    A section is a part of a processor's files, by its name in `processor_config.json` ("image_processor", ...).
     """
 
     chat: ChatFormat
-    sections: tuple[str, ...]
-    processor: Callable[[Mapping[str, Mapping[str, Any]]], MediaProcessor]
-    facts: Callable[[Any, Any], Sequence[Fact]]
+    sections: tuple[str, ...]  # those that a checkpoint must have
+    processor: Callable[[Mapping[str, Mapping[str, Any]], Any], MediaProcessor]  # (all sections there are, cfg)
+    facts: Callable[[Any, Any], Sequence[Fact]]  # (cfg, processor) -> what must agree between the two
+    input_keys: tuple[str, ...]  # under which Hugging Face's processor of the family returns media
+    media_from_hf: Callable[[Mapping[str, Tensor], Any], MediaByKind]  # (inputs by those keys, cfg)
+    num_tokens: Callable[[str, Media, Any], int]  # (kind, media, cfg) -> tokens that stand for it

@@ -13,6 +13,7 @@ from mmfn.batch import Media
 from mmfn.models.data import DataSide, Fact, MediaByKind, Sampling
 from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
 from mmfn.models.data.frames import VideoSpec, group_times, preprocess_video, sample_frames
+from mmfn.models.data.inputs import grids_from_hf
 from mmfn.models.data.pixels import CHANNELS, ImageSpec, preprocess_image
 
 IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
@@ -28,6 +29,7 @@ TOKENS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 IMAGE_DEFAULTS = {
     "patch_size": 14,
     "temporal_patch_size": 2,
@@ -105,8 +107,8 @@ def video_text(media: Media, merge_size: int) -> MediaText:
     return MediaText(text="".join(groups), counts=(count,) * len(groups))
 
 
-def processor(sections: Mapping[str, Mapping[str, Any]]) -> VisionProcessor:
-    """Of the sections `image_processor` and, where there is one, `video_processor`."""
+def processor(sections: Mapping[str, Mapping[str, Any]], cfg: Any) -> VisionProcessor:
+    """Of the sections `image_processor` and, where there is one, `video_processor`; nothing depends on `cfg`."""
     video = sections.get("video_processor")
     return VisionProcessor(
         image_spec=ImageSpec.from_hf(sections["image_processor"], IMAGE_DEFAULTS),
@@ -128,6 +130,17 @@ def facts(cfg: Any, processor: VisionProcessor) -> list[Fact]:
     return [*sizes, channels]
 
 
+def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any) -> MediaByKind:
+    """Images and videos of `INPUTS`; videos without times, which stand in the text."""
+    sizes = {"merge_size": cfg.vision.merge_size, "num_values": cfg.vision.patch_values}
+    return {kind: grids_from_hf(inputs, *keys, **sizes) for kind, keys in INPUTS.items()}
+
+
+def num_tokens(kind: str, media: Media, cfg: Any) -> int:
+    """A token stands for a merged block of patches."""
+    return math.prod(media.grid) // int(cfg.vision.merge_size**2)
+
+
 def data_side(templates: tuple[str, ...]) -> DataSide:
     """The data side of a family that differs from the others in its chat templates alone."""
     return DataSide(
@@ -135,4 +148,7 @@ def data_side(templates: tuple[str, ...]) -> DataSide:
         sections=("image_processor",),
         processor=processor,
         facts=facts,
+        input_keys=tuple(key for keys in INPUTS.values() for key in keys),
+        media_from_hf=media_from_hf,
+        num_tokens=num_tokens,
     )

@@ -45,10 +45,10 @@ def load_processor(path: str | PathLike[str], template: str = "") -> Processor:
     for name in model.data.sections:
         if name not in sections:
             raise ValueError(f"folder {str(path)!r} has no {FILES[name]}; copy it from the original checkpoint")
-    kinds = partial(model.kinds, cfg=model.config_from_hf(config))
+    cfg = model.config_from_hf(config)
     return Processor(
-        chat=make_chat(load_tokenizer(folder), model.data.chat, kinds, template),
-        media=model.data.processor(sections),
+        chat=make_chat(load_tokenizer(folder), model.data.chat, partial(model.kinds, cfg=cfg), template),
+        media=model.data.processor(sections, cfg),
     )
 
 

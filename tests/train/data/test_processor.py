@@ -3,7 +3,6 @@ import shutil
 
 import pytest
 
-from mmfn.models.data import qwen_vision
 from mmfn.train.data import load_processor
 
 
@@ -38,8 +37,3 @@ def test_a_section_that_is_no_object(tmp_path, digits):
     (tmp_path / "model" / "processor_config.json").write_text('{"image_processor": "x"}')
     with pytest.raises(ValueError, match=r"'image_processor' in '.*processor_config\.json' must be an object, got 'x'"):
         load_processor(tmp_path / "model")
-
-
-def test_one_patch_size():
-    with pytest.raises(ValueError, match="patch_size is 8 for images but 16 for videos"):
-        qwen_vision.processor({"image_processor": {"patch_size": 8}, "video_processor": {}})

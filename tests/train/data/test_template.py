@@ -1,5 +1,7 @@
+import copy
 import json
 import random
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +15,7 @@ from tokenizers import trainers
 
 from mmfn.batch import IMAGE, TEXT, VIDEO, Media
 from mmfn.models import family
-from mmfn.models.data.chat import MediaText
+from mmfn.models.data.chat import ChatFormat, MediaText
 from mmfn.models.data.qwen_vision import video_text
 from mmfn.train.data import template
 from mmfn.train.data.template import Chat, encode, render
@@ -234,6 +236,66 @@ def test_ids_of_another_model_are_refused(chat):
     other = replace(chat, kinds=lambda tokens_T: torch.full_like(tokens_T, TEXT))
     with pytest.raises(ValueError, match=r"written with 1 media tokens but config\.json has the ids of 0"):
         encode([{"role": "user", "content": [{"type": "image"}]}], other, texts=images(2))
+
+
+def marked_kinds(tokens_T, image, begin, end):
+    """A rule of context: image tokens between the marks of a video are its frames."""
+    inside_T = (tokens_T == begin).cumsum(0) > (tokens_T == end).cumsum(0)
+    return torch.where(tokens_T == image, torch.where(inside_T, VIDEO, IMAGE), TEXT)
+
+
+def test_a_format_whose_video_frames_are_image_tokens(tokenizer):
+    """Another model's chats: other tokens, whole seconds behind every frame, kinds that the context decides."""
+    marks = ["<|image|>", "<|video|>", "<|begin_of_video|>", "<|end_of_video|>", "<|frame|>"]
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(marks, special_tokens=True)
+    image, _, begin, end, _ = other.convert_tokens_to_ids(marks)
+    chat_format = ChatFormat(
+        placeholders={"image": re.escape(marks[0]), "video": re.escape(marks[1])},
+        tokens={"image_token_id": marks[0], "video_token_id": marks[1]},
+        templates=(),
+    )
+    source = (
+        "{% for m in messages %}{% for p in m.content %}{% if p.type == 'video' %}<|begin_of_video|><|video|>"
+        "<|end_of_video|>{% elif p.type == 'image' %}<|image|>{% else %}{% generation %}{{ p.text }}"
+        "{% endgeneration %}{% endif %}{% endfor %}{% endfor %}"
+    )
+    chat = template.make_chat(other, chat_format, partial(marked_kinds, image=image, begin=begin, end=end), source)
+    parts = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "ok"}]
+    clip = MediaText(text="".join(f"<|frame|><|image|><|frame|>{second}" for second in (0, 1, 2)), counts=(2, 2, 2))
+    picture = MediaText(text="<|image|>", counts=(3,))
+    out = encode([{"role": "user", "content": parts}], chat, texts={"image": [picture], "video": [clip]})
+    frames = "".join(f"<|frame|><|image|><|image|><|frame|>{second}" for second in (0, 1, 2))
+    text = f"<|begin_of_video|>{frames}<|end_of_video|><|image|><|image|><|image|>ok"
+    assert out.tokens_T.tolist() == other(text)["input_ids"]
+    assert out.kinds_T[out.kinds_T != TEXT].tolist() == [VIDEO] * 6 + [IMAGE] * 3
+    assert other.decode(out.tokens_T[out.supervised_T]) == "ok"
+
+
+def test_a_placeholder_of_two_kinds_interleaved(tokenizer):
+    """A video with its sound is one placeholder: runs of both kinds take turns."""
+    pads = ["<|video_pad|>", "<|audio_pad|>"]
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(pads, special_tokens=True)
+    ids = other.convert_tokens_to_ids(pads)
+    chat_format = ChatFormat(
+        placeholders={"video": re.escape(pads[0]), "audio": re.escape(pads[1])},
+        tokens={"video_token_id": pads[0], "audio_token_id": pads[1]},
+        templates=(),
+    )
+
+    def kinds(tokens_T):
+        return torch.where(tokens_T == ids[0], VIDEO, torch.where(tokens_T == ids[1], 3, TEXT))
+
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    chat = template.make_chat(other, chat_format, kinds, source)
+    both = MediaText(text="".join(pads) * 2, counts=(6, 13, 6, 7))
+    messages = [{"role": "assistant", "content": "a<|video_pad|>b<|audio_pad|>c"}]
+    out = encode(messages, chat, texts={"video": [both], "audio": [MediaText(text=pads[1], counts=(5,))]})
+    text = "a" + pads[0] * 6 + pads[1] * 13 + pads[0] * 6 + pads[1] * 7 + "b" + pads[1] * 5 + "c"
+    assert out.tokens_T.tolist() == other(text)["input_ids"]
+    assert out.kinds_T.tolist() == kinds(out.tokens_T).tolist()
+    assert other.decode(out.tokens_T[out.supervised_T]) == "abc"
 
 
 def test_threads_do_not_mix_spans(chat):
