@@ -3,7 +3,7 @@
 from mmfn.train.data.dataset import Dataset
 from mmfn.train.data.image import decode_image
 from mmfn.train.data.loader import Agreed, Loader, Share, Stats, agree, prefetch, stats
-from mmfn.train.data.processor import Processor, load_processor, prepare
+from mmfn.train.data.processor import Processor, encode_sample, load_processor
 from mmfn.train.data.template import Chat, Encoded, encode, make_chat
 from mmfn.train.data.tokenizer import load_tokenizer
 from mmfn.train.data.video import decode_frames, decode_video
@@ -22,10 +22,10 @@ __all__ = [
     "decode_frames",
     "decode_video",
     "encode",
+    "encode_sample",
     "load_processor",
     "load_tokenizer",
     "make_chat",
     "prefetch",
-    "prepare",
     "stats",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from mmfn.batch import Media, Sample
 from mmfn.models.data import MediaByKind
 from mmfn.train.data.image import decode_image
-from mmfn.train.data.processor import Processor, prepare
+from mmfn.train.data.processor import Processor, encode_sample
 from mmfn.train.data.records import Message, Record, count_media, plain_text, read_records
 from mmfn.train.data.video import decode_frames, decode_video
 
@@ -79,7 +79,7 @@ class Dataset:
             "image": full.images[: count_media(before, "image")],
             "video": full.videos[: count_media(before, "video")],
         }
-        return self._prepare(record, before, media, is_prompt=True), plain_text(record.messages[turns[-1]])
+        return self._encode(record, before, media, is_prompt=True), plain_text(record.messages[turns[-1]])
 
     def _load(self, record: Record) -> Sample:
         try:
@@ -89,7 +89,7 @@ class Dataset:
             }
         except ValueError as error:
             raise ValueError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
-        sample = self._prepare(record, record.messages, media)
+        sample = self._encode(record, record.messages, media)
         num_tokens = sample.tokens_T.numel()
         if self.max_tokens is not None and num_tokens > self.max_tokens:
             raise ValueError(
@@ -98,12 +98,12 @@ class Dataset:
             )
         return sample
 
-    def _prepare(
+    def _encode(
         self, record: Record, messages: tuple[Message, ...], media: MediaByKind, *, is_prompt: bool = False
     ) -> Sample:
         tools = record.tools
         try:
-            return prepare(messages, self.processor, media, tools=tools, is_prompt=is_prompt, id=record.id)
+            return encode_sample(messages, self.processor, media, tools=tools, is_prompt=is_prompt, id=record.id)
         except ValueError as error:
             raise ValueError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
 

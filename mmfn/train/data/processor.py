@@ -52,7 +52,7 @@ def load_processor(path: str | PathLike[str], template: str = "") -> Processor:
     )
 
 
-def prepare(
+def encode_sample(
     messages: Sequence[Message],
     processor: Processor,
     media: MediaByKind,
@@ -81,9 +81,7 @@ def prepare(
 
 def _section(folder: Path, name: str, file: str) -> dict[str, Any] | None:
     both = folder / "processor_config.json"
-    found = read_json(both).get(name) if both.exists() else None
-    if found is not None and not isinstance(found, dict):
-        raise ValueError(f"{name!r} in {str(both)!r} must be an object, got {found!r}")
-    if found is None and (folder / file).exists():
-        found = read_json(folder / file)
-    return found
+    section = read_json(both).get(name) if both.exists() else None
+    if section is not None and not isinstance(section, dict):
+        raise ValueError(f"{name!r} in {str(both)!r} must be an object, got {section!r}")
+    return read_json(folder / file) if section is None and (folder / file).exists() else section

@@ -28,15 +28,15 @@ class Chat:
     """How conversations become tokens.
 
     `format`: what the model's family says of it. `kinds`: int64[T] tokens -> int64[T], the kind of each. `templates`:
-    jinja sources with generation blocks, the first that fits is used. `own`: the checkpoint's template when that has no
-    such blocks; a fitting template renders the conversation to the same text. "" when not needed.
+    jinja sources with generation blocks, the first that fits is used. `original`: the checkpoint's template when that
+    has no such blocks; a fitting template renders the conversation to the same text. "" when not needed.
     """
 
     tokenizer: Tokenizer
     format: ChatFormat
     kinds: Callable[[Tensor], Tensor]
     templates: tuple[str, ...]
-    own: str
+    original: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +55,22 @@ def make_chat(tokenizer: Tokenizer, format: ChatFormat, kinds: Callable[[Tensor]
     family. Raises ValueError when there is no template, `template` has no generation blocks, or a token of `format` is
     none of the tokenizer.
     """
-    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    original = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     if template and not _GENERATION.search(template):
         raise ValueError(
             "the chat template given has no {% generation %} block; put one around the assistant's content"
         )
-    if not template and not own:
+    if not template and not original:
         raise ValueError("the tokenizer has no chat template; give one with {% generation %} blocks")
-    marked = template or (own if _GENERATION.search(own) else "")
+    source = template or (original if _GENERATION.search(original) else "")
     for token in format.tokens.values():
         token_id(tokenizer, token)
     return Chat(
         tokenizer=tokenizer,
         format=format,
         kinds=kinds,
-        templates=(marked,) if marked else tuple(map(read_template, format.templates)),
-        own="" if marked else own,
+        templates=(source,) if source else tuple(map(read_template, format.templates)),
+        original="" if source else original,
     )
 
 
@@ -118,10 +118,10 @@ def render(
     is_prompt: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the character spans the assistant wrote. Raises as `encode` does."""
-    own = _render(messages, chat, chat.own, tools, is_prompt)[0] if chat.own else None
+    expected = _render(messages, chat, chat.original, tools, is_prompt)[0] if chat.original else None
     for template in chat.templates:
         text, spans = _render(messages, chat, template, tools, is_prompt)
-        if own is None or text == own:
+        if expected is None or text == expected:
             return text, spans
     raise ValueError(
         "the checkpoint's chat template has no {% generation %} block and renders these messages unlike the training "
@@ -162,11 +162,11 @@ def _insert_media(
     """Replace each placeholder by the text of its medium; spans move along. Also the counts of all texts, in order."""
     matches = list(chat.format.pattern.finditer(text))
     for kind in dict.fromkeys((*chat.format.placeholders, *texts)):
-        found, given = sum(match.lastgroup == kind for match in matches), len(texts.get(kind, ()))
-        if found != given:
+        num_places, num_media = sum(match.lastgroup == kind for match in matches), len(texts.get(kind, ()))
+        if num_places != num_media:
             raise ValueError(
-                f"the rendered text holds {found} {kind} placeholders for {given} {kind}s; mark each {kind} once, in a "
-                "turn of the user, and keep the placeholder token itself out of the text"
+                f"the rendered text holds {num_places} {kind} placeholders for {num_media} {kind}s; mark each {kind} "
+                "once, in a turn of the user, and keep the placeholder token itself out of the text"
             )
     left = {kind: iter(items) for kind, items in texts.items()}
     pieces: list[str] = []
@@ -179,7 +179,7 @@ def _insert_media(
         growth.append((match.end(), len(medium.text) - len(match.group())))
         last = match.end()
 
-    def moved(position: int) -> int:
+    def shift(position: int) -> int:
         return position + sum(extra for end, extra in growth if end <= position)
 
-    return "".join([*pieces, text[last:]]), [(moved(start), moved(end)) for start, end in spans], counts
+    return "".join([*pieces, text[last:]]), [(shift(start), shift(end)) for start, end in spans], counts

@@ -15,7 +15,7 @@ from mmfn.model import Model
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.host_values import gather_values
-from mmfn.train.data import Dataset, Processor, decode_image, prepare
+from mmfn.train.data import Dataset, Processor, decode_image, encode_sample
 from mmfn.train.data.records import Record, parse_record, plain_text
 from mmfn.train.generate import generate
 from mmfn.train.objective import loss_fn
@@ -133,7 +133,7 @@ def answer(
     entry = {"messages": [{"role": "user", "content": text}], "images": list(images)}
     record = parse_record(entry, "prompt")
     media = {"image": [processor.media.image(decode_image(path)) for path in record.images]}
-    sample = prepare(record.messages, processor, media, is_prompt=True, id=record.id)
+    sample = encode_sample(record.messages, processor, media, is_prompt=True, id=record.id)
     (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids)
     decoded: str = processor.chat.tokenizer.decode(row, skip_special_tokens=True)
     return decoded.strip()

@@ -86,7 +86,7 @@ def conversations(num, with_media):
 def test_text_of_the_published_template(tokenizer, chat, index):
     case = {**CHATS[index]}
     expected = case.pop("text")
-    assert chat.own == ""
+    assert chat.original == ""
     assert tokenizer.apply_chat_template(case.pop("messages"), tokenize=False, **case) == expected
 
 
@@ -169,7 +169,7 @@ def test_times_join_the_text_before_them(tokenizer, chat):
 def test_template_without_blocks_is_followed_to_the_letter(tokenizer):
     copy = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, chat_template=PLAIN)
     chat = make_chat(copy)
-    assert chat.own == PLAIN
+    assert chat.original == PLAIN
     for messages in conversations(20, True):
         out = encode(messages, chat, texts=images(*[1] * sum(m["role"] == "user" for m in messages)))
         assert out.tokens_T.tolist() == copy.apply_chat_template(messages)["input_ids"]
