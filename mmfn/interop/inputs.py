@@ -30,6 +30,12 @@ def batch_from_hf(inputs: Mapping[str, Any], model: Model) -> Batch:
     Raises ValueError for unknown keys, shapes that disagree, holes in the mask, supervised padding, and placeholders
     that do not match the media.
     """
+    samples = samples_from_hf(inputs, model)
+    return to(model.family.pack(samples, model.cfg), tree.leaves(model.params)[0].device)
+
+
+def samples_from_hf(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
+    """The rows of `batch_from_hf`, each with its media, on the CPU. Raises ValueError as that does."""
     data, cfg = model.family.data, model.cfg
     for key in inputs:
         if key not in (*_TEXT_KEYS, *data.input_keys):
@@ -38,8 +44,7 @@ def batch_from_hf(inputs: Mapping[str, Any], model: Model) -> Batch:
     present = {key: value for key, value in inputs.items() if value is not None}
     rows = _rows(present, model)
     media = data.media_from_hf({key: _tensor(key, present[key]) for key in data.input_keys if key in present}, cfg)
-    samples = _attach_media(rows, media, lambda kind, medium: data.num_tokens(kind, medium, cfg))
-    return to(model.family.pack(samples, cfg), tree.leaves(model.params)[0].device)
+    return _attach_media(rows, media, lambda kind, medium: data.num_tokens(kind, medium, cfg))
 
 
 def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:

@@ -140,7 +140,7 @@ class Dataset:
     def _keep(self, index: int, sample: Sample) -> None:
         """Keep until full, never evict: under a random order each epoch, a fixed share of hits beats none."""
         tensors = [sample.tokens_T, sample.labels_T, sample.kinds_T]
-        tensors += [media.inputs_UF for media in (*sample.images, *sample.videos)]
+        tensors += [media.inputs_UF for media in (*sample.images, *sample.videos, *sample.audios)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         with self._lock:
             if size <= self._cache_room and index not in self._cache:

@@ -75,6 +75,7 @@ def encode_sample(
         kinds_T=encoded.kinds_T,
         images=tuple(media.get("image", ())),
         videos=tuple(media.get("video", ())),
+        audios=tuple(media.get("audio", ())),
         id=id,
     )
 
