@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def load_processor(path: str | PathLike[str], template: str = "") -> Processor:
             raise ValueError(f"folder {str(path)!r} has no {FILES[name]}; copy it from the original checkpoint")
     cfg = model.config_from_hf(config)
     return Processor(
-        chat=make_chat(load_tokenizer(folder), model.data.chat, partial(model.kinds, cfg=cfg), template),
+        chat=make_chat(load_tokenizer(folder), model.data.chat, lambda tokens_T: model.kinds(tokens_T, cfg), template),
         media=model.data.processor(sections, cfg),
     )
 
