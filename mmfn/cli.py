@@ -100,6 +100,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     from mmfn.parallel.mesh.layout import Layout
     from mmfn.train.build import setup
+    from mmfn.train.build.match import check_match
     from mmfn.train.config.load import load_config
     from mmfn.train.run import evaluate as evaluation
     from mmfn.train.run import folder as run_folder
@@ -116,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> None:
     device = setup.find_device(config.model.device, args.ranks)
     with launch.placed(args.ranks, Layout(dp=args.ranks.size), device, config.layout.timeout_s) as place:
         model = setup.load_model(config.model, config.train.seed, device)
-        setup.check_match(model, processor)
+        check_match(model, processor)
         found = evaluation.evaluate(
             model,
             held_out,
@@ -134,13 +135,14 @@ def evaluate(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     """`mmfn generate`: one greedy answer."""
     from mmfn.train.build import setup
+    from mmfn.train.build.match import check_match
     from mmfn.train.config.schema import ModelSection
     from mmfn.train.run.evaluate import answer
 
     processor = setup.load_model_processor(args.checkpoint)
     section = ModelSection(path=args.checkpoint, dtype=args.dtype, device=args.device, adapter=args.adapter)
     model = setup.load_model(section, seed=0)
-    setup.check_match(model, processor)
+    check_match(model, processor)
     eos = setup.eos_token_ids(Path(args.checkpoint), processor, model.cfg.vocab_size)
     print(answer(model, processor, args.prompt, args.image, max_new_tokens=args.max_new_tokens, eos_token_ids=eos))
 

@@ -14,6 +14,7 @@ import torch
 import mmfn
 from mmfn import tree
 from mmfn.train.build import setup
+from mmfn.train.build.match import check_match
 from mmfn.train.config.load import load_config
 from mmfn.train.data import prefetch
 from mmfn.train.objective import per_token_loss, weigh
@@ -248,19 +249,17 @@ def test_processor_of_another_model_is_refused(make_config: MakeConfig) -> None:
     vision = replace(run.model.cfg.vision, patch_size=8)
     other = replace(run.model, cfg=replace(run.model.cfg, vision=vision))
     with pytest.raises(ValueError, match=r"patch_size is 8 in config.json but 4 in preprocessor_config.json"):
-        setup.check_match(other, run.processor)
+        check_match(other, run.processor)
     small = replace(run.model, cfg=replace(run.model.cfg, vocab_size=281))
     with pytest.raises(ValueError, match="token id 281 but the model's vocab_size is 281"):
-        setup.check_match(small, run.processor)
+        check_match(small, run.processor)
     gray = replace(run.model, cfg=replace(run.model.cfg, vision=replace(run.model.cfg.vision, num_channels=4)))
-    with pytest.raises(ValueError, match=r"in_channels is 4 in config.json, 128 values per patch, but images give 96"):
-        setup.check_match(gray, run.processor)
+    with pytest.raises(ValueError, match=r"in_channels is 4 in config.json but 3 in every decoded image; use a model"):
+        check_match(gray, run.processor)
     swapped = {"image_token_id": run.model.cfg.video_token_id, "video_token_id": run.model.cfg.image_token_id}
     with pytest.raises(
         ValueError, match=r"image_token_id is \d+ in config.json but '<\|image_pad\|>' is \d+ in the tok"
     ):
-        setup.check_match(replace(run.model, cfg=replace(run.model.cfg, **swapped)), run.processor)
+        check_match(replace(run.model, cfg=replace(run.model.cfg, **swapped)), run.processor)
     with pytest.raises(ValueError, match=r"vision_start_token_id is 5 in config.json but '<\|vision_start\|>' is"):
-        setup.check_match(
-            replace(run.model, hf_config={**run.model.hf_config, "vision_start_token_id": 5}), run.processor
-        )
+        check_match(replace(run.model, hf_config={**run.model.hf_config, "vision_start_token_id": 5}), run.processor)

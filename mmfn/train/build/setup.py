@@ -38,24 +38,17 @@ from mmfn.parallel.weights.host_memory import HOST_DEVICE
 from mmfn.parallel.weights.hosted import to_host
 from mmfn.parallel.weights.sharding import shard, sharding_of
 from mmfn.spec import freeze, num_params, num_trained, trained_paths
+from mmfn.train.build.match import check_match
 from mmfn.train.build.optimizer import build_guard, build_optimizer, build_schedule
 from mmfn.train.config.effects import check_effects
 from mmfn.train.config.load import Loaded
 from mmfn.train.config.schema import Config, LayoutSection, ModelSection, ObjectiveSection
 from mmfn.train.data import Dataset, Loader, Processor, load_processor
-from mmfn.train.data.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from mmfn.train.data.tokenizer import read_json
 from mmfn.train.objective import Objective, resolve
 from mmfn.train.run.folder import check_output
 from mmfn.train.step import State, Step, init_state, make_step
 from mmfn.tree import Tree
-
-MEDIA_TOKENS = {
-    "image_token_id": IMAGE_PAD,
-    "video_token_id": VIDEO_PAD,
-    "vision_start_token_id": VISION_START,
-    "vision_end_token_id": VISION_END,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,36 +256,6 @@ def open_dataset(config: Config, path: str, processor: Processor) -> Dataset:
         max_tokens=config.data.max_tokens,
         cache_bytes=config.data.cache_mib * 2**20,
     )
-
-
-def check_match(model: Model, processor: Processor) -> None:
-    """Raise ValueError unless the processor makes what the model reads: the same patches, tokens it has."""
-    vision, image = model.cfg.vision, processor.image
-    for name in ("patch_size", "temporal_patch_size", "merge_size"):
-        if getattr(vision, name) != getattr(image, name):
-            raise ValueError(
-                f"{name} is {getattr(vision, name)} in config.json but {getattr(image, name)} in "
-                "preprocessor_config.json; use the two files of one model"
-            )
-    if vision.patch_values != image.patch_values:
-        raise ValueError(
-            f"in_channels is {vision.num_channels} in config.json, {vision.patch_values} values per patch, but images "
-            f"give {image.patch_values}; use a model for 3 channels"
-        )
-    largest = max(processor.chat.tokenizer.get_vocab().values())
-    if largest >= model.cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer has token id {largest} but the model's vocab_size is {model.cfg.vocab_size}; use the "
-            "tokenizer of the model"
-        )
-    vocabulary = processor.chat.tokenizer.get_vocab()
-    for key, token in MEDIA_TOKENS.items():
-        configured = getattr(model.cfg, key, model.hf_config.get(key))  # the first has the defaults of absent keys
-        if configured is not None and configured != vocabulary.get(token):
-            raise ValueError(
-                f"{key} is {configured} in config.json but {token!r} is {vocabulary.get(token)} in the tokenizer; use "
-                "the tokenizer of the model"
-            )
 
 
 def build_loader(config: Config, dataset: Dataset, model: Model, program: Program) -> Loader:
