@@ -96,7 +96,9 @@ class Family:
     # what not all families have
     taps: Callable[[Any], int] = nothing  # cfg -> how many of the first text blocks are treated unlike the others
     num_ahead: Callable[[Any], int] = nothing  # cfg -> further tokens that are predicted
-    rules: Callable[[Any], Mapping[str, Rule]] = no_rules  # cfg -> how leaves without a gradient are updated, by regex
+    rules: Callable[[Any], Mapping[str, Rule]] = (
+        no_rules  # cfg -> how leaves without a gradient are updated, by `ParamSpec.rule`
+    )
 
     def pack(self, samples: Sequence[Sample], cfg: Any, sizes: Sizes | None = None) -> Batch:
         """Samples end to end in one batch (`mmfn.packing.pack`), by default exactly as large as they need.
