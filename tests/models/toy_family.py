@@ -28,6 +28,7 @@ from mmfn.models.layers.positions import mrope
 from mmfn.ops import Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
+from tests.models import toy_data
 
 D, WINDOW, VALUES = 16, 2, {"vision": 3, "audio": 5}
 KINDS = {
@@ -37,7 +38,7 @@ KINDS = {
     "audio": TowerKind(media=(AUDIO,), inputs=2, rows=3, features=2, values=5, segments_per_unit=(2,), matmul_rows=40),
 }
 RATE = 0.01
-data: Any = None  # it has no files
+data = toy_data.SIDE
 lora_targets = (r"text/layers/\d+/attention/(q|v)",)
 
 
