@@ -7,13 +7,15 @@ have the same signatures; `dataclasses.replace(table, attention=...)` swaps one 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mmfn.batch import Segments
-from mmfn.ops import activation, attention, attention_block, cross_entropy, experts, norm, rotary, route
+from mmfn.ops import activation, attention, attention_block, experts, norm, rotary, route
+from mmfn.ops.cross_entropy import Method, cpu_method, linear_cross_entropy, linear_cross_entropy_reference
 from mmfn.tree import Tree
 
 
@@ -150,6 +152,7 @@ class Ops:
     place_features: Callable[[Tensor, Tensor], Tensor] = place_features
     kept: Callable[[Tensor, int], Tensor] = keep_all
     psum: Callable[[Tensor], Tensor] = identity
+    notes: tuple[str, ...] = ()  # what was chosen when the table was made, and why
 
 
 def reference() -> Ops:
@@ -167,12 +170,26 @@ def reference() -> Ops:
         gelu_tanh=activation.gelu_tanh_reference,
         route=route.route_reference,
         experts=experts.experts_reference,
-        linear_cross_entropy=cross_entropy.linear_cross_entropy_reference,
+        linear_cross_entropy=linear_cross_entropy_reference,
     )
 
 
-def portable() -> Ops:
-    """Fast plain torch, the CPU default."""
+def portable(*, cross_entropy: str = "auto") -> Ops:
+    """Fast plain torch, the CPU default.
+
+    `cross_entropy`: the method of `linear_cross_entropy` for bfloat16 on a CPU, "logits" or "attention", or "auto": the
+    faster one on this machine (`mmfn.ops.cross_entropy.cpu_method`). `notes` say which and why. All else takes logits.
+    Raises ValueError for another method.
+    """
+    methods: dict[str, tuple[Method, str]] = {
+        "auto": cpu_method(),
+        "logits": ("logits", "as asked for"),
+        "attention": ("attention_if_exact", "as asked for"),
+    }
+    if cross_entropy not in methods:
+        raise ValueError(f"cross_entropy is {cross_entropy!r} but must be one of {', '.join(methods)}")
+    method, reason = methods[cross_entropy]
+    name = "logits" if method == "logits" else "attention over the vocabulary"
     return Ops(
         rms_norm=norm.rms_norm,
         layer_norm=norm.layer_norm,
@@ -186,5 +203,28 @@ def portable() -> Ops:
         gelu_tanh=activation.gelu_tanh,
         route=route.route,
         experts=experts.experts,
-        linear_cross_entropy=cross_entropy.linear_cross_entropy,
+        linear_cross_entropy=partial(linear_cross_entropy, method=method),
+        notes=(f"cross entropy of bfloat16 on a CPU by {name} ({reason})",),
     )
+
+
+TABLES: Mapping[str, Callable[[], Ops] | None] = {
+    "portable": portable,
+    "reference": reference,
+    "cuda": None,
+    "npu": None,
+}
+"""Name of a table -> the function that makes it; None for one that is still to be written."""
+
+
+def table(name: str) -> Ops:
+    """The table of a name in `TABLES`, made for this machine: `table("portable")`.
+
+    What depends on the machine (its vector units, threads) is chosen here, once, and told in `notes`; the ops depend on
+    their arguments alone. Raises ValueError for another name, and for one that has no table yet.
+    """
+    make, names = TABLES.get(name), ", ".join(repr(n) for n, make in TABLES.items() if make)
+    if make is None:
+        problem = "has no table of ops yet" if name in TABLES else "is no table of ops"
+        raise ValueError(f"{name!r} {problem}; use one of {names}")
+    return make()

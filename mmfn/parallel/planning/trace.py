@@ -36,7 +36,7 @@ CATEGORIES = (
     "communication",
     "temporaries",
 )
-_HOOKS = ("layer", "stack")
+_NOT_LABELLED = ("layer", "stack", "notes")
 _OF_SITE = {
     "communication": "communication",
     "weights": "gathered weights",
@@ -206,10 +206,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def watch(self, ops: Ops) -> Ops:
         """The table with every op labelled by its name, and every block marked where it starts."""
-        named = {
+        named: dict[str, Any] = {
             f.name: self._labelled(getattr(ops, f.name), _NAMES.get(f.name, f.name))
             for f in fields(ops)
-            if f.name not in _HOOKS
+            if f.name not in _NOT_LABELLED
         }
         inner = ops.layer
 
