@@ -1,12 +1,13 @@
 """The ops table: every primitive and hook a model calls, as one frozen dataclass of pure functions.
 
 `reference()` is slow and obvious, for any dtype: the oracle. `portable()` is fast plain torch: the CPU default. Both
-have the same signatures; `dataclasses.replace(table, attention=...)` swaps one entry. Hooks (`gather`, `gather_head`,
+have the same signatures; `dataclasses.replace(table, attention=Kernel(mine, ...))` swaps one entry (`mmfn.ops.kernel`:
+an op declares what selective remat and plans must know of it). Hooks (`gather`, `gather_head`,
 `layer`, `stack`, `place_features`, `kept`, `psum`) are what transforms of a program wrap; their base forms are here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from mmfn.batch import Segments
 from mmfn.ops import activation, attention, attention_block, experts, norm, rotary, route
-from mmfn.ops.cross_entropy import Method, cpu_method, linear_cross_entropy, linear_cross_entropy_reference
+from mmfn.ops.cross_entropy import OPERATORS, Method, cpu_method, linear_cross_entropy, linear_cross_entropy_reference
+from mmfn.ops.kernel import Kernel
 from mmfn.tree import Tree
 
 
@@ -155,22 +157,27 @@ class Ops:
     notes: tuple[str, ...] = ()  # what was chosen when the table was made, and why
 
 
+def kernels(ops: Ops) -> dict[str, Callable[..., Any]]:
+    """The entries that are ops, by name: those without a base form. Each is a `Kernel`, or was put in bare."""
+    return {f.name: getattr(ops, f.name) for f in fields(ops) if f.default is MISSING}
+
+
 def reference() -> Ops:
     """Slow and obvious in any dtype: what every other table is tested against."""
     return Ops(
-        rms_norm=norm.rms_norm_reference,
-        layer_norm=norm.layer_norm_reference,
-        rotary=rotary.rotary_reference,
-        attention=attention.attention_reference,
-        attention_block=attention_block.attention_block_reference,
-        attention_block_grad=attention_block.attention_block_grad_reference,
-        attention_cached=attention.attention_cached_reference,
-        swiglu=activation.swiglu_reference,
-        gelu=activation.gelu_reference,
-        gelu_tanh=activation.gelu_tanh_reference,
-        route=route.route_reference,
-        experts=experts.experts_reference,
-        linear_cross_entropy=linear_cross_entropy_reference,
+        rms_norm=Kernel(norm.rms_norm_reference),
+        layer_norm=Kernel(norm.layer_norm_reference),
+        rotary=Kernel(rotary.rotary_reference),
+        attention=Kernel(attention.attention_reference),
+        attention_block=Kernel(attention_block.attention_block_reference),
+        attention_block_grad=Kernel(attention_block.attention_block_grad_reference),
+        attention_cached=Kernel(attention.attention_cached_reference),
+        swiglu=Kernel(activation.swiglu_reference),
+        gelu=Kernel(activation.gelu_reference),
+        gelu_tanh=Kernel(activation.gelu_tanh_reference),
+        route=Kernel(route.route_reference),
+        experts=Kernel(experts.experts_reference),
+        linear_cross_entropy=Kernel(linear_cross_entropy_reference),
     )
 
 
@@ -191,19 +198,19 @@ def portable(*, cross_entropy: str = "auto") -> Ops:
     method, reason = methods[cross_entropy]
     name = "logits" if method == "logits" else "attention over the vocabulary"
     return Ops(
-        rms_norm=norm.rms_norm,
-        layer_norm=norm.layer_norm,
-        rotary=rotary.rotary,
-        attention=attention.attention,
-        attention_block=attention_block.attention_block,
-        attention_block_grad=attention_block.attention_block_grad,
-        attention_cached=attention.attention_cached,
-        swiglu=activation.swiglu,
-        gelu=activation.gelu,
-        gelu_tanh=activation.gelu_tanh,
-        route=route.route,
-        experts=experts.experts,
-        linear_cross_entropy=partial(linear_cross_entropy, method=method),
+        rms_norm=Kernel(norm.rms_norm),
+        layer_norm=Kernel(norm.layer_norm),
+        rotary=Kernel(rotary.rotary),
+        attention=attention.KERNEL,
+        attention_block=attention_block.KERNEL,
+        attention_block_grad=attention_block.GRAD_KERNEL,
+        attention_cached=Kernel(attention.attention_cached),
+        swiglu=Kernel(activation.swiglu),
+        gelu=Kernel(activation.gelu),
+        gelu_tanh=Kernel(activation.gelu_tanh),
+        route=Kernel(route.route),
+        experts=experts.KERNEL,
+        linear_cross_entropy=Kernel(partial(linear_cross_entropy, method=method), operators=OPERATORS),
         notes=(f"cross entropy of bfloat16 on a CPU by {name} ({reason})",),
     )
 

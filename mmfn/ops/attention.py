@@ -21,7 +21,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mmfn.batch import Segments
 from mmfn.dtypes import wide
+from mmfn.ops import flops
 from mmfn.ops.eager import is_eager
+from mmfn.ops.kernel import Kernel
 
 # When a segment joins a padded call: the padding and the copies it costs, in scores times channels, against one more
 # kernel call forward and backward (about 0.3 ms). Copying one token costs about as much as 16 scores.
@@ -387,3 +389,16 @@ def _traced_backward(ctx: FunctionCtx, do_THC: Tensor | None, _: Tensor | None) 
 
 
 traced.register_autograd(_traced_backward, setup_context=_setup)
+
+
+OPERATORS = flops.register(
+    {"mmfn::attention": flops.packed_attention, "mmfn::attention_grad": flops.packed_attention_grad}
+)
+OF_TORCH = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+)
+"""What `attention` appears as on other devices."""
+KERNEL = Kernel(attention, operators=OPERATORS, results=("mmfn::attention", *OF_TORCH))

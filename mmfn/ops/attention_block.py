@@ -12,6 +12,7 @@ from torch import Tensor
 from mmfn.batch import Segments
 from mmfn.ops import attention
 from mmfn.ops.eager import is_eager
+from mmfn.ops.kernel import Kernel
 
 
 def attention_block(
@@ -132,3 +133,7 @@ def _check(
             f"keys of their own need the number of segments of the queries, {segments.offsets_N.numel() - 1}, and "
             f"is_causal False; got {keys.offsets_N.numel() - 1} and {is_causal}"
         )
+
+
+KERNEL = Kernel(attention_block, operators=attention.OPERATORS, results=("mmfn::attention",))
+GRAD_KERNEL = Kernel(attention_block_grad, operators=attention.OPERATORS)

@@ -10,7 +10,7 @@ Legend: T tokens, N supervised tokens (or those of one chunk), D width, V vocabu
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx
 
 from mmfn.batch import IGNORE
 from mmfn.dtypes import wide
+from mmfn.ops import flops
 from mmfn.ops.eager import is_eager
 from mmfn.ops.logit_chunks import (
     Gradients,
@@ -350,3 +351,17 @@ def _backward(ctx: FunctionCtx, dloss: Tensor | None, *unused: Tensor | None) ->
 
 
 _traced.register_autograd(_backward, setup_context=_setup)
+
+
+def _flops(
+    x_TD: Tensor, weight_VD: Tensor, bias: Tensor | None, labels_T: Tensor, weights_T: Tensor, *settings: Any, **_: Any
+) -> int:
+    """Of the operator: a product for the logits and one for each gradient; by attention without the labels' own rows,
+    one more for what each gradient's mean is divided by."""
+    method, needs = settings[-2:]
+    num_supervised = int(((labels_T != IGNORE) & (weights_T != 0)).sum())
+    products: int = 1 + sum(needs[:2]) if method == "logits" else 2 + 2 * needs[1]
+    return 2 * num_supervised * weight_VD.numel() * products
+
+
+OPERATORS = flops.register({"mmfn::linear_cross_entropy": _flops})

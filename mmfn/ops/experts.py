@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mmfn.ops import flops
 from mmfn.ops.activation import swiglu, swiglu_reference
 from mmfn.ops.eager import is_eager
+from mmfn.ops.kernel import Kernel
 from mmfn.tree import Tree
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -190,3 +192,7 @@ def _traced_backward(ctx: FunctionCtx, dy_RF: Tensor) -> tuple[Tensor | None, Te
 
 
 _traced.register_autograd(_traced_backward, setup_context=_setup)
+
+
+OPERATORS = flops.register({"mmfn::grouped_linear": flops.grouped, "mmfn::grouped_linear_grad": flops.grouped_grad})
+KERNEL = Kernel(experts, operators=OPERATORS, results=("mmfn::grouped_linear",))

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfn.ops import Ops, flops
+from mmfn.ops import Ops, flops, kernels
+from mmfn.ops.kernel import Formula
 from mmfn.parallel.mesh.axis import InProcess
 from mmfn.parallel.mesh.layout import Layout, Mesh, Partition, make_mesh
 from mmfn.parallel.planning import fake_tensors as shapes
@@ -128,6 +129,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count: Counter[Key] = Counter()
         self.sent_bytes: Counter[Key] = Counter()
         self.flops: Counter[tuple[str, str]] = Counter()
+        self._formulas: dict[Any, Formula | None] = {}
         self._collects = False
         self._events = 0
         self._marks: list[tuple[int, Mark]] = []
@@ -157,7 +159,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._turn()
         is_shaped = self.is_fake and func is not _MOVED
         out = shapes.run(func, types, args, kwargs) if is_shaped else func(*args, **kwargs)
-        if not types and (work := flops.count(func, args, kwargs)):
+        if not types and (work := flops.count(func, args, kwargs, out, self._formulas)):
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor):
@@ -205,7 +207,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._marks = [(self._events, (FORWARD, 0, -1))]
 
     def watch(self, ops: Ops) -> Ops:
-        """The table with every op labelled by its name, and every block marked where it starts."""
+        """The table with every op labelled by its name, and every block marked where it starts.
+
+        Raises ValueError for an op that is not declared: its operators could not be counted.
+        """
+        self._formulas = flops.of_table(kernels(ops))
         named: dict[str, Any] = {
             f.name: self._labelled(getattr(ops, f.name), _NAMES.get(f.name, f.name))
             for f in fields(ops)

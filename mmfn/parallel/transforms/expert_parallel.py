@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mmfn import tree
 from mmfn.ops.eager import is_eager
+from mmfn.ops.kernel import wrapping
 from mmfn.parallel.mesh.axis import Axis, exchange
 from mmfn.parallel.program import Program, Transform, noted, uses
 from mmfn.tree import Tree
@@ -69,14 +70,15 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
         if kind == "dropless":
             note += ", rows taken to be spread evenly" if balanced else ""
             compiler = {**program.compiler, "capture_scalar_outputs": True}
-            ops = replace(ops, experts=partial(dropless, base=ops.experts, axis=axis, balanced=balanced))
+            spread = partial(dropless, base=ops.experts, axis=axis, balanced=balanced)
+            ops = replace(ops, experts=wrapping(spread, ops.experts))
             return noted(replace(program, ops=ops, compiler=compiler), note)
         factor = min(capacity or axis.size, axis.size)
         note += f", room for {factor:g} times the even share of rows"
         note += ", nothing is dropped" if factor == axis.size else ", what is beyond it is dropped"
         ops = replace(
             ops,
-            experts=partial(fixed, base=ops.experts, axis=axis, factor=factor),
+            experts=wrapping(partial(fixed, base=ops.experts, axis=axis, factor=factor), ops.experts),
             kept=partial(kept_rows, num_ranks=axis.size, factor=factor),
         )
         return noted(replace(program, ops=ops), note)
