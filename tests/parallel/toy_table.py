@@ -27,7 +27,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     calls["attention"] += 1
     segments, of_keys = Segments(offsets_N=offsets), Segments(offsets_N=keys)
-    return tables.attention_block.attention_block_reference(q, k, v, segments, of_keys, is_causal=is_causal)
+    o, lse = tables.attention_block.attention_block_reference(q, k, v, segments, of_keys, is_causal=is_causal)
+    return o.contiguous(), lse.contiguous()
 
 
 @torch.library.custom_op("toy::attention_grad", mutates_args=())
@@ -37,7 +38,8 @@ def _attention_grad(
     calls["attention_grad"] += 1
     segments, of_keys = Segments(offsets_N=offsets), Segments(offsets_N=keys)
     grad = tables.attention_block.attention_block_grad_reference
-    return grad(do, q, k, v, o, lse, segments, of_keys, is_causal=is_causal)
+    dq, dk, dv = grad(do, q, k, v, o, lse, segments, of_keys, is_causal=is_causal)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 @torch.library.custom_op("toy::product", mutates_args=())
