@@ -32,7 +32,7 @@ def attention_block(
     fit and for tensors of another device.
     """
     _check(q_THC, k_SKC, v_SKC, segments, keys, is_causal)
-    run = attention.forward if _is_direct(q_THC, segments) else attention.traced
+    run = attention.ATTENTION.direct if _is_direct(q_THC, segments) else attention.ATTENTION.traced
     key_offsets_N = None if keys is None else keys.offsets_N
     o_THC, lse_TH = run(q_THC.detach(), k_SKC.detach(), v_SKC.detach(), segments.offsets_N, is_causal, key_offsets_N)
     return o_THC, lse_TH
@@ -56,7 +56,7 @@ def attention_block_grad(
     whole. Raises ValueError as `attention_block` does.
     """
     _check(q_THC, k_SKC, v_SKC, segments, keys, is_causal)
-    run = attention.backward if _is_direct(q_THC, segments) else attention.traced_grad
+    run = attention.ATTENTION_GRAD.direct if _is_direct(q_THC, segments) else attention.ATTENTION_GRAD.traced
     key_offsets_N = None if keys is None else keys.offsets_N
     dq_THC, dk_SKC, dv_SKC = run(
         do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, segments.offsets_N, is_causal, key_offsets_N

@@ -15,18 +15,18 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from mmfn.batch import IGNORE
 from mmfn.dtypes import wide
 from mmfn.ops import flops
+from mmfn.ops.custom import Context, operator
 from mmfn.ops.eager import is_eager
 from mmfn.ops.logit_chunks import (
     Gradients,
-    GradientsInForward,
     add_head_grad_,
     aligned,
     exponentiate_,
+    gradients_in_forward,
     input_grad,
     logits_,
     rows_of,
@@ -92,10 +92,10 @@ def linear_cross_entropy(
             method=method,
             needs=needs,
         )
-        loss, ce = GradientsInForward.apply(compute, x_TD, weight_VD, bias_V)  # type: ignore[no-untyped-call]
+        loss, ce = gradients_in_forward(compute, x_TD, weight_VD, bias_V)
     else:
         settings = (rows, z_loss, label_smoothing, method)
-        loss, ce, *_ = _traced(x_TD, weight_VD, bias_V, labels_T, weights_T, *settings, needs)
+        loss, ce, *_ = LOSS.traced(x_TD, weight_VD, bias_V, labels_T, weights_T, *settings, needs)
     return loss, ce
 
 
@@ -293,8 +293,7 @@ def narrow(grad: Tensor | None, leaf: Tensor) -> Tensor | None:
     return None if grad is None else grad.to(leaf.dtype)
 
 
-@torch.library.custom_op("mmfn::linear_cross_entropy", mutates_args=())
-def _traced(
+def _flat(
     x_TD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
@@ -306,7 +305,7 @@ def _traced(
     method: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_compute` as one operator; a gradient that was not asked for comes back empty."""
+    """`_compute` as an operator wants it: a gradient that was not asked for comes back empty."""
     loss, ce, grads = _compute(
         x_TD,
         weight_VD,
@@ -323,12 +322,10 @@ def _traced(
     return loss, ce, dx_TD, dw_VD, db_V
 
 
-@_traced.register_fake
-def _(
-    x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *inputs: object
+def _fake(
+    x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    needs: Sequence[bool] = inputs[-1]  # type: ignore[assignment]
-    leaves = zip((x_TD, weight_VD, bias_V), needs, strict=True)
+    leaves = zip((x_TD, weight_VD, bias_V), inputs[-1], strict=True)
     dx_TD, dw_VD, db_V = (
         torch.empty_like(leaf) if leaf is not None and is_needed else x_TD.new_empty(0) for leaf, is_needed in leaves
     )
@@ -336,21 +333,22 @@ def _(
     return loss, torch.empty_like(loss), dx_TD, dw_VD, db_V
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
-    ctx.needs = inputs[-1]  # type: ignore[attr-defined]
+    ctx.settings = inputs[-1]
 
 
-def _backward(ctx: FunctionCtx, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 10
-    saved = zip(ctx.saved_tensors, ctx.needs, strict=True)  # type: ignore[attr-defined]
+    saved = zip(ctx.saved_tensors, ctx.settings, strict=True)
     return *(grad * dloss if is_needed else None for grad, is_needed in saved), *(None,) * 7
 
 
-_traced.register_autograd(_backward, setup_context=_setup)
+LOSS = operator("mmfn::linear_cross_entropy", _flat, _fake)
+LOSS.with_gradient(_save, _gradient)  # of the operator; in eager execution gradients are scaled in place instead
 
 
 def _flops(

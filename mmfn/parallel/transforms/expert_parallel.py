@@ -20,6 +20,7 @@ from mmfn.ops.eager import is_eager
 from mmfn.ops.kernel import wrapping
 from mmfn.parallel.mesh.axis import Axis, exchange
 from mmfn.parallel.program import Program, Transform, noted, uses
+from mmfn.torch_private import assert_on_device
 from mmfn.tree import Tree
 
 EXPERT_KINDS = ("dropless", "capacity")
@@ -149,7 +150,7 @@ def _even(num_rows: int, to_WG: Tensor, from_WG: Tensor) -> list[int]:
     if num_rows % W:
         raise ValueError(f"{num_rows} routed rows are not divisible by ep {W}, so they cannot be balanced; plan others")
     is_even = (torch.stack([to_WG, from_WG]).sum(2) == num_rows // W).all()
-    torch._assert_async(is_even, "balanced experts got rows that are not spread evenly; use balanced=False")
+    assert_on_device(is_even, "balanced experts got rows that are not spread evenly; use balanced=False")
     return [num_rows // W] * W
 
 

@@ -16,7 +16,7 @@ from mmfn.dtypes import wide
 from mmfn.ops import logit_chunks
 from mmfn.ops.cross_entropy import add_to_all_, check_head, check_settings, chunk_rows, narrow, needed
 from mmfn.ops.kernel import wrapping
-from mmfn.ops.logit_chunks import Gradients, GradientsInForward, aligned
+from mmfn.ops.logit_chunks import Gradients, aligned, gradients_in_forward
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.weights.sharding import rows as rows_of_rank
@@ -115,7 +115,7 @@ def sliced_cross_entropy(
         label_smoothing=label_smoothing,
         needs=needed(x_TD, weight_VD, bias_V),
     )
-    loss, ce = GradientsInForward.apply(compute, x_TD, weight_VD, bias_V)  # type: ignore[no-untyped-call]
+    loss, ce = gradients_in_forward(compute, x_TD, weight_VD, bias_V)
     return loss, ce
 
 
