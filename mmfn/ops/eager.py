@@ -20,4 +20,5 @@ def is_eager(x: Tensor) -> bool:
     """True for an ordinary tensor outside torch.compile and other modes: the hand-written Function may run."""
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
         return False
-    return all(getattr(mode, "is_eager", False) for mode in dispatch_modes())
+    modes = dispatch_modes()
+    return not modes or all(getattr(mode, "is_eager", False) for mode in modes)
