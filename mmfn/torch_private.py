@@ -64,3 +64,8 @@ def schema(operator: Any) -> Any:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Stop the program where a 0-D bool on the device is false; the host does not wait for it."""
     torch._assert_async(condition, message)
+
+
+def tell_compiler(is_true: bool) -> None:
+    """A fact about sizes that a graph does not know; a program in which it is false stops."""
+    torch._check(is_true)  # type: ignore[no-untyped-call]

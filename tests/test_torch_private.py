@@ -134,3 +134,19 @@ def test_assert_on_device():
     private.assert_on_device(torch.tensor(True), "fine")
     with pytest.raises(RuntimeError, match="not even"):
         private.assert_on_device(torch.tensor(False), "not even")
+
+
+def test_tell_compiler():
+    """Without the fact a slice of an unknown number of rows is refused."""
+    torch._dynamo.reset()
+
+    def first(x, counts):
+        used = sum(counts.tolist())
+        private.tell_compiler(used <= x.shape[0])
+        return x.narrow(0, 0, used) * 2
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        run = torch.compile(first, fullgraph=True, dynamic=False, backend="aot_eager")
+        assert run(torch.ones(5), torch.tensor([1, 2])).tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError):
+        private.tell_compiler(False)

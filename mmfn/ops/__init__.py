@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import Segments
-from mmfn.ops import activation, attention, attention_block, experts, norm, rotary, route
+from mmfn.ops import activation, attention, attention_block, dispatch, experts, linear, norm, rotary, route
 from mmfn.ops.cross_entropy import OPERATORS, Method, cpu_method, linear_cross_entropy, linear_cross_entropy_reference
 from mmfn.ops.kernel import Kernel
 from mmfn.tree import Tree
@@ -141,11 +141,14 @@ class Ops:
     attention_block: AttentionBlock
     attention_block_grad: AttentionBlockGrad
     attention_cached: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
     route: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    dispatch: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     experts: Callable[[Tensor, Tensor, Tree], Tensor]
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor]
     linear_cross_entropy: CrossEntropy
     gather: Callable[[Tree], Tree] = identity
     gather_head: Callable[[Tree], Tree] = identity
@@ -172,11 +175,14 @@ def reference() -> Ops:
         attention_block=Kernel(attention_block.attention_block_reference),
         attention_block_grad=Kernel(attention_block.attention_block_grad_reference),
         attention_cached=Kernel(attention.attention_cached_reference),
+        linear=Kernel(linear.linear_reference),
         swiglu=Kernel(activation.swiglu_reference),
         gelu=Kernel(activation.gelu_reference),
         gelu_tanh=Kernel(activation.gelu_tanh_reference),
         route=Kernel(route.route_reference),
+        dispatch=Kernel(dispatch.dispatch_reference),
         experts=Kernel(experts.experts_reference),
+        combine=Kernel(dispatch.combine_reference),
         linear_cross_entropy=Kernel(linear_cross_entropy_reference),
     )
 
@@ -205,11 +211,14 @@ def portable(*, cross_entropy: str = "auto") -> Ops:
         attention_block=attention_block.KERNEL,
         attention_block_grad=attention_block.GRAD_KERNEL,
         attention_cached=Kernel(attention.attention_cached),
+        linear=linear.KERNEL,
         swiglu=Kernel(activation.swiglu),
         gelu=Kernel(activation.gelu),
         gelu_tanh=Kernel(activation.gelu_tanh),
         route=Kernel(route.route),
+        dispatch=dispatch.DISPATCH,
         experts=experts.KERNEL,
+        combine=dispatch.COMBINE,
         linear_cross_entropy=Kernel(partial(linear_cross_entropy, method=method), operators=OPERATORS),
         notes=(f"cross entropy of bfloat16 on a CPU by {name} ({reason})",),
     )

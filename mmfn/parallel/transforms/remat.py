@@ -144,7 +144,8 @@ def _policy_of(save: Sequence[str], program: Program, where: str) -> Callable[..
 def _results(name: str, ops: Ops) -> tuple[str, ...]:
     """The operators whose results are kept for a name in `save`."""
     if name in BESIDE_OPS:
-        return BESIDE_OPS[name]
+        of_linear = declaration("linear", ops.linear).results if name == "matmul" else ()
+        return (*BESIDE_OPS[name], *of_linear)
     declared = [declaration(part, getattr(ops, part)).results for part in PARTS.get(name, (name,))]
     if not any(declared):
         can = [n for n, op in kernels(ops).items() if isinstance(op, Kernel) and op.results]
