@@ -38,14 +38,16 @@ def attention(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *
     `q_THC`: floating[T, H, C]. `k_SKC`, `v_SKC`: the same dtype, [S, K, C] with S == T and K dividing H (query head h
     uses kv head h // (H / K)). With `is_causal` a token sees itself and those before it. Behind the last offset the
     output and all gradients are zero. CPU tensors use the kernel described above, in eager and in compiled graphs
-    alike; tensors of other devices one `scaled_dot_product_attention` per segment, a portable fallback that reads the
-    offsets on the host. Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Dao 2023
-    (arXiv:2307.08691), packed form; oracle `torch.nn.functional.scaled_dot_product_attention` with a block mask.
+    alike; tensors of other devices one `scaled_dot_product_attention` per segment that is not empty, a portable
+    fallback. Boundaries are read from the host's copy.
+
+    Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Dao 2023 (arXiv:2307.08691), packed form;
+    oracle `torch.nn.functional.scaled_dot_product_attention` with a block mask.
     """
     _check(q_THC, k_SKC, v_SKC, segments)
     if q_THC.device.type not in ("cpu", "meta"):
         return _per_segment(q_THC, k_SKC, v_SKC, segments, is_causal)
-    o_THC: Tensor = _attend(q_THC, k_SKC, v_SKC, segments.offsets_N, is_causal, None)
+    o_THC: Tensor = _attend(q_THC, k_SKC, v_SKC, segments.host_N, is_causal, None)
     return o_THC
 
 
@@ -110,13 +112,14 @@ def dense_mask(q_THC: Tensor, k_SKC: Tensor, offsets_N: Tensor, key_offsets_N: T
 
 def _per_segment(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, is_causal: bool) -> Tensor:
     """Any device: one call of the device's own kernel per segment, differentiated by autograd."""
-    offsets = _read(segments.offsets_N, q_THC)
+    offsets = _read(segments.host_N, q_THC)
     parts = [q_THC[:0]]
     for start, end in itertools.pairwise(offsets):
+        if start == end:  # a static batch has many that are unused
+            continue
         q_1HLC, k_1KLC, v_1KLC = (x[start:end].transpose(0, 1)[None] for x in (q_THC, k_SKC, v_SKC))
-        if end > start:
-            o_1HLC = F.scaled_dot_product_attention(q_1HLC, k_1KLC, v_1KLC, is_causal=is_causal, enable_gqa=True)
-            parts.append(o_1HLC[0].transpose(0, 1))
+        o_1HLC = F.scaled_dot_product_attention(q_1HLC, k_1KLC, v_1KLC, is_causal=is_causal, enable_gqa=True)
+        parts.append(o_1HLC[0].transpose(0, 1))
     return torch.cat([*parts, torch.zeros_like(q_THC[offsets[-1] :])])
 
 
@@ -137,9 +140,14 @@ def check_inputs(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *segments: Segment
         raise ValueError(f"{shapes}: the number of kv heads must divide the number of query heads; correct the heads")
     if not q_THC.dtype == k_SKC.dtype == v_SKC.dtype or not q_THC.is_floating_point():
         raise ValueError(f"q, k, v are {q_THC.dtype}, {k_SKC.dtype}, {v_SKC.dtype}; cast them to one floating dtype")
-    for offsets_N in (s.offsets_N for s in segments):
+    for offsets_N, host_N in ((s.offsets_N, s.host_N) for s in segments):
         if offsets_N.ndim != 1 or offsets_N.numel() < 1:
             raise ValueError(f"offsets_N has shape {tuple(offsets_N.shape)} but must be [N + 1]; start it with 0")
+        if host_N.shape != offsets_N.shape or host_N.device.type != "cpu":
+            raise ValueError(
+                f"host_N, {tuple(host_N.shape)} on {host_N.device}, must be a copy of offsets_N, "
+                f"{tuple(offsets_N.shape)}, on the CPU; make both with Segments.of"
+            )
 
 
 def _read(offsets_N: Tensor, x_T: Tensor) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, keys: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     calls["attention"] += 1
-    segments, of_keys = Segments(offsets_N=offsets), Segments(offsets_N=keys)
+    segments, of_keys = Segments.of(offsets), Segments.of(keys)
     o, lse = tables.attention_block.attention_block_reference(q, k, v, segments, of_keys, is_causal=is_causal)
     return o.contiguous(), lse.contiguous()
 
@@ -36,7 +36,7 @@ def _attention_grad(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, offsets: Tensor, keys: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     calls["attention_grad"] += 1
-    segments, of_keys = Segments(offsets_N=offsets), Segments(offsets_N=keys)
+    segments, of_keys = Segments.of(offsets), Segments.of(keys)
     grad = tables.attention_block.attention_block_grad_reference
     dq, dk, dv = grad(do, q, k, v, o, lse, segments, of_keys, is_causal=is_causal)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()

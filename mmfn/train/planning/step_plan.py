@@ -20,8 +20,8 @@ from mmfn.batch import IGNORE, Batch, is_on_host
 from mmfn.models import Family
 from mmfn.ops import Ops
 from mmfn.ops.cross_entropy import chunk_rows
-from mmfn.packing import Sizes
 from mmfn.ops.kernel import wrapping
+from mmfn.packing import Sizes
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning import extrapolate as scaling
 from mmfn.parallel.planning.devices import Device
