@@ -20,13 +20,13 @@ from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
 from mmfn.train.planning import step_plan as planning
 from tests.parallel import toy_table
-from tests.parallel.conformance import Cell, check_cell, check_outcome, outcome
+from tests.parallel.conformance import TOWERS, Cell, check_cell, check_outcome, outcome
 from tests.parallel.plan_cases import make
 from tests.parallel.toy_table import bare, toy
 
 ONE, BLOCKS, TEXT = Layout(), 4, 2  # blocks of the tiny model
 KEEP = remat("selective", save=("attention", "experts"))
-cp = partial(context_parallel, num_heads=8, num_kv_heads=2, matmul_patches=56)
+cp = partial(context_parallel, num_heads=8, num_kv_heads=2, towers=TOWERS)
 
 
 def cell(layout: Layout, *transforms: Transform, **fields: Any) -> Cell:
@@ -46,7 +46,7 @@ CELLS = {
     "ring": cell(Layout(cp=2), KEEP, cp("ring"), data_parallel(), pack={"segment_multiple": 4}),
     "gather": cell(Layout(cp=2), cp("gather"), data_parallel(), KEEP),
     "dropless": cell(Layout(dp=2, ep=2), expert_parallel(), data_parallel(), KEEP),
-    "capacity": cell(Layout(dp=2, ep=2), KEEP, expert_parallel("capacity"), data_parallel(), pack={"num_tokens": 192}),
+    "capacity": cell(Layout(dp=2, ep=2), KEEP, expert_parallel("capacity"), data_parallel(), pack={"tokens": 192}),
 }
 
 
