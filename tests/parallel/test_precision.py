@@ -175,7 +175,7 @@ def test_an_adapter_computes_in_its_own_dtype() -> None:
     x_TD, weight_FD = draw(7, 16, dtype=torch.bfloat16), torch.zeros(5, 16, dtype=torch.bfloat16)
     a, b = draw(3, 16, dtype=torch.float32, seed=1), draw(5, 3, dtype=torch.float32, seed=2)
     lora = {"weight": Adapter(a=a, b=b, alpha=6.0, is_rs=False)}
-    got_TF = linear.apply({"weight": weight_FD, "lora": lora}, x_TD)
+    got_TF = linear.apply({"weight": weight_FD, "lora": lora}, x_TD, op_tables.portable())
     assert got_TF.dtype == torch.bfloat16
     want_TF = 2 * x_TD.double() @ (b.double() @ a.double()).T
     torch.testing.assert_close(got_TF.double(), want_TF, rtol=2**-8, atol=1e-4)
@@ -185,7 +185,7 @@ def test_a_rule_may_part_a_weight_from_its_bias() -> None:
     """The layer computes in the dtype of its weight, of bfloat16 input as in float32, rounded once."""
     x_TD, weight_FD = draw(7, 16, dtype=torch.bfloat16), draw(5, 16, dtype=torch.float32, seed=1)
     bias_F = draw(5, dtype=torch.bfloat16, seed=2)
-    got_TF = linear.apply({"weight": weight_FD, "bias": bias_F}, x_TD)
+    got_TF = linear.apply({"weight": weight_FD, "bias": bias_F}, x_TD, op_tables.portable())
     want_TF = x_TD.double() @ weight_FD.double().T + bias_F.double()
     assert got_TF.dtype == torch.bfloat16
     torch.testing.assert_close(got_TF.double(), want_TF, rtol=2**-8, atol=1e-4)

@@ -20,6 +20,7 @@ from mmfn.batch import IGNORE, Batch, is_on_host
 from mmfn.models import Family
 from mmfn.ops import Ops
 from mmfn.ops.cross_entropy import chunk_rows
+from mmfn.ops.kernel import wrapping
 from mmfn.packing import Sizes
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning import extrapolate as scaling
@@ -170,7 +171,7 @@ def balanced(ops: Ops) -> Ops:
         weights_TX, experts_TX, probs_TE = ops.route(logits_TE, num_chosen)
         return weights_TX, torch.arange(experts_TX.numel()).view(experts_TX.shape) % logits_TE.shape[1], probs_TE
 
-    return replace(ops, route=route)
+    return replace(ops, route=wrapping(route, ops.route))
 
 
 def shortened(ops: Ops, recorder: Recorder) -> Ops:
@@ -189,7 +190,7 @@ def shortened(ops: Ops, recorder: Recorder) -> Ops:
         with recorder.standing_for(N, kept):
             return ops.linear_cross_entropy(x_TD, weight_VD, short_T, weights_T, chunk=chunk, **given)
 
-    return replace(ops, linear_cross_entropy=linear_cross_entropy)
+    return replace(ops, linear_cross_entropy=wrapping(linear_cross_entropy, ops.linear_cross_entropy))
 
 
 def _state(setup: Setup, program: Program, recorder: Recorder) -> dict[str, Any]:
