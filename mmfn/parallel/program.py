@@ -48,7 +48,7 @@ class Program:
 
     `mesh`: this rank's place; `uses`: the layout sizes that a transform has taken care of. `split(batch)`: this rank's
     share of a batch. `enter(params)`: the parameters as a model that uses `ops` is given them. `compute_dtype` and
-    `reduce_dtype`: of gathered parameters and of gradient sums (None: the leaf's own, and the compute dtype).
+    `reduce_dtype`: of gathered parameters and of gradient sums (None: the leaf's own, and float32 or wider).
     `is_head_sharded`: the loss takes a rank's rows of the head. `prefetch` and `keep_gathered`: when whole weights are
     made (see `data_parallel`). `period` and `num_special`: blocks of the text are treated alike in periods of so many,
     behind so many that are not. `is_offloaded`: activations lie on the host; `is_hosted`: parameters do.

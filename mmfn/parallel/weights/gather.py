@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from mmfn import tree
+from mmfn.dtypes import wide
 from mmfn.ops.eager import is_eager
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
@@ -203,11 +204,11 @@ class Gather:
     """The hook: DTensor leaves -> whole tensors (experts: whole local experts) in the compute dtype.
 
     `compute`: dtype of leaves in computation, default their own; a `Typed` leaf brings one. `reduce`: dtype in which
-    gradients are summed, default the compute dtype. Gradients come back with the placement and dtype of the leaf:
-    summed over "shard" (experts: edp) by reduce-scatter and over "replicate" by all-reduce. Leaves that need no
-    gradient go in a bucket of their own. With `is_sharded` leaves stay this rank's shards, and what computes with them
-    has summed their gradients over "shard" itself. `Hosted` leaves are copied to the device before, through `memory`;
-    without one the copies are operators of a graph.
+    gradients are summed, default float32, or float64 for what is computed in that. Gradients come back with the
+    placement and dtype of the leaf: summed over "shard" (experts: edp) by reduce-scatter and over "replicate" by
+    all-reduce. Leaves that need no gradient go in a bucket of their own. With `is_sharded` leaves stay this rank's
+    shards, and what computes with them has summed their gradients over "shard" itself. `Hosted` leaves are copied to
+    the device before, through `memory`; without one the copies are operators of a graph.
     """
 
     mesh: Mesh
@@ -299,7 +300,7 @@ def bucket_of(
         replicate=mesh["replicate"],
         cuts=tuple(_cut(leaf, axis) for leaf in leaves),
         compute=compute,
-        reduce=reduce or compute,
+        reduce=reduce or wide(compute),
     )
 
 
