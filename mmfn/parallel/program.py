@@ -22,6 +22,7 @@ from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.weights.gather import Gather, typed
 from mmfn.parallel.weights.host_memory import HostMemory
 from mmfn.parallel.weights.prefetch import kept, prefetched
+from mmfn.parallel.weights.sharding import dims_by_axis
 from mmfn.tree import Tree
 
 MAX_GRAPHS = 256  # distinct sets of shapes one function may be compiled for; torch's default of 8 is few for buckets
@@ -126,7 +127,8 @@ def noted(program: Program, note: str) -> Program:
 def lower(program: Program) -> Program:
     """The program with the hooks that depend on its facts.
 
-    Raises ValueError when the mesh has an axis of several ranks that no transform has taken care of.
+    Raises ValueError when the mesh has an axis of several ranks that no transform has taken care of, and for a leaf
+    with a logical axis that no rule of placement knows.
     """
     layout = program.mesh.layout
     for name, transform in NEEDED.items():
@@ -141,6 +143,8 @@ def lower(program: Program) -> Program:
                 f"offload({what!r}) moves memory between the blocks of a step but compiled('step') makes it one graph; "
                 "use compiled('layer')"
             )
+    for path, spec in tree.items(program.specs):
+        dims_by_axis(spec, path)
     ops = program.ops
     if program.compile == "layer":
         ops = replace(ops, layer=program.jit(ops.layer))

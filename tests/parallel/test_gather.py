@@ -23,10 +23,10 @@ from mmfn.spec import ZEROS, spec
 from tests.parallel.conformance import Cell, run_cell
 
 SPECS = {
-    "big": spec((7, 3), "a b", ZEROS),
-    "bias": spec((2,), "a", ZEROS),  # fewer rows than ranks
+    "big": spec((7, 3), "mlp embed", ZEROS),
+    "bias": spec((2,), "embed", ZEROS),  # fewer rows than ranks
     "experts": {"up": spec((4, 5, 3), "experts mlp embed", ZEROS), "down": spec((4, 3, 5), "experts embed mlp", ZEROS)},
-    "scalar": spec((1,), "a", ZEROS),
+    "scalar": spec((1,), "embed", ZEROS),
 }
 LAYOUTS = [Layout(dp=2), Layout(dp=3), Layout(replicate=2), Layout(replicate=2, dp=2, ep=2), Layout(dp=4, cp=2, ep=4)]
 
@@ -253,7 +253,7 @@ def log_of_a_stack(*transforms: Any, num_layers: int = 3) -> str:
     def run(mesh: Mesh) -> Tensor:
         program = lower(pipe(Program.of(None, mesh=mesh), *transforms))
         g = torch.Generator().manual_seed(0)
-        spec_w = spec((4,), "a", ZEROS)
+        spec_w = spec((4,), "embed", ZEROS)
         ws = [torch.randn(4, generator=g) / 9 for _ in range(num_layers)]
         layers = [{"w": shard(w, sharding_of(spec_w, mesh)).requires_grad_()} for w in ws]
         x = torch.ones(())

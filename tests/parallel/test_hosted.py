@@ -35,7 +35,7 @@ from tests.parallel.plan_cases import make
 
 CPU = torch.device("cpu")
 T, D = 3, 4
-SPECS = {"w": spec((D, D), "a b", ONES), "b": spec((D,), "a", ONES)}
+SPECS = {"w": spec((D, D), "mlp embed", ONES), "b": spec((D,), "embed", ONES)}
 
 
 def block_params(index: int) -> dict[str, Tensor]:

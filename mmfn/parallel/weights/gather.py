@@ -24,7 +24,6 @@ from mmfn.parallel.weights.sharding import local
 from mmfn.tree import Tree
 
 Issued = tuple[Tensor, Tensor]  # what arrives, and what is sent, which must live until then
-SHARDED = ("ep",)  # mesh dims that stay sharded in computation: a rank computes with its own experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,9 +291,8 @@ def bucket_of(
     leaves: Sequence[DTensor], mesh: Mesh, compute: torch.dtype, reduce: torch.dtype | None, is_sharded: bool = False
 ) -> Bucket:
     """The bucket of leaves with one placement and compute dtype."""
-    names = leaves[0].device_mesh.mesh_dim_names or ()
-    (name,) = [n for n, p in zip(names, leaves[0].placements, strict=True) if isinstance(p, Shard) and n not in SHARDED]
-    axis = Axis(name="own") if is_sharded else mesh[name]
+    _, parts, *_ = leaves[0].device_mesh.mesh_dim_names or ()
+    axis = Axis(name="own") if is_sharded else mesh[parts]
     return Bucket(
         axis=axis,
         replicate=mesh["replicate"],

@@ -16,8 +16,33 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from mmfn import tree
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
-from mmfn.spec import ParamSpec
+from mmfn.spec import EXPERTS, ParamSpec
 from mmfn.tree import Tree
+
+Rules = Mapping[str, str | None]
+
+RULES: Rules = {
+    EXPERTS: "ep",  # rows travel to their experts (`expert_parallel`)
+    "embed": None,
+    "head_dim": None,
+    "kv_heads": None,
+    "lora": None,
+    "merged": None,
+    "mlp": None,
+    "patch_values": None,
+    "positions": None,
+    "q_heads": None,
+    "router": None,
+    "vision_embed": None,
+    "vision_heads": None,
+    "vision_mlp": None,
+    "vocab": None,
+}
+"""Every logical axis, and the mesh axis whose ranks compute with a part of it each; None: they compute with all of it.
+
+A dim with a mesh axis is cut over it; of the others the first is cut over the ranks that gather it before they compute.
+A new row takes a transform that computes with parts, and where its axis is new, a grid that has it (`layout.GRIDS`).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +60,55 @@ class Sharding:
         return " and ".join(cuts) or "replicated"
 
 
-def sharding_of(spec: ParamSpec, mesh: Mesh) -> Sharding:
-    """The rule for all parameters: dim 0 over "shard"; leaves with experts first over ep, and their dim 1 over edp."""
-    if spec.axes[0] == "experts":
-        return Sharding(mesh=mesh.expert, placements=(Replicate(), Shard(1), Shard(0)))
-    return Sharding(mesh=mesh.dense, placements=(Replicate(), Shard(0)))
+def dims_by_axis(spec: ParamSpec, path: str = "a parameter", rules: Rules = RULES) -> dict[str, int]:
+    """The dims that `rules` cut, by mesh axis. Raises ValueError for a logical axis without a rule."""
+    for name in spec.axes:
+        if name not in rules:
+            raise ValueError(
+                f"{path} has axes {' '.join(spec.axes)!r} but {name!r} is no logical axis; use one of "
+                f"{', '.join(rules)}, or add it to RULES in mmfn/parallel/weights/sharding.py"
+            )
+    axes = enumerate(rules[name] for name in spec.axes)
+    return {axis: dim for dim, axis in axes if axis is not None}
 
 
-def cuts(spec: ParamSpec, mesh: Mesh) -> tuple[tuple[int, Axis], ...]:
+def sharding_of(spec: ParamSpec, mesh: Mesh, path: str = "a parameter", rules: Rules = RULES) -> Sharding:
+    """Where a parameter lies. A dense one is cut by dim 0 over "shard"; experts by dim 0 over ep and by dim 1 over edp.
+
+    Raises ValueError for a logical axis without a rule, and for a parameter of which `rules` cut every dim.
+    """
+    dim_of = dims_by_axis(spec, path, rules)
+    grid = mesh.grid(dim_of)
+    _, parts, *_ = names = grid.mesh_dim_names or ()
+    rest = [dim for dim in range(len(spec.shape)) if dim not in dim_of.values()]
+    if not rest:
+        raise ValueError(
+            f"{path} of shape {spec.shape} and axes {' '.join(spec.axes)!r} has no dim to cut over {parts}; give it "
+            "one without a mesh axis"
+        )
+    dim_of = {**dim_of, parts: rest[0]}
+    return Sharding(mesh=grid, placements=tuple(Shard(dim_of[n]) if n in dim_of else Replicate() for n in names))
+
+
+def sizes_over(specs: Tree, axis: str) -> dict[str, int]:
+    """Path -> size of the dim that is cut over a mesh axis, of leaves that have one."""
+    dims = [(path, spec, dims_by_axis(spec, path)) for path, spec in tree.items(specs)]
+    return {path: spec.shape[dim_of[axis]] for path, spec, dim_of in dims if axis in dim_of}
+
+
+def cuts(spec: ParamSpec, mesh: Mesh, path: str = "a parameter") -> tuple[tuple[int, Axis], ...]:
     """Where a rank's shard is cut: `(dim, axis)` for each axis of several ranks."""
-    sharding = sharding_of(spec, mesh)
+    sharding = sharding_of(spec, mesh, path)
     placed = zip(sharding.mesh.mesh_dim_names or (), sharding.placements, strict=True)
     found = [(p.dim, mesh[name]) for name, p in placed if isinstance(p, Shard)]
     return tuple((dim, axis) for dim, axis in found if axis.size > 1)
 
 
-def shard_params(params: Tree, specs: Tree, mesh: Mesh) -> Tree:
-    """Whole tensors, equal on all ranks -> DTensors of this rank's shards (copies). No communication."""
-    return tree.map(lambda leaf, spec: shard(leaf, sharding_of(spec, mesh)), params, specs)
+def shard_params(params: Tree, specs: Tree, mesh: Mesh, device: torch.device | None = None) -> Tree:
+    """Whole tensors, equal on all ranks -> DTensors of this rank's shards (copies, on `device`). No communication."""
+    return tree.map_with_path(
+        lambda path, leaf, spec: shard(leaf, sharding_of(spec, mesh, path), device), params, specs
+    )
 
 
 def shard(whole: Tensor, sharding: Sharding, device: torch.device | None = None) -> DTensor:
