@@ -23,7 +23,7 @@ from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.step_sums import all_counts, norm_and_sums
 from mmfn.parallel.program import Program, lower
 from mmfn.parallel.weights.host_memory import complete
-from mmfn.parallel.weights.hosted import copy_of, handles, hosted, to_host
+from mmfn.parallel.weights.hosted import copy_of, handles, to_host
 from mmfn.parallel.weights.sharding import like, local, placed
 from mmfn.spec import trained_paths
 from mmfn.train import optim
@@ -165,12 +165,12 @@ def make_step(
 
 def _check_hosted(program: Program, optimizer: Transform) -> None:
     is_moved = "parameters" in optimizer.on_host
-    if program.is_hosted and not is_moved:
+    if program.weights.is_hosted and not is_moved:
         raise ValueError(
             "the program has offload('parameters') but the optimizer updates parameters on the device; wrap it in "
             "on_host(..., what=('parameters',))"
         )
-    if is_moved and not program.is_hosted:
+    if is_moved and not program.weights.is_hosted:
         raise ValueError(
             "the optimizer is on_host(..., what=('parameters', ...)) but the program has its parameters on the device; "
             "add offload('parameters') to it"
@@ -191,14 +191,13 @@ def _gradients(
         leaves, structure = tree.flatten(params)
         for i, leaf in zip(places, trained, strict=True):
             leaves[i] = leaf
-        given = program.enter(tree.unflatten(structure, leaves))
-        given = hosted(given, values) if program.is_hosted else given
+        given = program.enter(tree.unflatten(structure, leaves), values)
         return loss_fn(given, batch, family, cfg, program.ops, objective)
 
     differentiate = value_and_grad(loss, has_aux=True)
 
     def gradients(params: Tree, batch: Batch) -> tuple[Leaves, Metrics]:
-        stands = handles(params, batch.tokens_T.device) if program.is_hosted else params
+        stands = handles(params, batch.tokens_T.device) if program.weights.is_hosted else params
         (_, metrics), grads = differentiate(_select(stands, places), stands, params, batch)
         return {path: local(grad) for path, grad in zip(paths, grads, strict=True)}, metrics
 

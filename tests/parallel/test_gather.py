@@ -14,10 +14,12 @@ from mmfn.ops import run_stack
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.virtual import run_virtual, virtual
+from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.remat import remat
-from mmfn.parallel.weights.gather import Bucket, Cut, Gather, Like
+from mmfn.parallel.weights.buckets import Bucket, Cut, Like
+from mmfn.parallel.weights.gather import Gather
 from mmfn.parallel.weights.sharding import like, local, rows, shard, shard_params, sharding_of, whole_params
 from mmfn.spec import ZEROS, spec
 from tests.parallel.conformance import Cell, run_cell
@@ -296,6 +298,27 @@ def log_of_a_stack(*transforms: Any, num_layers: int = 3) -> str:
 )
 def test_order_of_gathers(transforms: Sequence[Any], log: str) -> None:
     assert log_of_a_stack(*transforms) == log.replace(" ", "")
+
+
+def test_blocks_that_are_alike_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per program, whatever the number of blocks, passes and micro-batches; shapes and needs tell them apart."""
+    made: list[int] = []
+    make_plan = Gather._make_plan
+    monkeypatch.setattr(Gather, "_make_plan", lambda self, ws: made.append(len(ws)) or make_plan(self, ws))
+    specs = [{"w": spec((n, 2), "mlp embed", ZEROS), "b": spec((n,), "mlp", ZEROS)} for n in (4, 4, 4, 6)]
+
+    mesh = recording_mesh(Layout(dp=2), 0, Recorder(is_fake=False))
+    program = lower(pipe(Program.of(specs, mesh=mesh), data_parallel()))
+    whole = tree.map(lambda leaf: torch.ones(leaf.shape), specs)
+    params = tree.map(lambda x: x.detach().requires_grad_(), shard_params(whole, specs, mesh))
+    for _ in range(2):
+        layers, x = program.enter(params, params), torch.ones(())
+        x, _ = program.ops.stack(program.ops.layer, block, layers, x, mesh["dp"], program.ops.gather)
+        torch.autograd.grad(x, [layer["w"] for layer in params])
+    assert made == [2, 2]
+    params[1]["b"] = params[1]["b"].detach()
+    program.ops.gather(program.enter(params, params)[1])
+    assert made == [2, 2, 2]
 
 
 PER_LAYER = {

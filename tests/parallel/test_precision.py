@@ -16,7 +16,7 @@ from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.precision import SENSITIVE, precision
-from mmfn.parallel.weights.gather import Typed
+from mmfn.parallel.weights.gather import Weight
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import ZEROS, init_params, spec
 from mmfn.train.planning import step_plan as planning
@@ -29,7 +29,7 @@ TABLES = {"reference": op_tables.reference(), "portable": op_tables.portable()}
 
 def test_facts() -> None:
     program = pipe(Program.of(None), precision(compute=torch.bfloat16, reduce=torch.float32))
-    assert (program.compute_dtype, program.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert (program.weights.compute, program.weights.reduce) == (torch.bfloat16, torch.float32)
     assert program.notes == ("precision: compute torch.bfloat16, gradient sums torch.float32",)
     assert pipe(Program.of(None), precision()).notes == (
         "precision: compute as stored, gradient sums in float32 or wider",
@@ -49,7 +49,9 @@ def dtypes(family: str, **chosen: Any) -> dict[str, torch.dtype]:
     """Path -> the dtype `gather` gives the leaf in, for float64 parameters."""
     model = model_of(family, 2)
     program = lower(pipe(Program.of(model.family.specs(model.cfg)), precision(**chosen)))
-    return {path: leaf.dtype for path, leaf in tree.items(program.ops.gather(program.enter(model.params)))}
+    return {
+        path: leaf.dtype for path, leaf in tree.items(program.ops.gather(program.enter(model.params, model.params)))
+    }
 
 
 def test_routers_and_norms_stay_float32_unless_rules_say_otherwise() -> None:
@@ -250,9 +252,10 @@ def test_leaves_of_another_dtype_are_handed_over_by_enter() -> None:
     model = model_of("dense", 2)
     specs = model.family.specs(model.cfg)
     program = lower(pipe(Program.of(specs), precision(rules={"text/norm/weight": torch.float32})))
-    entered = program.enter(model.params)
-    assert [path for path, leaf in tree.items(entered) if isinstance(leaf, Typed)] == ["text/norm/weight"]
-    assert lower(Program.of(specs)).enter(model.params) is model.params
+    entered = tree.items(program.enter(model.params, model.params))
+    assert all(isinstance(leaf, Weight) for _, leaf in entered)
+    assert [path for path, leaf in entered if leaf.compute] == ["text/norm/weight"]
+    assert lower(Program.of(specs)).enter(model.params, model.params) is model.params
 
 
 def test_errors() -> None:

@@ -54,10 +54,11 @@ def precision(
             wanted = [(SENSITIVE, torch.float32)]
         note = f"precision: compute {compute or 'as stored'}, gradient sums {reduce or 'in float32 or wider'}"
         note += "".join(f", {dtype} for {pattern}" for pattern, dtype in wanted)
+        program = replace(program, weights=replace(program.weights, compute=compute, reduce=reduce))
         dtypes = tree.mask(program.specs, wanted, default=False)
         specs = tree.map(lambda s, dtype: replace(s, compute=dtype or s.compute or s.dtype), program.specs, dtypes)
         _check_uncast(specs, wanted, compute)
-        return noted(replace(program, specs=specs, compute_dtype=compute, reduce_dtype=reduce), note)
+        return noted(replace(program, specs=specs), note)
 
     return transform
 

@@ -51,7 +51,7 @@ def vocabulary_parallel() -> Transform:
         part = Slice(axis=axis, num_vocabulary=num_vocabulary, start=start)
         ops = replace(program.ops, linear_cross_entropy=partial(sliced_cross_entropy, part=part))
         note = f"vocabulary_parallel: {stop - start} of {num_vocabulary} rows of the head, tokens of {axis.size} ranks"
-        return noted(replace(program, ops=ops, is_head_sharded=True), note)
+        return noted(replace(program, ops=ops, weights=replace(program.weights, is_head_sharded=True)), note)
 
     return transform
 

@@ -4,7 +4,7 @@ A leaf on a mesh is a DTensor, which records placement and whole shape; what com
 by DTensor's rule: ceil(n / ranks) rows each, so the last ranks may hold fewer rows or none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -51,6 +51,18 @@ class Sharding:
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
+
+    @property
+    def axis(self) -> str:
+        """The axis over which a block gathers it."""
+        _, axis, *_ = self.mesh.mesh_dim_names or ()
+        return axis
+
+    @property
+    def dim(self) -> int:
+        """The dim that is cut over `axis`."""
+        dim: int = self.placements[1].dim  # type: ignore[attr-defined]
+        return dim
 
     def __str__(self) -> str:
         names = self.mesh.mesh_dim_names or ()
@@ -109,6 +121,16 @@ def shard_params(params: Tree, specs: Tree, mesh: Mesh, device: torch.device | N
     return tree.map_with_path(
         lambda path, leaf, spec: shard(leaf, sharding_of(spec, mesh, path), device), params, specs
     )
+
+
+def shard_shape(shape: Sequence[int], sharding: Sharding) -> tuple[int, ...]:
+    """Shape of this rank's part of a whole tensor."""
+    part, place = list(shape), sharding.mesh.get_coordinate() or ()
+    for size, index, placement in zip(sharding.mesh.shape, place, sharding.placements, strict=True):
+        if isinstance(placement, Shard):
+            start, stop = rows(part[placement.dim], size, index)
+            part[placement.dim] = stop - start
+    return tuple(part)
 
 
 def shard(whole: Tensor, sharding: Sharding, device: torch.device | None = None) -> DTensor:
