@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,20 @@ from torch.distributed.tensor import Replicate, Shard
 
 import mmfn
 from mmfn import models, tree
-from mmfn.lora import lora
+from mmfn.lora import add_adapters, lora
 from mmfn.parallel.mesh.layout import AXES, GRIDS, Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.parallel.program import Program, lower
+from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.program import Program, lower, pipe
+from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.weights.gather import Gather
 from mmfn.parallel.weights.sharding import RULES, dims_by_axis, local, shard, shard_params, sharding_of, sizes_over
 from mmfn.spec import EXPERTS, ZEROS, has_experts, spec
-from tests.parallel.conformance import FAMILIES
+from mmfn.train.optim import adamw
+from mmfn.train.schedule import schedule
+from mmfn.train.step import init_state, make_step
+from tests.parallel.conformance import FAMILIES, TRAINED, Cell, batch_of, model_of
 
 TOY = {**RULES, "toy": "ep"}  # the axis of a model whose rows are cut over ep as experts are, but not in front
 LAYOUT = Layout(replicate=2, dp=4, ep=2)
@@ -79,3 +86,50 @@ def test_a_leaf_without_a_dim_to_cut_is_refused() -> None:
         sharding_of(spec((8,), "experts", ZEROS), single_mesh(), "x")
     with pytest.raises(ValueError, match="no grid of ranks has the mesh axes ep, cp together; add it to GRIDS"):
         single_mesh().grid(["ep", "cp"])
+
+
+def take_step(mesh: Mesh, params: Any, specs: Any, *transforms: Any) -> None:
+    """The first step of a program on `mesh` with parameters as they are given."""
+    model = model_of("dense", 2)
+    program = pipe(Program.of(specs, mesh=mesh), data_parallel(), *transforms)
+    rate = schedule("constant", peak=1e-3, num_steps=1)
+    step = make_step(model.family, model.cfg, program, "per_token_loss", adamw(), schedule=rate)
+    cell = Cell(layout=mesh.layout, name="", transforms=())
+    step(init_state(params, adamw(), specs), [batch_of(cell, mesh["batch"].index, mesh["batch"].size)])
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(replicate=2)], ids=str)
+@pytest.mark.parametrize("kind", ["none", "step"])
+def test_whole_parameters_on_a_mesh_are_refused(layout: Layout, kind: str) -> None:
+    model = model_of("dense", 2)
+    specs = model.family.specs(model.cfg)
+    message = r"text/embed/weight is a whole tensor but the program's mesh cuts it by shard on dim 0; cut all .* behind"
+    with pytest.raises(ValueError, match=message):
+        virtual(layout, lambda mesh: take_step(mesh, model.params, specs, compiled(kind)))
+
+
+def test_adapters_that_are_added_behind_the_cut_are_refused() -> None:
+    model = model_of("dense", 2)
+    specs = TRAINED["lora of both"](model.family.specs(model.cfg))
+
+    def run(mesh: Mesh) -> None:
+        params = add_adapters(shard_params(model.params, model.family.specs(model.cfg), mesh), specs, 0)
+        take_step(mesh, params, specs)
+
+    message = r"attention/o/lora/weight/a is a whole tensor but text/embed/weight a shard; .* behind add_adapters"
+    with pytest.raises(ValueError, match=message):
+        virtual(Layout(dp=2), run)
+
+
+def test_parameters_of_another_mesh_are_refused() -> None:
+    model = model_of("dense", 2)
+    specs = model.family.specs(model.cfg)
+
+    def run(mesh: Mesh) -> None:
+        other = recording_mesh(Layout(replicate=2, dp=2), mesh["world"].index, Recorder(is_fake=False))
+        with pytest.raises(ValueError, match=r"text/embed/weight was cut for another mesh: .* of \(2, 2\) ranks"):
+            take_step(mesh, shard_params(model.params, specs, other), specs)
+        with pytest.raises(ValueError, match=r"of \(1, 4\) ranks, where the program's has one device"):
+            take_step(single_mesh(), shard_params(model.params, specs, mesh), specs)
+
+    virtual(Layout(dp=4), run)

@@ -123,6 +123,44 @@ def shard_params(params: Tree, specs: Tree, mesh: Mesh, device: torch.device | N
     )
 
 
+def shardings(specs: Tree, mesh: Mesh) -> dict[str, Sharding | None]:
+    """Path -> where a parameter lies, for `check_shards`; None on one device, where it is whole."""
+    is_alone = mesh.layout.world == 1
+    return {path: None if is_alone else sharding_of(spec, mesh, path) for path, spec in tree.items(specs)}
+
+
+def check_shards(params: Tree, expected: Mapping[str, Sharding | None]) -> None:
+    """Raise ValueError for a parameter that does not lie where a program takes it to lie.
+
+    A whole tensor on a mesh would be trained by each rank for itself: nothing sums its gradient.
+    """
+    for (path, sharding), leaf in zip(expected.items(), tree.leaves(params), strict=True):
+        if not isinstance(leaf, DTensor):
+            if sharding is not None:
+                raise ValueError(
+                    f"{path} is a whole tensor but the program's mesh cuts it by {sharding}; cut all parameters with "
+                    "shard_params(params, program.specs, mesh), behind add_adapters"
+                )
+            continue
+        if sharding is None or (leaf.device_mesh, tuple(leaf.placements)) != (sharding.mesh, sharding.placements):
+            there = Sharding(mesh=leaf.device_mesh, placements=tuple(leaf.placements))
+            raise ValueError(
+                f"{path} was cut for another mesh: by {there} of {tuple(leaf.device_mesh.shape)} ranks, where the "
+                f"program's has {'one device' if sharding is None else f'{sharding} of {tuple(sharding.mesh.shape)}'}; "
+                "cut the whole parameters for this mesh with shard_params"
+            )
+
+
+def check_alike(params: Tree) -> None:
+    """Raise ValueError where some parameters are shards and others whole."""
+    paths = {isinstance(leaf, DTensor): path for path, leaf in reversed(tree.items(params))}
+    if len(paths) == 2:
+        raise ValueError(
+            f"{paths[False]} is a whole tensor but {paths[True]} a shard; cut all parameters with "
+            "shard_params(params, program.specs, mesh), behind add_adapters"
+        )
+
+
 def shard_shape(shape: Sequence[int], sharding: Sharding) -> tuple[int, ...]:
     """Shape of this rank's part of a whole tensor."""
     part, place = list(shape), sharding.mesh.get_coordinate() or ()
