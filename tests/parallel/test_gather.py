@@ -144,6 +144,7 @@ def test_gather_and_its_gradient(layout: Layout) -> None:
             assert isinstance(grad, DTensor)
             assert (grad.placements, grad.shape) == (leaf.placements, leaf.shape)
             assert grad.to_local().shape == leaf.to_local().shape
+            assert grad.to_local().is_contiguous(), "an update would copy it, and those of all leaves at once"
         grads = tree.unflatten(tree.flatten(leaves)[1], grads)
         return tree.map(lambda x: x.detach(), out), whole_params(grads, mesh)
 

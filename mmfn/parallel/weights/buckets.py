@@ -70,8 +70,8 @@ class Cut:
             parts[full + 1 :].zero_()
 
     def unpack(self, flat: Tensor, num_rows: int) -> Tensor:
-        """Inverse of `pack`: this rank's `num_rows` real rows."""
-        return flat.view(self.part).narrow(self.dim, 0, num_rows)
+        """Inverse of `pack`: this rank's `num_rows` real rows, dense, as an update of the shard wants them."""
+        return flat.view(self.part).narrow(self.dim, 0, num_rows).contiguous()
 
 
 def _padded(x: Tensor, dim: int, num_rows: int) -> Tensor:
