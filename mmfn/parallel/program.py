@@ -169,16 +169,20 @@ def _check(program: Program) -> None:
             raise ValueError(f"layout {layout}: no transform takes care of {name}; add {transform}")
     for path, spec in tree.items(program.specs):
         dims_by_axis(spec, path)
-    if program.compile != "step":
-        return
-    if weights.is_head_sharded:
+    if program.compile == "step" and weights.is_head_sharded:
         raise ValueError("a step with a sharded head is no single graph; use compiled('layer') or gather the head")
     for what, is_moved in (("activations", program.is_offloaded), ("parameters", weights.is_hosted)):
-        if is_moved:
+        if program.compile == "step" and is_moved:
             raise ValueError(
                 f"offload({what!r}) moves memory between the blocks of a step but compiled('step') makes it one graph; "
                 "use compiled('layer')"
             )
+    transport = program.mesh["world"].transport
+    if program.compile != "none" and transport is not None and not transport.is_traceable:
+        raise ValueError(
+            f"compiled({program.compile!r}) needs real ranks, started with torchrun: virtual ones are threads of one "
+            "process, whose collectives are no part of a graph; leave compiled out"
+        )
 
 
 def _weights_in_time(program: Program, stack: Callable[..., Any], gather: Gather) -> Callable[..., Any]:

@@ -15,7 +15,6 @@ from mmfn.parallel.mesh.layout import AXES, GRIDS, Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.program import Program, lower, pipe
-from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.weights.gather import Gather
 from mmfn.parallel.weights.sharding import RULES, dims_by_axis, local, shard, shard_params, sharding_of, sizes_over
@@ -88,10 +87,10 @@ def test_a_leaf_without_a_dim_to_cut_is_refused() -> None:
         single_mesh().grid(["ep", "cp"])
 
 
-def take_step(mesh: Mesh, params: Any, specs: Any, *transforms: Any) -> None:
+def take_step(mesh: Mesh, params: Any, specs: Any) -> None:
     """The first step of a program on `mesh` with parameters as they are given."""
     model = model_of("dense", 2)
-    program = pipe(Program.of(specs, mesh=mesh), data_parallel(), *transforms)
+    program = pipe(Program.of(specs, mesh=mesh), data_parallel())
     rate = schedule("constant", peak=1e-3, num_steps=1)
     step = make_step(model.family, model.cfg, program, "per_token_loss", adamw(), schedule=rate)
     cell = Cell(layout=mesh.layout, name="", transforms=())
@@ -99,13 +98,12 @@ def take_step(mesh: Mesh, params: Any, specs: Any, *transforms: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", [Layout(dp=2), Layout(replicate=2)], ids=str)
-@pytest.mark.parametrize("kind", ["none", "step"])
-def test_whole_parameters_on_a_mesh_are_refused(layout: Layout, kind: str) -> None:
+def test_whole_parameters_on_a_mesh_are_refused(layout: Layout) -> None:
     model = model_of("dense", 2)
     specs = model.family.specs(model.cfg)
     message = r"text/embed/weight is a whole tensor but the program's mesh cuts it by shard on dim 0; cut all .* behind"
     with pytest.raises(ValueError, match=message):
-        virtual(layout, lambda mesh: take_step(mesh, model.params, specs, compiled(kind)))
+        virtual(layout, lambda mesh: take_step(mesh, model.params, specs))
 
 
 def test_adapters_that_are_added_behind_the_cut_are_refused() -> None:

@@ -6,7 +6,7 @@ tokens are spread over ring and ulysses (together: cp). Dense parameters are sha
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from math import prod
 
@@ -32,6 +32,7 @@ AXES = {
 GRIDS = (("replicate", "shard"), ("replicate", "edp", "ep"))
 """All ranks as a grid, for every kind of parameter: the ranks of the first axis hold copies, those of the second the
 parts that a block gathers, those of each further one the parts they compute with."""
+WIDEST = {"hccl": torch.float32}  # what a backend can add up, where that is less than float64
 Partition = tuple[tuple[int, ...], ...]  # the groups of ranks of one axis; every rank is in exactly one
 Connect = Callable[[str, Partition], Transport]
 
@@ -167,7 +168,8 @@ def process_groups(timeout: timedelta | None = None, backend: str | None = None)
         if partition not in groups:
             ranks = list(map(list, partition))
             own, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend)  # type: ignore[no-untyped-call]
-            groups[partition] = Group(own.group_name, own.size())
+            widest = WIDEST.get(backend or dist.get_backend(), torch.float64)
+            groups[partition] = Group(own.group_name, own.size(), widest)
         return _renamed(groups[partition], "ep") if name == "ep" else groups[partition]
 
     return connect
@@ -175,7 +177,7 @@ def process_groups(timeout: timedelta | None = None, backend: str | None = None)
 
 def _renamed(group: Group, name: str) -> Group:
     """The same process group under one more name."""
-    other = Group(f"{group.name}/{name}", group.size)
+    other = replace(group, name=f"{group.name}/{name}")
     own = _resolve_process_group(group.name)  # type: ignore[arg-type]
     _register_process_group(other.name, own)  # type: ignore[arg-type]
     return other
