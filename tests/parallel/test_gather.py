@@ -314,7 +314,7 @@ def test_blocks_that_are_alike_are_planned_once(monkeypatch: pytest.MonkeyPatch)
     params = tree.map(lambda x: x.detach().requires_grad_(), shard_params(whole, specs, mesh))
     for _ in range(2):
         layers, x = program.enter(params, params), torch.ones(())
-        x, _ = program.ops.stack(program.ops.layer, block, layers, x, mesh["dp"], program.ops.gather)
+        x, *_ = program.ops.stack(program.ops.layer, block, layers, x, mesh["dp"], program.ops.gather)
         torch.autograd.grad(x, [layer["w"] for layer in params])
     assert made == [2, 2]
     params[1]["b"] = params[1]["b"].detach()
