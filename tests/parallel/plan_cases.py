@@ -69,7 +69,7 @@ def make(
 
     def build(cfg: Any, mesh: Mesh) -> Program:
         program = training.build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg)))
-        if section.compute_dtype != "bfloat16":
+        if section.compute_dtype != "bfloat16" or program.weights.is_head_sharded:
             return program
         # a plan is one of accelerators, whose loss goes through logits; a CPU's does not in bfloat16
         loss = partial(program.ops.linear_cross_entropy, method="logits")

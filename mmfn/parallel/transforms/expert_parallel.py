@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfn import tree
 from mmfn.ops.custom import Context, function, operator
 from mmfn.ops.eager import is_eager
 from mmfn.ops.kernel import wrapping
 from mmfn.parallel.mesh.axis import Axis, exchange
 from mmfn.parallel.program import Program, Transform, noted, uses
+from mmfn.parallel.weights.sharding import sizes_over
 from mmfn.torch_private import assert_on_device, tell_compiler
 from mmfn.tree import Tree
 
@@ -91,9 +91,7 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
 def _num_experts(program: Program) -> int:
     """The number of experts, or ValueError where they cannot be spread over ep."""
     ep = program.mesh.layout.ep
-    found: dict[str, int] = {
-        path: leaf.shape[0] for path, leaf in tree.items(program.specs) if leaf.axes[0] == "experts"
-    }
+    found = sizes_over(program.specs, "ep")
     if not found:
         raise ValueError(f"layout {program.mesh.layout}: ep is {ep} but the model has no experts; set ep to 1")
     for path, num_experts in found.items():

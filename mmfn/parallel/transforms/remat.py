@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mmfn import tree
 from mmfn.ops import Ops, kernels
 from mmfn.ops.flops import packet
 from mmfn.ops.kernel import Kernel, declaration
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.transforms.recompute import Recomputed
+from mmfn.spec import has_experts
 
 REMAT_KINDS = ("none", "full", "selective", "uniform", "block")
 ALL_TO_ALL = ("_c10d_functional::all_to_all_single", "mmfn::all_to_all")  # of these, only the calls on ep are meant
@@ -135,7 +135,7 @@ def _policy_of(save: Sequence[str], program: Program, where: str) -> Callable[..
     if "exchange" in save:
         if ep.transport is None:
             raise ValueError("remat got save 'exchange' but ep is 1, so that no rows are exchanged; leave it out")
-        if where != "all" and all(leaf.axes[0] != "experts" for leaf in tree.leaves(program.specs[where])):
+        if where != "all" and not has_experts(program.specs[where]):
             raise ValueError(f"remat got save 'exchange' but the stack {where!r} has no experts; leave it out")
     exchange = ep.transport.name if ep.transport is not None else ""
     return partial(_policy, _overloads(names), _overloads(ALL_TO_ALL), exchange)

@@ -54,7 +54,7 @@ def vocabulary_parallel() -> Transform:
         sliced = wrapping(partial(sliced_cross_entropy, part=part), whole)
         ops = replace(program.ops, linear_cross_entropy=sliced)
         note = f"vocabulary_parallel: {stop - start} of {num_vocabulary} rows of the head, tokens of {axis.size} ranks"
-        return noted(replace(program, ops=ops, is_head_sharded=True), note)
+        return noted(replace(program, ops=ops, weights=replace(program.weights, is_head_sharded=True)), note)
 
     return transform
 

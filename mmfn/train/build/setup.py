@@ -36,7 +36,7 @@ from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
 from mmfn.parallel.weights.host_memory import HOST_DEVICE
 from mmfn.parallel.weights.hosted import to_host
-from mmfn.parallel.weights.sharding import shard, sharding_of
+from mmfn.parallel.weights.sharding import shard_params
 from mmfn.spec import freeze, num_params, num_trained, trained_paths
 from mmfn.train.build.match import check_match
 from mmfn.train.build.optimizer import build_guard, build_optimizer, build_schedule
@@ -224,7 +224,7 @@ def load_shards(config: Config, place: Place) -> Model:
     specs = model_specs(config, model.family, model.cfg)
     params = add_adapters(model.params, specs, seed)
     if not is_alone:
-        params = tree.map(lambda leaf, s: shard(leaf, sharding_of(s, place.mesh), device), params, specs)
+        params = shard_params(params, specs, place.mesh, device)
     params = to_host(params, place.device) if device != place.device else params
     return replace(model, params=params)
 

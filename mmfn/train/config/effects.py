@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mmfn import tree
+from mmfn.spec import has_experts
 from mmfn.train.config.schema import Config
 from mmfn.tree import Tree
 
@@ -21,7 +21,7 @@ def check_effects(config: Config, cfg: Any, specs: Tree) -> None:
                     f"layout.{name} is {getattr(chosen, name)} but more than the {depth} layers there are has no "
                     f"effect; use at most {depth}"
                 )
-    if any("experts" in leaf.axes for leaf in tree.leaves(specs)):
+    if has_experts(specs):
         return
     idle = {
         f"output.experts {config.output.experts!r}": config.output.is_changed("experts"),

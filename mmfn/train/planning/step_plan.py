@@ -89,7 +89,7 @@ def plan(
     mesh = recording_mesh(layout, rank, Recorder(is_fake=True))
     program = setup.build(setup.cfg, mesh)
     blocks = program.specs[last]["layers"]
-    reach = 2 if program.is_hosted and layout.world > 1 else 1  # how many blocks ahead something is started
+    reach = 2 if program.weights.is_hosted and layout.world > 1 else 1  # how many blocks ahead something is started
     num_special = max(setup.family.taps(setup.cfg), program.num_special) + reach - 1
     depths = None if all_layers else scaling.choose_depths(blocks, num_special, V, lcm(program.period, reach))
     whole, shares = make_shares(setup, program)
@@ -114,7 +114,7 @@ def plan(
         balance=_balance(whole, shares[0], mesh["cp"].size),
         notes=[*program.notes, how],
         assumptions=_assumptions(setup, program, mesh["cp"].size),
-        ahead=("weights",) if program.prefetch else (),
+        ahead=("weights",) if program.weights.prefetch else (),
     )
 
 
@@ -201,7 +201,7 @@ def _state(setup: Setup, program: Program, recorder: Recorder) -> dict[str, Any]
         params = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype), params)
     if program.mesh.layout.world > 1:
         params = shard_params(params, program.specs, program.mesh)
-    if program.is_hosted:
+    if program.weights.is_hosted:
         params = tree.map(lambda leaf: host_copy(leaf, local(leaf).device), params)
     recorder.phase = "optimizer"
     return init_state(params, setup.optimizer, program.specs)
@@ -247,7 +247,7 @@ def _watched(program: Program, recorder: Recorder) -> Program:
 
     def watch(ops: Ops) -> Ops:
         table = balanced(ops)
-        return recorder.watch(table if program.is_head_sharded else shortened(table, recorder))
+        return recorder.watch(table if program.weights.is_head_sharded else shortened(table, recorder))
 
     return replace(program, watch=watch)
 
@@ -269,7 +269,7 @@ def _assumptions(setup: Setup, program: Program, num_ranks: int) -> list[str]:
     found = [
         f"samples of a batch: {', '.join(kinds)}",
         "all text is supervised"
-        + ("" if program.is_head_sharded else "; of the loss two chunks of rows are traced and count for all"),
+        + ("" if program.weights.is_head_sharded else "; of the loss two chunks of rows are traced and count for all"),
         "other ranks do as this one does",
         "the portable ops; memory without the allocator's rounding and kernels' workspaces",
     ]
