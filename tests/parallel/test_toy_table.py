@@ -110,7 +110,7 @@ def traced(change: Callable[[Program], Program], *transforms: Transform) -> Any:
     return planning.trace_step(replace(setup, build=build), layout, TEXT)
 
 
-@pytest.mark.parametrize("transforms", [(), (KEEP,)], ids=str)
+@pytest.mark.parametrize("transforms", [(), (KEEP,)], ids=["plain", "selective remat"])
 def test_a_plan_counts_what_is_declared(transforms: tuple[Transform, ...]) -> None:
     """64 tokens without an image, each with two experts."""
     flops = traced(toy, *transforms).flops
