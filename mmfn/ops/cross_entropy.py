@@ -173,6 +173,7 @@ def check_settings(z_loss: float, label_smoothing: float, chunk: int | None) -> 
         raise ValueError(f"chunk is {chunk} but must be at least 1 row; leave it out for the default")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a table may be made inside a graph
 def cpu_method() -> tuple[Method, str]:
     """The faster method on this machine's CPU for bfloat16, and why: what a table chooses when it is made.
 

@@ -12,6 +12,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 from mmfn import ops as op_tables
 from mmfn import tree
 from mmfn.models.layers import moe
+from mmfn.models.layers.balance import balance
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.parallel.transforms.expert_parallel import kept_rows
 from mmfn.spec import init_params
@@ -211,6 +212,17 @@ def test_a_layer_makes_few_tensors_of_routed_rows():
         forward = len(seen)
         gradients(y_TD, dy_TD, params, x_TD)
     assert (forward, len(seen) - forward) == (2, 2)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_padding_alone_balances_to_zero(num_tokens):
+    """No rows to divide by: neither the loss nor a gradient is undefined."""
+    params, x_TD, _ = draw(num_tokens=num_tokens)
+    y_TD, stats = run(params, x_TD, torch.zeros(num_tokens, dtype=torch.bool))
+    loss = balance(moe.total([stats]), TABLES["portable"])
+    assert loss.item() == 0
+    assert not y_TD.any()
+    assert not any(grad.any() for grad in gradients(loss, None, params, x_TD))
 
 
 def test_no_token():
