@@ -218,7 +218,7 @@ def test_time_model() -> None:
     time = devices.predict(chosen.flops, 0.0, 0.0, [inside, ahead], chosen)
     assert (time.compute_s, time.overlapped_s, time.exposed_s) == pytest.approx((2, 3, 1))
     assert time.total_s == pytest.approx(4)
-    assert time.mfu == pytest.approx(0.25)
+    assert time.hfu == pytest.approx(0.25)
     update = devices.predict(0.0, chosen.flops, 0.8 * chosen.memory_bandwidth, [], chosen)
     assert (update.compute_s, update.update_s, update.total_s) == pytest.approx((0, 2 + 1, 3))
     assert devices.wire_bytes("all_gather", 10, 4) == 30

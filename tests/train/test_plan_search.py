@@ -104,7 +104,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a number for a list": (lambda p: p.update(leaves=3), "leaves is '3' but should be of type tuple"),
     "a truth for a number": (lambda p: p.update(rank=True), "rank is 'True' but should be of type int"),
     "text inside": (lambda p: p["leaves"][0].update(shape=["a"]), "shape is 'a' but should be of type int"),
-    "one missing": (lambda p: p["time"].pop("mfu"), "time lacks 'mfu'"),
+    "one missing": (lambda p: p["time"].pop("hfu"), "time lacks 'hfu'"),
     "one too many": (lambda p: p.update(colour=1), "plan has an unknown 'colour'"),
 }
 

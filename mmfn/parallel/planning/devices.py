@@ -127,14 +127,14 @@ class Transfer:
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """Seconds of one step and its parts; `mfu` is the share of the device's peak."""
+    """Seconds of one step and its parts; `hfu` is the share of the device's peak, what is computed again included."""
 
     compute_s: float
     overlapped_s: float
     exposed_s: float
     update_s: float
     total_s: float
-    mfu: float
+    hfu: float
 
 
 def predict(
@@ -150,12 +150,12 @@ def predict(
     exposed = sum(s for is_ahead, s in spent if not is_ahead)
     update += update_bytes / (BANDWIDTH_EFFICIENCY * chosen.memory_bandwidth)
     total = max(compute, overlapped) + exposed + update
-    mfu = flops / (total * chosen.flops) if total else 0.0
+    hfu = flops / (total * chosen.flops) if total else 0.0
     return Time(
         compute_s=compute,
         overlapped_s=overlapped,
         exposed_s=exposed,
         update_s=update,
         total_s=total,
-        mfu=mfu,
+        hfu=hfu,
     )

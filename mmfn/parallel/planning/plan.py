@@ -293,7 +293,7 @@ def _lines(p: Plan) -> list[str]:
     lines += [f"  {name}: {formula}" for name, formula in FORMULAS.items()]
     lines += [
         "",
-        f"predicted step on {p.device}: {t.total_s:.4g} s, MFU {t.mfu:.1%} (compute {t.compute_s:.4g} s beside "
+        f"predicted step on {p.device}: {t.total_s:.4g} s, HFU {t.hfu:.1%} (compute {t.compute_s:.4g} s beside "
         f"{t.overlapped_s:.4g} s of transfers, {t.exposed_s:.4g} s of other transfers, update {t.update_s:.4g} s)",
         f"  {devices.MODEL}",
         "balance: " + ", ".join(f"{name} {share:.1%}" for name, share in p.balance.items()),

@@ -49,7 +49,7 @@ def _row(plan: Plan, scale: float) -> dict[str, Any]:
         "peak": size(plan.peak_bytes),
         "fits": plan.fits,
         "seconds": f"{plan.time.total_s:.3g}",
-        "mfu": f"{plan.time.mfu:.1%}",
+        "hfu": f"{plan.time.hfu:.1%}",
         "parts": parts,
     }
 

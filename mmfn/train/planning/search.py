@@ -183,12 +183,12 @@ def candidates(settings: Settings, world: int) -> Iterator[Config]:
 
 def summary(plans: Sequence[Plan]) -> str:
     """One line per plan, best first."""
-    head = f"{'step':>9}  {'MFU':>6}  {'peak':>12}  layout"
+    head = f"{'step':>9}  {'HFU':>6}  {'peak':>12}  layout"
     lines = [head]
     for p in plans:
         how = ", ".join([str(Layout(**p.layout)), *(n for n in p.notes if n.startswith(("context", "remat")))])
         fits = "" if p.fits else f"  (does not fit {p.device})"
-        lines.append(f"{p.time.total_s:8.3f}s  {p.time.mfu:6.1%}  {size(p.peak_bytes):>12}  {how}{fits}")
+        lines.append(f"{p.time.total_s:8.3f}s  {p.time.hfu:6.1%}  {size(p.peak_bytes):>12}  {how}{fits}")
     return "\n".join(lines)
 
 
