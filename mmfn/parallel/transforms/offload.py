@@ -15,6 +15,7 @@ from mmfn.parallel.weights.gather import BlockWeights, Weight
 from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
 from mmfn.parallel.weights.prefetch import on_gradient
 from mmfn.parallel.weights.sharding import local
+from mmfn.torch_private import storage_key
 
 OFFLOAD_KINDS = ("activations", "parameters")
 LEAST_BYTES = 4096  # what is smaller stays: a copy costs more than it saves
@@ -113,7 +114,7 @@ class _Stash:
     def pack(self, x: Tensor) -> Tensor | _View:
         """Note a tensor that autograd saves."""
         storage = x.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self.stays or storage.nbytes() < LEAST_BYTES:
             return x.detach()
         if key not in self.kept:
@@ -184,5 +185,5 @@ def _storages(values: Any) -> set[int]:
         if isinstance(value, BlockWeights):
             found |= _storages(value.weights)
         elif isinstance(value, Tensor | Weight):
-            found.add(local(value.leaf if isinstance(value, Weight) else value).untyped_storage()._cdata)
+            found.add(storage_key(local(value.leaf if isinstance(value, Weight) else value).untyped_storage()))
     return found

@@ -17,6 +17,7 @@ from mmfn import tree
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.spec import EXPERTS, ParamSpec
+from mmfn.torch_private import local_tensor, set_local_tensor_, storage_key
 from mmfn.tree import Tree
 
 Rules = Mapping[str, str | None]
@@ -196,21 +197,21 @@ def wrap(local: Tensor, shape: torch.Size, sharding: Sharding) -> DTensor:
     out = DTensor.from_local(
         own, sharding.mesh, sharding.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-    out._local_tensor = local
+    set_local_tensor_(out, local)
     return out
 
 
 def local(leaf: Tensor) -> Tensor:
     """The shard of a DTensor, sharing its memory and outside autograd; any other tensor itself."""
-    return leaf._local_tensor.detach() if isinstance(leaf, DTensor) else leaf
+    return local_tensor(leaf).detach() if isinstance(leaf, DTensor) else leaf
 
 
 def like(values: Tensor, leaf: Tensor) -> Tensor:
     """Undo `local`: a shard placed as `leaf` is; `values` itself for a plain leaf."""
     if not isinstance(leaf, DTensor):
         return values
-    own = leaf._local_tensor
-    if values.shape == own.shape and values.untyped_storage()._cdata == own.untyped_storage()._cdata:
+    own = local_tensor(leaf)
+    if values.shape == own.shape and storage_key(values.untyped_storage()) == storage_key(own.untyped_storage()):
         return leaf
     return wrap(values, leaf.shape, Sharding(mesh=leaf.device_mesh, placements=tuple(leaf.placements)))
 
