@@ -50,14 +50,14 @@ def offload(what: str) -> Transform:
         if what == "parameters":
             hosted = replace(program, weights=replace(program.weights, is_hosted=True))
             return noted(hosted, "offload: parameters to the host")
-        stack = offloaded(program.ops.stack, HostMemory())
+        stack = wrap_stack_with_offload(program.ops.stack, HostMemory())
         done = replace(program, ops=replace(program.ops, stack=stack), is_offloaded=True)
         return noted(done, "offload: activations to the host")
 
     return transform
 
 
-def offloaded(stack: Callable[..., Any], memory: HostMemory) -> Callable[..., Any]:
+def wrap_stack_with_offload(stack: Callable[..., Any], memory: HostMemory) -> Callable[..., Any]:
     """`ops.stack` whose blocks keep their activations on the host."""
 
     def outer(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -112,9 +112,9 @@ def sizes_over(specs: Tree, axis: str) -> dict[str, int]:
 def cuts(spec: ParamSpec, mesh: Mesh, path: str = "a parameter") -> tuple[tuple[int, Axis], ...]:
     """Where a rank's shard is cut: `(dim, axis)` for each axis of several ranks."""
     sharding = sharding_of(spec, mesh, path)
-    placed = zip(sharding.mesh.mesh_dim_names or (), sharding.placements, strict=True)
-    found = [(p.dim, mesh[name]) for name, p in placed if isinstance(p, Shard)]
-    return tuple((dim, axis) for dim, axis in found if axis.size > 1)
+    placements = zip(sharding.mesh.mesh_dim_names or (), sharding.placements, strict=True)
+    pairs = [(p.dim, mesh[name]) for name, p in placements if isinstance(p, Shard)]
+    return tuple((dim, axis) for dim, axis in pairs if axis.size > 1)
 
 
 def shard_params(params: Tree, specs: Tree, mesh: Mesh, device: torch.device | None = None) -> Tree:
@@ -216,7 +216,7 @@ def like(values: Tensor, leaf: Tensor) -> Tensor:
     return wrap(values, leaf.shape, Sharding(mesh=leaf.device_mesh, placements=tuple(leaf.placements)))
 
 
-def placed(state: Tree, params: Mapping[str, Tensor]) -> Tree:
+def place_state(state: Tree, params: Mapping[str, Tensor]) -> Tree:
     """Optimizer state on shards -> the same, placed: a leaf keyed by a parameter's path is placed as that parameter.
 
     Only tensors of the shard's own shape are; others (counts) stay plain.
