@@ -3,7 +3,8 @@
 Each has a test in `tests/test_torch_private.py`, which tells on a new torch what to replace. Checked on torch 2.13.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,3 +70,100 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 def tell_compiler(is_true: bool) -> None:
     """A fact about sizes that a graph does not know; a program in which it is false stops."""
     torch._check(is_true)  # type: ignore[no-untyped-call]
+
+
+# ---- DTensor, process groups and collectives
+
+
+def set_local_tensor_(x: Any, local: Tensor) -> None:
+    """Let a DTensor hold `local`, wherever that lies: torch's own constructor moves it to the mesh's device."""
+    x._local_tensor = local
+
+
+def mesh_settings(*, rank: int, has_groups: bool) -> dict[str, Any]:
+    """Arguments of a DeviceMesh as `rank` sees it; without `has_groups` it makes no process groups, and needs none."""
+    return {"_init_backend": has_groups, "_rank": None if has_groups else rank}
+
+
+def rename_group(name: str, other: str) -> None:
+    """Give the process group of a name one more."""
+    from torch._C._distributed_c10d import _register_process_group, _resolve_process_group
+
+    _register_process_group(other, _resolve_process_group(name))  # type: ignore[arg-type]
+
+
+def all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """Parts of all ranks of a process group end to end, under way until `wait`. It and those below enter graphs."""
+    out: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, size, group)
+    return out
+
+
+def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    """This rank's part of the sum, under way."""
+    out: Tensor = torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", size, group)
+    return out
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum, under way."""
+    out: Tensor = torch.ops._c10d_functional.all_reduce(x, "sum", group)
+    return out
+
+
+def all_to_all(x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], group: str) -> Tensor:
+    """Rows to and from every rank, under way."""
+    out: Tensor = torch.ops._c10d_functional.all_to_all_single(x, list(out_sizes), list(in_sizes), group)
+    return out
+
+
+def wait(x: Tensor) -> Tensor:
+    """What a collective above gives, complete."""
+    out: Tensor = torch.ops._c10d_functional.wait_tensor(x)
+    return out
+
+
+# ---- the compiler
+
+
+@contextmanager
+def compiler_settings(dynamo: Mapping[str, Any], functorch: Mapping[str, Any]) -> Iterator[None]:
+    """Settings of the tracer and of what splits a graph in forward and backward, for the time of the context."""
+    from torch._functorch import config
+
+    with torch._dynamo.config.patch(dict(dynamo)), config.patch(dict(functorch)):
+        yield
+
+
+def compiler_backend(name: str) -> Callable[..., Any]:
+    """`(graph, example inputs) -> callable` by the name torch.compile takes."""
+    backend: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    return backend
+
+
+def traces_autograd() -> bool:
+    """Whether the compiler can take `torch.autograd.grad` into a graph."""
+    return hasattr(torch._dynamo.config, "trace_autograd_ops")
+
+
+# ---- fused kernels of optimizers
+
+
+def fused_adamw_(*lists: list[Tensor], **settings: Any) -> None:
+    """`(params, grads, m, v, max_v, counts)`, in place: gradients are divided by `grad_scale`, and nothing is written
+    where `found_inf` is 1."""
+    torch._fused_adamw_(*lists, **settings)
+
+
+def fused_sgd_(*lists: list[Tensor], **settings: Any) -> None:
+    """`(params, grads, buffers)`, in place; nothing is written where `found_inf` is 1."""
+    torch._fused_sgd_(*lists, **settings)
+
+
+def foreach_mul_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply each tensor by a 0-D one, in place."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def foreach_norm(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The Euclidean norm of each tensor, summed in `dtype`."""
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype))

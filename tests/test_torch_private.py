@@ -6,10 +6,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn import torch_private as private
+
+PUBLIC = {"Any", "Callable", "Iterator", "Mapping", "Sequence", "Tensor", "contextmanager", "torch"}
 
 
 class Seen(TorchDispatchMode):
@@ -23,7 +26,7 @@ class Seen(TorchDispatchMode):
 
 
 def test_every_name_has_a_test():
-    names = {name for name in vars(private) if not name.startswith("_")} - {"Any", "Sequence", "Tensor", "torch"}
+    names = {name for name in vars(private) if not name.startswith("_")} - PUBLIC
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert names - {"FLASH_CPU", "FLASH_CPU_GRAD", "READ_ONE", "UNSAFE_VIEW"} <= tested
     assert all(inspect.getdoc(getattr(private, name)) for name in names if name.islower())
@@ -150,3 +153,125 @@ def test_tell_compiler():
         assert run(torch.ones(5), torch.tensor([1, 2])).tolist() == [2, 2, 2]
     with pytest.raises(RuntimeError):
         private.tell_compiler(False)
+
+
+# ---- DTensor, process groups and collectives
+
+
+def test_set_local_tensor_():
+    mesh = DeviceMesh("cpu", torch.arange(2), **private.mesh_settings(rank=1, has_groups=False))
+    shard = torch.distributed.tensor.Shard(0)
+    shape = {"shape": torch.Size((4, 2)), "stride": (2, 1), "run_check": False}
+    x = DTensor.from_local(torch.empty(2, 2, device="meta"), mesh, [shard], **shape)
+    own = torch.ones(2, 2)
+    private.set_local_tensor_(x, own)
+    assert private.local_tensor(x) is own
+    assert (x.shape, x.to_local().data_ptr()) == ((4, 2), own.data_ptr())
+
+
+def test_mesh_settings():
+    """Without process groups, of a rank that is not this process."""
+    mesh = DeviceMesh("cpu", torch.arange(6).view(2, 3), **private.mesh_settings(rank=5, has_groups=False))
+    assert (tuple(mesh.shape), list(mesh.get_coordinate())) == ((2, 3), [1, 2])
+    assert not torch.distributed.is_initialized()
+
+
+def test_collectives(one_rank):
+    """Of a process group by a further name: what one rank gives itself."""
+    private.rename_group(torch.distributed.group.WORLD.group_name, "further")
+    x = torch.arange(6.0).view(3, 2)
+    for out in (
+        private.all_gather(x, 1, "further"),
+        private.reduce_scatter(x, 1, "further"),
+        private.all_reduce(x, "further"),
+        private.all_to_all(x, [3], [3], "further"),
+    ):
+        assert torch.equal(private.wait(out), x)
+        assert out.data_ptr() != x.data_ptr()
+
+
+test_rename_group = test_all_gather = test_reduce_scatter = test_all_reduce = test_collectives
+test_all_to_all = test_wait = test_collectives
+
+
+# ---- the compiler
+
+
+def test_compiler_settings():
+    from torch._functorch import config
+
+    before = (torch._dynamo.config.recompile_limit, config.ban_recompute_materialized_backward)
+    with private.compiler_settings({"recompile_limit": 77}, {"ban_recompute_materialized_backward": not before[1]}):
+        now = (torch._dynamo.config.recompile_limit, config.ban_recompute_materialized_backward)
+        assert now == (77, not before[1])
+    assert before == (torch._dynamo.config.recompile_limit, config.ban_recompute_materialized_backward)
+
+
+def test_compiler_backend():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return private.compiler_backend("eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    assert torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2)).tolist() == [2, 2]
+    assert len(graphs) == 1
+
+
+def test_traces_autograd():
+    assert private.traces_autograd()
+
+    def gradient(x):
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            return torch.autograd.grad((y * y).sum(), y)[0]
+
+    torch._dynamo.reset()
+    with private.compiler_settings({"trace_autograd_ops": True}, {}):
+        run = torch.compile(gradient, fullgraph=True, backend="eager")
+        assert run(torch.tensor([1.0, 3.0])).tolist() == [2, 6]
+
+
+# ---- fused kernels of optimizers
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_fused_adamw_(is_taken):
+    p, g, m, v = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]), torch.zeros(2), torch.zeros(2)
+    before, want = p.clone(), p * (1 - 0.1 * 0.01) - 0.1 * g.sign()  # the first step: m_hat / sqrt(v_hat) is the sign
+    settings = {"lr": torch.tensor(0.1), "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-12}
+    private.fused_adamw_(
+        *([x] for x in (p, g, m, v)),
+        [],
+        [torch.tensor(1.0)],
+        **settings,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=torch.tensor(2.0),
+        found_inf=torch.tensor(float(not is_taken)),
+    )
+    torch.testing.assert_close(p, want if is_taken else before)
+    torch.testing.assert_close(m, 0.1 * torch.tensor([0.25, 2.0]) if is_taken else torch.zeros(2))
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_fused_sgd_(is_taken):
+    p, g, buffer = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]), torch.tensor([1.0, 1.0])
+    before, want = p.clone(), p - 0.1 * (0.9 * buffer + g)
+    settings = {"weight_decay": 0.0, "momentum": 0.9, "lr": torch.tensor(0.1), "dampening": 0.0, "nesterov": False}
+    found = torch.tensor(float(not is_taken))
+    private.fused_sgd_([p], [g], [buffer], **settings, maximize=False, is_first_step=False, found_inf=found)
+    torch.testing.assert_close(p, want if is_taken else before)
+
+
+def test_foreach_mul_():
+    x, y = torch.ones(2), torch.ones(3, 1)
+    private.foreach_mul_([x, y], torch.tensor(3.0))
+    assert x.tolist() == [3, 3]
+    assert y.flatten().tolist() == [3, 3, 3]
+
+
+def test_foreach_norm():
+    norms = private.foreach_norm([torch.tensor([3.0, 4.0]).bfloat16(), torch.zeros(2, 2)], torch.float64)
+    assert [(n.item(), n.dtype) for n in norms] == [(5, torch.float64), (0, torch.float64)]

@@ -12,9 +12,8 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-import torch._functorch.config
 
-from mmfn import tree
+from mmfn import torch_private, tree
 from mmfn.batch import Batch
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import psum
@@ -110,8 +109,8 @@ class Program:
         settings = {"recompile_limit": MAX_GRAPHS, **self.compiler}
         if self.compile == "step":
             settings["trace_autograd_ops"] = True
-        keeps = torch._functorch.config.patch(ban_recompute_materialized_backward=self.compile == "step")
-        with torch._dynamo.config.patch(settings), keeps:
+        keeps = {"ban_recompute_materialized_backward": self.compile == "step"}
+        with torch_private.compiler_settings(settings, keeps):
             yield
 
 

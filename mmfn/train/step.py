@@ -24,7 +24,7 @@ from mmfn.parallel.mesh.step_sums import all_counts, norm_and_sums
 from mmfn.parallel.program import Program, lower
 from mmfn.parallel.weights.host_memory import complete
 from mmfn.parallel.weights.hosted import copy_of, handles, to_host
-from mmfn.parallel.weights.sharding import check_alike, check_shards, like, local, placed, shardings
+from mmfn.parallel.weights.sharding import check_alike, check_shards, like, local, place_state, shardings
 from mmfn.spec import trained_paths
 from mmfn.train import optim
 from mmfn.train.guard import PLAIN, Guard
@@ -66,7 +66,7 @@ def init_state(
     opt = optimizer.init({path: local(leaf) for path, leaf in leaves.items()})
     return {
         "params": params,
-        "opt": placed(opt, leaves),
+        "opt": place_state(opt, leaves),
         "guard": guard.init(device),
         "step": torch.zeros((), dtype=torch.int64),
     }

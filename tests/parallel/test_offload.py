@@ -13,7 +13,7 @@ from mmfn.parallel.mesh.layout import Layout, single_mesh
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms import offload as module
 from mmfn.parallel.transforms.compiled import compiled
-from mmfn.parallel.transforms.offload import OFFLOAD_KINDS, offload, offloaded
+from mmfn.parallel.transforms.offload import OFFLOAD_KINDS, offload, wrap_stack_with_offload
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.host_memory import Arrival, HostMemory
 from mmfn.train.planning import step_plan as planning
@@ -67,7 +67,7 @@ def test_order_and_bytes_of_copies_and_reuse_of_buffers() -> None:
     want = run(run_stack, 4)
     for _ in range(3):
         memory.log.clear()
-        for got, expected in zip(run(offloaded(run_stack, memory), 4), want, strict=True):
+        for got, expected in zip(run(wrap_stack_with_offload(run_stack, memory), 4), want, strict=True):
             assert torch.equal(got, expected)
         # the last block keeps its own
         assert memory.log == [("out", kept)] * 3 + [("back", kept)] * 3
@@ -87,7 +87,7 @@ def test_small_tensors_and_those_of_others_stay() -> None:
         torch.ones(T, D, dtype=torch.float64).requires_grad_(),
         torch.ones(T, D).double(),
     )
-    y_TD, *_ = offloaded(run_stack, memory)(call_layer, uses_all, params, x_TD, other_TD)
+    y_TD, *_ = wrap_stack_with_offload(run_stack, memory)(call_layer, uses_all, params, x_TD, other_TD)
     assert memory.log == [("out", 2 * T * D * 8)]  # x * other and its product with w: neither other nor w nor a scalar
     assert T * D * 8 > module.LEAST_BYTES
     torch.autograd.grad(y_TD.sum(), x_TD)
@@ -101,7 +101,7 @@ def test_views_of_one_storage_travel_once_and_a_graph_may_be_used_twice() -> Non
         return torch.cat([a_TD * b_TD, a_TD.t().contiguous().t()]), None
 
     results = []
-    for stack in (run_stack, offloaded(run_stack, memory)):
+    for stack in (run_stack, wrap_stack_with_offload(run_stack, memory)):
         params, x_TD = layers(3), torch.ones(T, D, dtype=torch.float64).requires_grad_()
         y_TD, *_ = stack(call_layer, views, params, x_TD)
         leaves = [x_TD, *(p["w"] for p in params)]
@@ -114,7 +114,7 @@ def test_views_of_one_storage_travel_once_and_a_graph_may_be_used_twice() -> Non
 def test_a_gradient_that_does_not_come_through_the_last_block() -> None:
     """As that of features tapped on the way."""
     results = []
-    for stack in (run_stack, offloaded(run_stack, Watched())):
+    for stack in (run_stack, wrap_stack_with_offload(run_stack, Watched())):
         params, x_TD, taps = layers(4), torch.ones(T, D, dtype=torch.float64).requires_grad_(), []
         stack(call_layer, block, params, x_TD, between={1: lambda x, taps=taps: (x, taps.append(x))})
         results.append(torch.autograd.grad(taps[0].sum(), [x_TD, params[0]["w"], params[1]["w"]]))
@@ -124,14 +124,14 @@ def test_a_gradient_that_does_not_come_through_the_last_block() -> None:
 def test_without_a_gradient_nothing_is_copied() -> None:
     memory = Watched()
     with torch.no_grad():
-        offloaded(run_stack, memory)(call_layer, block, layers(3), torch.ones(T, D, dtype=torch.float64))
+        wrap_stack_with_offload(run_stack, memory)(call_layer, block, layers(3), torch.ones(T, D, dtype=torch.float64))
     assert memory.log == []
 
 
 def test_with_remat_block_inputs_alone_travel() -> None:
     memory = Watched()
     program = pipe(Program.of(None), remat("full"))
-    for got, want in zip(run(offloaded(program.ops.stack, memory), 4), run(run_stack, 4), strict=True):
+    for got, want in zip(run(wrap_stack_with_offload(program.ops.stack, memory), 4), run(run_stack, 4), strict=True):
         assert torch.equal(got, want)
     assert memory.log == [("out", T * D * 8)] * 3 + [("back", T * D * 8)] * 3
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmfn import tree
 from mmfn.parallel.mesh.layout import Mesh, single_mesh
 from mmfn.parallel.mesh.step_sums import norm_and_sums
-from mmfn.parallel.weights.sharding import like, local, placed, shard_params, whole
+from mmfn.parallel.weights.sharding import like, local, place_state, shard_params, whole
 from mmfn.spec import normal, spec
 from mmfn.train import optim
 from mmfn.train.optim import Leaves, Transform, Update
@@ -108,7 +108,7 @@ def train(
         opt, norm = apply(own, grads, opt, torch.tensor(rate(i), dtype=torch.float64), torch.tensor(i))
         norms.append(norm)
     joined = {p: whole(like(own[p], params[p]), mesh) for p in params}
-    return joined, tree.map(lambda leaf: whole(leaf, mesh), placed(opt, params)), norms
+    return joined, tree.map(lambda leaf: whole(leaf, mesh), place_state(opt, params)), norms
 
 
 # ---- oracles

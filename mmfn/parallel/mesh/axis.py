@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mmfn import torch_private
 from mmfn.ops.eager import is_eager
 
 
@@ -119,23 +120,19 @@ class Group:
 
     def all_gather(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""
-        out: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, self.size, self.name)
-        return out
+        return torch_private.all_gather(x, self.size, self.name)
 
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""
-        out: Tensor = torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", self.size, self.name)
-        return out
+        return torch_private.reduce_scatter(x, self.size, self.name)
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""
-        out: Tensor = torch.ops._c10d_functional.all_reduce(x, "sum", self.name)
-        return out
+        return torch_private.all_reduce(x, self.name)
 
     def all_to_all(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
         """See `Transport`."""
-        out: Tensor = torch.ops._c10d_functional.all_to_all_single(x, list(out_sizes), list(in_sizes), self.name)
-        return out
+        return torch_private.all_to_all(x, out_sizes, in_sizes, self.name)
 
     def shift(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
         """See `Transport`."""
@@ -143,8 +140,7 @@ class Group:
 
     def wait(self, x: Tensor) -> Tensor:
         """See `Transport`."""
-        out: Tensor = torch.ops._c10d_functional.wait_tensor(x)
-        return out
+        return torch_private.wait(x)
 
 
 class InProcess(ABC):

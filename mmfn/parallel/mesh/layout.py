@@ -12,9 +12,9 @@ from math import prod
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _register_process_group, _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
 
+from mmfn import torch_private
 from mmfn.parallel.mesh.axis import Axis, Group, Transport
 
 AXES = {
@@ -136,8 +136,8 @@ def make_mesh(layout: Layout, rank: int, connect: Connect, device_type: str = "c
 
     def device_mesh(names: tuple[str, ...]) -> DeviceMesh:
         ranks = torch.arange(layout.world).view([getattr(layout, name) for name in names])
-        own = None if backend else rank
-        return DeviceMesh(device_type, ranks, mesh_dim_names=names, _init_backend=backend, _rank=own)
+        settings = torch_private.mesh_settings(rank=rank, has_groups=backend)
+        return DeviceMesh(device_type, ranks, mesh_dim_names=names, **settings)
 
     return Mesh(
         layout=layout,
@@ -178,8 +178,7 @@ def process_groups(timeout: timedelta | None = None, backend: str | None = None)
 def _renamed(group: Group, name: str) -> Group:
     """The same process group under one more name."""
     other = replace(group, name=f"{group.name}/{name}")
-    own = _resolve_process_group(group.name)  # type: ignore[arg-type]
-    _register_process_group(other.name, own)  # type: ignore[arg-type]
+    torch_private.rename_group(group.name, other.name)
     return other
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mmfn import torch_private
 from mmfn.parallel.program import Program, Transform, noted
 
 Backend = Callable[..., Any]  # (graph, example inputs) -> callable
@@ -22,7 +23,7 @@ def compiled(kind: str, backend: str | Backend = "inductor") -> Transform:
     """
     if kind not in COMPILE_KINDS:
         raise ValueError(f"compile kind {kind!r} is unknown; use one of {', '.join(COMPILE_KINDS)}")
-    if kind == "step" and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+    if kind == "step" and not torch_private.traces_autograd():
         raise ValueError(
             f"compile kind 'step' needs a torch whose compiler traces autograd.grad, got {torch.__version__}; "
             "use torch 2.11 or newer, or compile kind 'layer'"
@@ -43,7 +44,7 @@ def marks_backward(backend: str | Backend) -> Backend:
     A graph of a whole step holds both passes, and recomputation needs to know where the backward begins. torch (2.13)
     marks the nodes of autograd.grad but not those of a Function's backward, and then sees several backward passes.
     """
-    inner: Backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+    inner: Backend = torch_private.compiler_backend(backend) if isinstance(backend, str) else backend
 
     def run(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], **options: Any) -> Any:
         for name, body in graph.named_modules():

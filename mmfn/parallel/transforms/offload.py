@@ -15,6 +15,7 @@ from mmfn.parallel.weights.gather import BlockWeights, Weight
 from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
 from mmfn.parallel.weights.prefetch import on_gradient
 from mmfn.parallel.weights.sharding import local
+from mmfn.torch_private import storage_key
 
 OFFLOAD_KINDS = ("activations", "parameters")
 LEAST_BYTES = 4096  # what is smaller stays: a copy costs more than it saves
@@ -49,14 +50,14 @@ def offload(what: str) -> Transform:
         if what == "parameters":
             hosted = replace(program, weights=replace(program.weights, is_hosted=True))
             return noted(hosted, "offload: parameters to the host")
-        stack = offloaded(program.ops.stack, HostMemory())
+        stack = wrap_stack_with_offload(program.ops.stack, HostMemory())
         done = replace(program, ops=replace(program.ops, stack=stack), is_offloaded=True)
         return noted(done, "offload: activations to the host")
 
     return transform
 
 
-def offloaded(stack: Callable[..., Any], memory: HostMemory) -> Callable[..., Any]:
+def wrap_stack_with_offload(stack: Callable[..., Any], memory: HostMemory) -> Callable[..., Any]:
     """`ops.stack` whose blocks keep their activations on the host."""
 
     def outer(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +114,7 @@ class _Stash:
     def pack(self, x: Tensor) -> Tensor | _View:
         """Note a tensor that autograd saves."""
         storage = x.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self.stays or storage.nbytes() < LEAST_BYTES:
             return x.detach()
         if key not in self.kept:
@@ -184,5 +185,5 @@ def _storages(values: Any) -> set[int]:
         if isinstance(value, BlockWeights):
             found |= _storages(value.weights)
         elif isinstance(value, Tensor | Weight):
-            found.add(local(value.leaf if isinstance(value, Weight) else value).untyped_storage()._cdata)
+            found.add(storage_key(local(value.leaf if isinstance(value, Weight) else value).untyped_storage()))
     return found

@@ -24,6 +24,7 @@ from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
 from mmfn.parallel.weights.hosted import fetch_in_graph, stand_for
 from mmfn.parallel.weights.sharding import Sharding, local, shard_shape, sharding_of
 from mmfn.spec import ParamSpec
+from mmfn.torch_private import local_tensor
 from mmfn.tree import Tree
 
 ALONE = Axis(name="alone")
@@ -171,7 +172,7 @@ class Gather:
         if not isinstance(leaf, DTensor):
             return Weight(leaf)
         sharding = Sharding(mesh=leaf.device_mesh, placements=tuple(leaf.placements))
-        return Weight(leaf, self._place(tuple(leaf.shape), tuple(leaf._local_tensor.shape), sharding))
+        return Weight(leaf, self._place(tuple(leaf.shape), tuple(local_tensor(leaf).shape), sharding))
 
     def _place(self, shape: tuple[int, ...], own: tuple[int, ...], sharding: Sharding) -> Place:
         dim = sharding.dim

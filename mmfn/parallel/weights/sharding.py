@@ -17,6 +17,7 @@ from mmfn import tree
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.spec import EXPERTS, ParamSpec
+from mmfn.torch_private import local_tensor, set_local_tensor_, storage_key
 from mmfn.tree import Tree
 
 Rules = Mapping[str, str | None]
@@ -111,9 +112,9 @@ def sizes_over(specs: Tree, axis: str) -> dict[str, int]:
 def cuts(spec: ParamSpec, mesh: Mesh, path: str = "a parameter") -> tuple[tuple[int, Axis], ...]:
     """Where a rank's shard is cut: `(dim, axis)` for each axis of several ranks."""
     sharding = sharding_of(spec, mesh, path)
-    placed = zip(sharding.mesh.mesh_dim_names or (), sharding.placements, strict=True)
-    found = [(p.dim, mesh[name]) for name, p in placed if isinstance(p, Shard)]
-    return tuple((dim, axis) for dim, axis in found if axis.size > 1)
+    placements = zip(sharding.mesh.mesh_dim_names or (), sharding.placements, strict=True)
+    pairs = [(p.dim, mesh[name]) for name, p in placements if isinstance(p, Shard)]
+    return tuple((dim, axis) for dim, axis in pairs if axis.size > 1)
 
 
 def shard_params(params: Tree, specs: Tree, mesh: Mesh, device: torch.device | None = None) -> Tree:
@@ -196,26 +197,26 @@ def wrap(local: Tensor, shape: torch.Size, sharding: Sharding) -> DTensor:
     out = DTensor.from_local(
         own, sharding.mesh, sharding.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-    out._local_tensor = local
+    set_local_tensor_(out, local)
     return out
 
 
 def local(leaf: Tensor) -> Tensor:
     """The shard of a DTensor, sharing its memory and outside autograd; any other tensor itself."""
-    return leaf._local_tensor.detach() if isinstance(leaf, DTensor) else leaf
+    return local_tensor(leaf).detach() if isinstance(leaf, DTensor) else leaf
 
 
 def like(values: Tensor, leaf: Tensor) -> Tensor:
     """Undo `local`: a shard placed as `leaf` is; `values` itself for a plain leaf."""
     if not isinstance(leaf, DTensor):
         return values
-    own = leaf._local_tensor
-    if values.shape == own.shape and values.untyped_storage()._cdata == own.untyped_storage()._cdata:
+    own = local_tensor(leaf)
+    if values.shape == own.shape and storage_key(values.untyped_storage()) == storage_key(own.untyped_storage()):
         return leaf
     return wrap(values, leaf.shape, Sharding(mesh=leaf.device_mesh, placements=tuple(leaf.placements)))
 
 
-def placed(state: Tree, params: Mapping[str, Tensor]) -> Tree:
+def place_state(state: Tree, params: Mapping[str, Tensor]) -> Tree:
     """Optimizer state on shards -> the same, placed: a leaf keyed by a parameter's path is placed as that parameter.
 
     Only tensors of the shard's own shape are; others (counts) stay plain.

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mmfn import torch_private
 from mmfn.dtypes import wide
 from mmfn.train.optim.rounding import round_
 from mmfn.train.optim.transform import Facts, Leaves, Rate, Transform, Update, UpdateFn, own, zeros_like
@@ -102,11 +103,11 @@ def _fused_(
         assert param.shape == grad.shape == moment.shape, f"{param.shape}, {grad.shape}, {moment.shape}"
     grads, inverse = own(grads), None
     if scale is not None and scale.dtype == torch.float64:  # the kernel reads its scale as float32
-        torch._foreach_mul_(grads, scale)
+        torch_private.foreach_mul_(grads, scale)
     elif scale is not None:
         inverse = scale.float().reciprocal()
     fused_ = partial(
-        torch._fused_adamw_,
+        torch_private.fused_adamw_,
         lr=lr,
         beta1=beta1,
         beta2=beta2,

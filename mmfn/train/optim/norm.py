@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfn.dtypes import wide
+from mmfn.torch_private import foreach_norm
 from mmfn.train.optim.transform import Leaves, Transform, Update
 from mmfn.tree import Tree
 
@@ -45,6 +46,6 @@ def global_norm(grads: Leaves) -> Tensor:
         if grad.numel():
             rest.append(grad)
     if rest:
-        norms.append(torch.stack(torch._foreach_norm(rest, 2, dtype=dtype)))
+        norms.append(torch.stack(foreach_norm(rest, dtype)))
     norm: Tensor = torch.linalg.vector_norm(torch.cat(norms)) if norms else torch.zeros((), dtype=dtype)
     return norm

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mmfn import torch_private
 from mmfn.dtypes import wide
 from mmfn.train.optim.transform import Facts, Leaves, Rate, Transform, Update, UpdateFn, own, zeros_like
 from mmfn.tree import Tree
@@ -63,7 +64,7 @@ def _fused_(
     grads = own(grads)
     factor = None if scale is None else scale.to(grads[0].device)
     fused_ = partial(
-        torch._fused_sgd_,
+        torch_private.fused_sgd_,
         weight_decay=0.0,
         momentum=momentum,
         lr=lr,
@@ -76,8 +77,8 @@ def _fused_(
     kept = torch.where(finite, 1 - lr.to(finite.device) * decay, 1.0)
     if all(p.dtype == g.dtype == wide(p.dtype) and p.is_contiguous() for p, g in zip(params, grads, strict=True)):
         if factor is not None:
-            torch._foreach_mul_(grads, factor)
-        torch._foreach_mul_(params, kept)
+            torch_private.foreach_mul_(grads, factor)
+        torch_private.foreach_mul_(params, kept)
         fused_(params, grads, buffers)
         return
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):  # the kernel takes one dtype: widen by leaf

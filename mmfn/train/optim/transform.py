@@ -27,6 +27,7 @@ from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.weights.sharding import cuts
 from mmfn.spec import ParamSpec
+from mmfn.torch_private import storage_key
 from mmfn.train.schedule import Schedule
 from mmfn.tree import Tree
 
@@ -246,7 +247,7 @@ def values(paths: Mapping[str, object], rules: Sequence[tuple[str, T]], default:
 
 def _place(x: Tensor) -> tuple[int, int]:
     """Where a tensor's memory starts; unlike an address it is also known on the meta device."""
-    return x.untyped_storage()._cdata, int(x.storage_offset())
+    return storage_key(x.untyped_storage()), int(x.storage_offset())
 
 
 def _select(paths: Mapping[str, object], patterns: Sequence[str]) -> list[str]:
