@@ -62,18 +62,20 @@ def train(args: argparse.Namespace) -> None:
     if args.print_config:
         say(describe(loaded).rstrip("\n"))
         return
-    from mmfn.train.build import setup
+    from mmfn.train.build.model import find_device
+    from mmfn.train.build.program import layout_of
+    from mmfn.train.build.run import prepare
     from mmfn.train.run import loop, progress
     from mmfn.train.run.allocator import retain_freed_memory
 
     config = loaded.config
-    layout = setup.layout_of(config.layout)
+    layout = layout_of(config.layout)
     launch.check_layout(layout, args.ranks, f"mmfn train {args.config}")
     if config.train.allocator == "retained":
         retain_freed_memory()
-    device = setup.find_device(config.model.device, args.ranks)
+    device = find_device(config.model.device, args.ranks)
     with launch.placed(args.ranks, layout, device, config.layout.timeout_s) as place:
-        run = setup.prepare(loaded, say, place)
+        run = prepare(loaded, say, place)
         result = loop.run_training(run, progress.standard(config.train.steps, config.train.log_every))
     if place.is_first:
         _conclude(result, config.train.steps)
@@ -99,7 +101,8 @@ def evaluate(args: argparse.Namespace) -> None:
     Of several ranks each holds the whole model and answers its part, whatever the config's layout.
     """
     from mmfn.parallel.mesh.layout import Layout
-    from mmfn.train.build import setup
+    from mmfn.train.build.data import check_match, eos_token_ids, load_model_processor, open_dataset
+    from mmfn.train.build.model import find_device, load_model
     from mmfn.train.config.load import load_config
     from mmfn.train.run import evaluate as evaluation
     from mmfn.train.run import folder as run_folder
@@ -111,18 +114,18 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError("mmfn eval needs data.eval, the held-out set; set it in the file or as data.eval=FILE")
     if args.out is not None:
         run_folder.check_file("--out", args.out, loaded)
-    processor = setup.load_model_processor(config.model.path, config.data.template)
-    held_out = setup.open_dataset(config, config.data.eval, processor)
-    device = setup.find_device(config.model.device, args.ranks)
+    processor = load_model_processor(config.model.path, config.data.template)
+    held_out = open_dataset(config, config.data.eval, processor)
+    device = find_device(config.model.device, args.ranks)
     with launch.placed(args.ranks, Layout(dp=args.ranks.size), device, config.layout.timeout_s) as place:
-        model = setup.load_model(config.model, config.train.seed, device)
-        setup.check_match(model, processor)
+        model = load_model(config.model, config.train.seed, device)
+        check_match(model, processor)
         found = evaluation.evaluate(
             model,
             held_out,
             batch_samples=config.eval.batch_samples,
             max_new_tokens=config.eval.max_new_tokens,
-            eos_token_ids=setup.eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size),
+            eos_token_ids=eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size),
             axis=place.host["world"],
         )
     if args.out is not None and place.is_first:
@@ -133,15 +136,16 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """`mmfn generate`: one greedy answer."""
-    from mmfn.train.build import setup
+    from mmfn.train.build.data import check_match, eos_token_ids, load_model_processor
+    from mmfn.train.build.model import load_model
     from mmfn.train.config.schema import ModelSection
     from mmfn.train.run.evaluate import answer
 
-    processor = setup.load_model_processor(args.checkpoint)
+    processor = load_model_processor(args.checkpoint)
     section = ModelSection(path=args.checkpoint, dtype=args.dtype, device=args.device, adapter=args.adapter)
-    model = setup.load_model(section, seed=0)
-    setup.check_match(model, processor)
-    eos = setup.eos_token_ids(Path(args.checkpoint), processor, model.cfg.vocab_size)
+    model = load_model(section, seed=0)
+    check_match(model, processor)
+    eos = eos_token_ids(Path(args.checkpoint), processor, model.cfg.vocab_size)
     print(answer(model, processor, args.prompt, args.image, max_new_tokens=args.max_new_tokens, eos_token_ids=eos))
 
 

@@ -8,7 +8,7 @@ from mmfn import models
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.program import Program
-from mmfn.train.build import setup as training
+from mmfn.train.build.program import build_program, layout_of
 from mmfn.train.config.schema import Config, LayoutSection
 from mmfn.train.optim import HOST_KINDS, adamw, chain, clip_by_global_norm, on_host
 from mmfn.train.planning.step_plan import Setup, Workload
@@ -55,7 +55,7 @@ def make(
     """A step and its layout; `trained`: a name in `TRAINED`, `chosen`: settings of the config's section `layout`."""
     hf, section = hf_config(moe=moe, layers=layers), LayoutSection(**chosen)
     found = models.family(hf["model_type"])
-    layout = training.layout_of(section)
+    layout = layout_of(section)
     config = Config.model_validate(
         {
             "model": {"path": ""},
@@ -67,7 +67,7 @@ def make(
     ).model_copy(update={"layout": section})
 
     def build(cfg: Any, mesh: Mesh) -> Program:
-        program = training.build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg)))
+        program = build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg)))
         if section.compute_dtype != "bfloat16":
             return program
         # a plan is one of accelerators, whose loss goes through logits; a CPU's does not in bfloat16

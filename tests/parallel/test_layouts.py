@@ -8,7 +8,7 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
-from mmfn.train.build.setup import build_remat, layout_of
+from mmfn.train.build.program import build_remat, layout_of
 from mmfn.train.config.schema import LayoutSection
 from tests.parallel.conformance import TOWERS, Cell, check_cell
 from tests.parallel.layout_cases import FAST, LAYOUTS, Case, has_experts, name_of, settings_of

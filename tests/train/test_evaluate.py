@@ -9,14 +9,15 @@ import torch
 
 import mmfn
 from mmfn.ops import portable
-from mmfn.train.build import setup
+from mmfn.train.build.data import eos_token_ids
+from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.run.evaluate import Answer, Evaluation, answer, evaluate, loss_pair, to_json
 
 
 @pytest.fixture
-def run(make_config: Callable[..., Path]) -> setup.Run:
-    return setup.prepare(load_config(make_config()), say=lambda text: None)
+def run(make_config: Callable[..., Path]) -> Run:
+    return prepare(load_config(make_config()), say=lambda text: None)
 
 
 def test_totals() -> None:
@@ -31,7 +32,7 @@ def test_totals() -> None:
     assert (stored["accuracy"], stored["num_answers"], stored["answers"][2]["is_correct"]) == (0.75, 4, False)
 
 
-def test_answers_do_not_depend_on_the_batch(run: setup.Run) -> None:
+def test_answers_do_not_depend_on_the_batch(run: Run) -> None:
     done: list[int] = []
     args = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
     together = evaluate(run.model, run.held_out, batch_samples=24, **args)
@@ -47,7 +48,7 @@ def test_answers_do_not_depend_on_the_batch(run: setup.Run) -> None:
     assert Path(first.images[0]).is_file()
 
 
-def test_single_answer_equals_evaluation(run: setup.Run) -> None:
+def test_single_answer_equals_evaluation(run: Run) -> None:
     args = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
     evaluation = evaluate(run.model, run.held_out, batch_samples=24, **args)
     for expected in evaluation.answers[:3]:
@@ -56,13 +57,13 @@ def test_single_answer_equals_evaluation(run: setup.Run) -> None:
             assert text == expected.prediction.strip()
 
 
-def test_answer_refuses_wrong_counts(run: setup.Run) -> None:
+def test_answer_refuses_wrong_counts(run: Run) -> None:
     path = str(run.held_out.media_root / run.held_out.records[0].images[0])
     with pytest.raises(ValueError, match="2 image placeholders for 1 image"):
         answer(run.model, run.processor, "<image><image>?", [path], max_new_tokens=1, eos_token_ids=())
 
 
-def test_loss_equals_cross_entropy_of_the_logits(run: setup.Run) -> None:
+def test_loss_equals_cross_entropy_of_the_logits(run: Run) -> None:
     samples = [run.held_out.sample(i) for i in range(5)]
     value, weight = loss_pair(run.model, samples, portable())
     expected, count = 0.0, 0
@@ -76,28 +77,28 @@ def test_loss_equals_cross_entropy_of_the_logits(run: setup.Run) -> None:
     assert weight == count
 
 
-def test_eos_ids_come_from_the_generation_config(run: setup.Run, tmp_path: Path) -> None:
+def test_eos_ids_come_from_the_generation_config(run: Run, tmp_path: Path) -> None:
     tokenizer = run.processor.chat.tokenizer
     both = tuple(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     assert run.eos_token_ids == both
-    assert setup.eos_token_ids(tmp_path, run.processor, 282) == (both[0],)
+    assert eos_token_ids(tmp_path, run.processor, 282) == (both[0],)
     assert run.processor.chat.tokenizer.eos_token_id == both[0]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert setup.eos_token_ids(tmp_path, run.processor, 282) == (5,)
+    assert eos_token_ids(tmp_path, run.processor, 282) == (5,)
 
 
 @pytest.mark.parametrize("value", ['{"a": 1}', '["x"]', "true", "-1", "282", "[5, null]", "1.0", "1000000000"])
-def test_eos_ids_that_are_no_tokens_are_refused(run: setup.Run, tmp_path: Path, value: str) -> None:
+def test_eos_ids_that_are_no_tokens_are_refused(run: Run, tmp_path: Path, value: str) -> None:
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
     with pytest.raises(ValueError, match=r"eos_token_id is .* but must be a token id below vocab_size 282"):
-        setup.eos_token_ids(tmp_path, run.processor, 282)
+        eos_token_ids(tmp_path, run.processor, 282)
 
 
-def test_generation_config_that_is_no_json_is_refused(run: setup.Run, tmp_path: Path) -> None:
+def test_generation_config_that_is_no_json_is_refused(run: Run, tmp_path: Path) -> None:
     for text in ("{", "[]", "[" * 100_000):
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(ValueError, match=r"generation_config.json"):
-            setup.eos_token_ids(tmp_path, run.processor, 282)
+            eos_token_ids(tmp_path, run.processor, 282)
 
 
 def test_loss_that_is_not_finite_is_null_and_refused() -> None:

@@ -13,7 +13,9 @@ import torch
 
 import mmfn
 from mmfn import tree
-from mmfn.train.build import setup
+from mmfn.train.build.data import check_match
+from mmfn.train.build.model import load_model
+from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.data import prefetch
 from mmfn.train.objective import per_token_loss, weigh
@@ -28,8 +30,8 @@ KEYS = {
 }  # fmt: skip
 
 
-def prepared(config: Path, overrides: tuple[str, ...] = ()) -> setup.Run:
-    return setup.prepare(load_config(config, overrides), say=lambda text: None)
+def prepared(config: Path, overrides: tuple[str, ...] = ()) -> Run:
+    return prepare(load_config(config, overrides), say=lambda text: None)
 
 
 def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
@@ -38,7 +40,7 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
     return records, state["params"]
 
 
-def quiet(run: setup.Run) -> loop.Result:
+def quiet(run: Run) -> loop.Result:
     steps = run.loaded.config.train.steps
     return loop.run_training(run, Progress(num_steps=steps, log_every=steps, stream=io.StringIO()))
 
@@ -182,7 +184,7 @@ def test_a_failing_run_keeps_the_one_it_overwrites(make_config: MakeConfig, tmp_
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoint", "config.yaml", "metrics.jsonl", "report.html"]
 
 
-def diverging(run: setup.Run) -> setup.Run:
+def diverging(run: Run) -> Run:
     for leaf in tree.leaves(run.state["params"]):
         leaf.fill_(float("nan"))
     return run
@@ -240,7 +242,7 @@ def test_model_on_an_unknown_device_is_refused(make_config: MakeConfig) -> None:
     section = load_config(make_config()).config.model
     for device in ("gpu", "meta", "meta:x", "cuda:77"):
         with pytest.raises(ValueError, match=f"model.device '{device}' cannot be used"):
-            setup.load_model(section.model_copy(update={"device": device}), seed=0)
+            load_model(section.model_copy(update={"device": device}), seed=0)
 
 
 def test_processor_of_another_model_is_refused(make_config: MakeConfig) -> None:
@@ -248,19 +250,17 @@ def test_processor_of_another_model_is_refused(make_config: MakeConfig) -> None:
     vision = replace(run.model.cfg.vision, patch_size=8)
     other = replace(run.model, cfg=replace(run.model.cfg, vision=vision))
     with pytest.raises(ValueError, match=r"patch_size is 8 in config.json but 4 in preprocessor_config.json"):
-        setup.check_match(other, run.processor)
+        check_match(other, run.processor)
     small = replace(run.model, cfg=replace(run.model.cfg, vocab_size=281))
     with pytest.raises(ValueError, match="token id 281 but the model's vocab_size is 281"):
-        setup.check_match(small, run.processor)
+        check_match(small, run.processor)
     gray = replace(run.model, cfg=replace(run.model.cfg, vision=replace(run.model.cfg.vision, num_channels=4)))
     with pytest.raises(ValueError, match=r"in_channels is 4 in config.json, 128 values per patch, but images give 96"):
-        setup.check_match(gray, run.processor)
+        check_match(gray, run.processor)
     swapped = {"image_token_id": run.model.cfg.video_token_id, "video_token_id": run.model.cfg.image_token_id}
     with pytest.raises(
         ValueError, match=r"image_token_id is \d+ in config.json but '<\|image_pad\|>' is \d+ in the tok"
     ):
-        setup.check_match(replace(run.model, cfg=replace(run.model.cfg, **swapped)), run.processor)
+        check_match(replace(run.model, cfg=replace(run.model.cfg, **swapped)), run.processor)
     with pytest.raises(ValueError, match=r"vision_start_token_id is 5 in config.json but '<\|vision_start\|>' is"):
-        setup.check_match(
-            replace(run.model, hf_config={**run.model.hf_config, "vision_start_token_id": 5}), run.processor
-        )
+        check_match(replace(run.model, hf_config={**run.model.hf_config, "vision_start_token_id": 5}), run.processor)

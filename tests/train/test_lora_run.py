@@ -17,7 +17,8 @@ from mmfn.lora import adapters_of
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.train.build import setup
+from mmfn.train.build.program import layout_of
+from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.run import loop
 from mmfn.train.run.evaluate import evaluate
@@ -43,8 +44,8 @@ def base(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepared(config: Path, *overrides: str, say: Callable[[str], None] = lambda text: None) -> setup.Run:
-    return setup.prepare(load_config(config, overrides), say)
+def prepared(config: Path, *overrides: str, say: Callable[[str], None] = lambda text: None) -> Run:
+    return prepare(load_config(config, overrides), say)
 
 
 def finished(config: Path, *overrides: str) -> loop.Result:
@@ -113,9 +114,9 @@ def test_a_run_on_a_mesh(make_config: MakeConfig, base: Path, tmp_path: Path) ->
     def rank(mesh: Mesh) -> loop.Result:
         place = Place(device=torch.device("cpu"), mesh=mesh, host=mesh)
         progress = Progress(num_steps=2, log_every=2, stream=io.StringIO())
-        return loop.run_training(setup.prepare(loaded, lambda text: None, place), progress)
+        return loop.run_training(prepare(loaded, lambda text: None, place), progress)
 
-    results = virtual(setup.layout_of(loaded.config.layout), rank)
+    results = virtual(layout_of(loaded.config.layout), rank)
     assert [list(result.saved) for result in results] == [["adapter", "checkpoint"], [], [], []]
     for name in ("loss", "grad_norm"):
         assert results[0].records[0][name] == pytest.approx(expected.records[0][name], rel=1e-4)

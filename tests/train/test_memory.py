@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from mmfn import cli, tree
-from mmfn.train.build import setup
-from mmfn.train.build.setup import build_remat
+from mmfn.train.build.program import build_remat
+from mmfn.train.build.run import prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.config.schema import LayoutSection
 from mmfn.train.planning import search as plan_search
@@ -28,7 +28,7 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any, t
     """Records, parameters and what was said before."""
     records: list[dict[str, Any]] = []
     said: list[str] = []
-    run = setup.prepare(load_config(config, overrides), say=said.append)
+    run = prepare(load_config(config, overrides), say=said.append)
     return records, loop.train(run, records.append)["params"], tuple(said)
 
 
@@ -70,7 +70,7 @@ def test_a_whole_run_with_parameters_on_the_host(make_config: MakeConfig, tmp_pa
     found = []
     for name, what in (("plain", "[]"), ("hosted", "[parameters, optimizer]")):
         config = make_config({"train.steps": 2, "data.check": "first", "output.path": str(tmp_path / name)})
-        run = setup.prepare(load_config(config, [*chosen, f"layout.offload={what}"]), say=lambda text: None)
+        run = prepare(load_config(config, [*chosen, f"layout.offload={what}"]), say=lambda text: None)
         assert all(x is y for x, y in zip(tree.leaves(run.state["params"]), tree.leaves(run.model.params), strict=True))
         result = loop.run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
         files = sorted(path.relative_to(result.folder) for path in result.folder.rglob("*.safetensors"))

@@ -10,7 +10,8 @@ import torch
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.train.build import setup
+from mmfn.train.build.program import layout_of
+from mmfn.train.build.run import prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.run import loop
 
@@ -24,12 +25,12 @@ def records(config: Path, *overrides: str) -> list[dict[str, Any]]:
     loaded = load_config(config, overrides)
 
     def rank(mesh: Mesh) -> list[dict[str, Any]]:
-        run = setup.prepare(loaded, lambda text: None, Place(device=torch.device("cpu"), mesh=mesh, host=mesh))
+        run = prepare(loaded, lambda text: None, Place(device=torch.device("cpu"), mesh=mesh, host=mesh))
         found: list[dict[str, Any]] = []
         loop.train(run, found.append)
         return found
 
-    return virtual(setup.layout_of(loaded.config.layout), rank)[0]
+    return virtual(layout_of(loaded.config.layout), rank)[0]
 
 
 def losses(found: list[dict[str, Any]]) -> list[float]:

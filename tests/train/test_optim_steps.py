@@ -15,7 +15,7 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.weights.sharding import shard_params, whole_params
 from mmfn.train import optim
-from mmfn.train.build import setup
+from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.guard import Guard
 from mmfn.train.run import loop
@@ -100,9 +100,9 @@ def test_donation_changes_no_number(make: Callable[[Any], optim.Transform]) -> N
 # ---- from a config
 
 
-def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], State, setup.Run]:
+def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], State, Run]:
     records: list[dict[str, Any]] = []
-    run = setup.prepare(load_config(config, overrides), say=lambda text: None)
+    run = prepare(load_config(config, overrides), say=lambda text: None)
     return records, loop.train(run, records.append), run
 
 
@@ -130,7 +130,7 @@ def test_small_steps_of_bfloat16_parameters_are_kept_unless_it_is_said_otherwise
 ) -> None:
     config = make_config({"train.steps": 3})
     given = ("model.dtype=bfloat16", "optimizer.lr=1e-6")
-    before = dict(tree.items(setup.prepare(load_config(config, given), say=lambda text: None).model.params))
+    before = dict(tree.items(prepare(load_config(config, given), say=lambda text: None).model.params))
     _, kept, _ = trained(config, *given)
     _, lost, _ = trained(config, *given, "optimizer.master=false")
     assert "master" not in lost["opt"][1]
@@ -142,7 +142,7 @@ def test_small_steps_of_bfloat16_parameters_are_kept_unless_it_is_said_otherwise
 
 def test_rules_of_a_config_reach_single_parameters(make_config: Callable[..., Path]) -> None:
     config = make_config({"train.steps": 1, "optimizer.kind": "muon"})
-    before = dict(tree.items(setup.prepare(load_config(config), say=lambda text: None).model.params))
+    before = dict(tree.items(prepare(load_config(config), say=lambda text: None).model.params))
     _, plain, _ = trained(config)
     rules = (
         "optimizer.lr_scales={'text/embed/.*': 0, '.*norm/weight': 0.5}",
@@ -192,7 +192,7 @@ def test_settings_that_do_not_fit_are_one_sentence(
     make_config: Callable[..., Path], overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        setup.prepare(load_config(make_config(), overrides), say=lambda text: None)
+        prepare(load_config(make_config(), overrides), say=lambda text: None)
 
 
 def test_averages_are_what_is_saved_when_asked(make_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_averages_are_what_is_saved_when_asked(make_config: Callable[..., Path],
     changes = {"train.steps": 2, "data.eval": None, "optimizer.ema_decay": 0.5, "output.weights": "ema"}
     config = make_config(changes)
     _, state, _ = trained(config)
-    run = setup.prepare(load_config(config), say=lambda text: None)
+    run = prepare(load_config(config), say=lambda text: None)
     loop.run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
     saved = mmfn.load_hf(tmp_path / "run" / "checkpoint").params
     assert distance(saved, optim.ema_params(state)) == 0

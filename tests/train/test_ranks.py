@@ -20,7 +20,11 @@ from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.weights.sharding import shard_params, whole_params
-from mmfn.train.build import setup
+from mmfn.train.build.data import build_loader, load_model_processor, open_dataset
+from mmfn.train.build.model import load_model
+from mmfn.train.build.program import build_program, check_attention, layout_of
+from mmfn.train.build.run import Run, prepare
+from mmfn.train.build.step import build_step
 from mmfn.train.config.load import Loaded, load_config
 from mmfn.train.data import agree
 from mmfn.train.run import loop
@@ -42,17 +46,17 @@ LAYOUTS = {
 NUMBERS = ("loss", "grad_norm", "samples", "tokens", "supervised", "image_tokens")
 
 
-def on_ranks(loaded: Loaded, work: Callable[[setup.Run], Any]) -> list[Any]:
+def on_ranks(loaded: Loaded, work: Callable[[Run], Any]) -> list[Any]:
     """`work(run)` on all ranks of a config's layout, in one process."""
 
     def rank(mesh: Mesh) -> Any:
         place = Place(device=CPU, mesh=mesh, host=mesh)
-        return work(setup.prepare(loaded, lambda text: None, place))
+        return work(prepare(loaded, lambda text: None, place))
 
-    return virtual(setup.layout_of(loaded.config.layout), rank)
+    return virtual(layout_of(loaded.config.layout), rank)
 
 
-def train(run: setup.Run) -> list[dict[str, Any]]:
+def train(run: Run) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     loop.train(run, records.append)
     return records
@@ -61,7 +65,7 @@ def train(run: setup.Run) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ["dp", "hsdp", "dp-gather"])
 def test_training_on_a_mesh_is_training_on_one_device(make_config: MakeConfig, name: str) -> None:
     path = make_config({"train.steps": 3, "data.check": "first", "data.eval": None})
-    expected = train(setup.prepare(load_config(path), lambda text: None))
+    expected = train(prepare(load_config(path), lambda text: None))
     ranks = on_ranks(load_config(path, LAYOUTS[name]), train)
     for records in ranks:
         for own, first, one in zip(records, ranks[0], expected, strict=True):
@@ -79,14 +83,14 @@ def test_steps_through_the_loader_in_float64(make_config: MakeConfig, name: str)
 
     def run(mesh: Mesh, loaded: Loaded) -> tuple[list[dict[str, float]], list[torch.Tensor]]:
         config = loaded.config
-        model = setup.load_model(config.model, seed=0)
+        model = load_model(config.model, seed=0)
         specs = model.family.specs(model.cfg)
         params = tree.map(torch.Tensor.double, model.params)
         model = replace(model, params=params if mesh.layout.world == 1 else shard_params(params, specs, mesh))
-        program = setup.build_program(config, model.family, model.cfg, mesh)
-        processor = setup.load_model_processor(config.model.path)
-        loader = setup.build_loader(config, setup.open_dataset(config, config.data.train, processor), model, program)
-        step, state = setup.build_step(config, model, program)
+        program = build_program(config, model.family, model.cfg, mesh)
+        processor = load_model_processor(config.model.path)
+        loader = build_loader(config, open_dataset(config, config.data.train, processor), model, program)
+        step, state = build_step(config, model, program)
         empty, found = loader.empty(), []
         for number in range(2):
             share = agree(loader.share(number), mesh["batch"], empty)
@@ -99,7 +103,7 @@ def test_steps_through_the_loader_in_float64(make_config: MakeConfig, name: str)
 
     expected, leaves = run(single_mesh(), load_config(path, ["data.token_buckets=[512]"]))
     loaded = load_config(path, LAYOUTS[name])
-    world = run_virtual(setup.layout_of(loaded.config.layout), lambda mesh: run(mesh, loaded))
+    world = run_virtual(layout_of(loaded.config.layout), lambda mesh: run(mesh, loaded))
     kinds = [[(c.axis, c.name, c.site) for c in calls] for calls in world.calls]
     assert all(calls == kinds[0] for calls in kinds)
     for metrics, own in world.results:
@@ -111,7 +115,7 @@ def test_steps_through_the_loader_in_float64(make_config: MakeConfig, name: str)
 
 def test_ranks_divide_the_samples_of_every_step(make_config: MakeConfig) -> None:
     path = make_config({"data.batch_samples": 7, "data.check": "first"})
-    one = setup.prepare(load_config(path), lambda text: None).loader
+    one = prepare(load_config(path), lambda text: None).loader
     ranks = on_ranks(load_config(path, ("layout.dp=3",)), lambda run: [run.loader.own(step) for step in range(20)])
     for step in range(20):
         parts = [rank[step] for rank in ranks]
@@ -122,7 +126,7 @@ def test_ranks_divide_the_samples_of_every_step(make_config: MakeConfig) -> None
 def test_ranks_agree_on_the_number_of_microbatches(make_config: MakeConfig) -> None:
     loaded = load_config(make_config({"data.batch_samples": 7, "data.check": "first"}), ("layout.dp=3", *SMALL))
 
-    def work(run: setup.Run) -> Any:
+    def work(run: Run) -> Any:
         own, empty = run.loader.share(0), run.loader.empty()
         return own, agree(own, run.place.host["batch"], empty), empty
 
@@ -142,7 +146,7 @@ def test_ranks_agree_on_the_number_of_microbatches(make_config: MakeConfig) -> N
 
 
 def test_evaluation_is_divided_and_complete_everywhere(make_config: MakeConfig) -> None:
-    run = setup.prepare(load_config(make_config()), lambda text: None)
+    run = prepare(load_config(make_config()), lambda text: None)
     settings: Any = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
     alone = evaluate(run.model, run.held_out, batch_samples=24, **settings)
     done: list[int] = []
@@ -161,12 +165,12 @@ def test_the_first_rank_writes_what_one_device_writes(make_config: MakeConfig, t
     path = make_config({"train.steps": 2, "data.check": "first"})
     streams = []
 
-    def work(run: setup.Run) -> loop.Result:
+    def work(run: Run) -> loop.Result:
         streams.append(stream := io.StringIO())
         return loop.run_training(run, Progress(num_steps=2, log_every=1, stream=stream))
 
     loop.run_training(
-        setup.prepare(load_config(path), lambda text: None), Progress(num_steps=2, log_every=1, stream=io.StringIO())
+        prepare(load_config(path), lambda text: None), Progress(num_steps=2, log_every=1, stream=io.StringIO())
     )
     results = on_ranks(load_config(path, ("layout.dp=2", f"output.path={tmp_path / 'ranks'}")), work)
     assert sorted(bool(stream.getvalue()) for stream in streams) == [False, True]
@@ -231,7 +235,7 @@ def finish(ranks: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]
 @pytest.mark.dist
 def test_torchrun_trains_and_evaluates(make_config: MakeConfig, tmp_path: Path) -> None:
     path = make_config()
-    expected = train(setup.prepare(load_config(path), lambda text: None))
+    expected = train(prepare(load_config(path), lambda text: None))
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mmfn"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -299,10 +303,10 @@ def test_a_killed_rank_ends_the_others(make_config: MakeConfig) -> None:
 
 def test_attention_without_a_kernel_is_refused_before_any_work(make_config: MakeConfig) -> None:
     config = load_config(make_config(), ["layout.cp=2"]).config
-    setup.check_attention(config, CPU)
+    check_attention(config, CPU)
     with pytest.raises(ValueError, match=r"layout.kind 'gather' needs .* not on cuda; use layout.kind=ulysses"):
-        setup.check_attention(config, torch.device("cuda"))
+        check_attention(config, torch.device("cuda"))
     config = load_config(make_config(), ["train.compile=layer"]).config
-    setup.check_attention(config, CPU)
+    check_attention(config, CPU)
     with pytest.raises(ValueError, match=r"train.compile 'layer' needs .* not on cuda; use train.compile=none"):
-        setup.check_attention(config, torch.device("cuda"))
+        check_attention(config, torch.device("cuda"))

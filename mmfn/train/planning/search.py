@@ -21,8 +21,10 @@ from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.program import Program
-from mmfn.train.build import setup as training
+from mmfn.train.build.model import model_specs
 from mmfn.train.build.optimizer import build_optimizer
+from mmfn.train.build.program import build_program, layout_of
+from mmfn.train.build.step import build_objective
 from mmfn.train.config.effects import check_effects
 from mmfn.train.config.load import Settings, check, read_settings
 from mmfn.train.config.schema import Config, LayoutSection
@@ -83,17 +85,17 @@ def make_setup(request: Request) -> tuple[Setup, Layout]:
     """The step of a config, from its `config.json` alone."""
     config = request.config
     found, cfg = _model(config)
-    layout = training.layout_of(config.layout)
+    layout = layout_of(config.layout)
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
 
-    specs = training.model_specs(config, found, cfg)
+    specs = model_specs(config, found, cfg)
     check_effects(config, cfg, specs)
     build_optimizer(config, specs)  # refuses the rules that training refuses; the one below has none
 
     def build(shallow: Any, mesh: Mesh) -> Program:
         blocks = specs["text"]["layers"][: shallow.num_layers]
         own = {**specs, "text": {**specs["text"], "layers": blocks}}
-        return training.build_program(eager, found, shallow, mesh, own)
+        return build_program(eager, found, shallow, mesh, own)
 
     setup = Setup(
         family=found,
@@ -102,7 +104,7 @@ def make_setup(request: Request) -> tuple[Setup, Layout]:
         optimizer=build_optimizer(without_rules(config), specs),
         workload=replace(request.workload, segment_multiple=segment_multiple(config.layout.kind, layout)),
         dtype=getattr(torch, config.model.dtype),
-        objective=training.build_objective(config.objective),
+        objective=build_objective(config.objective),
     )
     return setup, layout
 
@@ -145,7 +147,7 @@ def search(
             raise
     reasons = [(r.config.layout, x) for r, x in zip(requests, found, strict=True) if isinstance(x, str)]
     for layout, reason in reasons:
-        say(f"left out {training.layout_of(layout)}, remat {layout.remat}: {reason}")
+        say(f"left out {layout_of(layout)}, remat {layout.remat}: {reason}")
     plans = [x for x in found if isinstance(x, Plan)]
     if not plans:
         raise ValueError(f"no layout can be planned: {reasons[0][1]}")
@@ -166,8 +168,8 @@ def candidates(settings: Settings, world: int) -> Iterator[Config]:
             chosen = check(settings.having("layout", **{**values, **given})).config
             if chosen.layout in seen or chosen.layout.world != world:
                 continue
-            layout = training.layout_of(chosen.layout)
-            training.build_program(chosen, family_, cfg, recording_mesh(layout, 0, Recorder(is_fake=True)))
+            layout = layout_of(chosen.layout)
+            build_program(chosen, family_, cfg, recording_mesh(layout, 0, Recorder(is_fake=True)))
         except ValueError as error:
             reason = reason or str(error)
             continue  # what a layout or a model refuses is no candidate

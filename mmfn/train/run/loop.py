@@ -24,7 +24,7 @@ from mmfn.model import Model
 from mmfn.parallel.weights.hosted import to_device
 from mmfn.parallel.weights.sharding import whole_on_host, whole_params
 from mmfn.spec import num_trained
-from mmfn.train.build.setup import Run
+from mmfn.train.build.run import Run
 from mmfn.train.config.load import describe
 from mmfn.train.config.schema import TrainSection
 from mmfn.train.data import Agreed, agree, prefetch

@@ -1,0 +1,173 @@
+"""From a config to data: processor, data sets, loader, and the checks that find broken samples before training."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mmfn.batch import IGNORE
+from mmfn.interop.checkpoint import read_config
+from mmfn.model import Model
+from mmfn.parallel.context.token_order import segment_multiple, token_multiple
+from mmfn.parallel.mesh.launch import Place
+from mmfn.parallel.program import Program
+from mmfn.train.config.schema import Config
+from mmfn.train.data import Dataset, Loader, Processor, load_processor
+from mmfn.train.data.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from mmfn.train.data.tokenizer import read_json
+
+MEDIA_TOKENS = {
+    "image_token_id": IMAGE_PAD,
+    "video_token_id": VIDEO_PAD,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+
+
+def load_model_processor(path: str, template: str | None = None) -> Processor:
+    """Tokenizer, chat template and image settings of a model's folder; `template` names a jinja file to use instead.
+
+    Raises ValueError for a folder that is missing or incomplete, first of all one without a readable config.json.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"model.path {path!r} is no folder; give the folder of a Hugging Face checkpoint")
+    read_config(folder)  # before the tokenizer, whose loader reads the file too and blames itself
+    if template is None:
+        return load_processor(folder)
+    try:
+        source = Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.template {template!r} cannot be read ({error}); give a text file") from error
+    return load_processor(folder, source)
+
+
+def open_dataset(config: Config, path: str, processor: Processor) -> Dataset:
+    """One of the config's data files, checked as far as it can be without opening media."""
+    return Dataset(
+        path,
+        processor,
+        media_root=config.data.root,
+        max_tokens=config.data.max_tokens,
+        cache_bytes=config.data.cache_mib * 2**20,
+    )
+
+
+def check_match(model: Model, processor: Processor) -> None:
+    """Raise ValueError unless the processor makes what the model reads: the same patches, tokens it has."""
+    vision, image = model.cfg.vision, processor.image
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        if getattr(vision, name) != getattr(image, name):
+            raise ValueError(
+                f"{name} is {getattr(vision, name)} in config.json but {getattr(image, name)} in "
+                "preprocessor_config.json; use the two files of one model"
+            )
+    if vision.patch_values != image.patch_values:
+        raise ValueError(
+            f"in_channels is {vision.num_channels} in config.json, {vision.patch_values} values per patch, but images "
+            f"give {image.patch_values}; use a model for 3 channels"
+        )
+    largest = max(processor.chat.tokenizer.get_vocab().values())
+    if largest >= model.cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer has token id {largest} but the model's vocab_size is {model.cfg.vocab_size}; use the "
+            "tokenizer of the model"
+        )
+    vocabulary = processor.chat.tokenizer.get_vocab()
+    for key, token in MEDIA_TOKENS.items():
+        configured = getattr(model.cfg, key, model.hf_config.get(key))  # the first has the defaults of absent keys
+        if configured is not None and configured != vocabulary.get(token):
+            raise ValueError(
+                f"{key} is {configured} in config.json but {token!r} is {vocabulary.get(token)} in the tokenizer; use "
+                "the tokenizer of the model"
+            )
+
+
+def build_loader(config: Config, dataset: Dataset, model: Model, program: Program) -> Loader:
+    """The loader of a data set for a model and the share of it that a program computes."""
+    kind, layout = config.layout.kind, program.mesh.layout
+    least = token_multiple(kind, layout) if layout.cp > 1 else 1
+    if odd := [size for size in config.data.token_buckets if size % least]:
+        raise ValueError(
+            f"data.token_buckets has {odd[0]} but layout.kind {kind!r} with cp {layout.cp} needs multiples of {least}; "
+            f"use {-(-odd[0] // least) * least}"
+        )
+    return Loader(
+        dataset,
+        lambda samples, sizes: model.family.pack(samples, model.cfg, sizes),
+        model.family.towers(model.cfg),
+        batch_samples=config.data.batch_samples,
+        token_buckets=config.data.token_buckets,
+        tower_buckets={"vision": config.data.patch_buckets},
+        seed=config.train.seed,
+        axis=program.mesh["batch"],
+        split=program.split,
+        segment_multiple=segment_multiple(kind, layout),
+    )
+
+
+def check_data(
+    config: Config,
+    loader: Loader,
+    train_set: Dataset,
+    held_out: Dataset | None,
+    place: Place,
+    say: Callable[[str], None],
+) -> None:
+    """Prepare samples once, as `data.check` says, so that a broken file is found before training and not in the middle.
+
+    Of all samples each rank prepares its part. The prepared samples stay in the cache. Raises ValueError for the first
+    sample of the data that fails.
+    """
+
+    def check_sample(index: int) -> None:
+        sample = train_set.sample(index)
+        if not bool((sample.labels_T != IGNORE).any()):
+            raise ValueError(
+                f"sample {sample.id!r} of {str(train_set.path)!r} has nothing to learn; give it a turn of the "
+                "assistant or remove it"
+            )
+        loader.check_fits(sample)
+
+    def check_prompt(index: int) -> None:
+        if held_out is not None:
+            held_out.prompt(index)
+
+    if config.data.check == "first":
+        _drain(map(check_sample, loader.own(0)))
+        loader.share(0)
+        check_prompt(0)
+        return
+    world = place.host["world"]
+    num_held_out = len(held_out) if held_out is not None else 0
+    say(f"checking {len(train_set)} training and {num_held_out} held-out samples")
+    with ThreadPoolExecutor(max_workers=max(1, config.data.workers), thread_name_prefix="mmfn-check") as pool:
+        try:
+            _drain(pool.map(check_sample, range(world.index, len(train_set), world.size)))
+            _drain(pool.map(check_prompt, range(world.index, num_held_out, world.size)))
+        except ValueError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def eos_token_ids(folder: Path, processor: Processor, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end an answer: those of generation_config.json, or else the tokenizer's own.
+
+    Raises ValueError for a file that is no JSON object, or ids that are no tokens of the model.
+    """
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.exists() else None
+    if found is None:
+        found = processor.chat.tokenizer.eos_token_id
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise ValueError(
+            f"eos_token_id is {found!r} in {str(path)!r} but must be a token id below vocab_size {vocab_size}, or a "
+            "list of them; correct the file"
+        )
+    return tuple(ids)
+
+
+def _drain(results: Iterable[Any]) -> None:
+    for _ in results:
+        pass

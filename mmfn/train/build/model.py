@@ -1,0 +1,115 @@
+"""From a config to a model: its device, its weights, what of it is trained, and this rank's shards."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfn import tree
+from mmfn.interop import adapter
+from mmfn.interop.checkpoint import read_config
+from mmfn.interop.hf import init, load_hf
+from mmfn.lora import add_adapters, lora
+from mmfn.model import Model
+from mmfn.models import Family
+from mmfn.parallel.mesh.launch import Place, Ranks
+from mmfn.parallel.weights.host_memory import HOST_DEVICE
+from mmfn.parallel.weights.hosted import to_host
+from mmfn.parallel.weights.sharding import shard, sharding_of
+from mmfn.spec import freeze, num_params, num_trained, trained_paths
+from mmfn.train.config.schema import Config, ModelSection
+from mmfn.tree import Tree
+
+
+def find_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """The device of a name, tried out; of several ranks each takes that with its number on its machine.
+
+    Raises ValueError for a device that torch does not have, and for one device for several ranks.
+    """
+    try:
+        device = torch.device(name)
+        if ranks is not None and ranks.size > 1 and device.type != "cpu":
+            if device.index is not None:
+                raise ValueError(
+                    f"model.device {name!r} is one device but there are {ranks.size} ranks; set it to {device.type!r}"
+                )
+            device = torch.device(device.type, ranks.local)
+        torch.zeros(1, device=device).item()  # also refuses meta, which holds no values
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"model.device {name!r} cannot be used by this torch {torch.__version__}; try 'cpu'"
+        ) from error
+    return device
+
+
+def load_model(section: ModelSection, seed: int, device: torch.device | None = None) -> Model:
+    """The whole model, loaded or random, on `device` (default: that of the section), with its adapter if it has one."""
+    device, dtype = device or find_device(section.device), getattr(torch, section.dtype)
+    if section.init == "load":
+        model = load_hf(section.path, dtype=dtype, device=device)
+    else:
+        model = init(read_config(Path(section.path)), seed, dtype)
+        model = replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
+    return model if section.adapter is None else adapter.load(section.adapter, model)
+
+
+def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
+    """The parameters of a run's model: those of the family, adapters, and what is frozen.
+
+    Raises ValueError for a part the family does not have, for patterns that match nothing, and for freezing adapters.
+    """
+    specs, chosen = family.specs(cfg), config.lora
+    if config.model.adapter is not None:
+        specs = adapter.read(config.model.adapter, specs, family.key_map(cfg))
+    elif chosen.rank is not None:
+        specs = lora(
+            specs,
+            rank=chosen.rank,
+            alpha=chosen.alpha,
+            targets=chosen.targets,
+            is_rs=chosen.rslora,
+            dropout=chosen.dropout,
+            keep=chosen.keep,
+        )
+    parts = family.parts(cfg)
+    if absent := [name for name in config.freeze.parts if name not in parts]:
+        raise ValueError(f"freeze.parts has {absent[0]!r} but this model's parts are {', '.join(parts)}; use these")
+    patterns = [*(parts[name] for name in config.freeze.parts), *config.freeze.patterns]
+    frozen = freeze(specs, patterns) if patterns else specs
+    lost = set(trained_paths(specs)) - set(trained_paths(frozen))
+    if patterns and not lost:
+        raise ValueError("freeze has no effect: LoRA already freezes all that it covers; remove it")
+    if adapters := [path for path in lost if "/lora/" in path]:
+        raise ValueError(
+            f"freeze covers the adapter {min(adapters)!r} but LoRA already freezes the weights; leave the part out of "
+            "freeze, or out of lora.targets"
+        )
+    if config.model.adapter is not None and lost:
+        raise ValueError(
+            f"freeze covers {min(lost)!r}, which model.adapter holds in full and the adapter of this run would lack; "
+            "leave it out of freeze"
+        )
+    return frozen
+
+
+def trained_note(specs: Tree) -> tuple[str, ...]:
+    """How much is trained, where it is not all."""
+    trained, total = num_trained(specs), num_params(specs)
+    return () if trained == total else (f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})",)
+
+
+def load_shards(config: Config, place: Place) -> Model:
+    """The model with this rank's shards. Every rank has the whole model in the host's memory while it cuts them.
+
+    With `layout.offload` of parameters they stay in the host's memory, pinned for the device.
+    """
+    is_alone, seed = place.mesh.layout.world == 1, config.train.seed
+    device = HOST_DEVICE if "parameters" in config.layout.offload else place.device
+    model = load_model(config.model, seed, device if is_alone else HOST_DEVICE)
+    specs = model_specs(config, model.family, model.cfg)
+    params = add_adapters(model.params, specs, seed)
+    if not is_alone:
+        params = tree.map(lambda leaf, s: shard(leaf, sharding_of(s, place.mesh), device), params, specs)
+    params = to_host(params, place.device) if device != place.device else params
+    return replace(model, params=params)
