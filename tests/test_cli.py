@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mmfn import cli
-from mmfn.train.build import run as build_run
+from mmfn.train.commands import train as train_command
 
 ROOT = Path(__file__).parents[1]
 SLOW_SECONDS = 300
@@ -112,7 +112,7 @@ def test_interrupt_ends_with_130(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_run, "prepare", interrupted)
+    monkeypatch.setattr(train_command, "prepare", interrupted)
     assert cli.main(["train", str(make_config())]) == 130
     assert capsys.readouterr().err == "mmfn: error: interrupted\n"
 
@@ -136,7 +136,7 @@ def test_limits_of_the_machine_are_one_sentence(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(build_run, "prepare", fail)
+    monkeypatch.setattr(train_command, "prepare", fail)
     assert cli.main(["train", str(make_config())]) == 2
     assert re.fullmatch(r"mmfn: error: the machine is at its limit \(.+\); use .+\n", capsys.readouterr().err)
     with pytest.raises(type(error)):
@@ -149,7 +149,7 @@ def test_other_errors_of_the_program_keep_their_traceback(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(build_run, "prepare", fail)
+    monkeypatch.setattr(train_command, "prepare", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["train", str(make_config())])
 
@@ -161,7 +161,7 @@ def test_warnings_about_images_are_not_shown(
         warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
         raise ValueError("stop here")
 
-    monkeypatch.setattr(build_run, "prepare", warn)
+    monkeypatch.setattr(train_command, "prepare", warn)
     assert cli.main(["train", str(make_config())]) == 2
     assert capsys.readouterr().err == "mmfn: error: stop here\n"
 

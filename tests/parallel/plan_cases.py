@@ -11,7 +11,8 @@ from mmfn.parallel.program import Program
 from mmfn.train.build.program import build_program, layout_of
 from mmfn.train.config.schema import Config, LayoutSection
 from mmfn.train.optim import HOST_KINDS, adamw, chain, clip_by_global_norm, on_host
-from mmfn.train.planning.step_plan import Setup, Workload
+from mmfn.train.planning.step_trace import PlannedStep
+from mmfn.train.planning.workload import Workload
 from tests.parallel.conformance import TRAINED
 
 TEXT = {
@@ -51,7 +52,7 @@ def hf_config(*, moe: bool = False, layers: int = 2) -> dict[str, Any]:
 
 def make(
     *, moe: bool = False, layers: int = 2, micro_batches: int = 1, side: int = 4, trained: str = "all", **chosen: Any
-) -> tuple[Setup, Layout]:
+) -> tuple[PlannedStep, Layout]:
     """A step and its layout; `trained`: a name in `TRAINED`, `chosen`: settings of the config's section `layout`."""
     hf, section = hf_config(moe=moe, layers=layers), LayoutSection(**chosen)
     found = models.family(hf["model_type"])
@@ -75,7 +76,7 @@ def make(
         return replace(program, ops=replace(program.ops, linear_cross_entropy=loss))
 
     writer, away = adamw(weight_decay=0.1), set(section.offload) & set(HOST_KINDS)
-    setup = Setup(
+    setup = PlannedStep(
         family=found,
         cfg=found.config_from_hf(hf),
         build=build,

@@ -26,6 +26,7 @@ from mmfn.train.config.load import load_config
 from mmfn.train.guard import Guard
 from mmfn.train.run import loop
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.training import run_training
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, init_state, make_step
 from tests.batches import with_inputs
@@ -200,7 +201,7 @@ def spoil(run: Run, is_bad: Callable[[int], bool]) -> Run:
 def test_a_run_whose_last_step_is_skipped_is_complete(make_config: Callable[..., Path]) -> None:
     config = make_config({"train.steps": 3, "data.eval": None})
     run = spoil(prepare(load_config(config), say=lambda text: None), lambda step: step == 2)
-    result = loop.run_training(run, Progress(num_steps=3, log_every=3, stream=io.StringIO()))
+    result = run_training(run, Progress(num_steps=3, log_every=3, stream=io.StringIO()))
     assert [r["skipped"] for r in result.records] == [0, 0, 1]
     assert math.isnan(result.records[-1]["loss"])
     assert all(x.isfinite().all() for x in tree.leaves(result.model.params))

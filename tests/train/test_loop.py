@@ -21,7 +21,10 @@ from mmfn.train.data import prefetch
 from mmfn.train.objective import per_token_loss, weigh
 from mmfn.train.run import folder as run_folder
 from mmfn.train.run import loop
+from mmfn.train.run.folder import write_text
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.result import Result
+from mmfn.train.run.training import run_training
 
 MakeConfig = Callable[..., Path]
 KEYS = {
@@ -40,9 +43,9 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
     return records, state["params"]
 
 
-def quiet(run: Run) -> loop.Result:
+def quiet(run: Run) -> Result:
     steps = run.loaded.config.train.steps
-    return loop.run_training(run, Progress(num_steps=steps, log_every=steps, stream=io.StringIO()))
+    return run_training(run, Progress(num_steps=steps, log_every=steps, stream=io.StringIO()))
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -231,9 +234,9 @@ def test_prefetched_batches_weigh_to_the_mean(make_config: MakeConfig) -> None:
 
 def test_write_text_is_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    loop.write_text(path, "old")
+    write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        loop.write_text(path, "new \ud800")
+        write_text(path, "new \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -23,6 +23,8 @@ from mmfn.train.config.load import load_config
 from mmfn.train.run import loop
 from mmfn.train.run.evaluate import evaluate
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.result import Result
+from mmfn.train.run.training import run_training
 
 MakeConfig = Callable[..., Path]
 LORA = {
@@ -48,10 +50,10 @@ def prepared(config: Path, *overrides: str, say: Callable[[str], None] = lambda 
     return prepare(load_config(config, overrides), say)
 
 
-def finished(config: Path, *overrides: str) -> loop.Result:
+def finished(config: Path, *overrides: str) -> Result:
     run = prepared(config, *overrides)
     steps = run.loaded.config.train.steps
-    return loop.run_training(run, Progress(num_steps=steps, log_every=steps, stream=io.StringIO()))
+    return run_training(run, Progress(num_steps=steps, log_every=steps, stream=io.StringIO()))
 
 
 def leaves_equal(a: Any, b: Any) -> bool:
@@ -111,10 +113,10 @@ def test_a_run_on_a_mesh(make_config: MakeConfig, base: Path, tmp_path: Path) ->
     expected = finished(config, f"output.path={tmp_path / 'one'}")
     loaded = load_config(config, ["layout.dp=2", "layout.cp=2"])
 
-    def rank(mesh: Mesh) -> loop.Result:
+    def rank(mesh: Mesh) -> Result:
         place = Place(device=torch.device("cpu"), mesh=mesh, host=mesh)
         progress = Progress(num_steps=2, log_every=2, stream=io.StringIO())
-        return loop.run_training(prepare(loaded, lambda text: None, place), progress)
+        return run_training(prepare(loaded, lambda text: None, place), progress)
 
     results = virtual(layout_of(loaded.config.layout), rank)
     assert [list(result.saved) for result in results] == [["adapter", "checkpoint"], [], [], []]

@@ -16,9 +16,10 @@ from mmfn.train.build.run import prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.config.schema import LayoutSection
 from mmfn.train.planning import search as plan_search
-from mmfn.train.planning.step_plan import Workload
+from mmfn.train.planning.workload import Workload
 from mmfn.train.run import loop
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.training import run_training
 from tests.parallel.plan_cases import hf_config
 
 MakeConfig = Callable[..., Path]
@@ -72,7 +73,7 @@ def test_a_whole_run_with_parameters_on_the_host(make_config: MakeConfig, tmp_pa
         config = make_config({"train.steps": 2, "data.check": "first", "output.path": str(tmp_path / name)})
         run = prepare(load_config(config, [*chosen, f"layout.offload={what}"]), say=lambda text: None)
         assert all(x is y for x, y in zip(tree.leaves(run.state["params"]), tree.leaves(run.model.params), strict=True))
-        result = loop.run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
+        result = run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
         files = sorted(path.relative_to(result.folder) for path in result.folder.rglob("*.safetensors"))
         weights = [load_file(result.folder / path) for path in files]
         found.append((files, weights, tree.leaves(result.model.params), result.evaluation.loss_sum))

@@ -19,6 +19,7 @@ from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.guard import Guard
 from mmfn.train.run import loop
+from mmfn.train.run.training import run_training
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
 from tests.parallel.conformance import Cell, batch_of, model_of
@@ -205,7 +206,7 @@ def test_averages_are_what_is_saved_when_asked(make_config: Callable[..., Path],
     config = make_config(changes)
     _, state, _ = trained(config)
     run = prepare(load_config(config), say=lambda text: None)
-    loop.run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
+    run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
     saved = mmfn.load_hf(tmp_path / "run" / "checkpoint").params
     assert distance(saved, optim.ema_params(state)) == 0
     assert distance(saved, state["params"]) > 0

@@ -30,6 +30,8 @@ from mmfn.train.data import agree
 from mmfn.train.run import loop
 from mmfn.train.run.evaluate import evaluate
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.result import Result
+from mmfn.train.run.training import run_training
 
 ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., Path]
@@ -165,11 +167,11 @@ def test_the_first_rank_writes_what_one_device_writes(make_config: MakeConfig, t
     path = make_config({"train.steps": 2, "data.check": "first"})
     streams = []
 
-    def work(run: Run) -> loop.Result:
+    def work(run: Run) -> Result:
         streams.append(stream := io.StringIO())
-        return loop.run_training(run, Progress(num_steps=2, log_every=1, stream=stream))
+        return run_training(run, Progress(num_steps=2, log_every=1, stream=stream))
 
-    loop.run_training(
+    run_training(
         prepare(load_config(path), lambda text: None), Progress(num_steps=2, log_every=1, stream=io.StringIO())
     )
     results = on_ranks(load_config(path, ("layout.dp=2", f"output.path={tmp_path / 'ranks'}")), work)

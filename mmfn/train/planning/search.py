@@ -28,7 +28,9 @@ from mmfn.train.build.step import build_objective
 from mmfn.train.config.effects import check_effects
 from mmfn.train.config.load import Settings, check, read_settings
 from mmfn.train.config.schema import Config, LayoutSection
-from mmfn.train.planning.step_plan import Setup, Workload, plan
+from mmfn.train.planning.step_plan import plan
+from mmfn.train.planning.step_trace import PlannedStep
+from mmfn.train.planning.workload import Workload
 
 SHARDS = (1, 2, 4, 8, 16)  # of a search: parameters are whole on a world's 1, 1/2, 1/4, ... of the ranks
 CP_SIZES = (1, 2, 4, 8)
@@ -81,7 +83,7 @@ def plan_config(request: Request) -> Plan:
     return plan(setup, layout, device(request.device), title=request.title, all_layers=request.all_layers)
 
 
-def make_setup(request: Request) -> tuple[Setup, Layout]:
+def make_setup(request: Request) -> tuple[PlannedStep, Layout]:
     """The step of a config, from its `config.json` alone."""
     config = request.config
     found, cfg = _model(config)
@@ -97,7 +99,7 @@ def make_setup(request: Request) -> tuple[Setup, Layout]:
         own = {**specs, "text": {**specs["text"], "layers": blocks}}
         return build_program(eager, found, shallow, mesh, own)
 
-    setup = Setup(
+    setup = PlannedStep(
         family=found,
         cfg=cfg,
         build=build,

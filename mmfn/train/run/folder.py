@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from mmfn.train.config.load import Loaded, Settings
@@ -90,6 +91,21 @@ def drop_previous(folder: Path) -> None:
     """Delete the earlier run, now that the new one is complete."""
     if os.path.lexists(folder / PREVIOUS):
         _remove(folder / PREVIOUS)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it appears complete or not at all: beside its place, then moved there."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.chmod(file.name, 0o644)  # temporary files are private
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _check_name(name: str, path: str) -> None:

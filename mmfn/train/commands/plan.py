@@ -1,0 +1,50 @@
+"""`mmfn plan`: what a rank of a layout holds, computes and sends, without an accelerator; nothing is trained."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from mmfn.parallel.planning import plan as plans
+from mmfn.train.planning import search as plan_search
+from mmfn.train.planning.picture import render
+from mmfn.train.planning.workload import Workload
+from mmfn.train.run.folder import check_file, write_text
+
+
+def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
+    """`mmfn plan`: what a rank of a layout holds, computes and sends, without an accelerator; nothing is trained."""
+    if args.diff is not None:
+        say(plans.diff(*map(plans.read_plan, args.diff)))
+        return
+    if args.config is None:
+        raise ValueError("mmfn plan needs CONFIG, a run's YAML file or a model's config.json; see mmfn plan --help")
+    if args.search and args.world is None:
+        raise ValueError("mmfn plan --search needs --world N, the number of ranks")
+    settings = plan_search.read(args.config, args.overrides)
+    for name, target in (("--json", args.json), ("--html", args.html)):
+        if target is not None:
+            check_file(name, target, settings)
+    if args.json is not None and args.html is not None and Path(args.json).resolve() == Path(args.html).resolve():
+        raise ValueError(f"--json and --html are both {args.json!r}; choose two files")
+    workload = Workload(
+        tokens=args.tokens,
+        sample_tokens=args.sample_tokens,
+        image_side=args.image_side,
+        micro_batches=args.micro_batches,
+    )
+    request = partial(
+        plan_search.Request, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers
+    )
+    if args.search:
+        found = plan_search.search(
+            [request(config=config) for config in plan_search.candidates(settings, args.world)], say=say
+        )
+        say(plan_search.summary(found))
+    else:
+        found = [plan_search.plan_config(request(config=plan_search.with_world(settings, args.world)))]
+        say(found[0])
+    if args.json is not None:
+        write_text(Path(args.json), found[0].to_json())
+    if args.html is not None:
+        write_text(Path(args.html), render(found))
