@@ -5,7 +5,7 @@ What depends on several facts (the hooks `gather` and `psum`, the compiled block
 once, last: so the order of transforms does not matter.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -133,14 +133,8 @@ def lower(program: Program) -> Program:
         is_needed = getattr(layout, name) > 1 or (name == "dp" and layout.world > 1)  # it sums the gradients of all
         if is_needed and name not in program.uses:
             raise ValueError(f"layout {layout}: no transform takes care of {name}; add {transform}")
-    if program.is_head_sharded and program.compile == "step":
-        raise ValueError("a step with a sharded head is no single graph; use compiled('layer') or gather the head")
-    for what, is_moved in (("activations", program.is_offloaded), ("parameters", program.is_hosted)):
-        if is_moved and program.compile == "step":
-            raise ValueError(
-                f"offload({what!r}) moves memory between the blocks of a step but compiled('step') makes it one graph; "
-                "use compiled('layer')"
-            )
+    moved = [what for what, yes in (("activations", program.is_offloaded), ("parameters", program.is_hosted)) if yes]
+    check_one_graph(program.compile, is_head_sharded=program.is_head_sharded, moved=moved)
     ops = program.ops
     if program.compile == "layer":
         ops = replace(ops, layer=program.jit(ops.layer))
@@ -157,6 +151,19 @@ def lower(program: Program) -> Program:
     if layout.world > 1:
         ops = replace(ops, psum=partial(psum, axis=program.mesh["world"], site="statistics"))
     return replace(program, ops=program.watch(ops))
+
+
+def check_one_graph(compile: str, *, is_head_sharded: bool = False, moved: Sequence[str] = ()) -> None:
+    """Raise ValueError for what is no part of the one graph of compiled("step"). `moved`: what lies on the host."""
+    if compile != "step":
+        return
+    if is_head_sharded:
+        raise ValueError("a step with a sharded head is no single graph; use compiled('layer') or gather the head")
+    if moved:
+        raise ValueError(
+            f"offload({moved[0]!r}) moves memory between the blocks of a step but compiled('step') makes it one graph; "
+            "use compiled('layer')"
+        )
 
 
 def _weights_in_time(program: Program, stack: Callable[..., Any], gather: Gather) -> Callable[..., Any]:

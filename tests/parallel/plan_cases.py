@@ -8,8 +8,9 @@ from mmfn import models
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.program import Program
-from mmfn.train.build.program import build_program, layout_of
-from mmfn.train.config.schema import Config, LayoutSection
+from mmfn.train.build.program import build_program
+from mmfn.train.config.layout import LayoutSection
+from mmfn.train.config.schema import Config
 from mmfn.train.optim import HOST_KINDS, adamw, chain, clip_by_global_norm, on_host
 from mmfn.train.planning.step_trace import PlannedStep
 from mmfn.train.planning.workload import Workload
@@ -56,11 +57,11 @@ def make(
     """A step and its layout; `trained`: a name in `TRAINED`, `chosen`: settings of the config's section `layout`."""
     hf, section = hf_config(moe=moe, layers=layers), LayoutSection(**chosen)
     found = models.family(hf["model_type"])
-    layout = layout_of(section)
+    layout = section.sizes
     config = Config.model_validate(
         {
             "model": {"path": ""},
-            "data": {"train": "", "token_buckets": [1], "patch_buckets": [1]},
+            "data": {"train": "", "token_buckets": [1], "tower_buckets": {"vision": [1]}},
             "optimizer": {"lr": 1e-3},
             "train": {"steps": 1},
             "output": {"path": ""},
@@ -100,7 +101,7 @@ CASES: dict[str, dict[str, Any]] = {
     "uniform remat": {"remat": "uniform", "remat_layers": 2, "layers": 4},
     "block remat": {"remat": "block", "remat_layers": 2, "layers": 3},
     "every 2": {"remat": "full", "remat_every": 2, "layers": 3},
-    "remat of the tower": {"remat_vision": "full", "remat": "none"},
+    "remat of the tower": {"remat_stacks": {"vision": {"kind": "full"}}, "remat": "none"},
     "offload": {"offload": ["activations"]},
     "offload, remat, dp": {"offload": ["activations"], "remat": "full", "dp": 2, "layers": 4},
     "frozen tower": {"trained": "decoder"},

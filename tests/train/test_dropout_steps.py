@@ -22,7 +22,7 @@ from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params, whole_params
 from mmfn.train.build.data import build_loader, load_model_processor, open_dataset
 from mmfn.train.build.model import load_model, model_specs
-from mmfn.train.build.program import build_program, layout_of
+from mmfn.train.build.program import build_program
 from mmfn.train.build.run import prepare
 from mmfn.train.build.step import build_step
 from mmfn.train.config.load import Loaded, load_config
@@ -202,7 +202,7 @@ def test_steps_through_the_loader(make_config: MakeConfig, name: str) -> None:
     plain, _ = steps(single_mesh(), load_config(path, ["data.token_buckets=[512]", "lora.dropout=0.0"]))
     assert abs(plain[0]["loss"] - want[0]["loss"]) > 1e-4
     loaded = load_config(path, LAYOUTS[name])
-    for found, own in virtual(layout_of(loaded.config.layout), lambda mesh: steps(mesh, loaded)):
+    for found, own in virtual(loaded.config.layout.sizes, lambda mesh: steps(mesh, loaded)):
         for metrics, expected in zip(found, want, strict=True):
             assert metrics == pytest.approx(expected, rel=1e-10)
         for a, b in zip(tree.leaves(leaves), tree.leaves(own), strict=True):

@@ -100,7 +100,7 @@ def test_result_does_not_depend_on_workers(make_config: MakeConfig, workers: int
 def test_smaller_buckets_give_the_same_training(make_config: MakeConfig) -> None:
     config = make_config()
     records, _ = trained(config)
-    others, _ = trained(config, "data.token_buckets=[64]", "data.patch_buckets=[64]")
+    others, _ = trained(config, "data.token_buckets=[64]", "data.tower_buckets={vision: [64]}")
     assert others[0]["microbatches"] > records[0]["microbatches"] == 1
     assert [r["loss"] for r in others] == pytest.approx([r["loss"] for r in records], rel=2e-3)
     assert others[0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
@@ -226,7 +226,7 @@ def test_data_that_break_on_the_way_leave_no_checkpoint(make_config: MakeConfig,
 
 
 def test_prefetched_batches_weigh_to_the_mean(make_config: MakeConfig) -> None:
-    run = prepared(make_config({"data.token_buckets": [64], "data.patch_buckets": [64]}))
+    run = prepared(make_config({"data.token_buckets": [64], "data.tower_buckets": {"vision": [64]}}))
     for microbatches in prefetch(run.loader.microbatches, 0, 2):
         weighed = weigh(microbatches, per_token_loss)
         assert sum(b.weights_T.sum().item() for b in weighed) == pytest.approx(1.0, rel=1e-6)

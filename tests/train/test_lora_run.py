@@ -17,7 +17,6 @@ from mmfn.lora import adapters_of
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.train.build.program import layout_of
 from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.run import loop
@@ -118,7 +117,7 @@ def test_a_run_on_a_mesh(make_config: MakeConfig, base: Path, tmp_path: Path) ->
         progress = Progress(num_steps=2, log_every=2, stream=io.StringIO())
         return run_training(prepare(loaded, lambda text: None, place), progress)
 
-    results = virtual(layout_of(loaded.config.layout), rank)
+    results = virtual(loaded.config.layout.sizes, rank)
     assert [list(result.saved) for result in results] == [["adapter", "checkpoint"], [], [], []]
     for name in ("loss", "grad_norm"):
         assert results[0].records[0][name] == pytest.approx(expected.records[0][name], rel=1e-4)
@@ -188,7 +187,7 @@ def test_a_frozen_part_in_a_run(make_config: MakeConfig, base: Path) -> None:
         ({"lora.dropout": 0.1}, "dropout has no effect without rank"),
         ({"lora.rank": 2, "lora.targets": ["head"]}, "pattern 'head' matches none of"),
         ({"lora.rank": 2, "model.adapter": "x"}, "lora has no effect with model.adapter"),
-        ({"output.adapter": "merged"}, "output.adapter 'merged' has no effect without LoRA"),
+        ({"output.adapter": "merged"}, "output.adapter has no effect without LoRA"),
         ({"model.adapter": "nowhere"}, r"adapter_config.json does not exist"),
         ({"lora.rank": 2, "lora.keep": ["vision/merger/norm/bias"]}, "'vision/merger/norm/weight' is not trained"),
         ({"lora.rank": 2, "lora.keep": ["text/embed/weight"]}, "'text/embed/weight' is trained in full and tied"),

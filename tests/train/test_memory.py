@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from mmfn import cli, tree
 from mmfn.train.build.program import build_remat
 from mmfn.train.build.run import prepare
+from mmfn.train.config.layout import LayoutSection
 from mmfn.train.config.load import load_config
-from mmfn.train.config.schema import LayoutSection
 from mmfn.train.planning import search as plan_search
 from mmfn.train.planning.workload import Workload
 from mmfn.train.run import loop
@@ -37,9 +37,14 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any, t
     "overrides",
     [
         ("layout.remat=uniform", "layout.remat_layers=2", "layout.offload=[activations]"),
-        ("layout.remat=block", "layout.remat_vision=full", "layout.offload=[optimizer]", "optimizer.kind=muon"),
         (
-            "layout.remat_vision=full",
+            "layout.remat=block",
+            "layout.remat_stacks={vision: {kind: full}}",
+            "layout.offload=[optimizer]",
+            "optimizer.kind=muon",
+        ),
+        (
+            "layout.remat_stacks={vision: {kind: full}}",
             "layout.offload=[activations, optimizer]",
             "optimizer.ema_decay=0.9",
             "output.weights=ema",
@@ -116,36 +121,7 @@ def test_bfloat16_with_and_without_rules(make_config: MakeConfig) -> None:
 
 
 def test_policies_of_stacks() -> None:
-    assert len(build_remat(LayoutSection(remat="full"))) == 1
-    assert len(build_remat(LayoutSection(remat="full", remat_vision="none"))) == 2
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"remat_layers": 2}, "remat_layers has no effect with remat 'none'"),
-        ({"remat": "full", "remat_layers": 2}, "remat_layers has no effect with remat 'full'"),
-        ({"remat": "uniform", "remat_every": 2}, "remat_every has no effect with remat 'uniform'"),
-        ({"remat": "full", "remat_vision_every": 2}, "remat_vision_every has no effect with remat_vision None"),
-        (
-            {"remat_vision": "block", "remat_vision_save": ["matmul"]},
-            "remat_vision_save has no effect with remat_vision",
-        ),
-        (
-            {"remat": "selective", "remat_save": ["exchange"]},
-            "remat_save 'exchange' has no effect with ep 1; remove it",
-        ),
-        (
-            {"dp": 2, "ep": 2, "remat_vision": "selective", "remat_vision_save": ["exchange"]},
-            "remat_vision_save 'exchange' has no effect, the tower has no experts; remove it",
-        ),
-        (
-            {"remat_vision": "selective", "remat_vision_save": ["attention", "experts"]},
-            "remat_vision_save 'experts' has no effect, the tower has no experts; remove it",
-        ),
-        ({"offload": ["params"]}, "Input should be 'activations', 'optimizer' or 'parameters'"),
-    ],
-)
-def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LayoutSection(**settings)
+    stacks = ("text", "vision")
+    assert len(build_remat(LayoutSection(remat="full"), stacks)) == 1
+    tower = {"vision": {"kind": "none"}}
+    assert len(build_remat(LayoutSection.model_validate({"remat": "full", "remat_stacks": tower}), stacks)) == 2

@@ -10,14 +10,13 @@ import torch
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.train.build.program import layout_of
 from mmfn.train.build.run import prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.run import loop
 
 MakeConfig = Callable[..., Path]
 SPECIAL = ("objective.name=square_loss", "objective.z_loss=1e-3", "objective.label_smoothing=0.1")
-SMALL = ("data.token_buckets=[64, 128]", "data.patch_buckets=[64]", "train.steps=2")  # several micro-batches
+SMALL = ("data.token_buckets=[64, 128]", "data.tower_buckets={vision: [64]}", "train.steps=2")  # several micro-batches
 
 
 def records(config: Path, *overrides: str) -> list[dict[str, Any]]:
@@ -30,7 +29,7 @@ def records(config: Path, *overrides: str) -> list[dict[str, Any]]:
         loop.train(run, found.append)
         return found
 
-    return virtual(layout_of(loaded.config.layout), rank)[0]
+    return virtual(loaded.config.layout.sizes, rank)[0]
 
 
 def losses(found: list[dict[str, Any]]) -> list[float]:
@@ -61,12 +60,14 @@ def test_chunks_and_a_sharded_head_change_nothing(make_config: MakeConfig) -> No
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("layout.head=sharded",), "head has no effect with dp 1 and cp 1"),
-        (("layout.dp=2", "layout.head=sharded", "train.compile=step"), "layout.head 'sharded' needs train.compile"),
+        (("layout.dp=2", "layout.head=sharded", "train.compile=step"), "a step with a sharded head is no single graph"),
         (("objective.label_smoothing=1.5",), "objective.label_smoothing is 1.5"),
         (("objective.z_loss=-1",), "objective.z_loss is -1"),
         (("objective.chunk_size=0",), "objective.chunk_size is 0"),
-        (("objective.chunk_size=8", "objective.total_chunk_size=8"), "in section objective, chunk_size and total"),
+        (
+            ("objective.chunk_size=8", "objective.total_chunk_size=8"),
+            "chunk_size and objective.total_chunk_size are both set",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -185,7 +185,7 @@ def test_rules_of_a_config_reach_single_parameters(make_config: Callable[..., Pa
         ),
         (
             ("schedule.groups={'.*': {lr: 1e-3, warmup_steps: 9}}",),
-            r"schedule.groups '\.\*' has warmup_steps 9, which must be below train.steps 4; shorten it",
+            r"schedule.groups '\.\*'.warmup_steps 9 must be below train.steps 4; shorten it",
         ),
     ],
 )

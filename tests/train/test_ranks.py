@@ -22,7 +22,7 @@ from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.weights.sharding import shard_params, whole_params
 from mmfn.train.build.data import build_loader, load_model_processor, open_dataset
 from mmfn.train.build.model import load_model
-from mmfn.train.build.program import build_program, check_attention, layout_of
+from mmfn.train.build.program import build_program
 from mmfn.train.build.run import Run, prepare
 from mmfn.train.build.step import build_step
 from mmfn.train.config.load import Loaded, load_config
@@ -36,7 +36,8 @@ from mmfn.train.run.training import run_training
 ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., Path]
 CPU = torch.device("cpu")
-SMALL = ("data.token_buckets=[64, 128]", "data.patch_buckets=[64]")  # several micro-batches, unevenly many per rank
+# several micro-batches, unevenly many per rank
+SMALL = ("data.token_buckets=[64, 128]", "data.tower_buckets={vision: [64]}")
 LAYOUTS = {
     "dp": ("layout.dp=2",),
     "dp-uneven": ("layout.dp=3", *SMALL),
@@ -55,7 +56,7 @@ def on_ranks(loaded: Loaded, work: Callable[[Run], Any]) -> list[Any]:
         place = Place(device=CPU, mesh=mesh, host=mesh)
         return work(prepare(loaded, lambda text: None, place))
 
-    return virtual(layout_of(loaded.config.layout), rank)
+    return virtual(loaded.config.layout.sizes, rank)
 
 
 def train(run: Run) -> list[dict[str, Any]]:
@@ -105,7 +106,7 @@ def test_steps_through_the_loader_in_float64(make_config: MakeConfig, name: str)
 
     expected, leaves = run(single_mesh(), load_config(path, ["data.token_buckets=[512]"]))
     loaded = load_config(path, LAYOUTS[name])
-    world = run_virtual(layout_of(loaded.config.layout), lambda mesh: run(mesh, loaded))
+    world = run_virtual(loaded.config.layout.sizes, lambda mesh: run(mesh, loaded))
     kinds = [[(c.axis, c.name, c.site) for c in calls] for calls in world.calls]
     assert all(calls == kinds[0] for calls in kinds)
     for metrics, own in world.results:
@@ -301,14 +302,3 @@ def test_a_killed_rank_ends_the_others(make_config: MakeConfig) -> None:
     assert code == 2
     assert errors.startswith("mmfn: error: another rank ended or does not answer (")
     assert errors.count("\n") == 1
-
-
-def test_attention_without_a_kernel_is_refused_before_any_work(make_config: MakeConfig) -> None:
-    config = load_config(make_config(), ["layout.cp=2"]).config
-    check_attention(config, CPU)
-    with pytest.raises(ValueError, match=r"layout.kind 'gather' needs .* not on cuda; use layout.kind=ulysses"):
-        check_attention(config, torch.device("cuda"))
-    config = load_config(make_config(), ["train.compile=layer"]).config
-    check_attention(config, CPU)
-    with pytest.raises(ValueError, match=r"train.compile 'layer' needs .* not on cuda; use train.compile=none"):
-        check_attention(config, torch.device("cuda"))

@@ -50,7 +50,8 @@ def context_parallel(
         mesh, layout = program.mesh, program.mesh.layout
         if layout.cp == 1:
             return program
-        _check(kind, layout, num_heads, num_kv_heads)
+        check_kind(kind, layout)
+        _check_heads(kind, layout, num_heads, num_kv_heads)
         ops, before = program.ops, program.split
         place = partial(spread_features, axis=mesh["cp"])
 
@@ -83,7 +84,8 @@ def _attention(ops: Ops, kind: str, mesh: Mesh) -> Attention:
     return attention
 
 
-def _check(kind: str, layout: Layout, num_heads: int, num_kv_heads: int) -> None:
+def check_kind(kind: str, layout: Layout) -> None:
+    """Raise ValueError for sizes of a layout of several cp ranks that a kind does not use."""
     allowed = {"ulysses": layout.ring == 1, "usp": layout.ulysses > 1 < layout.ring}.get(kind, layout.ulysses == 1)
     if not allowed:
         rules = {
@@ -92,6 +94,9 @@ def _check(kind: str, layout: Layout, num_heads: int, num_kv_heads: int) -> None
         }
         rule = rules.get(kind, "ulysses = 1; set layout.ulysses to 1, or use kind 'ulysses' or 'usp'")
         raise ValueError(f"context_parallel({kind!r}) over {layout} (ulysses {layout.ulysses}) needs {rule}")
+
+
+def _check_heads(kind: str, layout: Layout, num_heads: int, num_kv_heads: int) -> None:
     if num_heads % layout.ulysses:
         raise ValueError(
             f"context_parallel({kind!r}) over {layout}: the model has {num_heads} query heads, which ulysses "

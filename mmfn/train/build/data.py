@@ -8,7 +8,7 @@ from typing import Any
 from mmfn.batch import IGNORE
 from mmfn.interop.checkpoint import read_config
 from mmfn.model import Model
-from mmfn.parallel.context.token_order import segment_multiple, token_multiple
+from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.program import Program
 from mmfn.train.config.schema import Config
@@ -86,19 +86,13 @@ def check_match(model: Model, processor: Processor) -> None:
 def build_loader(config: Config, dataset: Dataset, model: Model, program: Program) -> Loader:
     """The loader of a data set for a model and the share of it that a program computes."""
     kind, layout = config.layout.kind, program.mesh.layout
-    least = token_multiple(kind, layout) if layout.cp > 1 else 1
-    if odd := [size for size in config.data.token_buckets if size % least]:
-        raise ValueError(
-            f"data.token_buckets has {odd[0]} but layout.kind {kind!r} with cp {layout.cp} needs multiples of {least}; "
-            f"use {-(-odd[0] // least) * least}"
-        )
     return Loader(
         dataset,
         lambda samples, sizes: model.family.pack(samples, model.cfg, sizes),
         model.family.towers(model.cfg),
         batch_samples=config.data.batch_samples,
         token_buckets=config.data.token_buckets,
-        tower_buckets={"vision": config.data.patch_buckets},
+        tower_buckets=config.data.tower_buckets,
         seed=config.train.seed,
         axis=program.mesh["batch"],
         split=program.split,

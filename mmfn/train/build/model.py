@@ -18,6 +18,8 @@ from mmfn.parallel.weights.host_memory import HOST_DEVICE
 from mmfn.parallel.weights.hosted import to_host
 from mmfn.parallel.weights.sharding import shard, sharding_of
 from mmfn.spec import freeze, num_params, num_trained, trained_paths
+from mmfn.train.config.rule import Stack, Subject
+from mmfn.train.config.rules import breaches
 from mmfn.train.config.schema import Config, ModelSection
 from mmfn.tree import Tree
 
@@ -91,6 +93,29 @@ def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
             "leave it out of freeze"
         )
     return frozen
+
+
+def stacks_of(specs: Tree) -> dict[str, Stack]:
+    """The stacks of blocks of a model by name."""
+    return {
+        name: Stack(depth=len(part["layers"]), has_experts=has_experts(part))
+        for name, part in specs.items()
+        if "layers" in part
+    }
+
+
+def check_model(config: Config, specs: Tree, *, is_plan: bool = False) -> None:
+    """Raise ValueError for settings that do not fit the model of `specs`: its stacks, towers, experts."""
+    stacks = stacks_of(specs)
+    towers = tuple(name for name in stacks if name != "text")
+    for breach in breaches(Subject(config=config, stacks=stacks, towers=towers, is_plan=is_plan)):
+        if not breach.warns:
+            raise ValueError(breach.sentence)
+
+
+def has_experts(specs: Tree) -> bool:
+    """Whether any leaf is one of experts."""
+    return any("experts" in leaf.axes for leaf in tree.leaves(specs))
 
 
 def trained_note(specs: Tree) -> tuple[str, ...]:

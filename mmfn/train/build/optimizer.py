@@ -4,7 +4,8 @@ import torch
 
 from mmfn import tree
 from mmfn.train import optim
-from mmfn.train.config.schema import Config, OptimizerSection, ScheduleGroup, ScheduleShape
+from mmfn.train.config.learning import OptimizerSection, ScheduleShape
+from mmfn.train.config.schema import Config
 from mmfn.train.guard import Guard
 from mmfn.train.schedule import Schedule, schedule
 from mmfn.tree import Tree
@@ -22,7 +23,7 @@ def build_optimizer(config: Config, specs: Tree, device: torch.device | None = N
         optim.chain(_writer(chosen, specs), *average),
         no_decay=chosen.no_decay,
         lr_scales=list(chosen.lr_scales.items()),
-        schedules=[(pattern, _group_rate(config, pattern, group)) for pattern, group in config.schedule.groups.items()],
+        schedules=[(pattern, _rate(config, group, group.lr)) for pattern, group in config.schedule.groups.items()],
         layer_decay=chosen.layer_decay,
     )
     clip = [] if chosen.clip_norm is None else [optim.clip_by_global_norm(chosen.clip_norm)]
@@ -74,16 +75,6 @@ def _check_patterns(config: Config, specs: Tree) -> None:
             is_matched = tree.leaves(tree.mask(specs, [(pattern, True)], False))
             if all(leaf.is_frozen for leaf, yes in zip(tree.leaves(specs), is_matched, strict=True) if yes):
                 raise ValueError(f"pattern {pattern!r} matches only frozen parameters; remove it from {setting}")
-
-
-def _group_rate(config: Config, pattern: str, group: ScheduleGroup) -> Schedule:
-    """The learning rate of the parameters that match a pattern of `schedule.groups`."""
-    if group.warmup_steps >= config.train.steps:
-        raise ValueError(
-            f"schedule.groups {pattern!r} has warmup_steps {group.warmup_steps}, which must be below train.steps "
-            f"{config.train.steps}; shorten it"
-        )
-    return _rate(config, group, group.lr)
 
 
 def _rate(config: Config, chosen: ScheduleShape, peak: float) -> Schedule:

@@ -1,12 +1,13 @@
 """From a config to a program: the mesh's sizes and the transforms that lay a model out over it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mmfn.models import Family
-from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.program import Transform as ProgramTransform
 from mmfn.parallel.transforms.compiled import compiled
@@ -17,30 +18,10 @@ from mmfn.parallel.transforms.offload import OFFLOAD_KINDS, offload
 from mmfn.parallel.transforms.precision import precision
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
-from mmfn.train.build.model import model_specs, trained_note
-from mmfn.train.config.schema import Config, LayoutSection
+from mmfn.train.build.model import model_specs, stacks_of, trained_note
+from mmfn.train.config.layout import LayoutSection, RematStack
+from mmfn.train.config.schema import Config
 from mmfn.tree import Tree
-
-
-def layout_of(section: LayoutSection) -> Layout:
-    """The sizes of the mesh. Raises ValueError for sizes that do not fit together."""
-    ulysses = {"ulysses": section.cp, "usp": section.ulysses}.get(section.kind, 1)
-    return Layout(replicate=section.replicate, dp=section.dp, cp=section.cp, ulysses=ulysses, ep=section.ep)
-
-
-def check_attention(config: Config, device: torch.device) -> None:
-    """Raise ValueError for a setting whose attention has no kernel for the device yet."""
-    kind, compile_ = config.layout.kind, config.train.compile
-    if compile_ != "none" and device.type != "cpu":
-        raise ValueError(
-            f"train.compile {compile_!r} needs attention that reads nothing on the host, which there is on the CPU "
-            f"only, not on {device.type}; use train.compile=none"
-        )
-    if config.layout.cp > 1 and kind != "ulysses" and device.type != "cpu":
-        raise ValueError(
-            f"layout.kind {kind!r} needs attention blocks with log-sum-exp, which there are on the CPU only, not on "
-            f"{device.type}; use layout.kind=ulysses"
-        )
 
 
 def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: Tree | None = None) -> Program:
@@ -48,7 +29,7 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
 
     Raises ValueError for a layout the model cannot take, and as `model_specs` does.
     """
-    chosen = config.layout
+    chosen, specs = config.layout, specs or model_specs(config, family, cfg)
     narrow = "bfloat16" if config.model.dtype == "bfloat16" else None  # of which what is sensitive is in float32 too
     names = (chosen.compute_dtype or narrow, chosen.reduce_dtype)
     compute, reduce = (None if name is None else getattr(torch, name) for name in names)
@@ -60,7 +41,7 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
             towers=family.towers(cfg),
         ),
         expert_parallel("dropless" if chosen.capacity is None else "capacity", capacity=chosen.capacity),
-        *build_remat(chosen),
+        *build_remat(chosen, list(stacks_of(specs))),
         *(offload(what) for what in chosen.offload if what in OFFLOAD_KINDS),
         data_parallel(prefetch=chosen.prefetch, keep_gathered=chosen.keep_gathered),
         compiled(config.train.compile),
@@ -71,18 +52,17 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
         transforms.append(precision(compute=compute, reduce=reduce, rules=dtypes))
     if chosen.head == "sharded":
         transforms.append(vocabulary_parallel())
-    specs = specs or model_specs(config, family, cfg)
     return pipe(replace(Program.of(specs, mesh=mesh), notes=trained_note(specs)), *transforms)
 
 
-def build_remat(chosen: LayoutSection) -> list[ProgramTransform]:
-    """What is computed again: one policy for all stacks, or one for the text and one for the vision tower."""
+def build_remat(chosen: LayoutSection, stacks: Sequence[str]) -> list[ProgramTransform]:
+    """What is computed again: one policy for all stacks, or one for each of a model's `stacks`."""
 
-    def build(key: str, where: str) -> ProgramTransform:
-        kind, save = getattr(chosen, key), getattr(chosen, f"{key}_save")
-        every, num_layers = getattr(chosen, f"{key}_every"), getattr(chosen, f"{key}_layers")
-        return remat(kind, save=save if kind == "selective" else (), every=every, num_layers=num_layers, where=where)
+    def build(policy: RematStack, where: str) -> ProgramTransform:
+        save = [op for op in policy.save if chosen.ep > 1 or op != "exchange"] if policy.kind == "selective" else []
+        kind = "full" if policy.kind == "selective" and not save else policy.kind
+        return remat(kind, save=save, every=policy.every, num_layers=policy.layers, where=where)
 
-    if chosen.remat_vision is None:
-        return [build("remat", "all")]
-    return [build("remat", "text"), build("remat_vision", "vision")]
+    if not chosen.remat_stacks:
+        return [build(chosen.remat_of(""), "all")]
+    return [build(chosen.remat_of(name), name) for name in stacks]

@@ -22,10 +22,9 @@ from mmfn.train.build.data import (
     load_model_processor,
     open_dataset,
 )
-from mmfn.train.build.model import find_device, load_shards
-from mmfn.train.build.program import build_program, check_attention
+from mmfn.train.build.model import check_model, find_device, load_shards
+from mmfn.train.build.program import build_program
 from mmfn.train.build.step import build_objective, build_step
-from mmfn.train.config.effects import check_effects
 from mmfn.train.config.load import Loaded
 from mmfn.train.data import Dataset, Loader, Processor
 from mmfn.train.objective import Objective
@@ -74,14 +73,13 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
     place = place or alone(find_device(config.model.device))
-    check_attention(config, place.device)
     model = load_shards(config, place)
     check_match(model, processor)
-    check_effects(config, model.cfg, model.family.specs(model.cfg))
+    check_model(config, model.family.specs(model.cfg))
     export.check_layout(model.family.specs(model.cfg), model.family.key_map(model.cfg), config.output.experts)
     eos = eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size)
     program = build_program(config, model.family, model.cfg, place.mesh)
-    for note in program.notes:
+    for note in (*(f"note: {note}" for note in loaded.notes), *program.notes):
         say(note)
     if config.has_adapters and config.output.adapter != "merged":  # what peft's format cannot express is refused now
         adapter.stored(program.specs, model.family.specs(model.cfg), model.family.key_map(model.cfg))

@@ -8,7 +8,8 @@ from mmfn.model import Model
 from mmfn.ops.cross_entropy import power_of_two
 from mmfn.parallel.program import Program
 from mmfn.train.build.optimizer import build_guard, build_optimizer, build_schedule
-from mmfn.train.config.schema import Config, ObjectiveSection
+from mmfn.train.config.learning import ObjectiveSection
+from mmfn.train.config.schema import Config
 from mmfn.train.objective import Objective, resolve
 from mmfn.train.step import State, Step, init_state, make_step
 

@@ -42,7 +42,10 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         )
         say(plan_search.summary(found))
     else:
-        found = [plan_search.plan_config(request(config=plan_search.with_world(settings, args.world)))]
+        loaded = plan_search.with_world(settings, args.world)
+        for note in loaded.notes:
+            say(f"note: {note}")
+        found = [plan_search.plan_config(request(config=loaded.config))]
         say(found[0])
     if args.json is not None:
         write_text(Path(args.json), found[0].to_json())

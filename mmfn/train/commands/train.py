@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from mmfn.parallel.mesh import launch
 from mmfn.train.build.model import find_device
-from mmfn.train.build.program import layout_of
 from mmfn.train.build.run import prepare
 from mmfn.train.commands.evaluate import summary
 from mmfn.train.config.load import describe, load_config
@@ -23,7 +22,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         say(describe(loaded).rstrip("\n"))
         return
     config = loaded.config
-    layout = layout_of(config.layout)
+    layout = config.layout.sizes
     launch.check_layout(layout, args.ranks, f"mmfn train {args.config}")
     if config.train.allocator == "retained":
         retain_freed_memory()

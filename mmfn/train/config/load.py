@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from mmfn.train.config.schema import Config, Section
+from mmfn.train.config.rule import Subject
+from mmfn.train.config.rules import breaches
+from mmfn.train.config.schema import Config
+from mmfn.train.config.section import ConfigSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +39,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A checked config, the file it is from, and where every dotted key that was set is: "FILE:LINE" or "override"."""
+    """A checked config, the file it is from, and where every dotted key that was set is: "FILE:LINE" or "override".
+
+    `notes`: settings that this layout idles.
+    """
 
     config: Config
     path: Path
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 # What PyYAML raises, besides its own errors, for values that do not fit their tag (`!!int x`) and for deep nesting.
@@ -78,7 +85,7 @@ def known_keys() -> dict[str, str]:
     return {
         f"{name}.{key}": field.description or ""
         for name, section in sections.items()
-        if isinstance(section, type) and issubclass(section, Section)
+        if isinstance(section, type) and issubclass(section, ConfigSection)
         for key, field in section.model_fields.items()
     }
 
@@ -104,13 +111,22 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     return settings.overridden(overrides)
 
 
-def check(settings: Settings) -> Loaded:
-    """The second half of `load_config`. Raises ValueError for a missing or wrong value."""
+def check(settings: Settings, *, is_plan: bool = False) -> Loaded:
+    """The second half of `load_config`. Raises ValueError for a missing or wrong value, or a rule that is broken.
+
+    `is_plan`: nothing will be run (see `rules.Subject`).
+    """
     values, path, origins = settings.values, settings.path, settings.origins
     try:
-        return Loaded(config=Config.model_validate(values), path=path, origins=origins)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise ValueError(_sentence(error, str(path), values, origins)) from error
+    notes = []
+    for breach in breaches(Subject(config=config, is_plan=is_plan)):
+        if not breach.warns:
+            raise ValueError(f"{origins.get(breach.setting, path)}: {breach.sentence}")
+        notes.append(breach.sentence)
+    return Loaded(config=config, path=path, origins=origins, notes=tuple(notes))
 
 
 def describe(loaded: Loaded) -> str:
@@ -212,8 +228,6 @@ def _sentence(
     if first["type"] == "missing" and key not in origins:
         return f"{source}: {key} is required ({known_keys()[key]}); set it in the file or as {key}=VALUE"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{source}: {f'in section {key}, ' if key else ''}{message}"
     if first["type"] == "missing":
         message = "it has too few entries"
     where = origins.get(key, source)

@@ -21,13 +21,13 @@ from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.program import Program
-from mmfn.train.build.model import model_specs
+from mmfn.train.build.model import check_model, model_specs
 from mmfn.train.build.optimizer import build_optimizer
-from mmfn.train.build.program import build_program, layout_of
+from mmfn.train.build.program import build_program
 from mmfn.train.build.step import build_objective
-from mmfn.train.config.effects import check_effects
-from mmfn.train.config.load import Settings, check, read_settings
-from mmfn.train.config.schema import Config, LayoutSection
+from mmfn.train.config.layout import LayoutSection
+from mmfn.train.config.load import Loaded, Settings, check, read_settings
+from mmfn.train.config.schema import Config
 from mmfn.train.planning.step_plan import plan
 from mmfn.train.planning.step_trace import PlannedStep
 from mmfn.train.planning.workload import Workload
@@ -35,7 +35,7 @@ from mmfn.train.planning.workload import Workload
 SHARDS = (1, 2, 4, 8, 16)  # of a search: parameters are whole on a world's 1, 1/2, 1/4, ... of the ranks
 CP_SIZES = (1, 2, 4, 8)
 BARE: Mapping[str, Mapping[str, Any]] = {
-    "data": {"train": "", "token_buckets": [1], "patch_buckets": [1]},
+    "data": {"train": "", "token_buckets": [1], "tower_buckets": {}},
     "optimizer": {"lr": 1e-5},
     "train": {"steps": 1},
     "output": {"path": ""},
@@ -66,15 +66,15 @@ def read(path: str, overrides: Sequence[str]) -> Settings:
     return Settings(values=values, path=Path(path), origins={}).overridden(overrides)
 
 
-def with_world(settings: Settings, world: int | None) -> Config:
-    """The checked config, with dp set so that the layout has `world` ranks. Raises ValueError where none does."""
+def with_world(settings: Settings, world: int | None) -> Loaded:
+    """The checked config, with dp set so that its layout has `world` ranks. Raises ValueError where none does."""
     given = settings.values.get("layout", {})
     replicate, cp = (given.get(name, 1) for name in ("replicate", "cp"))
     if world is not None and type(replicate) is type(cp) is int and min(replicate, cp) > 0:  # others `check` refuses
         if world < 1 or world % (replicate * cp):
             raise ValueError(f"world {world} is no multiple of replicate * cp = {replicate * cp}; change one of them")
         settings = settings.having("layout", dp=world // (replicate * cp))
-    return check(settings).config
+    return check(settings, is_plan=True)
 
 
 def plan_config(request: Request) -> Plan:
@@ -87,11 +87,11 @@ def make_setup(request: Request) -> tuple[PlannedStep, Layout]:
     """The step of a config, from its `config.json` alone."""
     config = request.config
     found, cfg = _model(config)
-    layout = layout_of(config.layout)
+    layout = config.layout.sizes
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
 
     specs = model_specs(config, found, cfg)
-    check_effects(config, cfg, specs)
+    check_model(config, specs, is_plan=True)
     build_optimizer(config, specs)  # refuses the rules that training refuses; the one below has none
 
     def build(shallow: Any, mesh: Mesh) -> Program:
@@ -149,7 +149,7 @@ def search(
             raise
     reasons = [(r.config.layout, x) for r, x in zip(requests, found, strict=True) if isinstance(x, str)]
     for layout, reason in reasons:
-        say(f"left out {layout_of(layout)}, remat {layout.remat}: {reason}")
+        say(f"left out {layout.sizes}, remat {layout.remat}: {reason}")
     plans = [x for x in found if isinstance(x, Plan)]
     if not plans:
         raise ValueError(f"no layout can be planned: {reasons[0][1]}")
@@ -162,15 +162,18 @@ def candidates(settings: Settings, world: int) -> Iterator[Config]:
     A layout setting that is given is kept, but for dp, which makes the world. Raises ValueError where there is none.
     """
     given = {name: value for name, value in settings.values.get("layout", {}).items() if name != "dp"}
-    family_, cfg = _model(check(replace(settings, values={**settings.values, "layout": {}})).config)
+    family_, cfg = _model(check(replace(settings, values={**settings.values, "layout": {}}), is_plan=True).config)
     seen: list[LayoutSection] = []
     reason = ""
     for values in _layouts(world, getattr(cfg, "moe", None)):
         try:
-            chosen = check(settings.having("layout", **{**values, **given})).config
+            loaded = check(settings.having("layout", **{**values, **given}), is_plan=True)
+            if loaded.notes:  # what is given has no effect there
+                raise ValueError(loaded.notes[0])
+            chosen = loaded.config
             if chosen.layout in seen or chosen.layout.world != world:
                 continue
-            layout = layout_of(chosen.layout)
+            layout = chosen.layout.sizes
             build_program(chosen, family_, cfg, recording_mesh(layout, 0, Recorder(is_fake=True)))
         except ValueError as error:
             reason = reason or str(error)
