@@ -15,6 +15,7 @@ from mmfn import __version__
 from mmfn.parallel.mesh import launch
 
 COMMANDS = {"train": "train", "eval": "evaluate", "plan": "plan", "generate": "generate"}  # and its module
+KERNELS = ("portable", "reference", "cuda", "npu")
 ON_RANKS = ("train", "eval")
 USAGE_ERROR, INTERRUPTED = 2, 130
 # What torch and Python say in a RuntimeError when the machine, not the program, is at its limit.
@@ -109,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     sub.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    sub.add_argument(
+        "--kernels", choices=KERNELS, default="portable", help="the table of ops that computes (default portable)"
+    )
     return parser
 
 

@@ -111,6 +111,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"output.adapter": "merged"}, "output.adapter has no effect without LoRA"),
     ({"lora.rank": 2, "model.init": "random", "output.adapter": "separate"}, "saves nowhere the base"),
     ({"output.experts": "transformers"}, "output.experts 'transformers' has no effect, the model has no experts"),
+    ({"objective.router_aux_coef": 0.0}, "objective.router_aux_coef has no effect, the model has no experts; remove"),
     (
         {"train.compile": "layer", "model.device": "cuda"},
         "train.compile 'layer' needs attention that reads nothing on the host, which there is on the CPU only, not on",

@@ -12,7 +12,8 @@ from mmfn.interop.checkpoint import read_config
 from mmfn.interop.hf import init, load_hf
 from mmfn.lora import add_adapters, lora
 from mmfn.model import Model
-from mmfn.models import Family
+from mmfn.models import Family, family
+from mmfn.ops import Ops, portable, reference
 from mmfn.parallel.mesh.launch import Place, Ranks
 from mmfn.parallel.weights.host_memory import HOST_DEVICE
 from mmfn.parallel.weights.hosted import to_host
@@ -45,6 +46,13 @@ def find_device(name: str, ranks: Ranks | None = None) -> torch.device:
     return device
 
 
+def find_family(section: ModelSection) -> tuple[Family, Any]:
+    """The family of a model's folder and its config, from `config.json` alone."""
+    hf = read_config(Path(section.path))
+    chosen = family(str(hf.get("model_type")))
+    return chosen, chosen.config_from_hf(hf)
+
+
 def load_model(section: ModelSection, seed: int, device: torch.device | None = None) -> Model:
     """The whole model, loaded or random, on `device` (default: that of the section), with its adapter if it has one."""
     device, dtype = device or find_device(section.device), getattr(torch, section.dtype)
@@ -54,6 +62,27 @@ def load_model(section: ModelSection, seed: int, device: torch.device | None = N
         model = init(read_config(Path(section.path)), seed, dtype)
         model = replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
     return model if section.adapter is None else adapter.load(section.adapter, model)
+
+
+def ops_table(name: str) -> Ops:
+    """The table of ops of a name (`model.kernels`). Raises ValueError for one that there is not yet."""
+    tables = {"portable": portable, "reference": reference}
+    if name not in tables:
+        raise ValueError(f"model.kernels {name!r} has no table of ops yet; use one of {', '.join(tables)}")
+    return tables[name]()
+
+
+def with_router_weight(model: Model, weight: float | None) -> Model:
+    """The model with another weight of the load-balancing loss; None: as its config has it."""
+    return model if weight is None else replace(model, cfg=replace(model.cfg, router_aux_coef=weight))
+
+
+def router_note(model: Model, weight: float | None) -> tuple[str, ...]:
+    """What is said of a model with routers."""
+    if not has_experts(model.family.specs(model.cfg)):
+        return ()
+    source = "config.json" if weight is None else "objective.router_aux_coef"
+    return (f"router balance: weight {model.cfg.router_aux_coef:g}, of {source}",)
 
 
 def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
@@ -137,4 +166,4 @@ def load_shards(config: Config, place: Place) -> Model:
     if not is_alone:
         params = tree.map(lambda leaf, s: shard(leaf, sharding_of(s, place.mesh), device), params, specs)
     params = to_host(params, place.device) if device != place.device else params
-    return replace(model, params=params)
+    return with_router_weight(replace(model, params=params), config.objective.router_aux_coef)

@@ -18,7 +18,7 @@ from mmfn.parallel.transforms.offload import OFFLOAD_KINDS, offload
 from mmfn.parallel.transforms.precision import precision
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
-from mmfn.train.build.model import model_specs, stacks_of, trained_note
+from mmfn.train.build.model import model_specs, ops_table, stacks_of, trained_note
 from mmfn.train.config.layout import LayoutSection, RematStack
 from mmfn.train.config.schema import Config
 from mmfn.tree import Tree
@@ -52,7 +52,9 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
         transforms.append(precision(compute=compute, reduce=reduce, rules=dtypes))
     if chosen.head == "sharded":
         transforms.append(vocabulary_parallel())
-    return pipe(replace(Program.of(specs, mesh=mesh), notes=trained_note(specs)), *transforms)
+    return pipe(
+        replace(Program.of(specs, ops_table(config.model.kernels), mesh), notes=trained_note(specs)), *transforms
+    )
 
 
 def build_remat(chosen: LayoutSection, stacks: Sequence[str]) -> list[ProgramTransform]:

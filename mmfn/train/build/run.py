@@ -22,7 +22,7 @@ from mmfn.train.build.data import (
     load_model_processor,
     open_dataset,
 )
-from mmfn.train.build.model import check_model, find_device, load_shards
+from mmfn.train.build.model import check_model, find_device, find_family, load_shards, router_note
 from mmfn.train.build.program import build_program
 from mmfn.train.build.step import build_objective, build_step
 from mmfn.train.config.load import Loaded
@@ -73,16 +73,18 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
     place = place or alone(find_device(config.model.device))
+    family, cfg = find_family(config.model)
+    check_model(config, family.specs(cfg))
+    export.check_layout(family.specs(cfg), family.key_map(cfg), config.output.experts)
+    program = build_program(config, family, cfg, place.mesh)
+    if config.has_adapters and config.output.adapter != "merged":  # what peft's format cannot express is refused now
+        adapter.stored(program.specs, family.specs(cfg), family.key_map(cfg))
     model = load_shards(config, place)
     check_match(model, processor)
-    check_model(config, model.family.specs(model.cfg))
-    export.check_layout(model.family.specs(model.cfg), model.family.key_map(model.cfg), config.output.experts)
     eos = eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size)
-    program = build_program(config, model.family, model.cfg, place.mesh)
-    for note in (*(f"note: {note}" for note in loaded.notes), *program.notes):
+    idle = [f"note: {note}" for note in loaded.notes]
+    for note in (*idle, *program.notes, *router_note(model, config.objective.router_aux_coef)):
         say(note)
-    if config.has_adapters and config.output.adapter != "merged":  # what peft's format cannot express is refused now
-        adapter.stored(program.specs, model.family.specs(model.cfg), model.family.key_map(model.cfg))
     step, state = build_step(config, model, program, place.device)
     loader = build_loader(config, train_set, model, program)
     check_data(config, loader, train_set, held_out, place, say)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mmfn.parallel.mesh import launch
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.train.build.data import check_match, eos_token_ids, load_model_processor, open_dataset
-from mmfn.train.build.model import find_device, load_model
+from mmfn.train.build.model import find_device, load_model, ops_table
 from mmfn.train.config.load import load_config
 from mmfn.train.run.evaluate import Evaluation, evaluate, to_json
 from mmfn.train.run.folder import check_file, write_text
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
             batch_samples=config.eval.batch_samples,
             max_new_tokens=config.eval.max_new_tokens,
             eos_token_ids=eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size),
+            ops=ops_table(config.model.kernels),
             axis=place.host["world"],
         )
     if args.out is not None and place.is_first:

@@ -18,6 +18,10 @@ class ObjectiveSection(ConfigSection):
         default=0.0, description="coefficient of the squared log-sum-exp of a token's logits; 1e-4 is usual"
     )
     label_smoothing: Fraction = Field(default=0.0, description="share of a token's target spread over the vocabulary")
+    router_aux_coef: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="weight of the routers' load-balancing loss; null: router_aux_loss_coef as config.json has it",
+    )
     chunk_size: PositiveInt | None = Field(
         default=None, description="tokens that meet the head at a time; null: as many as suit it"
     )

@@ -133,6 +133,11 @@ def _expert_settings(subject: Subject) -> Iterator[str]:
         yield f"output.experts {c.output.experts!r} has no effect, the model has no experts; remove it"
 
 
+def _router_settings(subject: Subject) -> Iterator[str]:
+    if not subject.has_experts and subject.config.objective.router_aux_coef is not None:
+        yield "objective.router_aux_coef has no effect, the model has no experts; remove it"
+
+
 POLICY_KINDS = {"save": ("selective",), "every": ("full", "selective"), "layers": ("uniform", "block")}
 EXPERT_OPS = ("experts", "exchange")  # of those that selective remat can keep
 
@@ -254,6 +259,7 @@ RULES = (
     ),
     # the model's kind and the device
     Rule(settings=("output.experts",), find=_expert_settings),
+    Rule(settings=("objective.router_aux_coef",), find=_router_settings),
     refused(
         "train.compile model.device",
         lambda c: c.train.compile != "none" and _is_on_accelerator(c),

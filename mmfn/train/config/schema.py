@@ -28,6 +28,9 @@ class ModelSection(ConfigSection):
     )
     dtype: Dtype = Field(default="float32", description="dtype of the parameters and, by default, of the compute")
     device: str = Field(default="cpu", description="torch device: cpu, cuda, cuda:1, npu, ...")
+    kernels: Literal["portable", "reference", "cuda", "npu"] = Field(
+        default="portable", description="which table of ops computes, in training, evaluation, generation and plans"
+    )
     adapter: str | None = Field(
         default=None, description="folder of a LoRA adapter in peft's format that is trained on; null: none"
     )

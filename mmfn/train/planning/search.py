@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from mmfn.interop.checkpoint import read_config
-from mmfn.models import Family, family
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.program import Program
-from mmfn.train.build.model import check_model, model_specs
+from mmfn.train.build.model import check_model, find_family, model_specs
 from mmfn.train.build.optimizer import build_optimizer
 from mmfn.train.build.program import build_program
 from mmfn.train.build.step import build_objective
@@ -86,7 +84,7 @@ def plan_config(request: Request) -> Plan:
 def make_setup(request: Request) -> tuple[PlannedStep, Layout]:
     """The step of a config, from its `config.json` alone."""
     config = request.config
-    found, cfg = _model(config)
+    found, cfg = find_family(config.model)
     layout = config.layout.sizes
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
 
@@ -107,6 +105,7 @@ def make_setup(request: Request) -> tuple[PlannedStep, Layout]:
         workload=replace(request.workload, segment_multiple=segment_multiple(config.layout.kind, layout)),
         dtype=getattr(torch, config.model.dtype),
         objective=build_objective(config.objective),
+        kernels=config.model.kernels,
     )
     return setup, layout
 
@@ -162,7 +161,8 @@ def candidates(settings: Settings, world: int) -> Iterator[Config]:
     A layout setting that is given is kept, but for dp, which makes the world. Raises ValueError where there is none.
     """
     given = {name: value for name, value in settings.values.get("layout", {}).items() if name != "dp"}
-    family_, cfg = _model(check(replace(settings, values={**settings.values, "layout": {}}), is_plan=True).config)
+    bare = check(replace(settings, values={**settings.values, "layout": {}}), is_plan=True).config
+    family_, cfg = find_family(bare.model)
     seen: list[LayoutSection] = []
     reason = ""
     for values in _layouts(world, getattr(cfg, "moe", None)):
@@ -231,12 +231,6 @@ def _interrupts_later() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _model(config: Config) -> tuple[Family, Any]:
-    hf = read_config(Path(config.model.path))
-    found = family(str(hf.get("model_type")))
-    return found, found.config_from_hf(hf)
 
 
 def _one_thread() -> None:

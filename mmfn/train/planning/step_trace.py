@@ -34,7 +34,10 @@ Build = Callable[[Any, Mesh], Program]  # (cfg, mesh) -> how a rank runs a model
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """A step to plan: what `make_step` takes, with a function for the program, which is built for several depths."""
+    """A step to plan: what `make_step` takes, with a function for the program, which is built for several depths.
+
+    `kernels`: the name of the table of ops that the program is built with.
+    """
 
     family: Family
     cfg: Any
@@ -43,6 +46,7 @@ class PlannedStep:
     workload: Workload
     dtype: torch.dtype = torch.float32
     objective: Named = "per_token_loss"
+    kernels: str = "portable"
 
 
 def trace_step(

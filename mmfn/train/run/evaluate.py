@@ -123,11 +123,13 @@ def answer(
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
+    ops: Ops | None = None,
 ) -> str:
     """The greedy answer to one user message, decoded without special tokens.
 
     `images`: paths, in the order of the `<image>` marks in `prompt`; without marks they stand in front of it. Raises
-    ValueError when their numbers differ, an image does not decode or the logits are not finite.
+    ValueError when their numbers differ, an image does not decode or the logits are not finite. `ops` defaults to
+    `ops.portable()`.
     """
     text = prompt if "<image>" in prompt else "<image>" * len(images) + prompt
     entry = {"messages": [{"role": "user", "content": text}], "images": list(images)}
@@ -142,7 +144,7 @@ def answer(
         images=media,
         id=record.id,
     )
-    (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids)
+    (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids, ops=ops)
     decoded: str = processor.chat.tokenizer.decode(row, skip_special_tokens=True)
     return decoded.strip()
 
