@@ -99,7 +99,9 @@ class ScheduleShape(ConfigSection):
 
     kind: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="shape after the warmup")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="steps of linear warmup")
-    final_scale: Fraction = Field(default=0.0, description="learning rate at the last step, as a share of the peak")
+    final_scale: Fraction = Field(
+        default=0.0, description="share of the peak after train.steps; the last step runs one step's decay above it"
+    )
 
 
 class ScheduleGroup(ScheduleShape):

@@ -63,7 +63,7 @@ def adamw(
 
         return run
 
-    return Transform(init=init, update=update)
+    return Transform(init=init, update=update, stage="write")
 
 
 def _apply_(u: Update, state: Tree, paths: Sequence[str], lr: Tensor, *numbers: float) -> None:

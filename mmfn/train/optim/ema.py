@@ -34,7 +34,7 @@ def ema(decay: float) -> Transform:
 
         return run
 
-    return Transform(init=init, update=update)
+    return Transform(init=init, update=update, stage="read")
 
 
 def ema_params(state: Mapping[str, Any]) -> Tree:

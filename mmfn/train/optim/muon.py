@@ -79,7 +79,7 @@ def muon(
 
         return run
 
-    return Transform(init=lambda params: {"momentum": zeros_like(params)}, update=update)
+    return Transform(init=lambda params: {"momentum": zeros_like(params)}, update=update, stage="write")
 
 
 FACTORS: dict[str, Callable[[int, int], float]] = {

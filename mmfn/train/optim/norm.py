@@ -24,7 +24,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         factor = (max_norm / (u.norm + 1e-6)).clamp(max=1.0)
         return replace(u, scale=factor if u.scale is None else u.scale * factor), state
 
-    return Transform(init=lambda params: {}, update=lambda facts: run)
+    return Transform(init=lambda params: {}, update=lambda facts: run, stage="scale")
 
 
 def global_norm(grads: Leaves) -> Tensor:

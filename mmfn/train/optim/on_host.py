@@ -73,7 +73,8 @@ def on_host(
 
         return run
 
-    return Transform(init=init, update=update, is_traceable=False, on_host=transform.on_host | kinds)
+    moved = transform.on_host | kinds
+    return Transform(init=init, update=update, is_traceable=False, on_host=moved, stage=transform.stage)
 
 
 class _Kept(NamedTuple):

@@ -45,7 +45,7 @@ def sgd(*, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 
 
         return run
 
-    return Transform(init=init, update=update)
+    return Transform(init=init, update=update, stage="write")
 
 
 def _fused_(
