@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     )
     if args.search:
         found = plan_search.search(
-            [request(config=config) for config in plan_search.candidates(settings, args.world)], say=say
+            [request(config=config) for config in plan_search.candidates(settings, args.world, say)], say=say
         )
         say(plan_search.summary(found))
     else:

@@ -31,7 +31,7 @@ from mmfn.train.planning.step_trace import PlannedStep
 from mmfn.train.planning.workload import Workload
 
 SHARDS = (1, 2, 4, 8, 16)  # of a search: parameters are whole on a world's 1, 1/2, 1/4, ... of the ranks
-CP_SIZES = (1, 2, 4, 8)
+MOST = 480  # layouts of a search: minutes to an hour
 BARE: Mapping[str, Mapping[str, Any]] = {
     "data": {"train": "", "token_buckets": [1], "tower_buckets": {}},
     "optimizer": {"lr": 1e-5},
@@ -155,37 +155,50 @@ def search(
     return sorted(plans, key=lambda p: (not p.fits, p.time.total_s))
 
 
-def candidates(settings: Settings, world: int) -> Iterator[Config]:
-    """Configs that differ in their layout only, each one that the program accepts.
+def candidates(settings: Settings, world: int, say: Callable[[str], None] = lambda line: None) -> Iterator[Config]:
+    """Configs that differ in their layout only, each one that the program accepts; those with small cp * ep first.
 
-    A layout setting that is given is kept, but for dp, which makes the world. Raises ValueError where there is none.
+    A layout setting that is given is kept, but for dp, which makes the world. `say` is told what is left out: layouts
+    that are refused, and those with the largest cp * ep where there are more than `MOST`. Raises ValueError where there
+    is none.
     """
     given = {name: value for name, value in settings.values.get("layout", {}).items() if name != "dp"}
     bare = check(replace(settings, values={**settings.values, "layout": {}}), is_plan=True).config
-    family_, cfg = find_family(bare.model)
+    chosen_family, cfg = find_family(bare.model)
     seen: list[LayoutSection] = []
-    reason = ""
-    for values in _layouts(world, getattr(cfg, "moe", None)):
-        try:
-            loaded = check(settings.having("layout", **{**values, **given}), is_plan=True)
-            if loaded.notes:  # what is given has no effect there
-                raise ValueError(loaded.notes[0])
-            chosen = loaded.config
-            if chosen.layout in seen or chosen.layout.world != world:
-                continue
-            layout = chosen.layout.sizes
-            build_program(chosen, family_, cfg, recording_mesh(layout, 0, Recorder(is_fake=True)))
-        except ValueError as error:
-            reason = reason or str(error)
-            continue  # what a layout or a model refuses is no candidate
-        seen.append(chosen.layout)
-        yield chosen
+    refusals: list[str] = []
+    groups = _by_spread(world, cfg.moe.num_experts if hasattr(cfg, "moe") else 1, given)
+    for i, (spread, group) in enumerate(groups):
+        if len(seen) + len(group) > MOST and seen:
+            rest = sum(len(layouts) for _, layouts in groups[i:])
+            say(
+                f"left out {rest} layouts with cp * ep of {spread} and more: a search plans at most {MOST}; set "
+                "layout.cp, layout.ep or layout.replicate to look at them"
+            )
+            break
+        for values in group:
+            try:
+                loaded = check(settings.having("layout", **values), is_plan=True)
+                if loaded.notes:  # what is given has no effect there
+                    raise ValueError(loaded.notes[0])
+                config = loaded.config
+                if config.layout in seen or config.layout.world != world:
+                    continue
+                mesh = recording_mesh(config.layout.sizes, 0, Recorder(is_fake=True))
+                build_program(config, chosen_family, cfg, mesh)
+            except ValueError as error:
+                refusals.append(str(error))
+                continue  # what a layout or a model refuses is no candidate
+            seen.append(config.layout)
+            yield config
+    because = f", the first because {refusals[0]}" if refusals else ""
     if not seen:
-        because = f", the first because {reason}" if reason else ""
         raise ValueError(
             f"no layout of {world} ranks fits this model and the layout settings that are given{because}; change one "
             "of them"
         )
+    if refusals:
+        say(f"left out {len(refusals)} layouts that are refused{because}")
 
 
 def summary(plans: Sequence[Plan]) -> str:
@@ -199,19 +212,36 @@ def summary(plans: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
-def _layouts(world: int, moe: Any) -> Iterator[dict[str, Any]]:
-    for part in SHARDS:
-        shard, rest = divmod(world, part)
-        if rest:
-            continue
-        for cp in (n for n in CP_SIZES if shard % n == 0):
+def _by_spread(world: int, num_experts: int, given: Mapping[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:
+    """All layouts with what is given, in groups of one cp * ep, the smallest first."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    every = list(_layouts(world, num_experts))
+    fixed_sizes = [(name, given[name]) for name in ("replicate", "cp", "ep", "kind") if name in given]
+    fitting = [values for values in every if all(values.get(name, size) == size for name, size in fixed_sizes)]
+    for values in fitting or every:  # none: then each is refused with what is given, and says why
+        layout = {**values, **given}
+        sizes = (layout["cp"], layout["ep"])
+        group = groups.setdefault(sizes[0] * sizes[1] if all(type(n) is int for n in sizes) else 0, [])
+        if layout not in group:
+            group.append(layout)
+    return sorted(groups.items())
+
+
+def _layouts(world: int, num_experts: int) -> Iterator[dict[str, Any]]:
+    """Every cp that divides the ranks of a share, and every ep that divides them and the experts."""
+    for part in (n for n in SHARDS if world % n == 0):
+        shard = world // part
+        for cp in _divisors(shard):
             kinds: list[dict[str, Any]] = [{"kind": k} for k in ("gather", "ulysses", "ring")] if cp > 1 else [{}]
-            kinds += [{"kind": "usp", "ulysses": 2}] if cp > 2 else []
-            experts = [n for n in (1, 8, 16, 32) if moe is not None and moe.num_experts % n == 0] or [1]
+            kinds += [{"kind": "usp", "ulysses": 2}] if cp > 2 and cp % 2 == 0 else []
             for kind in kinds:
-                for ep in (n for n in experts if shard % n == 0):
+                for ep in (n for n in _divisors(shard) if num_experts % n == 0):
                     for remat in ("none", "full"):
                         yield {"replicate": part, "dp": shard // cp, "cp": cp, "ep": ep, "remat": remat, **kind}
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _plan_or_reason(request: Request) -> Plan | str:
