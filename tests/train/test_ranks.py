@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+import mmfn
 from mmfn import batch as packing
 from mmfn import tree
+from mmfn.interop.checkpoint import read_config
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import run_virtual, virtual
@@ -210,19 +212,21 @@ def start(num: int, *args: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    common |= {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "mmfn", *args],
-            cwd=ROOT,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num)
-    ]
+    return [start_rank(rank, num, port, *args) for rank in range(num)]
+
+
+def start_rank(rank: int, num: int, port: int, *args: str) -> subprocess.Popen[str]:
+    """One of `num` ranks, which meet at a port of this machine."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmfn", *args],
+        cwd=ROOT,
+        env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(ranks: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
@@ -270,6 +274,61 @@ def test_a_wrong_layout_is_one_sentence_and_exit_code_2_on_all_ranks(make_config
         "mmfn: error: layout dp 3: replicate * dp * cp = 3 but there are 2 ranks; change the layout, or start 3 ranks\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def two_ranks(*settings: Sequence[str], command: str = "train") -> list[tuple[int, str, str]]:
+    """Two agents of one rank each, which were started with different arguments."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return finish([start_rank(rank, 2, port, command, *own) for rank, own in enumerate(settings)])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ("optimizer.lr=3e-3", "rank 1 has optimizer.lr 0.003 but rank 0 has 0.002; start all ranks with the same"),
+        ("train.seed=1", "rank 1 has train.seed 1 but rank 0 has 0; start all ranks with the same"),
+        ("data.train=", "rank 1 has data.train with the content '"),
+        ("model.path=", "rank 1 has weights (model.path, model.adapter) with the content '"),
+    ],
+    ids=["settings", "order", "data", "weights"],
+)
+def test_ranks_that_differ_are_refused(
+    make_config: MakeConfig, small_demo: Path, tmp_path: Path, changed: str, expected: str
+) -> None:
+    """Everything that decides a number is the same on all ranks, or nothing is trained."""
+    path = make_config({"data.eval": None, "data.check": "first"})
+    common = [str(path), "layout.dp=2"]
+    if changed == "data.train=":
+        entries = json.loads((small_demo / "train.json").read_text())
+        (tmp_path / "train.json").write_text(json.dumps(entries[1:] + entries[:1]))
+        changed += str(tmp_path / "train.json")
+    if changed == "model.path=":
+        base = mmfn.init(read_config(small_demo / "model"), seed=0)
+        for name, model in (("a", base), ("b", replace(base, params=tree.map(lambda x: 1.01 * x, base.params)))):
+            mmfn.save_hf(tmp_path / name, model, assets=small_demo / "model")
+        common += ["model.init=load", f"model.path={tmp_path / 'a'}"]
+        changed += str(tmp_path / "b")
+    ranks = two_ranks(common, [*common, changed])
+    assert [code for code, _, _ in ranks] == [2, 2]
+    said = "".join(errors for _, _, errors in ranks)
+    assert said.count("\n") == 1
+    assert said.startswith("mmfn: error: " + expected)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.dist
+def test_ranks_may_differ_in_paths_and_workers(make_config: MakeConfig, small_demo: Path, tmp_path: Path) -> None:
+    path = make_config({"data.eval": None, "data.check": "first", "train.steps": 1})
+    copy = tmp_path / "copy.json"
+    copy.write_bytes((small_demo / "train.json").read_bytes())
+    common = [str(path), "layout.dp=2"]
+    own = [*common, f"data.train={copy}", "data.workers=0", "train.log_every=7", f"output.path={tmp_path / 'other'}"]
+    assert [(code, errors) for code, _, errors in two_ranks(common, own)] == [(0, ""), (0, "")]
+    assert (tmp_path / "run" / "checkpoint").is_dir()
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.dist

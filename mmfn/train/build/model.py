@@ -19,6 +19,7 @@ from mmfn.parallel.weights.host_memory import HOST_DEVICE
 from mmfn.parallel.weights.hosted import to_host
 from mmfn.parallel.weights.sharding import shard, sharding_of
 from mmfn.spec import freeze, num_params, num_trained, trained_paths
+from mmfn.train.build.agreement import check_same, weights_in_common
 from mmfn.train.config.rule import Stack, Subject
 from mmfn.train.config.rules import breaches
 from mmfn.train.config.schema import Config, ModelSection
@@ -156,11 +157,14 @@ def trained_note(specs: Tree) -> tuple[str, ...]:
 def load_shards(config: Config, place: Place) -> Model:
     """The model with this rank's shards. Every rank has the whole model in the host's memory while it cuts them.
 
-    With `layout.offload` of parameters they stay in the host's memory, pinned for the device.
+    With `layout.offload` of parameters they stay in the host's memory, pinned for the device. Raises ValueError where
+    ranks have read different weights.
     """
     is_alone, seed = place.mesh.layout.world == 1, config.train.seed
     device = HOST_DEVICE if "parameters" in config.layout.offload else place.device
     model = load_model(config.model, seed, device if is_alone else HOST_DEVICE)
+    if not is_alone:
+        check_same(weights_in_common(model.params), place.host["world"])
     specs = model_specs(config, model.family, model.cfg)
     params = add_adapters(model.params, specs, seed)
     if not is_alone:

@@ -14,6 +14,7 @@ from mmfn.model import Model
 from mmfn.parallel.mesh.host_values import wait_for_all
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import single_mesh
+from mmfn.train.build.agreement import check_same, files_in_common, settings_in_common
 from mmfn.train.build.data import (
     build_loader,
     check_data,
@@ -66,13 +67,17 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     Raises ValueError, one sentence, for whatever is missing, broken or does not fit together.
     """
     config = loaded.config
-    if place is None or place.is_first:  # the one that writes
+    place = place or alone(find_device(config.model.device))
+    world = place.host["world"]
+    check_same(settings_in_common(config), world)
+    if place.is_first:  # the one that writes
         check_output(loaded)
     build_objective(config.objective)  # an unknown name is found first
     processor = load_model_processor(config.model.path, config.data.template)
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
-    place = place or alone(find_device(config.model.device))
+    if world.size > 1:
+        check_same(files_in_common(config), world)
     family, cfg = find_family(config.model)
     check_model(config, family.specs(cfg))
     export.check_layout(family.specs(cfg), family.key_map(cfg), config.output.experts)
@@ -88,7 +93,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     step, state = build_step(config, model, program, place.device)
     loader = build_loader(config, train_set, model, program)
     check_data(config, loader, train_set, held_out, place, say)
-    wait_for_all(place.host["world"], "ready")
+    wait_for_all(world, "ready")
     return Run(
         loaded=loaded,
         place=place,

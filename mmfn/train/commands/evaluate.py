@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmfn.parallel.mesh import launch
 from mmfn.parallel.mesh.layout import Layout
+from mmfn.train.build.agreement import check_same, files_in_common, settings_in_common, weights_in_common
 from mmfn.train.build.data import check_match, eos_token_ids, load_model_processor, open_dataset
 from mmfn.train.build.model import find_device, load_model, ops_table
 from mmfn.train.config.load import load_config
@@ -29,6 +30,9 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     device = find_device(config.model.device, args.ranks)
     with launch.placed(args.ranks, Layout(dp=args.ranks.size), device, config.layout.timeout_s) as place:
         model = load_model(config.model, config.train.seed, device)
+        if args.ranks.size > 1:
+            common = settings_in_common(config) | files_in_common(config) | weights_in_common(model.params)
+            check_same(common, place.host["world"])
         check_match(model, processor)
         found = evaluate(
             model,
