@@ -217,7 +217,7 @@ def test_of_a_real_model(moe: bool) -> None:
     """Four text blocks and a tower of two."""
     hf = hf_config(moe=moe, layers=4)
     family = models.family(hf["model_type"])
-    specs = family.specs(family.config_from_hf(hf))
+    cfg = family.config_from_hf(hf)
     for settings, is_refused in (
         ({"layout.remat": "full", "layout.remat_every": 4}, False),
         ({"layout.remat": "full", "layout.remat_every": 5}, True),
@@ -228,6 +228,6 @@ def test_of_a_real_model(moe: bool) -> None:
     ):
         if is_refused:
             with pytest.raises(ValueError, match=next(iter(settings))):
-                check_model(config_of(settings), specs)
+                check_model(config_of(settings), family, cfg)
         else:
-            check_model(config_of(settings), specs)
+            check_model(config_of(settings), family, cfg)

@@ -134,10 +134,9 @@ def stacks_of(specs: Tree) -> dict[str, Stack]:
     }
 
 
-def check_model(config: Config, specs: Tree, *, is_plan: bool = False) -> None:
-    """Raise ValueError for settings that do not fit the model of `specs`: its stacks, towers, experts."""
-    stacks = stacks_of(specs)
-    towers = tuple(name for name in stacks if name != "text")
+def check_model(config: Config, family: Family, cfg: Any, *, is_plan: bool = False) -> None:
+    """Raise ValueError for settings that do not fit a model: its stacks, towers, experts."""
+    stacks, towers = stacks_of(family.specs(cfg)), tuple(family.towers(cfg))
     for breach in breaches(Subject(config=config, stacks=stacks, towers=towers, is_plan=is_plan)):
         if not breach.warns:
             raise ValueError(breach.sentence)

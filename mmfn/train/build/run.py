@@ -79,7 +79,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     if world.size > 1:
         check_same(files_in_common(config), world)
     family, cfg = find_family(config.model)
-    check_model(config, family.specs(cfg))
+    check_model(config, family, cfg)
     export.check_layout(family.specs(cfg), family.key_map(cfg), config.output.experts)
     program = build_program(config, family, cfg, place.mesh)
     if config.has_adapters and config.output.adapter != "merged":  # what peft's format cannot express is refused now

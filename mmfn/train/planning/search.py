@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import gcd
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmfn import tree
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning.devices import device
@@ -89,13 +91,13 @@ def make_setup(request: Request) -> tuple[PlannedStep, Layout]:
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
 
     specs = model_specs(config, found, cfg)
-    check_model(config, specs, is_plan=True)
+    check_model(config, found, cfg, is_plan=True)
     build_optimizer(config, specs)  # refuses the rules that training refuses; the one below has none
 
     def build(shallow: Any, mesh: Mesh) -> Program:
-        blocks = specs["text"]["layers"][: shallow.num_layers]
-        own = {**specs, "text": {**specs["text"], "layers": blocks}}
-        return build_program(eager, found, shallow, mesh, own)
+        *_, (stack, depth) = found.stacks(shallow).items()
+        part = {**specs[stack], "layers": specs[stack]["layers"][:depth]}
+        return build_program(eager, found, shallow, mesh, {**specs, stack: part})
 
     setup = PlannedStep(
         family=found,
@@ -167,7 +169,8 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
     chosen_family, cfg = find_family(bare.model)
     seen: list[LayoutSection] = []
     refusals: list[str] = []
-    groups = _by_spread(world, cfg.moe.num_experts if hasattr(cfg, "moe") else 1, given)
+    experts = [leaf.shape[0] for leaf in tree.leaves(chosen_family.specs(cfg)) if leaf.axes[0] == "experts"]
+    groups = _by_spread(world, gcd(*experts) or 1, given)
     for i, (spread, group) in enumerate(groups):
         if len(seen) + len(group) > MOST and seen:
             rest = sum(len(layouts) for _, layouts in groups[i:])
