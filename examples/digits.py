@@ -20,8 +20,8 @@ from sklearn.datasets import load_digits
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-import mmfn.train.data
 from mmfn import rng
+from mmfn.models.data.chat import read_template
 
 QUESTIONS = {  # end of a data file's name -> what is asked, and the answer for a digit
     "": ("<image>Which digit is this?", str),
@@ -134,14 +134,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     raw.post_processor = processors.ByteLevel(trim_offsets=False)
     raw.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     raw.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKS])
-    template = Path(mmfn.train.data.__file__).parent / "templates" / "qwen3_vl.jinja"
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         model_max_length=131072,
         clean_up_tokenization_spaces=False,
-        chat_template=template.read_text(encoding="utf-8"),
+        chat_template=read_template("qwen3_vl"),
     )
 
 

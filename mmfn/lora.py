@@ -21,7 +21,7 @@ from torch import Tensor
 from mmfn import dropout as masks
 from mmfn import rng, tree
 from mmfn.dtypes import wide
-from mmfn.spec import ZEROS, ParamSpec, init_params, spec, uniform
+from mmfn.spec import ZEROS, ParamSpec, freeze_leaf, init_params, model_dtype, spec, uniform
 from mmfn.tree import Tree
 
 NOT_LINEAR = {"vocab", "positions", "patch_values", "router", "lora"}
@@ -118,7 +118,7 @@ def adapt(
     is_rs: bool = False,
     dropout: float = 0.0,
 ) -> Tree:
-    """`lora` for paths: adapters beside `weights`, and every leaf frozen but `kept`."""
+    """`lora` for paths: adapters beside `weights`, and every leaf frozen but `kept`, from rules too."""
     leaves = dict(tree.items(specs))
     if stacks := [path for path in weights if dropout and len(leaves[path].shape) == 3]:
         raise ValueError(
@@ -126,7 +126,7 @@ def adapt(
             "peft's); leave experts out of the targets, or set it to 0"
         )
     made = {path: adapter_specs(leaves[path], rank, alpha, is_rs=is_rs, dropout=dropout) for path in weights}
-    frozen = tree.map_with_path(lambda path, leaf: replace(leaf, is_frozen=leaf.is_frozen or path not in kept), specs)
+    frozen = tree.map_with_path(lambda path, leaf: leaf if path in kept else freeze_leaf(leaf), specs)
     return insert(frozen, made)
 
 
@@ -229,11 +229,11 @@ def with_drops(params: Tree, row_ids: Sequence[tuple[str, Tensor]], salts: Mappi
 
 
 def add_adapters(params: Tree, specs: Tree, seed: int) -> Tree:
-    """`params` of a model with what `specs` has besides, drawn at random (see `lora`), in their dtype."""
-    given = dict(tree.items(params))
-    like = next(iter(given.values()))
-    absent = {path: leaf for path, leaf in tree.items(specs) if path not in given}
-    values = given | init_params(absent, seed, dtype=like.dtype, device=like.device)
+    """`params` of a model with what `specs` has besides, drawn at random (see `lora`), in the model's dtype."""
+    values = dict(tree.items(params))
+    absent = {path: leaf for path, leaf in tree.items(specs) if path not in values}
+    device = next(iter(values.values())).device
+    values |= init_params(absent, seed, dtype=model_dtype(params, specs), device=device)
     return tree.map_with_path(lambda path, leaf: values[path], specs)
 
 

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """`params` is a pytree of tensors, `cfg` the family's config, `hf_config` the dict of config.json it came from."""
+    """`params` is a pytree of tensors, `cfg` the family's config, `hf_config` the dict of config.json it came from.
+
+    `verbatim`: names of what its checkpoint holds beside the parameters and a checkpoint saved from it carries on.
+    """
 
     family: "Family"
     cfg: Any
     params: Tree = field(repr=False)
     hf_config: Mapping[str, Any] = field(repr=False)
+    verbatim: tuple[str, ...] = field(default=(), repr=False)
 
 
 def logits(model: Model, batch: Batch, ops: op_tables.Ops | None = None) -> Tensor:

@@ -41,16 +41,26 @@ def uniform(bound: float) -> Init:
 class ParamSpec:
     """One parameter: shape, a logical axis name per dim (`"embed"`, `"q_heads"`, ...), initial values and dtype.
 
-    `is_frozen`: it takes part in the computation but is not trained (see `freeze`). `compute`: the dtype it is computed
-    in, where that is not the program's (see `transforms.precision`). `parts`: matrices that are stacked along the
-    rows, the dim before the last, as in a fused projection.
+    `dtype`: what it has in memory and on disk, whatever the model's; None, as most: the model's. `compute`: the dtype
+    it is computed in, where that is not the program's (see `transforms.precision`). `parts`: matrices that are stacked
+    along the rows, the dim before the last, as in a fused projection.
+
+    A leaf changes in training in one of three ways:
+
+    - by its gradient, as most;
+    - by a rule, where `is_frozen` is true and `rule` names one: it has no gradient and no optimizer state, and the rule
+      updates it from what a step counted (a bias that balances experts);
+    - not at all, where `is_frozen` is true alone (see `freeze`).
+
+    >>> ParamSpec(shape=(8,), axes=("router",), init=ZEROS, dtype=torch.float32, is_frozen=True, rule="balance")
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: Init
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
     is_frozen: bool = False
+    rule: str = ""
     compute: torch.dtype | None = None
     parts: int = 1
 
@@ -59,6 +69,8 @@ class ParamSpec:
             raise ValueError(
                 f"shape {self.shape} has {len(self.shape)} dims but axes {self.axes} name {len(self.axes)}"
             )
+        if self.rule and not self.is_frozen:
+            raise ValueError(f"rule {self.rule!r} and a gradient would both update a leaf; set is_frozen=True")
 
     @property
     def numel(self) -> int:
@@ -74,7 +86,8 @@ def spec(shape: Sequence[int], axes: str, init: Init, parts: int = 1) -> ParamSp
 def init_params(specs: Tree, seed: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tree:
     """Random parameters; each leaf depends on (seed, its path) only, so adding a leaf changes no other.
 
-    Draws are float32 on the CPU, then cast and moved: the same values on every device.
+    Draws are float32 on the CPU, then cast and moved: the same values on every device. `dtype`: of leaves that declare
+    none, float32 by default.
     """
 
     def draw(path: str, leaf: ParamSpec) -> Tensor:
@@ -85,14 +98,24 @@ def init_params(specs: Tree, seed: int, dtype: torch.dtype | None = None, device
             value.uniform_(-init.bound, init.bound, generator=rng.generator(seed, path))
         else:
             value.fill_(float(init.kind == "ones"))
-        return value.to(device=device, dtype=dtype or leaf.dtype)
+        return value.to(device=device, dtype=leaf.dtype or dtype)
 
     return tree.map_with_path(draw, specs)
 
 
 def meta_params(specs: Tree, dtype: torch.dtype | None = None) -> Tree:
-    """Tensors on the meta device with the shapes of the specs: no memory, no values."""
-    return tree.map(lambda s: torch.empty(s.shape, dtype=dtype or s.dtype, device="meta"), specs)
+    """Tensors on the meta device with the shapes and dtypes of `init_params`: no memory, no values."""
+    return tree.map(lambda s: torch.empty(s.shape, dtype=s.dtype or dtype or torch.float32, device="meta"), specs)
+
+
+def model_dtype(params: Tree, specs: Tree) -> torch.dtype:
+    """The dtype of a model: that of its leaves which declare none, the widest if they differ (float32 of none).
+
+    `specs`: those of `params`; leaves that one of the two lacks are left out.
+    """
+    declared = {path: leaf.dtype for path, leaf in tree.items(specs)}
+    dtypes = {leaf.dtype for path, leaf in tree.items(params) if declared.get(path, leaf.dtype) is None}
+    return max(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.float32), default=torch.float32)
 
 
 def num_params(specs: Tree) -> int:
@@ -103,22 +126,32 @@ def num_params(specs: Tree) -> int:
 def freeze(specs: Tree, patterns: Sequence[str]) -> Tree:
     """The specs with every leaf frozen whose path fully matches one of the regexes, beside those that are already.
 
-    A step computes no gradient of a frozen leaf, sums none over ranks and keeps no optimizer state for it. Raises
-    ValueError for a pattern that matches nothing and when no leaf is left to train.
+    A step computes no gradient of a frozen leaf, sums none over ranks and keeps no optimizer state for it, and no rule
+    updates it. Raises ValueError for a pattern that matches nothing and when no leaf is left to train.
 
     >>> freeze({"head": spec((2,), "embed", ONES), "norm": spec((2,), "embed", ONES)}, ["norm"])["norm"].is_frozen
     True
     """
     chosen = tree.mask(specs, [(pattern, True) for pattern in patterns], default=False)
-    frozen = tree.map(lambda leaf, is_chosen: replace(leaf, is_frozen=leaf.is_frozen or is_chosen), specs, chosen)
-    if not trained_paths(frozen):
+    result = tree.map(lambda leaf, is_chosen: freeze_leaf(leaf) if is_chosen else leaf, specs, chosen)
+    if not trained_paths(result):
         raise ValueError(f"freezing {list(patterns)} leaves no parameter to train; leave one part out of it")
-    return frozen
+    return result
+
+
+def freeze_leaf(leaf: ParamSpec) -> ParamSpec:
+    """The leaf as training does not change it, by gradient or by a rule."""
+    return replace(leaf, is_frozen=True, rule="")
 
 
 def trained_paths(specs: Tree) -> list[str]:
-    """Paths of the leaves that are not frozen, in path order."""
+    """Paths of the leaves that a gradient trains, in path order."""
     return [path for path, leaf in tree.items(specs) if not leaf.is_frozen]
+
+
+def rules_of(specs: Tree) -> dict[str, str]:
+    """`{path: rule}` of the leaves that a rule updates, in path order."""
+    return {path: leaf.rule for path, leaf in tree.items(specs) if leaf.rule}
 
 
 def num_trained(specs: Tree) -> int:

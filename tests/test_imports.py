@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "mmfn").rglob("*.py"))
 # Package -> what it may import of mmfn besides the core. A name stands for itself and everything below it.
 MAY_IMPORT = {
     **dict.fromkeys(CORE, ()),
-    "models": ("models",),
+    "models": ("models",),  # key maps and config readers are theirs: interop reads them, never the other way round
     "parallel": ("parallel",),
     "model": ("models",),
     "interop": ("interop", "models", "model"),

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from mmfn import spec, tree
+from mmfn.lora import add_adapters, lora
+from mmfn.parallel.program import Program
+from mmfn.parallel.transforms.precision import precision
 from mmfn.spec import (
     ONES,
     ZEROS,
@@ -12,9 +15,11 @@ from mmfn.spec import (
     freeze,
     init_params,
     meta_params,
+    model_dtype,
     normal,
     num_params,
     num_trained,
+    rules_of,
     trained_paths,
     uniform,
 )
@@ -55,8 +60,45 @@ def test_a_leaf_depends_on_seed_and_path_only() -> None:
 def test_dtype_is_a_cast_of_the_same_draw() -> None:
     full, half = init_params(SPECS, seed=0), init_params(SPECS, seed=0, dtype=torch.bfloat16)
     assert torch.equal(full["embed"].bfloat16(), half["embed"])
-    own = init_params({"x": ParamSpec(shape=(3,), axes=("embed",), init=ONES, dtype=torch.float64)}, seed=0)
-    assert own["x"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
+def test_a_declared_dtype_wins_over_the_models(dtype) -> None:
+    specs = {
+        "bias": ParamSpec(shape=(3,), axes=("router",), init=ONES, dtype=torch.float32),
+        "steps": ParamSpec(shape=(), axes=(), init=ZEROS, dtype=torch.int64),
+        "weight": spec.spec((3, 4), "router embed", normal(1.0)),
+    }
+    params = init_params(specs, 0, dtype)
+    want = {"bias": torch.float32, "steps": torch.int64, "weight": dtype or torch.float32}
+    assert {path: leaf.dtype for path, leaf in tree.items(params)} == want
+    assert {path: leaf.dtype for path, leaf in tree.items(meta_params(specs, dtype))} == want
+    assert model_dtype(params, specs) == want["weight"]
+    assert model_dtype({"bias": params["bias"]}, specs) == torch.float32  # no leaf of the model's dtype
+    program = precision(compute=torch.bfloat16)(Program.of(specs))
+    assert [leaf.compute for leaf in tree.leaves(program.specs)] == [torch.float32, torch.int64, None]
+    program = precision(compute=torch.bfloat16, rules={"bias": torch.float64})(Program.of(specs))
+    assert [leaf.compute for leaf in tree.leaves(program.specs)] == [torch.float64, torch.int64, None]
+
+
+def test_adapters_have_the_models_dtype() -> None:
+    """Not that of a leaf which declares one, first in path order as it may be."""
+    bias = ParamSpec(shape=(3,), axes=("router",), init=ONES, dtype=torch.float32)
+    plain = {"bias": bias, "up": {"weight": spec.spec((2, 3), "mlp embed", normal(1.0))}}
+    specs = lora(plain, rank=1, alpha=1.0, targets=["up"])
+    params = add_adapters(init_params(plain, 0, torch.bfloat16), specs, 0)
+    assert {path for path, leaf in tree.items(params) if leaf.dtype == torch.float32} == {"bias"}
+
+
+def test_the_widest_dtype_is_the_models() -> None:
+    specs = {name: spec.spec((2,), "embed", ONES) for name in "ab"}
+    for dtypes, want in (
+        ((torch.bfloat16, torch.float32), torch.float32),
+        ((torch.float32, torch.float64), torch.float64),
+        ((torch.float16, torch.float16), torch.float16),
+    ):
+        params = {name: torch.ones(2, dtype=dtype) for name, dtype in zip("ab", dtypes, strict=True)}
+        assert model_dtype(params, specs) == want
 
 
 def test_meta_params_hold_no_memory() -> None:
@@ -78,6 +120,23 @@ def test_errors() -> None:
         spec.spec((2, 3), "embed", ZEROS)
     with pytest.raises(ValueError, match="Init kind 'orthogonal' is unknown"):
         Init(kind="orthogonal")
+    with pytest.raises(ValueError, match="rule 'balance' and a gradient would both update a leaf; set is_frozen=True"):
+        ParamSpec(shape=(3,), axes=("router",), init=ZEROS, rule="balance")
+
+
+def test_a_leaf_is_trained_by_gradient_by_a_rule_or_not_at_all() -> None:
+    bias = ParamSpec(shape=(7,), axes=("router",), init=ZEROS, is_frozen=True, rule="balance")
+    specs = {"bias": bias, "weight": spec.spec((7, 3), "router embed", ONES), "norm": spec.spec((3,), "embed", ONES)}
+    assert trained_paths(specs) == ["norm", "weight"]
+    assert rules_of(specs) == {"bias": "balance"}
+    assert num_trained(specs) == 24
+    assert rules_of(freeze(specs, ["norm"])) == {"bias": "balance"}
+    assert rules_of(freeze(specs, ["bias"])) == {}
+    layers = {"router": specs, "up": {"weight": spec.spec((2, 3), "mlp embed", ONES)}}
+    for keep, rules in ((), {}), (["router/bias"], {"router/bias": "balance"}):
+        adapted = lora(layers, rank=1, alpha=1.0, targets=["up"], keep=keep)
+        assert rules_of(adapted) == rules
+        assert trained_paths(adapted) == ["up/lora/weight/a", "up/lora/weight/b"]
 
 
 def test_uniform_draws() -> None:

@@ -9,8 +9,6 @@ Legend: r rank, E experts.
 
 import json
 import os
-import re
-import sys
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -22,49 +20,32 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mmfn import tree
-from mmfn.interop.checkpoint import load_file, read_json
+from mmfn.interop import peft_config
+from mmfn.interop.checkpoint import load_file
+from mmfn.interop.peft_config import CONFIG, ends, is_target
 from mmfn.lora import Adapter, adapt, adapters_of, layers
 from mmfn.model import Model
-from mmfn.models.keymap import KeyMap, Stored
-from mmfn.spec import trained_paths
+from mmfn.models.disk_tensor import DiskTensor, whole
+from mmfn.models.keymap import KeyMap
+from mmfn.spec import model_dtype, rules_of, trained_paths
 from mmfn.tree import Tree
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name: peft wraps a model twice
-FOREIGN = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "arrow_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "layers_to_transform",
-    "lora_bias",
-    "monteclora_config",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
-"""Settings with which an adapter is something else than `mmfn.lora` has."""
-PLAIN_STARTS = ("gaussian", "orthogonal", "eva")  # others of peft's named initialisations change the base weights
 
 
 def save(folder: str | PathLike[str], model: Model, specs: Tree, base: str = "") -> None:
     """Write a model's adapters, and what else is trained, as peft reads them; the folder appears complete or not.
 
     `specs`: those of `model.params` (`mmfn.lora.lora`). `base`: the name or folder of the model without adapters.
-    Raises ValueError for a folder that is not empty and for what peft's format cannot express (see `stored`).
+    Raises ValueError for a folder that is not empty and for what peft's format cannot express (see `disk_tensors`).
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"target {folder} exists and is not an empty folder; choose another")
     leaves = dict(tree.items(model.params))
-    names = stored(specs, *_plain(model))
-    tensors = {name: s.to_disk(leaves[s.path]).detach().cpu().contiguous() for name, s in names.items()}
+    names = disk_tensors(specs, *_plain(model))
+    tensors = {name: t.to_disk(leaves[t.path]).detach().cpu().contiguous() for name, t in names.items()}
     config = settings(specs, *_plain(model)) | {"base_model_name_or_path": base}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
@@ -86,10 +67,10 @@ def load(folder: str | PathLike[str], model: Model) -> Model:
     for settings that mmfn does not have (see `read`).
     """
     specs = read(folder, *_plain(model))
-    values = dict(tree.items(model.params))
-    like = next(iter(values.values()))
-    found = load_file(Path(folder) / WEIGHTS, stored(specs, *_plain(model)))
-    values |= {path: leaf.to(device=like.device, dtype=like.dtype) for path, leaf in found.items()}
+    values, declared = dict(tree.items(model.params)), {path: leaf.dtype for path, leaf in tree.items(specs)}
+    device, dtype = next(iter(values.values())).device, model_dtype(model.params, specs)
+    stored = load_file(Path(folder) / WEIGHTS, disk_tensors(specs, *_plain(model)))
+    values |= {path: leaf.to(device=device, dtype=declared[path] or dtype) for path, leaf in stored.items()}
     return replace(model, params=tree.map_with_path(lambda path, leaf: values[path], specs))
 
 
@@ -99,12 +80,11 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
     Its dropout is that of training on. Raises ValueError for a missing or broken config, one that is not plain LoRA,
     one that names no layer of this model, and one that holds a tied embedding.
     """
-    config = read_json(Path(folder) / CONFIG)
-    _check_plain(config, str(folder))
+    config = peft_config.read(folder)
     names = _names(plain, key_map)
     layer_of = {path: layer for layer, path in layers(plain).items()}
     experts = {path for path, layer in layer_of.items() if path == layer}
-    weights = [path for path in layer_of if _is_target(names[path], path in experts, config)]
+    weights = [path for path in layer_of if is_target(names[path], path in experts, config)]
     if not weights:
         raise ValueError(
             f"adapter {str(folder)!r} targets {config.get('target_modules')!r}, which is no layer of this model; use "
@@ -112,7 +92,7 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
         )
     modules = config.get("modules_to_save") or ()
     shared = [name for copy, path in key_map.copies.items() for name in (copy, names[path])]
-    if tied := [name for name in shared if _ends(name.rpartition(".")[0], modules)]:
+    if tied := [name for name in shared if ends(name.rpartition(".")[0], modules)]:
         raise ValueError(
             f"adapter {str(folder)!r} holds {tied[0]!r} in full, which is tied to a module that peft leaves on the old "
             "matrix; merge it with peft (output.adapter: merged), or leave the embedding out of lora.keep"
@@ -120,7 +100,7 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
     return adapt(
         plain,
         weights,
-        _kept(names, modules),
+        _of_modules(names, modules),
         rank=config["r"],
         alpha=config["lora_alpha"],
         is_rs=config.get("use_rslora", False),
@@ -128,33 +108,32 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
     )
 
 
-def stored(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Stored]:
-    """`{name on disk: Stored}` of all that is trained: adapters, [E * r, in] and [out, r * E] of experts, and the rest.
+def disk_tensors(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, DiskTensor]:
+    """`{name on disk: DiskTensor}` of all that is trained: adapters, [E * r, in] and [out, r * E] of experts, the rest.
 
     `plain`: the specs without adapters. Raises ValueError for what peft cannot express: a module that is trained in
     part, and an embedding trained in full that is the head too.
     """
-    names, found = _names(plain, key_map), {}
+    names, tensors = _names(plain, key_map), {}
     adapters = adapters_of(specs)
     for path, adapter in adapters.items():
         head, _, name = path.rpartition("/")
         holder = _holder(path, adapters, names, key_map)
         for side, leaf in (("a", adapter.a), ("b", adapter.b)):
-            found[f"{PREFIX}{holder}.lora_{side.upper()}.weight"] = _on_disk(f"{head}/lora/{name}/{side}", leaf, side)
-    kept = [path for path in trained_paths(specs) if path in names]
-    together = _kept(names, {names[path].rpartition(".")[0] for path in kept})
-    if partial := set(together) - set(kept):
+            tensors[f"{PREFIX}{holder}.lora_{side.upper()}.weight"] = _on_disk(f"{head}/lora/{name}/{side}", leaf, side)
+    full = _in_full(specs, names)
+    if partial := set(_of_modules(names, {names[path].rpartition(".")[0] for path in full})) - set(full):
         raise ValueError(
             f"an adapter holds whole modules but {min(partial)!r} is not trained while others of its module are; train "
             "all of them, or set output.adapter to merged"
         )
-    if tied := set(key_map.copies.values()) & set(kept):
+    if tied := set(key_map.copies.values()) & set(full):
         raise ValueError(
             f"{min(tied)!r} is trained in full and tied to the head, which peft leaves on the old matrix; set "
             "output.adapter to merged, or leave the embedding out of lora.keep"
         )
-    own = {s.path: s for s in key_map.stored(plain, "transformers").values()}
-    return found | {f"{PREFIX}{names[path]}": own[path] for path in kept}
+    by_name = key_map.disk_tensors(plain, "transformers")
+    return tensors | {f"{PREFIX}{names[path]}": by_name[names[path]] for path in full}
 
 
 def settings(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Any]:
@@ -170,7 +149,7 @@ def settings(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Any]:
         )
     ((rank, alpha, is_rs, dropout),) = kinds
     experts = [path for path in adapters if _is_stack(adapters[path])]
-    kept = [names[path].rpartition(".")[0] for path in trained_paths(specs) if path in names]
+    modules = {names[path].rpartition(".")[0] for path in _in_full(specs, names)}
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -181,7 +160,7 @@ def settings(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Any]:
         "inference_mode": True,
         "target_modules": sorted(names[path].removesuffix(".weight") for path in adapters if path not in experts),
         "target_parameters": sorted(names[path] for path in experts) or None,
-        "modules_to_save": sorted(set(kept)) or None,
+        "modules_to_save": sorted(modules) or None,
     }
 
 
@@ -190,21 +169,30 @@ def _plain(model: Model) -> tuple[Tree, KeyMap]:
 
 
 def _names(plain: Tree, key_map: KeyMap) -> dict[str, str]:
-    """`{path: name of the parameter in transformers}`."""
-    return {s.path: name for name, s in key_map.stored(plain, "transformers").items()}
+    """`{path: name of the parameter in transformers}`. Raises ValueError where a leaf is several parameters there."""
+    names: dict[str, str] = {}
+    for name, tensor in key_map.disk_tensors(plain, "transformers").items():
+        if tensor.path in names:
+            raise ValueError(
+                f"{tensor.path!r} is several parameters in transformers, such as {name!r}, and peft adapts each alone; "
+                "set output.adapter to merged"
+            )
+        names[tensor.path] = name
+    return names
 
 
 def _is_stack(adapter: Adapter) -> bool:
     return len(adapter.a.shape) == 3
 
 
-def _on_disk(path: str, leaf: Any, side: str) -> Stored:
+def _on_disk(path: str, leaf: Any, side: str) -> DiskTensor:
+    ranges = whole(leaf.shape)
     if len(leaf.shape) == 2:
-        return Stored(path=path, dims=(0, 1), shape=leaf.shape, leaf=leaf)
+        return DiskTensor(path=path, ranges=ranges, dims=(0, 1), shape=leaf.shape, leaf=leaf)
     dims = (0, 1, 2) if side == "a" else (1, 2, 0)
     first, second, third = (leaf.shape[d] for d in dims)
     shape = (first * second, third) if side == "a" else (first, second * third)
-    return Stored(path=path, dims=dims, shape=shape, leaf=leaf)
+    return DiskTensor(path=path, ranges=ranges, dims=dims, shape=shape, leaf=leaf)
 
 
 def _holder(path: str, adapters: Mapping[str, Adapter], names: Mapping[str, str], key_map: KeyMap) -> str:
@@ -212,57 +200,18 @@ def _holder(path: str, adapters: Mapping[str, Adapter], names: Mapping[str, str]
     module, _, parameter = names[path].rpartition(".")
     if not _is_stack(adapters[path]):
         return module
-    order = [entry.name.rpartition(".")[2] for entry in key_map.layouts["transformers"]]
+    entries = (*key_map.layouts["transformers"], *key_map.entries)
+    order = [name.rpartition(".")[2] for entry in entries for name in entry.names]
     others = [names[other].rpartition(".") for other in adapters if _is_stack(adapters[other])]
     behind = [p for m, _, p in others if m == module and order.index(p) > order.index(parameter)]
     return module + ".base_layer" * len(behind)
 
 
-def _is_target(name: str, is_stack: bool, config: Mapping[str, Any]) -> bool:
-    """Whether peft adapts the parameter of a name: by module, a stack of experts by its own name."""
-    if is_stack:
-        return _ends(name, config.get("target_parameters") or ())
-    module, targets = name.removesuffix(".weight"), config.get("target_modules") or ()
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return _ends(module, targets)
+def _in_full(specs: Tree, names: Mapping[str, str]) -> list[str]:
+    """Paths of the parameters that change themselves, by gradient or by a rule, and not through an adapter."""
+    return [path for path in (*trained_paths(specs), *rules_of(specs)) if path in names]
 
 
-def _kept(names: Mapping[str, str], modules: Collection[str]) -> list[str]:
-    """Paths of the parameters of the modules that are trained in full."""
-    return [path for path, name in names.items() if _ends(name.rpartition(".")[0], modules)]
-
-
-def _ends(name: str, targets: Collection[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _check_plain(config: Mapping[str, Any], folder: str) -> None:
-    kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
-    if kind != "LORA" or config.get("bias", "none") != "none":
-        raise ValueError(f"adapter {folder!r} is {kind!r} with bias {config.get('bias')!r}; only LORA without is read")
-    if foreign := [name for name in FOREIGN if config.get(name)]:
-        raise ValueError(
-            f"adapter {folder!r} has {foreign[0]} {config[foreign[0]]!r}, which mmfn does not have; merge it with peft"
-        )
-    if isinstance(start, str) and start not in PLAIN_STARTS:
-        raise ValueError(f"adapter {folder!r} changed its base by init_lora_weights {start!r}; convert it with peft")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    is_scale = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha <= sys.float_info.max
-    if type(rank) is not int or rank < 1 or not is_scale:
-        raise ValueError(f"adapter {folder!r} has r {rank!r} and lora_alpha {alpha!r}; both must be positive numbers")
-    if not isinstance(is_rs := config.get("use_rslora", False), bool):
-        raise ValueError(f"adapter {folder!r} has use_rslora {is_rs!r}, which must be true or false")
-    dropout = config.get("lora_dropout", 0.0)
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"adapter {folder!r} has lora_dropout {dropout!r}, which must be in [0, 1)")
-    for name in ("target_modules", "target_parameters", "modules_to_save"):
-        given = config.get(name) or ()
-        is_list = isinstance(given, list | tuple) and all(isinstance(entry, str) for entry in given)
-        if not is_list and not (name == "target_modules" and isinstance(given, str)):
-            raise ValueError(f"adapter {folder!r} has {name} {given!r}, which must be a list of names")
-    if isinstance(targets := config.get("target_modules"), str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"adapter {folder!r}: target_modules {targets!r} is no regular expression") from error
+def _of_modules(names: Mapping[str, str], modules: Collection[str]) -> list[str]:
+    """Paths of all parameters of modules."""
+    return [path for path, name in names.items() if ends(name.rpartition(".")[0], modules)]

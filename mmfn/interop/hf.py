@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfn import spec, tree
-from mmfn.interop import checkpoint, export
+from mmfn.interop import checkpoint, export, verbatim
 from mmfn.model import Model
 from mmfn.models import Family, family
 from mmfn.tree import Tree
@@ -20,28 +20,31 @@ from mmfn.tree import Tree
 def load_hf(path: str | PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Model:
     """A model from a folder with `config.json` and safetensors, single or sharded.
 
-    `dtype` None keeps the stored dtypes. Raises ValueError, one sentence, for a config mmfn does not support, for
-    weights that do not fit it exactly (see `checkpoint.load_params`), and for a dtype or device that parameters cannot
-    have. No remote code, no pickle.
+    `dtype` None keeps the stored dtypes; what the family declares in a dtype of its own has that. Raises ValueError,
+    one sentence, for a config mmfn does not support, for weights that do not fit it exactly (see
+    `checkpoint.load_params`), and for a dtype or device that parameters cannot have. No remote code, no pickle.
     """
     _check_dtype(dtype)
     _check_device(device)
     folder = Path(path)
     hf_config = checkpoint.read_config(folder)
-    found, cfg = _resolve(hf_config)
-    params = checkpoint.load_params(folder, found.specs(cfg), found.key_map(cfg), dtype=dtype, device=device)
-    return Model(family=found, cfg=cfg, params=params, hf_config=hf_config)
+    model_family, cfg = _resolve(hf_config)
+    specs, key_map = model_family.specs(cfg), model_family.key_map(cfg)
+    with checkpoint.open_weights(folder, specs, key_map, dtype=dtype, device=device) as weights:
+        params, extra = weights.read(), weights.account.verbatim
+    return Model(family=model_family, cfg=cfg, params=params, hf_config=hf_config, verbatim=extra)
 
 
 def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None = None) -> Model:
     """A model with random parameters from the dict of a `config.json` alone; float32 unless `dtype` says otherwise.
 
-    The draws depend on `seed` and each parameter's path only. Raises ValueError for an unsupported config or dtype.
+    What the family declares in a dtype of its own has that. The draws depend on `seed` and each parameter's path only.
+    Raises ValueError for an unsupported config or dtype.
     """
     _check_dtype(dtype)
-    found, cfg = _resolve(hf_config)
-    params = spec.init_params(found.specs(cfg), seed, dtype)
-    return Model(family=found, cfg=cfg, params=params, hf_config=copy.deepcopy(dict(hf_config)))
+    model_family, cfg = _resolve(hf_config)
+    params = spec.init_params(model_family.specs(cfg), seed, dtype)
+    return Model(family=model_family, cfg=cfg, params=params, hf_config=copy.deepcopy(dict(hf_config)))
 
 
 def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
@@ -52,21 +55,21 @@ def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
     """
     specs = model.family.specs(model.cfg)
     leaves = dict(tree.items(values))
-    wanted = model.family.key_map(model.cfg).stored(specs, layout)
-    if leaves.keys() != (paths := {s.path for s in wanted.values()}):
+    if leaves.keys() != (paths := set(tree.paths(specs))):
         odd = sorted(leaves.keys() ^ paths)[0]
         plain = "mmfn.lora.merge(params), which adds adapters to their weights"
         raise ValueError(
             f"the tree has {len(leaves)} leaves and the model {len(paths)} parameters, {odd!r} is in one of them only; "
             f"pass {plain if '/lora/' in odd else 'a tree shaped like model.params'}"
         )
-    for stored in wanted.values():
-        if tuple(leaves[stored.path].shape) != tuple(stored.leaf.shape):
+    for path, leaf in tree.items(specs):
+        if tuple(leaves[path].shape) != tuple(leaf.shape):
             raise ValueError(
-                f"leaf {stored.path!r} has shape {list(leaves[stored.path].shape)} but the parameter has "
-                f"{list(stored.leaf.shape)}; pass a tree shaped like model.params"
+                f"leaf {path!r} has shape {list(leaves[path].shape)} but the parameter has {list(leaf.shape)}; pass a "
+                "tree shaped like model.params"
             )
-    return {name: stored.to_disk(leaves[stored.path]) for name, stored in wanted.items()}
+    tensors = model.family.key_map(model.cfg).disk_tensors(specs, layout)
+    return {name: tensor.to_disk(leaves[tensor.path]) for name, tensor in tensors.items()}
 
 
 def from_hf(tensors: Mapping[str, Tensor], model: Model) -> Tree:
@@ -87,18 +90,22 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face checkpoint that transformers loads with no missing and no unexpected key.
 
-    `assets`: a folder whose tokenizer, processor, template and generation files are copied beside the weights. The
-    folder appears complete or not at all. `overwrite` replaces a checkpoint with all that is in its folder. `layout`:
+    `assets`: a folder whose tokenizer, processor, template and generation files are copied beside the weights, and, of
+    a model whose checkpoint held more than parameters (`model.verbatim`), these tensors, byte for byte. The folder
+    appears complete or not at all. `overwrite` replaces a checkpoint with all that is in its folder. `layout`:
     "hub", which everything reads, or "transformers", what that library itself writes; they differ in some families.
-    Raises ValueError when the folder exists and is neither empty nor a checkpoint to overwrite, and when transformers
-    would misread the layout because a tensor is square.
+    Raises ValueError when the folder exists and is neither empty nor a checkpoint to overwrite, when transformers would
+    misread the layout because a tensor is square, and when `assets` lack what is to be copied.
     """
-    export.check_layout(model.family.specs(model.cfg), model.family.key_map(model.cfg), layout)
+    specs, key_map = model.family.specs(model.cfg), model.family.key_map(model.cfg)
+    export.check_layout(specs, key_map, layout)
+    names, source = key_map.disk_tensors(specs, layout), None if assets is None else Path(assets)
     export.write(
         Path(path),
-        to_hf(model.params, model, layout),
+        {n: value.to(names[n].leaf.dtype or value.dtype) for n, value in to_hf(model.params, model, layout).items()},
         _config_to_save(model),
-        assets=None if assets is None else Path(assets),
+        assets=source,
+        extra=verbatim.find(source, model.verbatim),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
@@ -126,19 +133,18 @@ def _resolve(hf_config: Mapping[str, Any]) -> tuple[Family, Any]:
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str):
         raise ValueError(f"model_type is {model_type!r} but must name a model family; pass the dict of a config.json")
-    found = family(model_type)
-    return found, found.config_from_hf(hf_config)
+    model_family = family(model_type)
+    return model_family, model_family.config_from_hf(hf_config)
 
 
 def _config_to_save(model: Model) -> dict[str, Any]:
-    """The config with the dtype the weights are stored in, which transformers loads them as."""
+    """The config with the model's dtype, which transformers loads the weights as."""
     config: dict[str, Any] = json.loads(json.dumps(dict(model.hf_config)))
-    dtypes = {leaf.dtype for leaf in tree.leaves(model.params)}
-    widest = max(dtypes, key=lambda d: (d.itemsize, d == torch.float32))
+    dtype = spec.model_dtype(model.params, model.family.specs(model.cfg))
     for section in (config, config.get("text_config"), config.get("vision_config")):
         if isinstance(section, dict):
             section.pop("torch_dtype", None)
-            section["dtype"] = str(widest).removeprefix("torch.")
+            section["dtype"] = str(dtype).removeprefix("torch.")
     if not config.get("architectures"):
         config["architectures"] = [model.family.key_map(model.cfg).architecture]
     return config

@@ -1,8 +1,7 @@
 """`batch_from_hf`: what a Hugging Face processor returns, packed. Legend: B rows, S columns, T tokens of a row."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -10,36 +9,42 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
-from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Media, Sample, to
-from mmfn.interop.checkpoint import nearest
+from mmfn.batch import AUDIO, IGNORE, IMAGE, VIDEO, Batch, Media, Sample, to
+from mmfn.interop.accounting import nearest
 from mmfn.model import Model
+from mmfn.models.data import MediaByKind
+from mmfn.models.data.inputs import integers
 
-# Keys a processor of these families may return; `(pixels, grids)` of each kind of media.
-_MEDIA = {IMAGE: ("pixel_values", "image_grid_thw"), VIDEO: ("pixel_values_videos", "video_grid_thw")}
 _TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
-_KEYS = (*_TEXT_KEYS, *(key for pair in _MEDIA.values() for key in pair))
-_NAMES = {IMAGE: "image", VIDEO: "video"}
+_KINDS = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
 
 
 def batch_from_hf(inputs: Mapping[str, Any], model: Model) -> Batch:
     """The packed batch of what a Hugging Face processor returns; each row becomes one segment, padding is removed.
 
-    `input_ids`, and optionally `attention_mask`, `mm_token_type_ids`, `labels`: int[B, S], padded left or right.
-    `pixel_values` float[patches, F] with `image_grid_thw` int[N, 3] (temporal, height, width in patches); likewise
-    `pixel_values_videos` with `video_grid_thw`; images and videos in reading order over all rows. Kinds of tokens are
-    derived from the placeholder ids when `mm_token_type_ids` is absent. Without `labels` no token is supervised. The
-    inputs may be on any device; the batch is on the model's.
+    `input_ids`, and optionally `attention_mask`, `mm_token_type_ids`, `labels`: int[B, S], padded left or right. Media
+    under the keys of the model's family (such as `pixel_values` and `image_grid_thw`), those of each kind in reading
+    order over all rows. Kinds of tokens are the family's; `mm_token_type_ids` may only confirm them. Without `labels`
+    no token is supervised. The inputs may be on any device; the batch is on the model's.
 
     Raises ValueError for unknown keys, shapes that disagree, holes in the mask, supervised padding, and placeholders
     that do not match the media.
     """
+    samples = samples_from_hf(inputs, model)
+    return to(model.family.pack(samples, model.cfg), tree.leaves(model.params)[0].device)
+
+
+def samples_from_hf(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
+    """The rows of `batch_from_hf`, each with its media, on the CPU. Raises ValueError as that does."""
+    data, cfg = model.family.data, model.cfg
     for key in inputs:
-        if key not in _KEYS:
-            raise ValueError(f"input {key!r} is not used by {model.family.name}{nearest(key, _KEYS)}; remove it")
-    rows = _rows({k: v for k, v in inputs.items() if v is not None}, model)
-    cfg = model.cfg
-    samples = _attach_media(rows, inputs, cfg.vision.merge_size, cfg.vision.patch_values)
-    return to(model.family.pack(samples, cfg), tree.leaves(model.params)[0].device)
+        if key not in (*_TEXT_KEYS, *data.input_keys):
+            near = nearest(key, (*_TEXT_KEYS, *data.input_keys))
+            raise ValueError(f"input {key!r} is not used by {model.family.name}{near}; remove it")
+    present = {key: value for key, value in inputs.items() if value is not None}
+    rows = _rows(present, model)
+    media = data.media_from_hf({key: _tensor(key, present[key]) for key in data.input_keys if key in present}, cfg)
+    return _attach_media(rows, media, lambda kind, medium: data.num_tokens(kind, medium, cfg))
 
 
 def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
@@ -48,7 +53,7 @@ def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
         raise ValueError(
             f"input_ids is missing from inputs with keys {sorted(inputs)}; pass all of a processor's result"
         )
-    text = {key: _integers(key, inputs[key]) for key in _TEXT_KEYS if key in inputs}
+    text = {key: integers(key, _tensor(key, inputs[key])) for key in _TEXT_KEYS if key in inputs}
     ids_BS = text["input_ids"]
     for key, value in text.items():
         if value.ndim != 2 or value.shape != ids_BS.shape:
@@ -65,16 +70,13 @@ def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
     labels_BS = text.get("labels", torch.full_like(ids_BS, IGNORE))
     samples = []
     for row, mask_S in enumerate(mask_BS):
-        kept_S = _kept(mask_S, row)
-        if bool((labels_BS[row][~kept_S] != IGNORE).any()):
+        is_token_S = _is_token(mask_S, row)
+        if bool((labels_BS[row][~is_token_S] != IGNORE).any()):
             raise ValueError(f"labels of row {row} supervise padding tokens; set them to {IGNORE}")
-        tokens_T, labels_T = ids_BS[row][kept_S], labels_BS[row][kept_S]
-        kinds_T = _kinds(tokens_T, model)
-        if "mm_token_type_ids" in text and not torch.equal(text["mm_token_type_ids"][row][kept_S], kinds_T):
-            raise ValueError(
-                f"mm_token_type_ids of row {row} contradict input_ids: {IMAGE} is for id {model.cfg.image_token_id}, "
-                f"{VIDEO} for id {model.cfg.video_token_id}, {TEXT} for all others; leave the key out"
-            )
+        tokens_T, labels_T = ids_BS[row][is_token_S], labels_BS[row][is_token_S]
+        kinds_T = model.family.kinds(tokens_T, model.cfg)
+        if "mm_token_type_ids" in text:
+            _check_kinds(text["mm_token_type_ids"][row][is_token_S], tokens_T, kinds_T, row)
         samples.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, id=f"row {row}"))
     return samples
 
@@ -92,16 +94,8 @@ def _tensor(key: str, value: Any) -> Tensor:
         ) from error
 
 
-def _integers(key: str, value: Any) -> Tensor:
-    """int64 on the CPU."""
-    tensor = _tensor(key, value)
-    if tensor.is_floating_point() and tensor.numel():  # an empty list is an array of floats
-        raise ValueError(f"{key} is of {tensor.dtype} but integers are needed; pass the processor's own result")
-    return tensor.to(torch.int64)
-
-
-def _kept(mask_S: Tensor, row: int) -> Tensor:
-    """True where a token is kept: one run of ones."""
+def _is_token(mask_S: Tensor, row: int) -> Tensor:
+    """bool[S]: true where a token is no padding, one run of ones in the mask."""
     if not bool(((mask_S == 0) | (mask_S == 1)).all()):
         raise ValueError(f"attention_mask of row {row} holds values other than 0 and 1; pass the processor's own mask")
     runs = int((mask_S.diff(prepend=mask_S.new_zeros(1)) == 1).sum())
@@ -111,64 +105,42 @@ def _kept(mask_S: Tensor, row: int) -> Tensor:
     return mask_S.bool()
 
 
-def _kinds(tokens_T: Tensor, model: Model) -> Tensor:
-    """int64[T]: kind of every token, from the placeholder ids."""
-    kinds_T = torch.full_like(tokens_T, TEXT)
-    kinds_T[tokens_T == model.cfg.image_token_id] = IMAGE
-    kinds_T[tokens_T == model.cfg.video_token_id] = VIDEO
-    return kinds_T
+def _check_kinds(claim_T: Tensor, tokens_T: Tensor, kinds_T: Tensor, row: int) -> None:
+    odd = (claim_T != kinds_T).nonzero().flatten().tolist()
+    if odd:
+        token, kind, claim = (int(x_T[odd[0]]) for x_T in (tokens_T, kinds_T, claim_T))
+        raise ValueError(
+            f"mm_token_type_ids of row {row} contradict input_ids: a token of id {token} is of kind {kind} but has "
+            f"{claim}; leave the key out"
+        )
 
 
-def _attach_media(rows: list[Sample], inputs: Mapping[str, Any], merge_size: int, patch_values: int) -> list[Sample]:
-    """Hand images and videos to the rows in reading order, by their numbers of placeholder tokens."""
-    media = {kind: _media(inputs, kind, merge_size, patch_values) for kind in _MEDIA}
+def _attach_media(rows: Sequence[Sample], media: MediaByKind, num_tokens: Callable[[str, Media], int]) -> list[Sample]:
+    """Hand media to the rows in reading order, by their numbers of placeholder tokens."""
+    left = {kind: list(media.get(kind, ())) for kind in _KINDS}
     samples = []
     for row in rows:
-        own = {kind: _take(row, kind, media[kind], merge_size) for kind in _MEDIA}
-        samples.append(replace(row, images=own[IMAGE], videos=own[VIDEO]))
-    for kind, left in media.items():
-        if left:
-            total = sum(int((row.kinds_T == kind).sum()) for row in rows)
+        share = {kind: _take(row, kind, left[kind], num_tokens) for kind in _KINDS}
+        samples.append(replace(row, images=share["image"], videos=share["video"], audios=share["audio"]))
+    for kind, items in left.items():
+        if items:
+            total = sum(int((row.kinds_T == _KINDS[kind]).sum()) for row in rows)
             raise ValueError(
-                f"{len(left)} {_NAMES[kind]}s are left over after all {total} {_NAMES[kind]} placeholder tokens were "
-                "filled; make the text and the media agree"
+                f"{len(items)} {kind}s are left over after all {total} {kind} placeholder tokens were filled; make the "
+                "text and the media agree"
             )
     return samples
 
 
-def _media(inputs: Mapping[str, Any], kind: int, merge_size: int, patch_values: int) -> list[Media]:
-    pixels_key, grids_key = _MEDIA[kind]
-    pixels, grids = inputs.get(pixels_key), inputs.get(grids_key)
-    if pixels is None and grids is None:
-        return []
-    if pixels is None or grids is None:
-        absent, present = (pixels_key, grids_key) if pixels is None else (grids_key, pixels_key)
-        raise ValueError(f"{absent} is missing although {present} is given; pass both")
-    patches_PF, grids_N3 = _tensor(pixels_key, pixels), _integers(grids_key, grids)
-    if grids_N3.ndim != 2 or grids_N3.shape[1] != 3 or bool((grids_N3 < 1).any()):
-        raise ValueError(f"{grids_key} of shape {list(grids_N3.shape)} must be [media, 3] with entries of at least 1")
-    if bool((grids_N3[:, 1:] % merge_size).any()):
-        raise ValueError(f"{grids_key} holds heights or widths that are no multiple of {merge_size}; resize the media")
-    sizes = grids_N3.prod(1).tolist()
-    if list(patches_PF.shape) != [sum(sizes), patch_values]:
-        raise ValueError(
-            f"{pixels_key} has shape {list(patches_PF.shape)} but its grids and the model need "
-            f"[{sum(sizes)}, {patch_values}]; use the processor of this model"
-        )
-    ends = accumulate(sizes)
-    parts = [patches_PF[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-    return [Media(inputs_UF=p, grid=(t, h, w)) for p, (t, h, w) in zip(parts, grids_N3.tolist(), strict=True)]
-
-
-def _take(row: Sample, kind: int, media: list[Media], merge_size: int) -> tuple[Media, ...]:
+def _take(row: Sample, kind: str, media: list[Media], num_tokens: Callable[[str, Media], int]) -> tuple[Media, ...]:
     """The next media that fill the row's placeholders; removes them from `media`."""
-    places, filled, taken = int((row.kinds_T == kind).sum()), 0, []
-    while filled < places and media:
-        taken.append(media.pop(0))
-        filled += taken[-1].inputs_UF.shape[0] // merge_size**2
-    if filled != places:
+    places, features, items = int((row.kinds_T == _KINDS[kind]).sum()), 0, []
+    while features < places and media:
+        items.append(media.pop(0))
+        features += num_tokens(kind, items[-1])
+    if features != places:
         raise ValueError(
-            f"{row.id} has {places} {_NAMES[kind]} placeholder tokens but the next {len(taken)} {_NAMES[kind]}s give "
-            f"{filled} features; make the text and the media agree"
+            f"{row.id} has {places} {kind} placeholder tokens but the next {len(items)} {kind}s give {features} "
+            "features; make the text and the media agree"
         )
-    return tuple(taken)
+    return tuple(items)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mmfn.batch import Batch, Laid, Sample, TowerKind
+from mmfn.models.data import DataSide
 from mmfn.models.keymap import KeyMap
 from mmfn.packing import Sizes, pack
 from mmfn.tree import Tree
@@ -65,7 +66,7 @@ def nothing(cfg: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The functions every family module defines, under the same names.
+    """What every family module defines, under the same names.
 
     Code shared by the families reads these fields of a Config: `vocab_size` and `decoder`, with its `num_heads` and
     `num_kv_heads`. Blocks of a stack lie under `NAME/layers`. A new family is one module with these functions and one
@@ -89,12 +90,15 @@ class Family:
     towers: Callable[[Any], Mapping[str, TowerKind]]  # cfg -> how each encoder reads
     lay: Callable[[Sample, Any], Mapping[str, Laid]]  # what each encoder reads of a sample
     kinds: Callable[[Tensor, Any], Tensor]  # (tokens_T, cfg) -> kinds_T
+    data: DataSide  # media, chats, and what processors return
     example: Callable[[int, int, Any], Sample]  # (tokens, side of an image in inputs of its encoder, cfg): to plan with
     row_ids: Callable[[Batch, Any], Sequence[tuple[str, Tensor]]]  # see `mmfn.lora.with_drops`
     # what not all families have
     taps: Callable[[Any], int] = nothing  # cfg -> how many of the first text blocks are treated unlike the others
     num_ahead: Callable[[Any], int] = nothing  # cfg -> further tokens that are predicted
-    rules: Callable[[Any], Mapping[str, Rule]] = no_rules  # cfg -> how leaves without a gradient are updated, by regex
+    rules: Callable[[Any], Mapping[str, Rule]] = (
+        no_rules  # cfg -> how leaves without a gradient are updated, by `ParamSpec.rule`
+    )
 
     def pack(self, samples: Sequence[Sample], cfg: Any, sizes: Sizes | None = None) -> Batch:
         """Samples end to end in one batch (`mmfn.packing.pack`), by default exactly as large as they need.

@@ -3,12 +3,17 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Section:
-    """One mapping of a config and its name in messages (`text_config`).
+class ConfigReader:
+    """Reads one mapping of a config; `name` is its name in messages (`text_config`).
+
+    >>> ConfigReader({"hidden_size": 36}, "text_config").integer("hidden_size")
+    36
 
     A key that is absent takes the default, which families set to the default of the transformers class; every method
     raises ValueError naming the key, the value received and what is expected.
@@ -21,12 +26,12 @@ class Section:
         if not isinstance(self.values, Mapping):
             raise ValueError(f"{self.name} is {self.values!r} but must be a mapping; pass the dict of a config.json")
 
-    def section(self, *keys: str) -> "Section":
-        """The first of `keys` that holds a mapping (an empty section if none is there)."""
+    def section(self, *keys: str) -> "ConfigReader":
+        """A reader of the first of `keys` that holds a mapping (of an empty one if none is there)."""
         for key in keys:
             if self.values.get(key) is not None:
-                return Section(self.values[key], self._path(key))
-        return Section({}, self._path(keys[0]))
+                return ConfigReader(self.values[key], self._path(key))
+        return ConfigReader({}, self._path(keys[0]))
 
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         """An int of at least `minimum`."""
@@ -54,6 +59,20 @@ class Section:
         value = self.get(key, default)
         if not isinstance(value, list | tuple) or any(type(v) is not int or v < 0 for v in value):
             raise self._error(key, value, "a list of integers of at least 0")
+        return tuple(value)
+
+    def choice(self, key: str, choices: Mapping[str, T], default: str) -> T:
+        """What a string stands for: one of the keys of `choices`."""
+        value = self.get(key, default)
+        if not isinstance(value, str) or value not in choices:
+            raise self._error(key, value, f"one of {sorted(choices)}")
+        return choices[value]
+
+    def strings(self, key: str, choices: Sequence[str], length: int, default: Sequence[str]) -> tuple[str, ...]:
+        """A list of `length` strings, each one of `choices`: the kinds of a model's layers."""
+        value = self.get(key, default)
+        if not isinstance(value, list | tuple) or len(value) != length or any(v not in choices for v in value):
+            raise self._error(key, value, f"a list of {length} of {sorted(choices)}")
         return tuple(value)
 
     def only(self, key: str, allowed: Any, reason: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmfn.batch import Batch
 from mmfn.models import Output
+from mmfn.models.data import qwen_vision
 from mmfn.models.keymap import KeyMap
 from mmfn.models.layers import balance, decoder, moe, norm, rope, text, vision
 from mmfn.models.layers import vision_language as shared
@@ -30,6 +31,7 @@ DEFAULTS = {
 head, parts, stacks, at_depth, taps = shared.head, shared.parts, shared.stacks, shared.at_depth, shared.taps
 empty_cache, lora_targets, row_ids = shared.empty_cache, shared.LORA_TARGETS, shared.row_ids
 positions, towers, lay, kinds, example = shared.positions, shared.towers, shared.lay, shared.kinds, shared.example
+data = qwen_vision.data_side(templates=("qwen3_vl",))
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:

@@ -30,6 +30,7 @@ from mmfn.train import optim
 from mmfn.train.guard import PLAIN, Guard
 from mmfn.train.objective import Named, Objective, loss_fn, resolve, weigh
 from mmfn.train.optim import Leaves, Transform, Update, UpdateFn, facts_of
+from mmfn.train.rule_updates import RuleUpdate, rule_updates
 from mmfn.train.schedule import Schedule
 from mmfn.tree import Tree
 
@@ -114,7 +115,10 @@ def make_step(
     if program.compile == "step" and not optimizer.is_traceable:
         raise ValueError("compiled('step') has no place for an optimizer on_host; use compiled('layer')")
     kernel = "traced" if is_compiled else "fused"
-    apply_ = _apply(optimizer.update(facts_of(program.specs, program.mesh)), schedule, guard, kernel, program.mesh)
+    ruled, update_ruled = rule_updates(family, cfg, program.specs, program.mesh)
+    ruled_places = [i for i, path in enumerate(tree.paths(program.specs)) if path in ruled]
+    optimize = optimizer.update(facts_of(program.specs, program.mesh))
+    apply_ = _apply(optimize, update_ruled, schedule, guard, kernel, program.mesh)
 
     def ready(state: State, microbatches: Sequence[Batch]) -> list[Batch]:
         """The micro-batches with the weights of their tokens, and what they drop in this step."""
@@ -130,7 +134,8 @@ def make_step(
         return update(state, apply_, *gradients(state["params"], given))
 
     def update(state: State, run: Callable[..., Any], grads: Leaves, sums: Metrics) -> tuple[State, Metrics]:
-        leaves = {path: local(leaf) for path, leaf in zip(paths, _select(state["params"], places), strict=True)}
+        written = zip((*paths, *ruled), _select(state["params"], (*places, *ruled_places)), strict=True)
+        leaves = {path: local(leaf) for path, leaf in written}
         kept = {"opt": tree.map(local, state["opt"]), "guard": state["guard"]}
         new, metrics = run(leaves, grads, kept, state["step"], sums)
         return new, metrics
@@ -201,19 +206,21 @@ def _gradients(
 
 
 def _apply(
-    update: UpdateFn, schedule: Schedule, guard: Guard, kernel: str, mesh: Mesh
+    update: UpdateFn, update_ruled: RuleUpdate, schedule: Schedule, guard: Guard, kernel: str, mesh: Mesh
 ) -> Callable[..., tuple[State, Metrics]]:
-    """`apply_(params, grads, kept, step, sums) -> (kept, metrics)`: one optimizer update of this rank's shards.
+    """`apply_(params, grads, kept, step, sums) -> (kept, metrics)`: one update of this rank's shards.
 
-    Parameters are written in place. `kept`: "opt" and "guard" of the state. `sums`: this rank's shares of metrics,
-    summed here along with the norm.
+    Parameters, those that a gradient and those that a rule updates, are written in place. `kept`: "opt" and "guard" of
+    the state. `sums`: this rank's shares of metrics and counts, summed here along with the norm.
     """
 
     def apply_(params: Leaves, grads: Leaves, kept: State, step: Tensor, sums: Metrics) -> tuple[State, Metrics]:
         lr = schedule(step)
         norm, sums = norm_and_sums(optim.global_norm(grads), sums, mesh)
         is_taken, counters = guard.judge(kept["guard"], sums["loss"], norm)
-        given = Update(params=params, grads=grads, norm=norm, finite=is_taken, lr=lr, step=step, kernel=kernel)
+        sums = update_ruled(params, sums, is_taken)
+        trained = {path: params[path] for path in grads}
+        given = Update(params=trained, grads=grads, norm=norm, finite=is_taken, lr=lr, step=step, kernel=kernel)
         _, opt = update(given, kept["opt"])
         skips = {"skipped": (~is_taken).to(torch.int64), "in_a_row": counters["in_a_row"]}
         return {"opt": opt, "guard": counters}, {**sums, "grad_norm": norm, "lr": lr, **skips}

@@ -16,6 +16,7 @@ import mmfn
 from mmfn import tree
 from mmfn.interop import adapter
 from mmfn.lora import adapters_of, add_adapters, lora, merge
+from mmfn.models.keymap import Entry
 from tests import oracles
 from tests.oracles import ATOL, RTOL
 
@@ -92,7 +93,7 @@ def test_peft_loads_what_is_saved_here(name: str, pairs: dict[str, Pair], tmp_pa
     _, grads = mmfn.value_and_grad(
         lambda params: (mmfn.logits(replace(model, params=params), pair.batch) * weights_TV).sum()
     )(model.params)
-    named = adapter.stored(specs, pair.plain, model.family.key_map(model.cfg))
+    named = adapter.disk_tensors(specs, pair.plain, model.family.key_map(model.cfg))
     mine = {key: entry.to_disk(dict(tree.items(grads))[entry.path]) for key, entry in named.items()}
     for key, parameter in theirs.named_parameters():
         if parameter.requires_grad:
@@ -187,7 +188,7 @@ def test_a_is_drawn_as_peft_draws_it(pairs: dict[str, Pair]) -> None:
             r=32, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
         ),
     )
-    named = adapter.stored(specs, pair.plain, pair.model.family.key_map(pair.model.cfg))
+    named = adapter.disk_tensors(specs, pair.plain, pair.model.family.key_map(pair.model.cfg))
     mine = {name: entry.to_disk(dict(tree.items(params))[entry.path]) for name, entry in named.items()}
     drawn = {k.replace(".default", ""): p for k, p in theirs.named_parameters() if p.requires_grad}
     assert mine.keys() >= {k for k in drawn if "visual" not in k}
@@ -200,6 +201,35 @@ def test_a_is_drawn_as_peft_draws_it(pairs: dict[str, Pair]) -> None:
         assert 0.95 * bound < value.abs().max() <= bound
         assert value.std() == pytest.approx(drawn[name].std().item(), rel=0.08)
     assert torch.equal(mmfn.logits(replace(pair.model, params=params), pair.batch), mmfn.logits(pair.model, pair.batch))
+
+
+def test_what_a_rule_updates_is_part_of_an_adapter(pairs: dict[str, Pair]) -> None:
+    """As what a gradient trains is; where nothing else of its module changes, peft's format cannot say it."""
+    pair = pairs["qwen3_vl"]
+    key_map = pair.model.family.key_map(pair.model.cfg)
+
+    def ruled(path: str) -> Any:
+        specs = tree.map_with_path(
+            lambda p, leaf: replace(leaf, is_frozen=True, rule="balance") if p == path else leaf, pair.plain
+        )
+        return lora(specs, **CASES["attention"], keep=[path])
+
+    norm = f"{adapter.PREFIX}model.language_model.norm.weight"
+    assert norm in adapter.disk_tensors(ruled("text/norm/weight"), pair.plain, key_map)
+    assert adapter.settings(ruled("text/norm/weight"), pair.plain, key_map)["modules_to_save"] == [
+        "model.language_model.norm"
+    ]
+    with pytest.raises(ValueError, match="holds whole modules but 'vision/merger/norm/weight' is not trained"):
+        adapter.disk_tensors(ruled("vision/merger/norm/bias"), pair.plain, key_map)
+
+
+def test_a_leaf_that_is_several_parameters_in_transformers_has_no_adapter(pairs: dict[str, Pair]) -> None:
+    pair = pairs["qwen3_vl_moe"]
+    key_map = pair.model.family.key_map(pair.model.cfg)
+    numbered = Entry(path="text/layers/{i}/moe/experts/down", name="layers.{i}.experts.{e}.down_proj")
+    key_map = replace(key_map, layouts={"hub": (), "transformers": (numbered, *key_map.layouts["transformers"])})
+    with pytest.raises(ValueError, match=r"moe/experts/down' is several parameters in transformers.* to merged"):
+        adapter.settings(lora(pair.plain, **CASES["both experts"]), pair.plain, key_map)
 
 
 def test_adapters_are_no_part_of_a_checkpoint_until_they_are_merged(pairs: dict[str, Pair], tmp_path: Path) -> None:

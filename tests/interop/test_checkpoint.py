@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import mmfn
 from mmfn import tree
-from mmfn.interop import export
+from mmfn.interop import adapter, export, hf
 from mmfn.interop.hf import from_hf
+from mmfn.lora import add_adapters, lora
+from mmfn.models import family
 from tests import oracles
 
 EMBED = "model.language_model.embed_tokens.weight"
@@ -51,6 +53,7 @@ def rewrite(folder):
 
 def assert_params_equal(a, b):
     assert tree.paths(a) == tree.paths(b)
+    assert [x.dtype for x in tree.leaves(a)] == [y.dtype for y in tree.leaves(b)]
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
 
 
@@ -126,6 +129,42 @@ def test_a_stored_copy_of_a_tied_head_must_be_equal(rewrite):
     rewrite(lambda t: t.update({"lm_head.weight": t[EMBED] + 1}))
     with pytest.raises(ValueError, match=r"'lm_head.weight' in model.safetensors differs from .*tie_word_embeddings"):
         mmfn.load_hf(folder)
+
+
+BUFFER = "model.language_model.rotary_emb.inv_freq"
+
+
+def test_buffers_that_transformers_computes_are_ignored(oracle, rewrite):
+    """As in checkpoints of its early releases; the library loads them too."""
+    folder = rewrite(lambda t: t.update({BUFFER: torch.ones(4), "model.visual.rotary_pos_emb.inv_freq": torch.ones(2)}))
+    assert BUFFER not in mmfn.to_hf(mmfn.load_hf(folder).params, mmfn.load_hf(folder))
+    _, info = type(oracle).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    rewrite(lambda t: t.update({"model.language_model.inv_freqs": torch.ones(4)}))
+    with pytest.raises(ValueError, match=r"'model.language_model.inv_freqs' in .* belongs to no parameter"):
+        mmfn.load_hf(folder)
+
+
+@pytest.mark.parametrize("name", [BUFFER, "lm_head.weight"])
+def test_an_index_may_list_or_lack_what_is_not_needed(name, oracle, folder, sharded):
+    """A tied head or a buffer that was dropped from a file but not from the index, or the other way round."""
+    index = sharded / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    file = value["weight_map"][EMBED]
+    index.write_text(json.dumps({"weight_map": {**value["weight_map"], name: file}}))
+    assert_params_equal(mmfn.load_hf(sharded).params, mmfn.load_hf(folder).params)
+    tensors = load_file(sharded / file)
+    extra = {name: tensors[EMBED].clone()}
+    save_file(tensors | extra, sharded / file, metadata={"format": "pt"})
+    index.write_text(json.dumps(value))
+    assert_params_equal(mmfn.load_hf(sharded).params, mmfn.load_hf(folder).params)
+    back, info = type(oracle).from_pretrained(sharded, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(back.get_parameter(EMBED), oracle.get_parameter(EMBED))
+    if name != BUFFER:  # a tied head that is there must still be equal
+        save_file(tensors | {name: extra[name] + 1}, sharded / file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"'{name}' in {file} differs from"):
+            mmfn.load_hf(sharded)
 
 
 @pytest.mark.parametrize(
@@ -336,3 +375,57 @@ def test_trees_of_another_shape_are_refused(folder):
     named.pop(NORM)
     with pytest.raises(ValueError, match=f"the mapping lacks tensor '{NORM}'"):
         from_hf(named, model)
+
+
+@pytest.fixture
+def declare(monkeypatch):
+    """The family with the text's last norm declared float32."""
+
+    def declared_specs(cfg):
+        specs = family("qwen3_vl").specs(cfg)
+        norm = {"weight": replace(specs["text"]["norm"]["weight"], dtype=torch.float32)}
+        return {**specs, "text": {**specs["text"], "norm": norm}}
+
+    declaring = replace(family("qwen3_vl"), specs=declared_specs)
+    monkeypatch.setattr(hf, "family", lambda name: declaring)
+
+
+def test_a_declared_dtype_survives_init_load_save_and_adapters(declare, oracle, tmp_path):
+    """Values that bfloat16 cannot hold, in a model of bfloat16."""
+    folder = oracles.save(oracle, tmp_path / "source")
+    norm = oracle.get_parameter(NORM)
+    assert not torch.equal(norm.bfloat16().float(), norm)
+    model = mmfn.load_hf(folder, dtype=torch.bfloat16)
+    drawn = mmfn.init(oracle.config.to_dict(), dtype=torch.bfloat16)
+    for params in (model.params, drawn.params):
+        dtypes = {path: leaf.dtype for path, leaf in tree.items(params)}
+        assert [path for path, dtype in dtypes.items() if dtype == torch.float32] == ["text/norm/weight"]
+        assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    assert torch.equal(model.params["text"]["norm"]["weight"], norm)
+
+    mmfn.save_hf(tmp_path / "out", model)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name for name, value in written.items() if value.dtype == torch.float32} == {NORM}
+    assert torch.equal(written[NORM], norm)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_params_equal(mmfn.load_hf(tmp_path / "out", dtype=torch.bfloat16).params, model.params)
+
+    narrow = tree.map(lambda leaf: leaf.bfloat16(), model.params)  # what was cast on the way is written as declared
+    mmfn.save_hf(tmp_path / "cast", replace(model, params=narrow))
+    assert load_file(tmp_path / "cast" / "model.safetensors")[NORM].dtype == torch.float32
+    assert torch.equal(mmfn.load_hf(tmp_path / "cast").params["text"]["norm"]["weight"], norm.bfloat16().float())
+
+    specs = lora(model.family.specs(model.cfg), rank=2, alpha=4.0, targets=[r"text/layers/\d+/attention/q"])
+    adapted = add_adapters(model.params, specs, 0)
+    assert {leaf.dtype for path, leaf in tree.items(adapted) if "/lora/" in path} == {torch.bfloat16}
+    assert adapted["text"]["norm"]["weight"].dtype == torch.float32
+
+    specs = lora(
+        model.family.specs(model.cfg),
+        rank=2,
+        alpha=4.0,
+        targets=[r"text/layers/\d+/attention/q"],
+        keep=["text/norm/weight"],
+    )
+    adapter.save(tmp_path / "adapter", replace(model, params=adapted), specs)
+    assert_params_equal(adapter.load(tmp_path / "adapter", model).params, adapted)

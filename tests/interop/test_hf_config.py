@@ -8,6 +8,7 @@ import torch
 import mmfn
 from mmfn import spec, tree
 from mmfn.models import family, qwen3_vl
+from mmfn.models.hf_config import ConfigReader
 from tests import oracles
 
 
@@ -138,3 +139,20 @@ def test_init_depends_on_the_seed_alone(hf):
     assert hf == before
     assert tree.leaves(mmfn.init(hf, dtype=torch.bfloat16).params)[0].dtype == torch.bfloat16
     assert spec.num_params(family("qwen3_vl").specs(first.cfg)) == sum(p.numel() for p in tree.leaves(first.params))
+
+
+def test_choices_and_lists_of_them():
+    kinds = ["full_attention", "linear_attention"]
+    reader = ConfigReader({"act": "gelu", "layer_types": kinds, "odd": ["gelu"], "none": None}, "text_config")
+    assert reader.choice("act", {"gelu": 1, "silu": 2}, "silu") == 1
+    assert reader.choice("none", {"gelu": 1, "silu": 2}, "silu") == 2
+    assert reader.strings("layer_types", kinds, 2, ()) == tuple(kinds)
+    assert reader.strings("none", kinds, 3, kinds[:1] * 3) == ("full_attention",) * 3
+    for key in ("act", "odd"):
+        with pytest.raises(
+            ValueError, match=rf"text_config.{key} is .* but must be one of \['relu', 'silu'\]; correct"
+        ):
+            reader.choice(key, {"silu": 1, "relu": 2}, "silu")
+    for key, length in (("act", 4), ("layer_types", 3), ("odd", 1)):
+        with pytest.raises(ValueError, match=rf"text_config.{key} is .* but must be a list of {length} of \['full_att"):
+            reader.strings(key, kinds, length, ())

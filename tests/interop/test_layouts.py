@@ -1,8 +1,9 @@
-"""The two layouts of stacked experts on disk: both are read, never guessed from a square shape, both are written."""
+"""Layouts of experts on disk: all are read, none is guessed from a square shape, all are written."""
 
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import mmfn
 from mmfn import tree
+from mmfn.interop import hf
 from mmfn.interop.hf import from_hf
+from mmfn.models import family
+from mmfn.models.keymap import Entry
 from tests import oracles
 
 LAYER = "model.language_model.layers.{}.mlp.experts.{}_proj"
@@ -151,9 +155,58 @@ def test_named_trees_are_views_in_either_layout(case, layout, tmp_path):
         mmfn.to_hf(model.params, model, "disk")
 
 
+@pytest.fixture
+def number(monkeypatch):
+    """The family with a third layout, a matrix per expert, by its key map alone."""
+    plain = family("qwen3_vl_moe")
+    at = "model.language_model.layers.{i}.mlp.experts.{e}."
+    entries = (
+        Entry(
+            path="text/layers/{i}/moe/experts/gate_up", name=(at + "gate_proj.weight", at + "up_proj.weight"), join=1
+        ),
+        Entry(path="text/layers/{i}/moe/experts/down", name=at + "down_proj.weight"),
+    )
+
+    def key_map(cfg):
+        stored = plain.key_map(cfg)
+        return replace(stored, layouts={**stored.layouts, "numbered": entries})
+
+    numbered = replace(plain, key_map=key_map)
+    monkeypatch.setattr(hf, "family", lambda name: numbered)
+
+
+def test_a_tensor_per_expert_is_one_more_layout(case, number, tmp_path):
+    _, oracle = case
+    folder = oracles.save(oracle, tmp_path / "source")
+    model = mmfn.load_hf(folder)
+    split = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".experts." not in n}
+    for i, layer in enumerate(oracle.model.language_model.layers):
+        for e, (gate_up, down) in enumerate(
+            zip(layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, strict=True)
+        ):
+            for name, value in (*zip(("gate", "up"), gate_up.chunk(2), strict=True), ("down", down)):
+                split[f"model.language_model.layers.{i}.mlp.experts.{e}.{name}_proj.weight"] = value.detach().clone()
+    save_file(split, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same(mmfn.load_hf(folder).params, model)
+    for shard_bytes in (5_000_000_000, 20_000):
+        mmfn.save_hf(tmp_path / "out", model, max_shard_bytes=shard_bytes, layout="numbered", overwrite=True)
+        written = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+        assert written.keys() == split.keys()
+        assert all(torch.equal(written[name], split[name]) for name in split)
+        assert_same(mmfn.load_hf(tmp_path / "out").params, model)
+
+
+def test_a_tensor_per_expert_is_copied_once(number, tmp_path):
+    mmfn.save_hf(tmp_path / "out", mmfn.load_hf(oracles.save(build(22), tmp_path / "source")), layout="numbered")
+    assert_loads_in_one_copy(tmp_path / "out")
+
+
 def test_a_transposed_tensor_is_copied_once(tmp_path):
+    assert_loads_in_one_copy(turn(oracles.save(build(22), tmp_path)))
+
+
+def assert_loads_in_one_copy(folder):
     """Beside the mapped file, which the profiler counts, loading never holds more than the parameters."""
-    folder = turn(oracles.save(build(22), tmp_path))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         model = mmfn.load_hf(folder)
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

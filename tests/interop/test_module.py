@@ -1,14 +1,17 @@
 """Models as modules and modules as functions."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import mmfn
-from mmfn import tree
+from mmfn import rng, tree
 from mmfn.interop.module import as_module, functional
+from mmfn.lora import add_adapters, lora, merge
 from tests import oracles
 
 
@@ -56,6 +59,53 @@ def test_a_tree_of_any_nesting_becomes_a_module_and_back(model):
     assert tree.paths(module.params) == tree.paths(params)
     assert torch.equal(module.params["layers"][1], params["layers"][1])
     assert (len(module.params["layers"]), module.params["none"]) == (12, [])
+
+
+@pytest.fixture
+def adapted(model):
+    """With adapters that compute something: `b` is drawn too."""
+    specs = lora(
+        model.family.specs(model.cfg), rank=2, alpha=4.0, targets=[r"text/layers/\d+/attention/q", r"vision/.*/qkv"]
+    )
+    params = add_adapters(model.params, specs, 0)
+    drawn = rng.generator(0, "b")
+    return replace(
+        model,
+        params=tree.map_with_path(
+            lambda path, leaf: torch.randn(leaf.shape, generator=drawn) / 9 if path.endswith("/b") else leaf, params
+        ),
+    )
+
+
+def test_a_model_with_adapters(model, adapted, batch):
+    module = as_module(adapted)
+    named = dict(module.named_parameters())
+    assert set(named) == {path.replace("/", ".") for path in tree.paths(adapted.params)}
+    assert "text.layers.0.attention.q.lora.weight.a" in named
+    assert tree.flatten(module.params)[1] == tree.flatten(adapted.params)[1]  # alpha, rank and kind of node too
+    logits_TV = module(batch)
+    assert torch.equal(logits_TV, mmfn.logits(adapted, batch))
+    assert not torch.equal(logits_TV, mmfn.logits(model, batch))
+    assert_close(logits_TV, mmfn.logits(replace(model, params=merge(adapted.params)), batch), rtol=1e-4, atol=1e-5)
+    loss, _ = module(batch, objective="default")
+    loss.backward()
+    (want, _), grads = mmfn.value_and_grad(mmfn.loss, has_aux=True)(adapted.params, batch, adapted)
+    assert torch.equal(loss, want)
+    for (path, gradient), parameter in zip(tree.items(grads), tree.leaves(module.params), strict=True):
+        assert torch.equal(parameter.grad, gradient), path
+    assert all(named[f"vision.layers.0.attention.qkv.lora.weight.{side}"].grad.any() for side in "ab")
+
+
+def test_a_module_with_adapters_is_copied_and_its_state_goes_back_in(adapted, batch):
+    module = as_module(adapted)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        twin.text.layers[0].attention.q.lora.weight.b.zero_()
+    assert not torch.equal(twin(batch), module(batch))
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin(batch), module(batch))
+    twin.double()
+    assert {leaf.dtype for leaf in tree.leaves(twin.params)} == {torch.float64}
 
 
 def test_a_torch_optimizer_can_step_it(model, batch):

@@ -245,7 +245,7 @@ def test_the_published_model_parses_and_counts():
     hf = transformers.Qwen3VLMoeConfig.from_dict(PUBLISHED)
     with torch.device("meta"):
         oracle = transformers.Qwen3VLMoeForConditionalGeneration(hf)
-    stored = qwen3_vl_moe.key_map(cfg).stored(specs, "transformers")
+    stored = qwen3_vl_moe.key_map(cfg).disk_tensors(specs, "transformers")
     assert {n: s.shape for n, s in stored.items()} == {n: tuple(p.shape) for n, p in oracle.named_parameters()}
     assert spec.num_params(specs) == sum(p.numel() for p in oracle.parameters()) == 235_670_022_896
 

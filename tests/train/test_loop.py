@@ -13,7 +13,7 @@ import torch
 
 import mmfn
 from mmfn import tree
-from mmfn.train.build.data import check_match
+from mmfn.train.build.match import check_match
 from mmfn.train.build.model import load_model
 from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
@@ -258,7 +258,7 @@ def test_processor_of_another_model_is_refused(make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match="token id 281 but the model's vocab_size is 281"):
         check_match(small, run.processor)
     gray = replace(run.model, cfg=replace(run.model.cfg, vision=replace(run.model.cfg.vision, num_channels=4)))
-    with pytest.raises(ValueError, match=r"in_channels is 4 in config.json, 128 values per patch, but images give 96"):
+    with pytest.raises(ValueError, match=r"in_channels is 4 in config.json but 3 in every decoded image; use a model"):
         check_match(gray, run.processor)
     swapped = {"image_token_id": run.model.cfg.video_token_id, "video_token_id": run.model.cfg.image_token_id}
     with pytest.raises(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfn.batch import Segments
-from mmfn.models.hf_config import Section
+from mmfn.models.hf_config import ConfigReader
 from mmfn.models.layers import cache, linear, norm
 from mmfn.ops import Ops
 from mmfn.tree import Tree
@@ -42,7 +42,7 @@ class DecoderConfig:
             raise ValueError(f"head_dim is {self.head_dim} but rope turns pairs of channels; make it even")
 
 
-def config_from_hf(text: Section) -> DecoderConfig:
+def config_from_hf(text: ConfigReader) -> DecoderConfig:
     """The `text_config` of a `config.json`, a family's defaults filled in.
 
     Null or absent with no default, the number of kv heads is that of query heads and a head's size what divides the

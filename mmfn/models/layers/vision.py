@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from mmfn.batch import Segments, Tower
-from mmfn.models.hf_config import Section
+from mmfn.models.hf_config import ConfigReader
 from mmfn.models.layers import linear, norm, rope
 from mmfn.ops import Ops
 from mmfn.spec import normal, spec
@@ -67,14 +67,11 @@ class VisionConfig:
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
 
 
-def config_from_hf(hf: Section) -> VisionConfig:
+def config_from_hf(hf: ConfigReader) -> VisionConfig:
     """The `vision_config` of a `config.json`."""
     rotary = hf.section("rope_parameters")
     rotary.only("rope_type", "axial", "patches turn by row and column")
     activations = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-    activation = hf.get("hidden_act", "gelu_pytorch_tanh")
-    if activation not in activations:
-        raise ValueError(f"vision_config.hidden_act is {activation!r} but must be one of {sorted(activations)}")
     return VisionConfig(
         depth=hf.integer("depth", 27),
         d_model=hf.integer("hidden_size", 1152),
@@ -88,7 +85,7 @@ def config_from_hf(hf: Section) -> VisionConfig:
         num_channels=hf.integer("in_channels", 3),
         deepstack=hf.integers("deepstack_visual_indexes", (8, 16, 24)),
         rope_theta=rotary.number("rope_theta", 10_000.0, 1.0),
-        activation=activations[activation],
+        activation=hf.choice("hidden_act", activations, "gelu_pytorch_tanh"),
         init_std=hf.number("initializer_range", 0.02),
     )
 

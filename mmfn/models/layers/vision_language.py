@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Laid, Media, Sample, TowerKind
-from mmfn.models.hf_config import Section
+from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import Entry
 from mmfn.models.layers import cache as layer_cache
 from mmfn.models.layers import decoder, linear, norm, patches, vision
@@ -68,19 +68,19 @@ class VisionLanguageConfig:
             )
 
 
-def text_section(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> Section:
+def text_section(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> ConfigReader:
     """The `text_config` of a `config.json` with a family's defaults for absent keys (a null stays null)."""
-    text = Section(hf).section("text_config")
-    return Section({**defaults, **text.values}, text.name)
+    text = ConfigReader(hf).section("text_config")
+    return ConfigReader({**defaults, **text.values}, text.name)
 
 
-def fields_from_hf(hf: Mapping[str, Any], text: Section) -> dict[str, Any]:
+def fields_from_hf(hf: Mapping[str, Any], text: ConfigReader) -> dict[str, Any]:
     """The fields of `VisionLanguageConfig`. `text`: what `text_section` returns.
 
     Both spellings of rope are read: `rope_parameters`, and the older `rope_scaling` beside `rope_theta`. Raises
     ValueError for values out of range and for settings mmfn does not implement (rope scaling, dropout, quantization).
     """
-    outer = Section(hf)
+    outer = ConfigReader(hf)
     outer.only("quantization_config", None, "quantized weights are not supported")
     rotary = text.section("rope_parameters", "rope_scaling")
     rotary.only("rope_type", "default", "scaled rope is not supported")

@@ -22,14 +22,15 @@ def all_counts(counts_AN: Tensor, mesh: Mesh) -> tuple[Tensor, int]:
 
 
 def norm_and_sums(norm: Tensor, shares: Mapping[str, Tensor], mesh: Mesh) -> tuple[Tensor, dict[str, Tensor]]:
-    """The global norm from the norm of this rank's shards, and the sums of 0-D shares: one all-reduce for both.
+    """The global norm from the norm of this rank's shards, and the sums of shares of any shape: one all-reduce for all.
 
     Every shard is held by `replicate` ranks, so the sum of squares counts it as often. Dtypes are kept.
     """
     if mesh.layout.world == 1:
         return norm, dict(shares)
     dtype = torch.float32 if norm.device.type == "npu" else torch.float64  # what hccl can add up
-    wide = [x.to(dtype) for x in (norm, *shares.values())]
-    squared, *totals = mesh["world"].all_reduce(torch.stack([wide[0].square(), *wide[1:]]), "metrics").unbind(0)
-    sums = {name: total.to(x.dtype) for (name, x), total in zip(shares.items(), totals, strict=True)}
-    return (squared / mesh.layout.replicate).sqrt().to(norm.dtype), sums
+    flat = [norm.to(dtype).square().view(1), *(x.to(dtype).reshape(-1) for x in shares.values())]
+    summed = mesh["world"].all_reduce(torch.cat(flat), "metrics")
+    squared, *totals = torch.split(summed, [x.numel() for x in flat])
+    sums = {name: total.view(x.shape).to(x.dtype) for (name, x), total in zip(shares.items(), totals, strict=True)}
+    return (squared[0] / mesh.layout.replicate).sqrt().to(norm.dtype), sums

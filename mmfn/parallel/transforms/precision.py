@@ -28,10 +28,11 @@ def precision(
     Parameters stay in their dtype, the master copy: `gather` casts shards before they travel, and the gradient's sum to
     the leaf's dtype. Placements do not change. `rules`: regexes over paths and the dtype those leaves are computed in
     instead, the first match wins; default: with a `compute` narrower than float32 what is `SENSITIVE` stays float32. A
-    norm's or linear layer's result has the dtype of its input, whatever that of its parameters and adapter; a router's
-    probabilities keep float32. What the embedding gives is cast for a head of its own, but not for experts (their
-    adapters included): these must be computed in one dtype. Leaves of another dtype than `compute` travel in a bucket
-    of their own. `Program.enter` hands them to `gather`.
+    leaf without a rule whose spec declares a dtype is computed in that. A norm's or linear layer's result has the dtype
+    of its input, whatever that of its parameters and adapter; a router's probabilities keep float32. What the embedding
+    gives is cast for a head of its own, but not for experts (their adapters included): these must be computed in one
+    dtype. Leaves of another dtype than `compute` travel in a bucket of their own. `Program.enter` hands them to
+    `gather`.
 
     Raises ValueError for a dtype that is not floating-point and, when applied, for a rule that matches no path and one
     that tells apart what must have one dtype.
@@ -48,10 +49,8 @@ def precision(
             wanted = [(SENSITIVE, torch.float32)]
         note = f"precision: compute {compute or 'as stored'}, gradient sums {reduce or 'as computed'}"
         note += "".join(f", {dtype} for {pattern}" for pattern, dtype in wanted)
-        if not wanted:
-            return noted(replace(program, compute_dtype=compute, reduce_dtype=reduce), note)
         dtypes = tree.mask(program.specs, wanted, default=False)
-        specs = tree.map(lambda spec, dtype: replace(spec, compute=dtype or None), program.specs, dtypes)
+        specs = tree.map(lambda s, dtype: replace(s, compute=dtype or s.compute or s.dtype), program.specs, dtypes)
         _check_uncast(specs, wanted, compute)
         return noted(replace(program, specs=specs, compute_dtype=compute, reduce_dtype=reduce), note)
 
@@ -61,7 +60,7 @@ def precision(
 def _check_uncast(specs: Tree, rules: list[tuple[str, torch.dtype]], compute: torch.dtype | None) -> None:
     """Raise ValueError for a rule with which not all leaves of `UNCAST` axes, but for the head, have one dtype."""
     leaves = {p: leaf for p, leaf in tree.items(specs) if UNCAST & set(leaf.axes) and not p.startswith("head/")}
-    dtypes = {path: leaf.compute or compute or leaf.dtype for path, leaf in leaves.items()}
+    dtypes = {path: leaf.compute or compute or torch.float32 for path, leaf in leaves.items()}
     for pattern, dtype in rules:
         same = [path for path in dtypes if dtypes[path] == dtype and re.fullmatch(pattern, path)]
         others = [path for path in dtypes if dtypes[path] != dtype]

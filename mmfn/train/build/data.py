@@ -13,15 +13,7 @@ from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.program import Program
 from mmfn.train.config.schema import Config
 from mmfn.train.data import Dataset, Loader, Processor, load_processor
-from mmfn.train.data.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from mmfn.train.data.tokenizer import read_json
-
-MEDIA_TOKENS = {
-    "image_token_id": IMAGE_PAD,
-    "video_token_id": VIDEO_PAD,
-    "vision_start_token_id": VISION_START,
-    "vision_end_token_id": VISION_END,
-}
 
 
 def load_model_processor(path: str, template: str | None = None) -> Processor:
@@ -51,36 +43,6 @@ def open_dataset(config: Config, path: str, processor: Processor) -> Dataset:
         max_tokens=config.data.max_tokens,
         cache_bytes=config.data.cache_mib * 2**20,
     )
-
-
-def check_match(model: Model, processor: Processor) -> None:
-    """Raise ValueError unless the processor makes what the model reads: the same patches, tokens it has."""
-    vision, image = model.cfg.vision, processor.image
-    for name in ("patch_size", "temporal_patch_size", "merge_size"):
-        if getattr(vision, name) != getattr(image, name):
-            raise ValueError(
-                f"{name} is {getattr(vision, name)} in config.json but {getattr(image, name)} in "
-                "preprocessor_config.json; use the two files of one model"
-            )
-    if vision.patch_values != image.patch_values:
-        raise ValueError(
-            f"in_channels is {vision.num_channels} in config.json, {vision.patch_values} values per patch, but images "
-            f"give {image.patch_values}; use a model for 3 channels"
-        )
-    largest = max(processor.chat.tokenizer.get_vocab().values())
-    if largest >= model.cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer has token id {largest} but the model's vocab_size is {model.cfg.vocab_size}; use the "
-            "tokenizer of the model"
-        )
-    vocabulary = processor.chat.tokenizer.get_vocab()
-    for key, token in MEDIA_TOKENS.items():
-        configured = getattr(model.cfg, key, model.hf_config.get(key))  # the first has the defaults of absent keys
-        if configured is not None and configured != vocabulary.get(token):
-            raise ValueError(
-                f"{key} is {configured} in config.json but {token!r} is {vocabulary.get(token)} in the tokenizer; use "
-                "the tokenizer of the model"
-            )
 
 
 def build_loader(config: Config, dataset: Dataset, model: Model, program: Program) -> Loader:

@@ -18,11 +18,11 @@ from mmfn.train.build.agreement import check_same, files_in_common, settings_in_
 from mmfn.train.build.data import (
     build_loader,
     check_data,
-    check_match,
     eos_token_ids,
     load_model_processor,
     open_dataset,
 )
+from mmfn.train.build.match import check_match
 from mmfn.train.build.model import check_model, find_device, find_family, load_shards, router_note
 from mmfn.train.build.program import build_program
 from mmfn.train.build.step import build_objective, build_step
@@ -83,7 +83,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     export.check_layout(family.specs(cfg), family.key_map(cfg), config.output.experts)
     program = build_program(config, family, cfg, place.mesh)
     if config.has_adapters and config.output.adapter != "merged":  # what peft's format cannot express is refused now
-        adapter.stored(program.specs, family.specs(cfg), family.key_map(cfg))
+        adapter.disk_tensors(program.specs, family.specs(cfg), family.key_map(cfg))
     model = load_shards(config, place)
     check_match(model, processor)
     eos = eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size)

@@ -7,7 +7,8 @@ from pathlib import Path
 from mmfn.parallel.mesh import launch
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.train.build.agreement import check_same, files_in_common, settings_in_common, weights_in_common
-from mmfn.train.build.data import check_match, eos_token_ids, load_model_processor, open_dataset
+from mmfn.train.build.data import eos_token_ids, load_model_processor, open_dataset
+from mmfn.train.build.match import check_match
 from mmfn.train.build.model import find_device, load_model, ops_table
 from mmfn.train.config.load import load_config
 from mmfn.train.run.evaluate import Evaluation, evaluate, to_json

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from mmfn.train.build.data import check_match, eos_token_ids, load_model_processor
+from mmfn.train.build.data import eos_token_ids, load_model_processor
+from mmfn.train.build.match import check_match
 from mmfn.train.build.model import load_model, ops_table
 from mmfn.train.config.schema import ModelSection
 from mmfn.train.run.evaluate import answer

@@ -7,14 +7,12 @@ import threading
 from os import PathLike
 from pathlib import Path
 
-import torch
-
-from mmfn.batch import IGNORE, Media, Sample
-from mmfn.train.data.image import decode_image, preprocess_image
-from mmfn.train.data.processor import Processor
+from mmfn.batch import Media, Sample
+from mmfn.models.data import MediaByKind
+from mmfn.train.data.image import decode_image
+from mmfn.train.data.processor import Processor, encode_sample
 from mmfn.train.data.records import Message, Record, count_media, plain_text, read_records
-from mmfn.train.data.template import Encoded, VideoText, encode
-from mmfn.train.data.video import decode_frames, decode_video, group_times, preprocess_video
+from mmfn.train.data.video import decode_frames, decode_video
 
 
 class Dataset:
@@ -40,7 +38,7 @@ class Dataset:
         self.processor = processor
         self.max_tokens = max_tokens
         self.media_root = Path(media_root if media_root is not None else self.path.parent).resolve()
-        self._cache: dict[int, tuple[Sample, tuple[VideoText, ...]]] = {}
+        self._cache: dict[int, Sample] = {}
         self._cache_room = cache_bytes
         self._lock = threading.Lock()
         for index, record in enumerate(self.records):
@@ -57,7 +55,11 @@ class Dataset:
         Raises ValueError with the sample's id when a medium does not decode or lies outside the media root, when text
         and media disagree, or when the sample is longer than `max_tokens` (it is never cut).
         """
-        return self._load(index)[0]
+        sample = self._cache.get(index)
+        if sample is None:
+            sample = self._load(self.records[index])
+            self._keep(index, sample)
+        return sample
 
     def prompt(self, index: int) -> tuple[Sample, str]:
         """(the conversation before the last assistant turn, ending in the header of an answer; that turn's text).
@@ -72,83 +74,53 @@ class Dataset:
                 "compare with"
             )
         before = record.messages[: turns[-1]]
-        full, texts = self._load(index)
-        images = full.images[: count_media(before, "image")]
-        num_videos = count_media(before, "video")
-        encoded = self._encode(record, before, images, texts[:num_videos], is_prompt=True)
-        sample = Sample(
-            tokens_T=encoded.tokens_T,
-            labels_T=torch.full_like(encoded.tokens_T, IGNORE),
-            kinds_T=encoded.kinds_T,
-            images=images,
-            videos=full.videos[:num_videos],
-            id=record.id,
-        )
-        return sample, plain_text(record.messages[turns[-1]])
+        full = self.sample(index)
+        media = {
+            "image": full.images[: count_media(before, "image")],
+            "video": full.videos[: count_media(before, "video")],
+        }
+        return self._encode(record, before, media, is_prompt=True), plain_text(record.messages[turns[-1]])
 
-    def _load(self, index: int) -> tuple[Sample, tuple[VideoText, ...]]:
-        if index in self._cache:
-            return self._cache[index]
-        record = self.records[index]
+    def _load(self, record: Record) -> Sample:
         try:
-            images = tuple(self._image(name) for name in record.images)
-            videos = tuple(self._video(name) for name in record.videos)
+            media = {
+                "image": [self._image(name) for name in record.images],
+                "video": [self._video(name) for name in record.videos],
+            }
         except ValueError as error:
             raise ValueError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
-        texts = tuple(text for _, text in videos)
-        encoded = self._encode(record, record.messages, images, texts)
-        num_tokens = encoded.tokens_T.numel()
+        sample = self._encode(record, record.messages, media)
+        num_tokens = sample.tokens_T.numel()
         if self.max_tokens is not None and num_tokens > self.max_tokens:
             raise ValueError(
                 f"sample {record.id!r} of {str(self.path)!r} has {num_tokens} tokens but max_tokens is "
                 f"{self.max_tokens}; raise max_tokens, shorten the sample or lower the pixel budget of the processor"
             )
-        sample = Sample(
-            tokens_T=encoded.tokens_T,
-            labels_T=torch.where(encoded.supervised_T, encoded.tokens_T, IGNORE),
-            kinds_T=encoded.kinds_T,
-            images=images,
-            videos=tuple(media for media, _ in videos),
-            id=record.id,
-        )
-        self._keep(index, sample, texts)
-        return sample, texts
+        return sample
 
     def _encode(
-        self,
-        record: Record,
-        messages: tuple[Message, ...],
-        images: tuple[Media, ...],
-        videos: tuple[VideoText, ...],
-        *,
-        is_prompt: bool = False,
-    ) -> Encoded:
-        counts = [_num_tokens(media, self.processor.image.merge_size) for media in images]
-        chat, tools = self.processor.chat, record.tools
+        self, record: Record, messages: tuple[Message, ...], media: MediaByKind, *, is_prompt: bool = False
+    ) -> Sample:
+        tools = record.tools
         try:
-            return encode(messages, chat, images=counts, videos=videos, tools=tools, is_prompt=is_prompt)
+            return encode_sample(messages, self.processor, media, tools=tools, is_prompt=is_prompt, id=record.id)
         except ValueError as error:
             raise ValueError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
 
     def _image(self, name: str) -> Media:
         image_u8 = decode_image(self._resolve(name))
         try:
-            return preprocess_image(image_u8, self.processor.image)
+            return self.processor.media.image(image_u8)
         except ValueError as error:
             raise ValueError(f"image {name!r}: {error}") from error
 
-    def _video(self, name: str | tuple[str, ...]) -> tuple[Media, VideoText]:
-        spec = self.processor.video
-        if spec is None:
-            raise ValueError("the model's folder has no video_preprocessor_config.json; add it or remove the videos")
+    def _video(self, name: str | tuple[str, ...]) -> Media:
+        sampling = self.processor.media.sampling()
         if isinstance(name, str):
-            frames, times = decode_video(self._resolve(name), spec)
+            frames, times = decode_video(self._resolve(name), sampling)
         else:
-            frames, times = decode_frames([self._resolve(frame) for frame in name], spec)
-        media = preprocess_video(frames, spec.pixels)
-        per_group = _num_tokens(media, spec.pixels.merge_size) // media.grid[0]
-        groups = group_times(times, spec.pixels.temporal_patch_size)
-        return media, VideoText(times=tuple(groups), tokens_per_group=per_group)
+            frames, times = decode_frames([self._resolve(frame) for frame in name], sampling.fps)
+        return self.processor.media.video(frames, times)
 
     def _resolve(self, name: str) -> Path:
         try:
@@ -165,19 +137,15 @@ class Dataset:
             "media_root"
         )
 
-    def _keep(self, index: int, sample: Sample, texts: tuple[VideoText, ...]) -> None:
+    def _keep(self, index: int, sample: Sample) -> None:
         """Keep until full, never evict: under a random order each epoch, a fixed share of hits beats none."""
         tensors = [sample.tokens_T, sample.labels_T, sample.kinds_T]
-        tensors += [media.inputs_UF for media in (*sample.images, *sample.videos)]
+        tensors += [media.inputs_UF for media in (*sample.images, *sample.videos, *sample.audios)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         with self._lock:
             if size <= self._cache_room and index not in self._cache:
                 self._cache_room -= size
-                self._cache[index] = (sample, texts)
-
-
-def _num_tokens(media: Media, merge_size: int) -> int:
-    return media.inputs_UF.shape[0] // merge_size**2
+                self._cache[index] = sample
 
 
 def _paths(record: Record) -> list[str]:

@@ -35,16 +35,16 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a single special token. Raises ValueError when the tokenizer does not know it or splits it."""
-    found = tokenizer.get_vocab().get(token)
-    if found is None:
+    number = tokenizer.get_vocab().get(token)
+    if number is None:
         raise ValueError(
             f"the tokenizer has no token {token!r}, which stands for media; use the tokenizer of the model"
         )
-    if tokenizer(token, add_special_tokens=False)["input_ids"] != [found]:
+    if tokenizer(token, add_special_tokens=False)["input_ids"] != [number]:
         raise ValueError(
             f"the tokenizer splits {token!r}, which stands for media; list it in added_tokens of tokenizer.json"
         )
-    return int(found)
+    return int(number)
 
 
 def read_json(path: Path) -> dict[str, Any]:

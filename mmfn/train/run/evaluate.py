@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from mmfn import tree
-from mmfn.batch import IGNORE, Batch, Sample, to
+from mmfn.batch import Batch, Sample, to
 from mmfn.model import Model
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.host_values import gather_values
-from mmfn.train.data import Dataset, Processor, decode_image, encode, preprocess_image
+from mmfn.train.data import Dataset, Processor, decode_image, encode_sample
 from mmfn.train.data.records import Record, parse_record, plain_text
 from mmfn.train.generate import generate
 from mmfn.train.objective import loss_fn
@@ -134,16 +134,8 @@ def answer(
     text = prompt if "<image>" in prompt else "<image>" * len(images) + prompt
     entry = {"messages": [{"role": "user", "content": text}], "images": list(images)}
     record = parse_record(entry, "prompt")
-    media = tuple(preprocess_image(decode_image(path), processor.image) for path in record.images)
-    counts = [m.inputs_UF.shape[0] // processor.image.merge_size**2 for m in media]
-    encoded = encode(record.messages, processor.chat, images=counts, is_prompt=True)
-    sample = Sample(
-        tokens_T=encoded.tokens_T,
-        labels_T=torch.full_like(encoded.tokens_T, IGNORE),
-        kinds_T=encoded.kinds_T,
-        images=media,
-        id=record.id,
-    )
+    media = {"image": [processor.media.image(decode_image(path)) for path in record.images]}
+    sample = encode_sample(record.messages, processor, media, is_prompt=True, id=record.id)
     (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids, ops=ops)
     decoded: str = processor.chat.tokenizer.decode(row, skip_special_tokens=True)
     return decoded.strip()

@@ -2,6 +2,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,7 @@ from PIL import Image
 
 from mmfn.batch import IGNORE, IMAGE, VIDEO
 from mmfn.models.layers.patches import lay_frames
-from mmfn.train.data import Dataset, dataset, decode_image, preprocess_image, preprocess_video
-from mmfn.train.data.video import decode_frames
+from mmfn.train.data import Dataset, dataset, decode_frames, decode_image
 
 
 @pytest.fixture
@@ -53,10 +53,12 @@ def test_sample_of_images_and_video(folder, processor):
     supervised = sample.labels_T != IGNORE
     assert torch.equal(sample.labels_T[supervised], sample.tokens_T[supervised])
     assert tokenizer.decode(sample.tokens_T[supervised]) == "One.<|im_end|>\nTwo.<|im_end|>\n"
-    first = preprocess_image(decode_image(folder / "media" / "0.png"), processor.image)
+    first = processor.media.image(decode_image(folder / "media" / "0.png"))
     assert torch.equal(sample.images[0].inputs_UF, first.inputs_UF)
-    frames, _ = decode_frames([folder / "media" / f"{i}.png" for i in range(5)], processor.video)
-    assert torch.equal(sample.videos[0].inputs_UF, preprocess_video(frames, processor.video.pixels).inputs_UF)
+    frames, times = decode_frames([folder / "media" / f"{i}.png" for i in range(5)], processor.media.sampling().fps)
+    video = processor.media.video(frames, times)
+    assert torch.equal(sample.videos[0].inputs_UF, video.inputs_UF)
+    assert sample.videos[0].times == video.times == (0.25, 1.25, 2.0)
     assert sample.videos[0].grid[0] == 3
     assert "<0.2 seconds>" in tokenizer.decode(sample.tokens_T)  # mean of 0.0 and 0.5, as printed by %.1f
     assert "<2.0 seconds>" in tokenizer.decode(sample.tokens_T)
@@ -138,7 +140,7 @@ def test_media_that_fail_name_the_sample(folder, processor):
     Image.new("RGB", (1, 201)).save(folder / "long.png")
     with pytest.raises(ValueError, match=r"sample 'x' of .*one\.jsonl': image 'long\.png': .*200 times"):
         Dataset(_write(folder, images=["long.png"]), processor).sample(0)
-    without = processor.__class__(chat=processor.chat, image=processor.image)
+    without = replace(processor, media=replace(processor.media, video_spec=None))
     with pytest.raises(ValueError, match=r"sample '0' of .*no video_preprocessor_config\.json"):
         Dataset(folder / "data.json", without).sample(0)
 

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from mmfn.train.data import ImageSpec, Processor, VideoSpec, load_processor
+from mmfn.train.data import load_processor
 
 
 def test_sections_of_newer_libraries(tmp_path, digits, processor):
@@ -15,7 +15,7 @@ def test_sections_of_newer_libraries(tmp_path, digits, processor):
         path.unlink()
     (tmp_path / "model" / "processor_config.json").write_text(json.dumps({"processor_class": "X", **both}))
     loaded = load_processor(tmp_path / "model")
-    assert (loaded.image, loaded.video) == (processor.image, processor.video)
+    assert loaded.media == processor.media
 
 
 def test_template_is_overridden(digits):
@@ -26,7 +26,7 @@ def test_template_is_overridden(digits):
 def test_video_is_optional(tmp_path, digits):
     shutil.copytree(digits / "model", tmp_path / "model")
     (tmp_path / "model" / "video_preprocessor_config.json").unlink()
-    assert load_processor(tmp_path / "model").video is None
+    assert load_processor(tmp_path / "model").media.video_spec is None
     (tmp_path / "model" / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no preprocessor_config\.json; copy it"):
         load_processor(tmp_path / "model")
@@ -37,9 +37,3 @@ def test_a_section_that_is_no_object(tmp_path, digits):
     (tmp_path / "model" / "processor_config.json").write_text('{"image_processor": "x"}')
     with pytest.raises(ValueError, match=r"'image_processor' in '.*processor_config\.json' must be an object, got 'x'"):
         load_processor(tmp_path / "model")
-
-
-def test_one_patch_size(processor):
-    image = ImageSpec.from_hf({"patch_size": 8})
-    with pytest.raises(ValueError, match="patch_size is 8 for images but 16 for videos"):
-        Processor(chat=processor.chat, image=image, video=VideoSpec.from_hf({}))

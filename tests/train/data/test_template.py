@@ -1,15 +1,24 @@
+import copy
 import json
 import random
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import trainers
 
-from mmfn.batch import IMAGE, TEXT, VIDEO
-from mmfn.train.data.template import Chat, VideoText, encode, make_chat, render
+from mmfn.batch import IMAGE, TEXT, VIDEO, Media
+from mmfn.models import family
+from mmfn.models.data.chat import ChatFormat, MediaText
+from mmfn.models.data.qwen_vision import video_text
+from mmfn.train.data import template
+from mmfn.train.data.template import Chat, encode, render
 
 CHATS = json.loads((Path(__file__).parents[2] / "goldens" / "chats.json").read_text(encoding="utf-8"))
 # the ChatML core of the format, written apart from the template under test, without generation blocks
@@ -27,6 +36,24 @@ def tokenizer(digits_module):
     trainer = trainers.BpeTrainer(vocab_size=420, show_progress=False)
     corpus = ["a:<0.5 seconds> b:<1.0 seconds> What is this? Two.\n\n\nHello there\n\n"] * 50
     return made.train_new_from_iterator(corpus, 700, initial_alphabet=trainer.initial_alphabet)
+
+
+def make_chat(tokenizer, source=""):
+    """A chat of the family with the ids that this tokenizer gives its tokens."""
+    qwen3 = family("qwen3_vl")
+    cfg = SimpleNamespace(
+        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in qwen3.data.chat.tokens.items()}
+    )
+    return template.make_chat(tokenizer, qwen3.data.chat, partial(qwen3.kinds, cfg=cfg), source)
+
+
+def images(*counts):
+    return {"image": [MediaText(text="<|image_pad|>", counts=(count,)) for count in counts]}
+
+
+def video(*times, tokens_per_group):
+    """The text of a video with one row of features in every group."""
+    return video_text(Media(inputs_UF=None, grid=(len(times), 2, 2 * tokens_per_group), times=times), merge_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +86,7 @@ def conversations(num, with_media):
 def test_text_of_the_published_template(tokenizer, chat, index):
     case = {**CHATS[index]}
     expected = case.pop("text")
-    assert chat.own == ""
+    assert chat.original == ""
     assert tokenizer.apply_chat_template(case.pop("messages"), tokenize=False, **case) == expected
 
 
@@ -68,8 +95,8 @@ def test_tokens_and_mask_of_the_library(tokenizer, chat, with_media):
     """One token per image, so that the library's own mask covers the same tokens."""
     for messages in conversations(60, with_media):
         expected = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-        num_images = expected["input_ids"].count(chat.image_id)
-        ours = encode(messages, chat, images=[1] * num_images)
+        num_images = expected["input_ids"].count(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        ours = encode(messages, chat, texts=images(*[1] * num_images))
         assert ours.tokens_T.tolist() == expected["input_ids"]
         assert ours.supervised_T.tolist() == [bool(m) for m in expected["assistant_masks"]]
 
@@ -82,14 +109,15 @@ def test_supervised_text_is_the_answer_and_its_end(tokenizer, chat):
         {"role": "user", "content": "Sure?"},
         {"role": "assistant", "content": "Yes."},
     ]
-    out = encode(messages, chat, images=[3])
+    out = encode(messages, chat, texts=images(3))
     assert tokenizer.decode(out.tokens_T[out.supervised_T]) == "Two.<|im_end|>\nYes.<|im_end|>\n"
     assert tokenizer.decode(out.tokens_T[~out.supervised_T]) == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|>"
         "<|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n<|im_start|>user\nSure?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert out.kinds_T.tolist() == [IMAGE if t == chat.image_id else TEXT for t in out.tokens_T.tolist()]
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert out.kinds_T.tolist() == [IMAGE if t == image_id else TEXT for t in out.tokens_T.tolist()]
 
 
 def test_repeated_pads_equal_tokenizing_the_expanded_text(tokenizer, chat):
@@ -99,7 +127,7 @@ def test_repeated_pads_equal_tokenizing_the_expanded_text(tokenizer, chat):
         counts = list(range(2, 2 + num_images))
         pieces = text.split("<|image_pad|>")
         expanded = "".join(p + "<|image_pad|>" * n for p, n in zip(pieces, [*counts, 0], strict=True))
-        out = encode(messages, chat, images=counts)
+        out = encode(messages, chat, texts=images(*counts))
         assert out.tokens_T.tolist() == tokenizer(expanded)["input_ids"]
         assert int((out.kinds_T == IMAGE).sum()) == sum(counts)
 
@@ -108,7 +136,7 @@ def test_videos_are_timed_groups(processor, media_goldens):
     """The library of the goldens keeps the outer pair of marks around all groups; the published models never saw it."""
     prompt = media_goldens["prompt"]
     times = (0.5, 2.5, 4.5)
-    out = encode(prompt["messages"], processor.chat, images=[8], videos=[VideoText(times=times, tokens_per_group=6)])
+    out = encode(prompt["messages"], processor.chat, texts=images(8) | {"video": [video(*times, tokens_per_group=6)]})
     text = (
         prompt["text"].replace("<|vision_start|><0.5", "<0.5").replace("<|vision_end|><|vision_end|>", "<|vision_end|>")
     )
@@ -126,7 +154,7 @@ def test_times_join_the_text_before_them(tokenizer, chat):
         {"role": "user", "content": [{"type": "text", "text": "a:"}, {"type": "video"}]},
         {"role": "assistant", "content": "ok"},
     ]
-    out = encode(messages, chat, videos=[VideoText(times=(0.5, 1.0), tokens_per_group=1)])
+    out = encode(messages, chat, texts={"video": [video(0.5, 1.0, tokens_per_group=1)]})
     pad = "<|vision_start|><|video_pad|><|vision_end|>"
     text = f"<|im_start|>user\na:<0.5 seconds>{pad}<1.0 seconds>{pad}<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
     expected = tokenizer(text)["input_ids"]
@@ -141,9 +169,9 @@ def test_times_join_the_text_before_them(tokenizer, chat):
 def test_template_without_blocks_is_followed_to_the_letter(tokenizer):
     copy = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, chat_template=PLAIN)
     chat = make_chat(copy)
-    assert chat.own == PLAIN
+    assert chat.original == PLAIN
     for messages in conversations(20, True):
-        out = encode(messages, chat, images=[1] * sum(m["role"] == "user" for m in messages))
+        out = encode(messages, chat, texts=images(*[1] * sum(m["role"] == "user" for m in messages)))
         assert out.tokens_T.tolist() == copy.apply_chat_template(messages)["input_ids"]
         assert bool(out.supervised_T.any())
     prompt = encode([{"role": "user", "content": "Hi"}], chat, is_prompt=True)
@@ -158,8 +186,8 @@ def test_template_that_differs_is_refused(tokenizer):
 
 
 def test_template_given_wins(tokenizer):
-    template = "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    out = encode([{"role": "user", "content": "Hi"}], make_chat(tokenizer, template))
+    source = "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    out = encode([{"role": "user", "content": "Hi"}], make_chat(tokenizer, source))
     assert tokenizer.decode(out.tokens_T) == "user:Hi"
     assert tokenizer.decode(out.tokens_T[out.supervised_T]) == "Hi"
 
@@ -185,7 +213,7 @@ def test_a_template_that_fails(tokenizer, source):
 
 
 @pytest.mark.parametrize(
-    ("content", "images", "message"),
+    ("content", "counts", "message"),
     [
         ([{"type": "image"}], [], "1 image placeholders for 0 images"),
         ("Hi", [4], "0 image placeholders for 1 images"),
@@ -193,9 +221,81 @@ def test_a_template_that_fails(tokenizer, source):
         ([{"type": "video"}], [], "1 video placeholders for 0 videos"),
     ],
 )
-def test_placeholders_match_media(chat, content, images, message):
+def test_placeholders_match_media(chat, content, counts, message):
     with pytest.raises(ValueError, match=message):
-        encode([{"role": "user", "content": content}], chat, images=images)
+        encode([{"role": "user", "content": content}], chat, texts=images(*counts))
+
+
+def test_media_of_a_kind_the_model_does_not_know(chat):
+    with pytest.raises(ValueError, match="0 audio placeholders for 1 audios"):
+        encode([{"role": "user", "content": "Hi"}], chat, texts={"audio": [MediaText(text="", counts=())]})
+
+
+def test_ids_of_another_model_are_refused(chat):
+    """The tokenizer writes media tokens that the model takes for text."""
+    other = replace(chat, kinds=lambda tokens_T: torch.full_like(tokens_T, TEXT))
+    with pytest.raises(ValueError, match=r"written with 1 media tokens but config\.json has the ids of 0"):
+        encode([{"role": "user", "content": [{"type": "image"}]}], other, texts=images(2))
+
+
+def marked_kinds(tokens_T, image, begin, end):
+    """A rule of context: image tokens between the marks of a video are its frames."""
+    inside_T = (tokens_T == begin).cumsum(0) > (tokens_T == end).cumsum(0)
+    return torch.where(tokens_T == image, torch.where(inside_T, VIDEO, IMAGE), TEXT)
+
+
+def test_a_format_whose_video_frames_are_image_tokens(tokenizer):
+    """Another model's chats: other tokens, whole seconds behind every frame, kinds that the context decides."""
+    marks = ["<|image|>", "<|video|>", "<|begin_of_video|>", "<|end_of_video|>", "<|frame|>"]
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(marks, special_tokens=True)
+    image, _, begin, end, _ = other.convert_tokens_to_ids(marks)
+    chat_format = ChatFormat(
+        placeholders={"image": re.escape(marks[0]), "video": re.escape(marks[1])},
+        tokens={"image_token_id": marks[0], "video_token_id": marks[1]},
+        templates=(),
+    )
+    source = (
+        "{% for m in messages %}{% for p in m.content %}{% if p.type == 'video' %}<|begin_of_video|><|video|>"
+        "<|end_of_video|>{% elif p.type == 'image' %}<|image|>{% else %}{% generation %}{{ p.text }}"
+        "{% endgeneration %}{% endif %}{% endfor %}{% endfor %}"
+    )
+    chat = template.make_chat(other, chat_format, partial(marked_kinds, image=image, begin=begin, end=end), source)
+    parts = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "ok"}]
+    clip = MediaText(text="".join(f"<|frame|><|image|><|frame|>{second}" for second in (0, 1, 2)), counts=(2, 2, 2))
+    picture = MediaText(text="<|image|>", counts=(3,))
+    out = encode([{"role": "user", "content": parts}], chat, texts={"image": [picture], "video": [clip]})
+    frames = "".join(f"<|frame|><|image|><|image|><|frame|>{second}" for second in (0, 1, 2))
+    text = f"<|begin_of_video|>{frames}<|end_of_video|><|image|><|image|><|image|>ok"
+    assert out.tokens_T.tolist() == other(text)["input_ids"]
+    assert out.kinds_T[out.kinds_T != TEXT].tolist() == [VIDEO] * 6 + [IMAGE] * 3
+    assert other.decode(out.tokens_T[out.supervised_T]) == "ok"
+
+
+def test_a_placeholder_of_two_kinds_interleaved(tokenizer):
+    """A video with its sound is one placeholder: runs of both kinds take turns."""
+    pads = ["<|video_pad|>", "<|audio_pad|>"]
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(pads, special_tokens=True)
+    ids = other.convert_tokens_to_ids(pads)
+    chat_format = ChatFormat(
+        placeholders={"video": re.escape(pads[0]), "audio": re.escape(pads[1])},
+        tokens={"video_token_id": pads[0], "audio_token_id": pads[1]},
+        templates=(),
+    )
+
+    def kinds(tokens_T):
+        return torch.where(tokens_T == ids[0], VIDEO, torch.where(tokens_T == ids[1], 3, TEXT))
+
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    chat = template.make_chat(other, chat_format, kinds, source)
+    both = MediaText(text="".join(pads) * 2, counts=(6, 13, 6, 7))
+    messages = [{"role": "assistant", "content": "a<|video_pad|>b<|audio_pad|>c"}]
+    out = encode(messages, chat, texts={"video": [both], "audio": [MediaText(text=pads[1], counts=(5,))]})
+    text = "a" + pads[0] * 6 + pads[1] * 13 + pads[0] * 6 + pads[1] * 7 + "b" + pads[1] * 5 + "c"
+    assert out.tokens_T.tolist() == other(text)["input_ids"]
+    assert out.kinds_T.tolist() == kinds(out.tokens_T).tolist()
+    assert other.decode(out.tokens_T[out.supervised_T]) == "abc"
 
 
 def test_threads_do_not_mix_spans(chat):
@@ -216,7 +316,7 @@ def test_threads_do_not_mix_spans(chat):
 def test_inputs_are_not_modified(chat):
     messages = [{"role": "user", "content": [{"type": "image"}], "name": None}, {"role": "assistant", "content": "a"}]
     before = json.dumps(messages)
-    out = encode(messages, chat, images=[2])
+    out = encode(messages, chat, texts=images(2))
     assert json.dumps(messages) == before
     assert out.tokens_T.dtype == out.kinds_T.dtype == torch.int64
     assert out.supervised_T.dtype == torch.bool

@@ -1,0 +1,87 @@
+"""Frames of a video: which are read, what they become, and when they are. Legend: T frames, H and W pixels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn.batch import Media
+from mmfn.models.data.pixels import ImageSpec, normalize, patchify, resize, target_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSpec:
+    """How a video becomes patches: frames per second to keep, bounds on their number, and the spec of its pixels."""
+
+    pixels: ImageSpec
+    fps: float
+    min_frames: int
+    max_frames: int
+
+    def __post_init__(self) -> None:
+        if type(self.fps) not in (int, float) or not 0 < self.fps < float("inf"):
+            raise ValueError(f"fps of a video processor must be a positive number, got {self.fps!r}")
+        for name in ("min_frames", "max_frames"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} of a video processor must be an integer, got {getattr(self, name)!r}")
+        if not self.pixels.temporal_patch_size <= self.min_frames <= self.max_frames:
+            raise ValueError(
+                f"a video processor needs temporal_patch_size <= min_frames <= max_frames, got "
+                f"{self.pixels.temporal_patch_size}, {self.min_frames}, {self.max_frames}"
+            )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> "VideoSpec":
+        """The spec of a `video_preprocessor_config.json`.
+
+        `defaults`: as of `ImageSpec.from_hf`, and `fps`, `min_frames`, `max_frames`. Raises ValueError as that does,
+        and for options that change the frames (`num_frames`, `cap_pixels_per_frame`, `do_sample_frames: false`).
+        """
+        for name, neutral in (("num_frames", None), ("cap_pixels_per_frame", False), ("do_sample_frames", True)):
+            if config.get(name) not in (None, neutral):
+                raise ValueError(f"video processor option {name!r} is {config[name]!r}, only {neutral!r} is supported")
+        frames = {name: config.get(name) for name in ("fps", "min_frames", "max_frames")}
+        return cls(
+            pixels=ImageSpec.from_hf(config, defaults),
+            **{name: defaults[name] if value is None else value for name, value in frames.items()},
+        )
+
+
+def preprocess_video(frames_u8: Tensor, spec: ImageSpec) -> Media:
+    """uint8[T, 3, H, W] -> `Media` with grid (frame groups, height, width); the last frame is repeated to fill a group.
+
+    Raises ValueError for another shape or dtype, or fewer frames than temporal_patch_size.
+    Source: Qwen3VLVideoProcessor of transformers 5.23.0 (`cap_pixels_per_frame=False`), bit-equal.
+    """
+    if frames_u8.ndim != 4 or frames_u8.shape[1] != 3 or frames_u8.dtype != torch.uint8:
+        raise ValueError(f"a video must be uint8[T, 3, H, W], got {frames_u8.dtype} {tuple(frames_u8.shape)}")
+    num_frames, group = frames_u8.shape[0], spec.temporal_patch_size
+    if num_frames < group:
+        raise ValueError(f"a video needs at least {group} frames, got {num_frames}; pass it as images instead")
+    size = target_size(frames_u8.shape[2], frames_u8.shape[3], spec, num_frames)
+    frames = normalize(resize(frames_u8, size), spec)
+    return patchify(torch.cat([frames, frames[-1:].expand(-num_frames % group, -1, -1, -1)]), spec)
+
+
+def sample_frames(num_frames: int, rate: float, spec: VideoSpec) -> list[int]:
+    """Indices of the frames to keep of a video with `num_frames` frames at `rate` per second, evenly spread.
+
+    >>> sample_frames(24, 8.0, VideoSpec(pixels=..., fps=2.0, min_frames=4, max_frames=768))  # 3 s: 6 frames
+    [0, 5, 9, 14, 18, 23]
+
+    Source: `Qwen3VLVideoProcessor.sample_frames` of transformers 5.23.0; equal to its rounded `numpy.linspace`.
+    """
+    wanted = int(num_frames / rate * spec.fps)
+    wanted = min(max(wanted, spec.min_frames), spec.max_frames, num_frames)
+    if wanted < 2:
+        return [0] * wanted
+    step = (num_frames - 1) / (wanted - 1)
+    return [*(round(i * step) for i in range(wanted - 1)), num_frames - 1]  # halves go to the even neighbour
+
+
+def group_times(times: Sequence[float], group: int) -> list[float]:
+    """One time in seconds per group of `group` frames, the mean of its first and last; the last frame is repeated."""
+    padded = [*times, *[times[-1]] * (-len(times) % group)]
+    return [(padded[i] + padded[i + group - 1]) / 2 for i in range(0, len(padded), group)]

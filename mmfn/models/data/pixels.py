@@ -1,0 +1,178 @@
+"""Pixels to patches in plain torch: resizing, normalising, cutting. A processor of a checkpoint says how.
+
+The numbers equal those of transformers' `Qwen2VLImageProcessor` (torchvision backend) bit for bit, without torchvision.
+Legend: P patches, F values of one patch (3 * temporal_patch_size * patch_size**2), H and W height and width in pixels.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfn.batch import Media
+
+MAX_ASPECT_RATIO = 200  # the library refuses longer strips, and so does a vision tower trained with it
+BICUBIC = 3  # PIL's number of the filter, as written in preprocessor_config.json
+CHANNELS = 3  # of every decoded image
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """How pixels become patches.
+
+    `patch_size`: pixels per patch side. `temporal_patch_size`: frames per patch (an image is repeated). `merge_size`:
+    patches per side that become one token. `min_pixels`, `max_pixels`: budget of one image, or of all frames of one
+    video. `mean`, `std`: per channel, of values in [0, 1].
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} of an image processor must be a positive integer, got {value!r}")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"an image processor has min_pixels {self.min_pixels} above max_pixels {self.max_pixels}; swap them"
+            )
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(isinstance(v, float) and math.isfinite(v) for v in values):
+                raise ValueError(f"{name} of an image processor must be 3 finite floats, got {values!r}")
+        if 0.0 in self.std:
+            raise ValueError(f"std of an image processor must not be zero, got {self.std!r}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> "ImageSpec":
+        """The spec of a `preprocessor_config.json` (or of the video processor's).
+
+        `defaults`: what a family takes for absent keys (`patch_size`, `temporal_patch_size`, `merge_size`, `size`,
+        `image_mean`, `image_std`). Raises ValueError for half a pixel budget, a wrong type, or a switch that asks for
+        other maths (`do_resize: false`, another `resample`, ...): nothing is ignored silently.
+        """
+        for name, only in _FIXED.items():
+            if config.get(name, only) != only:
+                raise ValueError(f"image processor option {name!r} is {config[name]!r}, only {only!r} is supported")
+        size = config.get("size") or defaults["size"]
+        if not isinstance(size, Mapping):
+            raise ValueError(f"image processor option 'size' must be a dict, got {size!r}")
+        low = _first(config.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"))
+        high = _first(config.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"))
+        if low is None or high is None:
+            raise ValueError(f"image processor option 'size' needs shortest_edge and longest_edge, got {dict(size)!r}")
+        values = {**defaults, **config}
+        return cls(
+            patch_size=values["patch_size"],
+            temporal_patch_size=values["temporal_patch_size"],
+            merge_size=values["merge_size"],
+            min_pixels=low,
+            max_pixels=high,
+            mean=_channels("image_mean", values["image_mean"]),
+            std=_channels("image_std", values["image_std"]),
+        )
+
+    @property
+    def patch_values(self) -> int:
+        """F: values of one flattened patch."""
+        return CHANNELS * self.temporal_patch_size * self.patch_size**2
+
+
+_FIXED = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "resample": BICUBIC,
+    "rescale_factor": 1 / 255,
+}
+
+
+def preprocess_image(image_u8: Tensor, spec: ImageSpec) -> Media:
+    """uint8[3, H, W] -> `Media` with inputs_UF float32 and grid (1, height, width) in patches.
+
+    Raises ValueError for another shape or dtype, or an aspect ratio above 200.
+    Source: Qwen2VLImageProcessor of transformers 5.23.0, bit-equal to its torchvision backend.
+    """
+    if image_u8.ndim != 3 or image_u8.shape[0] != 3 or image_u8.dtype != torch.uint8:
+        raise ValueError(f"an image must be uint8[3, H, W], got {image_u8.dtype} {tuple(image_u8.shape)}")
+    size = target_size(image_u8.shape[1], image_u8.shape[2], spec)
+    pixels = normalize(resize(image_u8[None], size), spec)
+    return patchify(pixels.expand(spec.temporal_patch_size, -1, -1, -1), spec)
+
+
+def target_size(height: int, width: int, spec: ImageSpec, num_frames: int | None = None) -> tuple[int, int]:
+    """Height and width in pixels to resize to: multiples of patch_size * merge_size inside the pixel budget.
+
+    With `num_frames` the budget is that of a video. Raises ValueError when one side is over 200 times the other.
+    Source: the two `smart_resize` functions of transformers 5.23.0 (qwen2_vl, qwen3_vl).
+    """
+    factor = spec.patch_size * spec.merge_size
+    frames = budget_frames = 1
+    if num_frames is not None:
+        frames = num_frames
+        budget_frames = round(num_frames / spec.temporal_patch_size) * spec.temporal_patch_size
+        if height < factor or width < factor:
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ValueError(
+            f"an image of {height} x {width} pixels is longer than {MAX_ASPECT_RATIO} times its width; crop or split it"
+        )
+    # Python's round: halves go to the even neighbour, here as in the library
+    new_height, new_width = (round(side / factor) * factor for side in (height, width))
+    if budget_frames * new_height * new_width > spec.max_pixels:
+        shrink = math.sqrt(frames * height * width / spec.max_pixels)
+        new_height, new_width = (max(factor, math.floor(s / shrink / factor) * factor) for s in (height, width))
+    elif budget_frames * new_height * new_width < spec.min_pixels:
+        grow = math.sqrt(spec.min_pixels / (frames * height * width))
+        new_height, new_width = (math.ceil(s * grow / factor) * factor for s in (height, width))
+    return new_height, new_width
+
+
+def resize(frames_u8: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8[T, 3, H, W] -> uint8[T, 3, *size], antialiased bicubic computed in uint8 as torchvision does."""
+    if frames_u8.shape[-2:] == size:
+        return frames_u8
+    return F.interpolate(frames_u8, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def normalize(frames_u8: Tensor, spec: ImageSpec) -> Tensor:
+    """uint8[T, 3, H, W] -> float32, same shape; the factor 255 is fused into mean and std (it decides the last bit)."""
+    mean, std = (torch.tensor(v)[:, None, None] * 255.0 for v in (spec.mean, spec.std))
+    return (frames_u8.float() - mean) / std
+
+
+def patchify(frames: Tensor, spec: ImageSpec) -> Media:
+    """float32[T, 3, H, W] -> `Media`; T is a multiple of temporal_patch_size.
+
+    Patch order: time, block row, block column, row, column (merge blocks stay together); values: channel, time, y, x.
+    """
+    p, m, t = spec.patch_size, spec.merge_size, spec.temporal_patch_size
+    T, C, H, W = frames.shape
+    grid = (T // t, H // p, W // p)
+    x = frames.reshape(grid[0], t, C, grid[1] // m, m, p, grid[2] // m, m, p)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return Media(inputs_UF=x.reshape(math.prod(grid), spec.patch_values), grid=grid)
+
+
+def _channels(name: str, values: Any) -> tuple[float, float, float]:
+    try:
+        red, green, blue = (float(v) for v in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"image processor option {name!r} must be 3 numbers, got {values!r}") from None
+    return red, green, blue
+
+
+def _first(*values: Any) -> Any:
+    return next((v for v in values if v is not None), None)

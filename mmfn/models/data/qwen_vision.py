@@ -1,0 +1,154 @@
+"""Images and timed videos of the Qwen3-VL families. Source: the processors of transformers 5.23.0."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from mmfn.batch import Media
+from mmfn.models.data import DataSide, Fact, MediaByKind, Sampling
+from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
+from mmfn.models.data.frames import VideoSpec, group_times, preprocess_video, sample_frames
+from mmfn.models.data.inputs import grids_from_hf
+from mmfn.models.data.pixels import CHANNELS, ImageSpec, preprocess_image
+
+IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
+PLACEHOLDERS = {
+    "image": re.escape(IMAGE_PAD),
+    # A video's pad is replaced together with its marks: every group of frames brings its own. transformers 4.57, with
+    # which the models were published, did the same; 5.x keeps the outer pair too.
+    "video": f"(?:{re.escape(VISION_START)})?{re.escape(VIDEO_PAD)}(?:{re.escape(VISION_END)})?",
+}
+TOKENS = {
+    "image_token_id": IMAGE_PAD,
+    "video_token_id": VIDEO_PAD,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+IMAGE_DEFAULTS = {
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+VIDEO_DEFAULTS = {
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768},
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+    "fps": 2.0,
+    "min_frames": 4,
+    "max_frames": 768,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionProcessor:
+    """A `MediaProcessor` of images and videos. `video_spec` is None for a checkpoint without a video processor."""
+
+    image_spec: ImageSpec
+    video_spec: VideoSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.video_spec is None:
+            return
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            image, video = getattr(self.image_spec, name), getattr(self.video_spec.pixels, name)
+            if image != video:
+                raise ValueError(
+                    f"{name} is {image} for images but {video} for videos; one vision tower needs one value"
+                )
+
+    def image(self, image_u8: Tensor) -> Media:
+        """See `pixels.preprocess_image`."""
+        return preprocess_image(image_u8, self.image_spec)
+
+    def sampling(self) -> Sampling:
+        """See `frames.sample_frames`."""
+        spec = self._video_spec()
+        return Sampling(fps=spec.fps, select=partial(sample_frames, spec=spec))
+
+    def video(self, frames_u8: Tensor, times: Sequence[float]) -> Media:
+        """See `frames.preprocess_video`; a group of frames has the time that lies between its first and last."""
+        spec = self._video_spec().pixels
+        groups = group_times(times, spec.temporal_patch_size)
+        return replace(preprocess_video(frames_u8, spec), times=tuple(groups))
+
+    def texts(self, media: MediaByKind) -> TextsByKind:
+        """See `image_text` and `video_text`."""
+        write = {"image": image_text, "video": video_text}
+        merge_size = self.image_spec.merge_size
+        return {kind: [write[kind](one, merge_size) for one in items] for kind, items in media.items()}
+
+    def _video_spec(self) -> VideoSpec:
+        if self.video_spec is None:
+            raise ValueError("the model's folder has no video_preprocessor_config.json; add it or remove the videos")
+        return self.video_spec
+
+
+def image_text(media: Media, merge_size: int) -> MediaText:
+    """The placeholder token, once per feature."""
+    return MediaText(text=IMAGE_PAD, counts=(math.prod(media.grid) // merge_size**2,))
+
+
+def video_text(media: Media, merge_size: int) -> MediaText:
+    """Each group of frames behind its time, between marks of its own."""
+    groups = [f"<{time:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for time in media.times]
+    count = math.prod(media.grid[1:]) // merge_size**2
+    return MediaText(text="".join(groups), counts=(count,) * len(groups))
+
+
+def processor(sections: Mapping[str, Mapping[str, Any]], cfg: Any) -> VisionProcessor:
+    """Of the sections `image_processor` and, where there is one, `video_processor`; nothing depends on `cfg`."""
+    video = sections.get("video_processor")
+    return VisionProcessor(
+        image_spec=ImageSpec.from_hf(sections["image_processor"], IMAGE_DEFAULTS),
+        video_spec=None if video is None else VideoSpec.from_hf(video, VIDEO_DEFAULTS),
+    )
+
+
+def facts(cfg: Any, processor: VisionProcessor) -> list[Fact]:
+    """`cfg`: a config with `vision`, a `layers.vision.VisionConfig`."""
+    names = ("patch_size", "temporal_patch_size", "merge_size")
+    sizes = [Fact(name=n, config=getattr(cfg.vision, n), processor=getattr(processor.image_spec, n)) for n in names]
+    channels = Fact(
+        name="in_channels",
+        config=cfg.vision.num_channels,
+        processor=CHANNELS,
+        source="every decoded image",
+        remedy=f"use a model for {CHANNELS} channels",
+    )
+    return [*sizes, channels]
+
+
+def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any) -> MediaByKind:
+    """Images and videos of `INPUTS`; videos without times, which stand in the text."""
+    sizes = {"merge_size": cfg.vision.merge_size, "num_values": cfg.vision.patch_values}
+    return {kind: grids_from_hf(inputs, *keys, **sizes) for kind, keys in INPUTS.items()}
+
+
+def num_tokens(kind: str, media: Media, cfg: Any) -> int:
+    """A token stands for a merged block of patches."""
+    return math.prod(media.grid) // int(cfg.vision.merge_size**2)
+
+
+def data_side(templates: tuple[str, ...]) -> DataSide:
+    """The data side of a family that differs from the others in its chat templates alone."""
+    return DataSide(
+        chat=ChatFormat(placeholders=PLACEHOLDERS, tokens=TOKENS, templates=templates),
+        sections=("image_processor",),
+        processor=processor,
+        facts=facts,
+        input_keys=tuple(key for keys in INPUTS.values() for key in keys),
+        media_from_hf=media_from_hf,
+        num_tokens=num_tokens,
+    )

@@ -1,0 +1,52 @@
+"""Leaves that no gradient trains: a rule updates them from what a step has counted, where the step is taken.
+
+A family declares them (`ParamSpec.rule`), counts (`Output.counts`) and says how (`Family.rules`). Counts are summed
+over micro-batches and ranks along with the metrics of a step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn import tree
+from mmfn.models import Family
+from mmfn.parallel.mesh.layout import Mesh
+from mmfn.parallel.weights.sharding import cuts, rows
+from mmfn.spec import rules_of
+from mmfn.train.optim import Leaves
+from mmfn.tree import Tree
+
+COUNTS = "counts/"  # what the names of counts begin with among the sums of a step
+
+RuleUpdate = Callable[[Leaves, dict[str, Tensor], Tensor], dict[str, Tensor]]
+"""(this rank's shards by path, sums of a step, 0-D bool: it is taken) -> the sums without counts; writes the shards."""
+
+
+def rule_updates(family: Family, cfg: Any, specs: Tree, mesh: Mesh) -> tuple[tuple[str, ...], RuleUpdate]:
+    """The paths of the leaves of `specs` that rules update, and the function that does.
+
+    A rule sees whole counts and gives what is added to the whole leaf; a rank adds its rows of that. Raises ValueError
+    for a rule that the family does not have and, when called, for a leaf nothing was counted for.
+    """
+    known = family.rules(cfg)
+    if absent := sorted(set(rules_of(specs).values()) - set(known)):
+        raise ValueError(
+            f"a parameter is updated by rule {absent[0]!r} but family {family.name!r} has "
+            f"{', '.join(known) or 'no rules'}; add it to its rules"
+        )
+    leaves = {path: (known[leaf.rule], cuts(leaf, mesh)) for path, leaf in tree.items(specs) if leaf.rule}
+
+    def update(params: Leaves, sums: dict[str, Tensor], is_taken: Tensor) -> dict[str, Tensor]:
+        for path, (rule, own_cuts) in leaves.items():
+            if COUNTS + path not in sums:
+                raise ValueError(f"parameter {path!r} is updated by a rule but the model counted nothing for it")
+            leaf, change = params[path], rule(sums[COUNTS + path])
+            for dim, axis in own_cuts:
+                start, stop = rows(change.shape[dim], axis.size, axis.index)
+                change = change.narrow(dim, start, stop - start)
+            leaf.add_(torch.where(is_taken, change, 0.0).to(leaf))
+        return {name: value for name, value in sums.items() if not name.startswith(COUNTS)}
+
+    return tuple(leaves), update

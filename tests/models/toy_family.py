@@ -1,0 +1,268 @@
+"""A family that only tests have, unlike all others, to show that the rest of the package asks for nothing else.
+
+Two towers: "vision", whose blocks attend within windows and within frames by turns, laid window by window; and "audio",
+2 inputs and 3 rows a unit, of which the last row is junk that nobody reads. Positions of sound are fractions. A block
+of experts has a bias in its router that no gradient trains, kept in float32, updated from loads. A second head predicts
+one token further ahead. Experts are stored one by one, gate and up apart.
+
+Legend: T tokens, U inputs, P rows, N features, D width, E experts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as matmul
+
+from mmfn.batch import AUDIO, IGNORE, IMAGE, TEXT, Batch, Laid, Media, Sample, Tower, TowerKind
+from mmfn.models import Further, Output
+from mmfn.models.keymap import Entry, KeyMap
+from mmfn.models.layers import balance, decoder, linear, moe, norm, rope, text
+from mmfn.models.layers import cache as layer_cache
+from mmfn.models.layers.decoder import DecoderConfig
+from mmfn.models.layers.moe import MoeConfig
+from mmfn.models.layers.positions import mrope
+from mmfn.ops import Ops
+from mmfn.spec import normal, spec
+from mmfn.tree import Tree
+
+D, WINDOW, VALUES = 16, 2, {"vision": 3, "audio": 5}
+KINDS = {
+    "vision": TowerKind(
+        media=(IMAGE,), inputs=2, rows=2, features=1, values=3, segments_per_unit=(1, 1), matmul_rows=40
+    ),
+    "audio": TowerKind(media=(AUDIO,), inputs=2, rows=3, features=2, values=5, segments_per_unit=(2,), matmul_rows=40),
+}
+RATE = 0.01
+data: Any = None  # it has no files
+lora_targets = (r"text/layers/\d+/attention/(q|v)",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What shared code reads, and the sizes of the text."""
+
+    vocab_size: int
+    num_layers: int
+    decoder: DecoderConfig
+    moe: MoeConfig
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> Config:
+    """Sizes that fit 8 experts and any layout of up to 4 ranks."""
+    sizes = {"d_model": D, "d_ff": 20, "init_std": 0.3}
+    text = DecoderConfig(**sizes, num_heads=4, num_kv_heads=2, head_dim=4, norm_eps=1e-6)
+    moe = MoeConfig(**{**sizes, "d_ff": 6}, num_experts=8, num_chosen=2)
+    return Config(vocab_size=hf.get("vocab_size", 61), num_layers=hf.get("num_layers", 2), decoder=text, moe=moe)
+
+
+def specs(cfg: Config) -> Tree:
+    """The first text block is dense, the others have experts."""
+    sparse = moe.specs(cfg.moe)
+    bias = spec((cfg.moe.num_experts,), "router", normal(0.1))
+    sparse["router"]["bias"] = replace(bias, dtype=torch.float32, is_frozen=True, rule="loads")
+    blocks = [decoder.specs(cfg.decoder, mlp=decoder.mlp_specs(cfg.decoder))]
+    blocks += [decoder.specs(cfg.decoder, moe=sparse)] * (cfg.num_layers - 1)
+    table = spec((cfg.vocab_size, D), "vocab embed", normal(0.3))
+    return {
+        "text": {"embed": {"weight": table}, "layers": blocks[: cfg.num_layers], "norm": norm.rms_specs(D, "embed")},
+        "head": {"weight": table},
+        "ahead": {"join": linear.specs(D, 2 * D, "embed merged", std=0.3), "norm": norm.rms_specs(D, "embed")},
+        **{name: _tower_specs(values) for name, values in VALUES.items()},
+    }
+
+
+def _tower_specs(values: int) -> Tree:
+    block = {"qkv": linear.specs(3 * D, D, "vision_heads vision_embed", std=0.3, parts=3)}
+    entry = linear.specs(D, values, "vision_embed patch_values", std=0.3, bias=True)
+    return {"entry": entry, "layers": [block] * 2, "exit": linear.specs(D, D, "embed merged", std=0.3)}
+
+
+def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.Cache | None = None) -> Output:
+    """Embed, place the features of both towers, decode, and join every token with the next one for the second head."""
+    embed = partial(text.embed, params["text"]["embed"], ops=ops, pad_token_id=None)
+    x_TD, features = embed(batch.tokens_T), {}
+    for name, tower in batch.towers.items():
+        features[name] = _encode(params[name], tower, name, ops)
+        x_TD = text.replace_by_features(x_TD, features[name], tower.index_T, ops)
+    angles = rope.interleaved(batch.positions_3T, (1, 1, 0), 100.0)
+    x_TD, routers, cache = text.decode(
+        params["text"]["layers"],
+        x_TD,
+        angles,
+        batch,
+        cfg.decoder,
+        ops,
+        feed_forward=partial(moe.mixed, cfg=cfg.moe, ops=ops),
+        cache=cache,
+    )
+    hidden_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, 1e-6, ops)
+    further, own = [], ops.gather(params["ahead"])
+    for ahead in batch.ahead:
+        next_TD = embed(ahead.tokens_T)
+        for name, index_T in ahead.index_T.items():
+            next_TD = text.replace_by_features(next_TD, features[name], index_T, ops)
+        joined_TD = linear.apply(own["join"], torch.cat([next_TD, hidden_TD], 1))
+        further.append(Further(norm.rms(own["norm"], joined_TD, 1e-6, ops), 0.3))
+    counts = {
+        f"text/layers/{i}/moe/router/bias": router["counts_E"] for i, router in enumerate(routers) if router is not None
+    }
+    losses, stats = balance.router_losses(routers, 0.1, ops), balance.router_stats(routers)
+    return Output(hidden_TD=hidden_TD, ahead=tuple(further), losses=losses, stats=stats, counts=counts, cache=cache)
+
+
+def _encode(params: Tree, tower: Tower, name: str, ops: Ops) -> Tensor:
+    """Features: of vision the mean of two rows, of sound the two rows of a unit that are no junk."""
+    entry, kind = ops.gather(params["entry"]), KINDS[name]
+    units_UF = tower.inputs_UF.unflatten(0, (-1, kind.inputs))
+    rows = units_UF if name == "vision" else torch.cat([units_UF, units_UF[:, :1]], 1)
+    x_PD = matmul(rows.flatten(0, 1).to(entry["weight"].dtype), entry["weight"], entry["bias"])
+    lists = [tower.segments[min(i, len(tower.segments) - 1)] for i in range(len(params["layers"]))]
+    x_PD, _, _ = ops.stack(ops.layer, partial(_block, ops=ops), params["layers"], x_PD, name=name, each=lists)
+    units_ND = x_PD.unflatten(0, (-1, kind.rows))
+    x_ND = units_ND.mean(1) if name == "vision" else units_ND[:, :2].flatten(0, 1)
+    return linear.apply(ops.gather(params["exit"]), x_ND)
+
+
+def _block(params: Tree, x_PD: Tensor, segments: Any, *, ops: Ops) -> tuple[Tensor, None]:
+    params = ops.gather(params)
+    q, k, v = linear.apply(params["qkv"], x_PD).unflatten(1, (3, 2, D // 2)).unbind(1)
+    return x_PD + ops.attention(q, k, v, segments, is_causal=False).flatten(1), None
+
+
+def head(params: Tree, cfg: Config, ops: Ops) -> Tensor:
+    """`weight_VD`."""
+    weight_VD: Tensor = ops.gather_head(params["head"])["weight"]
+    return weight_VD
+
+
+def positions(sample: Sample, cfg: Config) -> Tensor:
+    """An image is a block of rows and columns; sound advances by half a position a token."""
+    return mrope(sample.tokens_T.numel(), _blocks(sample))
+
+
+def _blocks(sample: Sample) -> Any:
+    media = {IMAGE: iter(sample.images), AUDIO: iter(sample.audios)}
+    kinds, lengths = torch.unique_consecutive(sample.kinds_T, return_counts=True)
+    ends = lengths.cumsum(0).tolist()
+    for kind, end, length in zip(kinds.tolist(), ends, lengths.tolist(), strict=True):
+        if kind != TEXT:
+            next(media[kind])
+            place_M = torch.arange(length) * (0.5 if kind == AUDIO else 1.0)
+            rows_M = place_M if kind == AUDIO else torch.zeros(length)
+            yield torch.arange(end - length, end), torch.stack([rows_M, rows_M, place_M])
+
+
+def towers(cfg: Config) -> dict[str, TowerKind]:
+    """Two of them."""
+    return KINDS
+
+
+def lay(sample: Sample, cfg: Config) -> dict[str, Laid]:
+    """Units of an image in the order of their windows, last window first; a clip of n units is one item each."""
+    found = {}
+    for name, kind in KINDS.items():
+        media = sample.media(*kind.media)
+        units = [m.inputs_UF.shape[0] // kind.inputs for m in media]
+        orders = [torch.arange(n) if name == "audio" else torch.arange(n).flip(0) for n in units]
+        inputs = [
+            m.inputs_UF.unflatten(0, (-1, kind.inputs))[o].flatten(0, 1) for m, o in zip(media, orders, strict=True)
+        ]
+        starts = [sum(units[:i]) for i in range(len(units))]
+        places = [(o.argsort()[:, None] * kind.features + torch.arange(kind.features)).flatten() for o in orders]
+        places = [p + s * kind.features for p, s in zip(places, starts, strict=True)]
+        is_own_T = sample.kinds_T == kind.media[0]
+        index_T = torch.full_like(sample.tokens_T, -1)
+        index_T[is_own_T] = torch.cat([torch.arange(0), *places])
+        if name == "vision":
+            windows = [w for n in units for w in (2 * WINDOW,) * (n // WINDOW) + (2 * (n % WINDOW),) * (n % WINDOW > 0)]
+            segments: tuple[tuple[int, ...], ...] = (tuple(windows), tuple(2 * n for n in units))
+            items = tuple(units)
+        else:
+            segments, items = ((2, 1) * sum(units),), (1,) * sum(units)
+        rows = sum(units) * kind.rows
+        coords_P4 = torch.zeros(rows, 4, dtype=torch.int32)
+        found[name] = Laid(inputs=tuple(inputs), coords_P4=coords_P4, segments=segments, items=items, index_T=index_T)
+    return found
+
+
+def kinds(tokens_T: Tensor, cfg: Config) -> Tensor:
+    """Token 1 stands for images, token 2 for sound."""
+    return torch.where(tokens_T == 1, IMAGE, torch.where(tokens_T == 2, AUDIO, TEXT))
+
+
+def example(num_tokens: int, side: int, cfg: Config) -> Sample:
+    """An image of `side` units, and as much sound, before text."""
+    side = min(side, (num_tokens - 2) // 3)
+    kinds_T = torch.tensor([IMAGE] * side + [AUDIO] * 2 * side + [TEXT] * (num_tokens - 3 * side))
+    tokens_T = torch.where(kinds_T == IMAGE, 1, torch.where(kinds_T == AUDIO, 2, 3 + torch.arange(num_tokens) % 50))
+    media = [Media(inputs_UF=torch.empty(2 * side, n), grid=(side, 1, 1)) for n in VALUES.values()]
+    labels_T = torch.where(kinds_T == TEXT, tokens_T, IGNORE)
+    images, audios = ((media[0],), (media[1],)) if side else ((), ())
+    return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images, audios=audios)
+
+
+def row_ids(batch: Batch, cfg: Config) -> list[tuple[str, Tensor]]:
+    """Text alone has adapters here."""
+    return [("text/", batch.token_ids_T)]
+
+
+def stacks(cfg: Config) -> dict[str, int]:
+    """Blocks of towers and text."""
+    return {"vision": 2, "audio": 2, "text": cfg.num_layers}
+
+
+def at_depth(cfg: Config, num_layers: int) -> Config:
+    """The first text blocks."""
+    return replace(cfg, num_layers=num_layers)
+
+
+def taps(cfg: Config) -> int:
+    """The first text block is dense."""
+    return 1
+
+
+def num_ahead(cfg: Config) -> int:
+    """One."""
+    return 1
+
+
+def rules(cfg: Config) -> dict[str, Any]:
+    """A loaded expert's bias falls, an idle one's rises."""
+    return {"loads": lambda counts_E: RATE * (counts_E.mean() - counts_E).sign()}
+
+
+def parts(cfg: Config) -> dict[str, str]:
+    """What a run can freeze."""
+    return {"towers": r"(vision|audio)/.*"}
+
+
+def empty_cache(cfg: Config, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> list[Tree]:
+    """Keys and values."""
+    return layer_cache.empty(cfg.num_layers, (num_rows, num_columns, 2, 4), dtype, device)
+
+
+def key_map(cfg: Config) -> KeyMap:
+    """Names of another world: an expert's matrices are apart; buffers are ignored, another part is passed through."""
+    one = "model.blocks.{i}.experts.{e}"
+    experts = (
+        Entry(path="text/layers/{i}/moe/experts/gate_up", name=(f"{one}.gate.weight", f"{one}.up.weight"), join=1),
+        Entry(path="text/layers/{i}/moe/experts/down", name=f"{one}.down.weight"),
+    )
+    plain = [("text/layers/{i}", "model.blocks.{i}"), ("text", "model"), ("", "")]
+    names = [(f"{a}/{x}".strip("/"), f"{b}.{y}".strip(".")) for a, b in plain for x, y in _rest(a)]
+    return KeyMap(
+        entries=(*experts, *(Entry(path=path, name=name) for path, name in names)),
+        architecture="ToyForEverything",
+        ignore=(r".*\.inv_freq",),
+        verbatim=(r"talker\..*",),
+    )
+
+
+def _rest(prefix: str) -> list[tuple[str, str]]:
+    depth = {"text/layers/{i}": (2, 3), "text": (2,), "": (2, 3, 4, 5)}[prefix]
+    holes = [[f"{{{'abcde'[j]}}}" for j in range(n)] for n in reversed((1, *depth))]
+    return [("/".join(parts), ".".join(parts)) for parts in holes]
