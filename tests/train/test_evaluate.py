@@ -6,13 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 import mmfn
 from mmfn.ops import portable
-from mmfn.train.build.data import eos_token_ids
+from mmfn.train.build.data import eos_token_ids, load_model_processor
 from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
-from mmfn.train.run.evaluate import Answer, Evaluation, answer, evaluate, loss_pair, to_json
+from mmfn.train.data import Dataset, load_processor
+from mmfn.train.run import evaluate as evaluation_module
+from mmfn.train.run.evaluate import (
+    Answer,
+    Evaluation,
+    answer,
+    evaluate,
+    loss_pair,
+    text_of,
+    to_json,
+    truth_tokens,
+)
 
 
 @pytest.fixture
@@ -46,6 +58,67 @@ def test_answers_do_not_depend_on_the_batch(run: Run) -> None:
     assert first.question == "Which digit is this?"
     assert first.truth in "0123456789"
     assert Path(first.images[0]).is_file()
+
+
+THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>
+{% endgeneration %}{% else %}{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+CALL = {"function": {"name": "look", "arguments": {"digit": 7}}}
+ANSWERS = {  # of the assistant, a template for it, and what is shown as the truth
+    "plain": ({"content": "seven"}, None, "seven"),
+    "the prompt opens the thinking": ({"content": "<think>\na\n</think>\n\nb"}, THINKS, "a\n</think>\n\nb"),
+    "thinking is asked for, but not answered": ({"content": "b"}, THINKS, "b"),
+    "special tokens": ({"content": "<|box_start|>(1,2)<|box_end|>"}, None, "<|box_start|>(1,2)<|box_end|>"),
+    "a tool call": (
+        {"content": "", "tool_calls": [CALL]},
+        None,
+        '<tool_call>\n{"name": "look", "arguments": {"digit": 7}}',
+    ),
+    "normalised": ({"content": "A\u0301 \ufb01"}, None, "\u00c1 fi"),
+    "nothing": ({"content": ""}, None, ""),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("is_right", [True, False])
+def test_the_tokens_that_are_trained_are_right_answers(
+    run: Run, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, is_right: bool
+) -> None:
+    """A model that gives a sample's own supervised tokens has accuracy 1, and none with one token more."""
+    answer_of_data, template, shown = ANSWERS[kind]
+    processor = load_model_processor(str(small_demo / "model"), None)
+    if template is not None:
+        processor = load_processor(small_demo / "model", template)
+    if kind == "normalised":
+        processor.chat.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "first"}]
+    talk = [*turns, {"role": "user", "content": "two"}, {"role": "assistant", **answer_of_data}]
+    (tmp_path / "d.json").write_text(json.dumps([{"messages": talk}]))
+    held_out = Dataset(tmp_path / "d.json", processor)
+    sample, (prompt, _) = held_out.sample(0), held_out.prompt(0)
+    label_runs = (sample.labels_T != -100).long().diff().clamp(min=0).sum()
+    assert label_runs == 2  # both answers are trained
+    tail = sample.labels_T[sample.labels_T != -100].tolist()
+    own = truth_tokens(sample, prompt)
+    assert tail[-len(own) :] == own
+    wrong = [] if is_right else processor.chat.tokenizer("!")["input_ids"]
+    monkeypatch.setattr(evaluation_module, "generate", lambda *args, **kwargs: [[*wrong, *own]])
+    found = evaluate(run.model, held_out, batch_samples=1, max_new_tokens=64, eos_token_ids=run.eos_token_ids)
+    assert found.accuracy == float(is_right)
+    assert found.answers[0].truth.startswith(shown)
+    assert "<|im_end|>" not in found.answers[0].truth
+
+
+def test_what_is_behind_the_last_answer_is_not_its_truth(run: Run, small_demo: Path, tmp_path: Path) -> None:
+    talk = [("user", "one"), ("assistant", "yes"), ("user", "two")]
+    entries = [{"messages": [{"role": role, "content": text} for role, text in talk]}]
+    (tmp_path / "d.json").write_text(json.dumps(entries))
+    held_out = Dataset(tmp_path / "d.json", run.processor)
+    tokens = truth_tokens(held_out.sample(0), held_out.prompt(0)[0])
+    assert text_of(tokens, run.processor.chat.tokenizer, run.eos_token_ids) == "yes"
 
 
 def test_single_answer_equals_evaluation(run: Run) -> None:

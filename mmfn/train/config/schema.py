@@ -52,7 +52,9 @@ class DataSection(ConfigSection):
     max_tokens: PositiveInt | None = Field(
         default=None, description="refuse longer samples; null: the largest token bucket"
     )
-    template: str | None = Field(default=None, description="jinja file with a chat template; null: the model's own")
+    template: str | None = Field(
+        default=None, description="jinja file with a chat template, saved with the checkpoint; null: the model's own"
+    )
     check: Literal["all", "first"] = Field(
         default="all", description="before training, prepare every sample once, or only the first step's"
     )

@@ -119,6 +119,8 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the character spans the assistant wrote. Raises as `encode` does."""
     expected = _render(messages, chat, chat.original, tools, is_prompt)[0] if chat.original else None
+    if expected is not None and is_prompt:  # nothing of a prompt is supervised, so its own template is all it takes
+        return expected, []
     for template in chat.templates:
         text, spans = _render(messages, chat, template, tools, is_prompt)
         if expected is None or text == expected:

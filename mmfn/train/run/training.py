@@ -80,7 +80,10 @@ def _train_recorded(run: Run, folder: Path, progress: Progress, records: list[St
 
 
 def _save(run: Run, model: Model, folder: Path) -> dict[str, Path]:
-    """Write what was trained: a checkpoint with adapters merged into it, the adapters themselves, or both."""
+    """Write what was trained: a checkpoint with adapters merged into it, the adapters themselves, or both.
+
+    Each gets `data.template`, if there is one, as its chat template: what it was trained with.
+    """
     config, saved = run.loaded.config, {}
     if config.has_adapters and config.output.adapter != "merged":
         saved["adapter"] = folder / "adapter"
@@ -89,6 +92,9 @@ def _save(run: Run, model: Model, folder: Path) -> dict[str, Path]:
         saved["checkpoint"] = folder / "checkpoint"
         plain = replace(model, params=merge(model.params))
         save_hf(saved["checkpoint"], plain, assets=config.model.path, layout=config.output.experts)
+    if config.data.template is not None:
+        for target in saved.values():
+            write_text(target / "chat_template.jinja", run.processor.chat.templates[0])
     return saved
 
 
