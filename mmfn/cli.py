@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from mmfn import __version__
+from mmfn.errors import UserError
 from mmfn.parallel.mesh import launch
 
 COMMANDS = {"train": "train", "eval": "evaluate", "plan": "plan", "generate": "generate"}  # and its module
@@ -25,7 +26,7 @@ LIMITS = ("can't allocate memory", "out of memory", "can't start new thread")
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence instead of the usage block."""
-        raise ValueError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
         args.ranks, is_debug = ranks, args.debug
         if ranks.size > 1 and args.command not in ON_RANKS:
-            raise ValueError(f"mmfn {args.command} runs in one process; start it without torchrun")
+            raise UserError(f"mmfn {args.command} runs in one process; start it without torchrun")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # odd but readable images, one line for each
             command = import_module(f"mmfn.train.commands.{COMMANDS[args.command]}")
@@ -64,7 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if getattr(args, "diff", None) is not None:
         alone = vars(parser.parse_args(["plan", "--diff", *args.diff]))
         if others := [name for name, value in alone.items() if getattr(args, name) != value and name != "debug"]:
-            raise ValueError(f"mmfn plan --diff compares two files, {others[0]!r} has no effect beside it; remove it")
+            raise UserError(f"mmfn plan --diff compares two files, {others[0]!r} has no effect beside it; remove it")
     return args
 
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORE = ("tree", "spec", "rng", "grad", "batch", "packing", "dims", "dtypes", "serialize", "lora", "dropout", "ops")
+CORE += ("errors",)
 FILES = sorted((ROOT / "mmfn").rglob("*.py"))
 
 # Package -> what it may import of mmfn besides the core. A name stands for itself and everything below it.

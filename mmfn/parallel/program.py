@@ -16,6 +16,7 @@ import torch._functorch.config
 
 from mmfn import tree
 from mmfn.batch import Batch
+from mmfn.errors import UserError
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import psum
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
@@ -132,7 +133,7 @@ def lower(program: Program) -> Program:
     for name, transform in NEEDED.items():
         is_needed = getattr(layout, name) > 1 or (name == "dp" and layout.world > 1)  # it sums the gradients of all
         if is_needed and name not in program.uses:
-            raise ValueError(f"layout {layout}: no transform takes care of {name}; add {transform}")
+            raise UserError(f"layout {layout}: no transform takes care of {name}; add {transform}")
     moved = [what for what, yes in (("activations", program.is_offloaded), ("parameters", program.is_hosted)) if yes]
     check_one_graph(program.compile, is_head_sharded=program.is_head_sharded, moved=moved)
     ops = program.ops
@@ -158,9 +159,9 @@ def check_one_graph(compile: str, *, is_head_sharded: bool = False, moved: Seque
     if compile != "step":
         return
     if is_head_sharded:
-        raise ValueError("a step with a sharded head is no single graph; use compiled('layer') or gather the head")
+        raise UserError("a step with a sharded head is no single graph; use compiled('layer') or gather the head")
     if moved:
-        raise ValueError(
+        raise UserError(
             f"offload({moved[0]!r}) moves memory between the blocks of a step but compiled('step') makes it one graph; "
             "use compiled('layer')"
         )

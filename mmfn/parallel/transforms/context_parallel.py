@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from mmfn.batch import Batch, Segments, TowerKind
+from mmfn.errors import UserError
 from mmfn.ops import Attention, Ops
 from mmfn.parallel.context.key_gather import key_gather_attention
 from mmfn.parallel.context.ring import ring_attention
@@ -44,7 +45,7 @@ def context_parallel(
     batch is split, for tokens or segments that cannot be divided.
     """
     if kind not in CP_KINDS:
-        raise ValueError(f"context_parallel kind {kind!r} is unknown; use one of {', '.join(CP_KINDS)}")
+        raise UserError(f"context_parallel kind {kind!r} is unknown; use one of {', '.join(CP_KINDS)}")
 
     def transform(program: Program) -> Program:
         mesh, layout = program.mesh, program.mesh.layout
@@ -93,17 +94,17 @@ def check_kind(kind: str, layout: Layout) -> None:
             "usp": "1 < ulysses < cp; change layout.ulysses, or use kind 'ulysses' or 'ring'",
         }
         rule = rules.get(kind, "ulysses = 1; set layout.ulysses to 1, or use kind 'ulysses' or 'usp'")
-        raise ValueError(f"context_parallel({kind!r}) over {layout} (ulysses {layout.ulysses}) needs {rule}")
+        raise UserError(f"context_parallel({kind!r}) over {layout} (ulysses {layout.ulysses}) needs {rule}")
 
 
 def _check_heads(kind: str, layout: Layout, num_heads: int, num_kv_heads: int) -> None:
     if num_heads % layout.ulysses:
-        raise ValueError(
+        raise UserError(
             f"context_parallel({kind!r}) over {layout}: the model has {num_heads} query heads, which ulysses "
             f"{layout.ulysses} does not divide; use an ulysses that divides them, or kind 'gather' or 'ring'"
         )
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_kv_heads} kv heads do not divide {num_heads} query heads; pass those of the text model")
+        raise UserError(f"{num_kv_heads} kv heads do not divide {num_heads} query heads; pass those of the text model")
 
 
 def _note(kind: str, layout: Layout, num_kv_heads: int) -> str:

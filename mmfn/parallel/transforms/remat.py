@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.transforms.recompute import Recomputed
 
@@ -55,9 +56,7 @@ def remat(kind: str, *, save: Sequence[str] = (), every: int = 1, num_layers: in
             return program
         if where != "all" and where not in (program.specs or {}):
             stacks = ", ".join(name for name, part in (program.specs or {}).items() if "layers" in part)
-            raise ValueError(
-                f"remat got where={where!r} but the model has stacks {stacks or 'none'}; use one, or 'all'"
-            )
+            raise UserError(f"remat got where={where!r} but the model has stacks {stacks or 'none'}; use one, or 'all'")
         inner, policy = program.ops.stack, _policy_of(save, program, where) if save else None
 
         def stack(run: Any, block: Any, layers: Sequence[Any], *xs: Any, name: str = "", **kwargs: Any) -> Any:
@@ -139,9 +138,9 @@ def _policy_of(save: Sequence[str], program: Program, where: str) -> Callable[..
     names, ep = [name for op in save for name in OPERATORS[op]], program.mesh["ep"]
     if "exchange" in save:
         if ep.transport is None:
-            raise ValueError("remat got save 'exchange' but ep is 1, so that no rows are exchanged; leave it out")
+            raise UserError("remat got save 'exchange' but ep is 1, so that no rows are exchanged; leave it out")
         if where != "all" and all(leaf.axes[0] != "experts" for leaf in tree.leaves(program.specs[where])):
-            raise ValueError(f"remat got save 'exchange' but the stack {where!r} has no experts; leave it out")
+            raise UserError(f"remat got save 'exchange' but the stack {where!r} has no experts; leave it out")
     exchange = ep.transport.name if ep.transport is not None else ""
     return partial(_policy, _overloads(names), _overloads(ALL_TO_ALL), exchange)
 
@@ -163,16 +162,16 @@ def _overloads(operators: Sequence[str]) -> frozenset[Any]:
 
 def _check(kind: str, save: Sequence[str], every: int, num_layers: int) -> None:
     if kind not in REMAT_KINDS:
-        raise ValueError(f"remat kind {kind!r} is unknown; use one of {', '.join(REMAT_KINDS)}")
+        raise UserError(f"remat kind {kind!r} is unknown; use one of {', '.join(REMAT_KINDS)}")
     if unknown := [name for name in save if name not in OPERATORS]:
-        raise ValueError(f"remat cannot save {unknown[0]!r}; it knows {', '.join(OPERATORS)}")
+        raise UserError(f"remat cannot save {unknown[0]!r}; it knows {', '.join(OPERATORS)}")
     if (kind == "selective") != bool(save):
-        raise ValueError(f"remat kind {kind!r} got save={list(save)}; name what to save, and only for 'selective'")
+        raise UserError(f"remat kind {kind!r} got save={list(save)}; name what to save, and only for 'selective'")
     for name, value, kinds in (
         ("every", every, ("full", "selective")),
         ("num_layers", num_layers, ("uniform", "block")),
     ):
         if value < 1 or (kind not in kinds and value > 1):
-            raise ValueError(
+            raise UserError(
                 f"remat kind {kind!r} got {name}={value}; it must be at least 1, and is for {' or '.join(kinds)} only"
             )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.host_values import gather_values
 from mmfn.train.config.schema import Config
@@ -38,7 +39,7 @@ def check_same(values: Mapping[str, Any], world: Axis) -> None:
     for rank, other in enumerate(others, start=1):
         for name in values:
             if other.get(name) != first.get(name):
-                raise ValueError(
+                raise UserError(
                     f"rank {rank} has {name} {other.get(name)!r} but rank 0 has {first.get(name)!r}; start all ranks "
                     "with the same settings, data and weights"
                 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfn.batch import IGNORE
+from mmfn.errors import UserError
 from mmfn.interop.checkpoint import read_config
 from mmfn.model import Model
 from mmfn.parallel.context.token_order import segment_multiple
@@ -23,14 +24,14 @@ def load_model_processor(path: str, template: str | None = None) -> Processor:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"model.path {path!r} is no folder; give the folder of a Hugging Face checkpoint")
+        raise UserError(f"model.path {path!r} is no folder; give the folder of a Hugging Face checkpoint")
     read_config(folder)  # before the tokenizer, whose loader reads the file too and blames itself
     if template is None:
         return load_processor(folder)
     try:
         source = Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.template {template!r} cannot be read ({error}); give a text file") from error
+        raise UserError(f"data.template {template!r} cannot be read ({error}); give a text file") from error
     return load_processor(folder, source)
 
 
@@ -79,7 +80,7 @@ def check_data(
     def check_sample(index: int) -> None:
         sample = train_set.sample(index)
         if not bool((sample.labels_T != IGNORE).any()):
-            raise ValueError(
+            raise UserError(
                 f"sample {sample.id!r} of {str(train_set.path)!r} has nothing to learn; give it a turn of the "
                 "assistant or remove it"
             )
@@ -101,7 +102,7 @@ def check_data(
         try:
             _drain(pool.map(check_sample, range(world.index, len(train_set), world.size)))
             _drain(pool.map(check_prompt, range(world.index, num_held_out, world.size)))
-        except ValueError:
+        except UserError:
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -117,7 +118,7 @@ def eos_token_ids(folder: Path, processor: Processor, vocab_size: int) -> tuple[
         found = processor.chat.tokenizer.eos_token_id
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-        raise ValueError(
+        raise UserError(
             f"eos_token_id is {found!r} in {str(path)!r} but must be a token id below vocab_size {vocab_size}, or a "
             "list of them; correct the file"
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.interop import adapter
 from mmfn.interop.checkpoint import read_config
 from mmfn.interop.hf import init, load_hf
@@ -35,15 +36,13 @@ def find_device(name: str, ranks: Ranks | None = None) -> torch.device:
         device = torch.device(name)
         if ranks is not None and ranks.size > 1 and device.type != "cpu":
             if device.index is not None:
-                raise ValueError(
+                raise UserError(
                     f"model.device {name!r} is one device but there are {ranks.size} ranks; set it to {device.type!r}"
                 )
             device = torch.device(device.type, ranks.local)
         torch.zeros(1, device=device).item()  # also refuses meta, which holds no values
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(
-            f"model.device {name!r} cannot be used by this torch {torch.__version__}; try 'cpu'"
-        ) from error
+        raise UserError(f"model.device {name!r} cannot be used by this torch {torch.__version__}; try 'cpu'") from error
     return device
 
 
@@ -69,7 +68,7 @@ def ops_table(name: str) -> Ops:
     """The table of ops of a name (`model.kernels`). Raises ValueError for one that there is not yet."""
     tables = {"portable": portable, "reference": reference}
     if name not in tables:
-        raise ValueError(f"model.kernels {name!r} has no table of ops yet; use one of {', '.join(tables)}")
+        raise UserError(f"model.kernels {name!r} has no table of ops yet; use one of {', '.join(tables)}")
     return tables[name]()
 
 
@@ -106,19 +105,19 @@ def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
         )
     parts = family.parts(cfg)
     if absent := [name for name in config.freeze.parts if name not in parts]:
-        raise ValueError(f"freeze.parts has {absent[0]!r} but this model's parts are {', '.join(parts)}; use these")
+        raise UserError(f"freeze.parts has {absent[0]!r} but this model's parts are {', '.join(parts)}; use these")
     patterns = [*(parts[name] for name in config.freeze.parts), *config.freeze.patterns]
     frozen = freeze(specs, patterns) if patterns else specs
     lost = set(trained_paths(specs)) - set(trained_paths(frozen))
     if patterns and not lost:
-        raise ValueError("freeze has no effect: LoRA already freezes all that it covers; remove it")
+        raise UserError("freeze has no effect: LoRA already freezes all that it covers; remove it")
     if adapters := [path for path in lost if "/lora/" in path]:
-        raise ValueError(
+        raise UserError(
             f"freeze covers the adapter {min(adapters)!r} but LoRA already freezes the weights; leave the part out of "
             "freeze, or out of lora.targets"
         )
     if config.model.adapter is not None and lost:
-        raise ValueError(
+        raise UserError(
             f"freeze covers {min(lost)!r}, which model.adapter holds in full and the adapter of this run would lack; "
             "leave it out of freeze"
         )
@@ -139,7 +138,7 @@ def check_model(config: Config, family: Family, cfg: Any, *, is_plan: bool = Fal
     stacks, towers = stacks_of(family.specs(cfg)), tuple(family.towers(cfg))
     for breach in breaches(Subject(config=config, stacks=stacks, towers=towers, is_plan=is_plan)):
         if not breach.warns:
-            raise ValueError(breach.sentence)
+            raise UserError(breach.sentence)
 
 
 def has_experts(specs: Tree) -> bool:

@@ -3,6 +3,7 @@
 import torch
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.train import optim
 from mmfn.train.config.learning import OptimizerSection, ScheduleShape
 from mmfn.train.config.schema import Config
@@ -74,7 +75,7 @@ def _check_patterns(config: Config, specs: Tree) -> None:
         for pattern in patterns:
             is_matched = tree.leaves(tree.mask(specs, [(pattern, True)], False))
             if all(leaf.is_frozen for leaf, yes in zip(tree.leaves(specs), is_matched, strict=True) if yes):
-                raise ValueError(f"pattern {pattern!r} matches only frozen parameters; remove it from {setting}")
+                raise UserError(f"pattern {pattern!r} matches only frozen parameters; remove it from {setting}")
 
 
 def _rate(config: Config, chosen: ScheduleShape, peak: float) -> Schedule:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from mmfn.errors import UserError
 from mmfn.parallel.mesh import launch
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.train.build.agreement import check_same, files_in_common, settings_in_common, weights_in_common
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     loaded = load_config(args.config, args.overrides)
     config = loaded.config
     if config.data.eval is None:
-        raise ValueError("mmfn eval needs data.eval, the held-out set; set it in the file or as data.eval=FILE")
+        raise UserError("mmfn eval needs data.eval, the held-out set; set it in the file or as data.eval=FILE")
     if args.out is not None:
         check_file("--out", args.out, loaded)
     processor = load_model_processor(config.model.path, config.data.template)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from mmfn.errors import UserError
 from mmfn.parallel.planning import plan as plans
 from mmfn.train.planning import search as plan_search
 from mmfn.train.planning.picture import render
@@ -18,15 +19,15 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         say(plans.diff(*map(plans.read_plan, args.diff)))
         return
     if args.config is None:
-        raise ValueError("mmfn plan needs CONFIG, a run's YAML file or a model's config.json; see mmfn plan --help")
+        raise UserError("mmfn plan needs CONFIG, a run's YAML file or a model's config.json; see mmfn plan --help")
     if args.search and args.world is None:
-        raise ValueError("mmfn plan --search needs --world N, the number of ranks")
+        raise UserError("mmfn plan --search needs --world N, the number of ranks")
     settings = plan_search.read(args.config, args.overrides)
     for name, target in (("--json", args.json), ("--html", args.html)):
         if target is not None:
             check_file(name, target, settings)
     if args.json is not None and args.html is not None and Path(args.json).resolve() == Path(args.html).resolve():
-        raise ValueError(f"--json and --html are both {args.json!r}; choose two files")
+        raise UserError(f"--json and --html are both {args.json!r}; choose two files")
     workload = Workload(
         tokens=args.tokens,
         sample_tokens=args.sample_tokens,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
+from mmfn.errors import UserError
 from mmfn.train.config.rule import Subject
 from mmfn.train.config.rules import breaches
 from mmfn.train.config.schema import Config
@@ -105,7 +106,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise ValueError(f"cannot read config {str(path)!r}: {reason}; give the path of a YAML file") from error
+        raise UserError(f"cannot read config {str(path)!r}: {reason}; give the path of a YAML file") from error
     nested: dict[str, dict[str, Any]] = {name: {} for name in ("model", "data", "optimizer", "train", "output")}
     settings = _with(Settings(values=nested, path=path, origins={}), _read_file(text, str(path)))
     return settings.overridden(overrides)
@@ -120,11 +121,11 @@ def check(settings: Settings, *, is_plan: bool = False) -> Loaded:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_sentence(error, str(path), values, origins)) from error
+        raise UserError(_sentence(error, str(path), values, origins)) from error
     notes = []
     for breach in breaches(Subject(config=config, is_plan=is_plan)):
         if not breach.warns:
-            raise ValueError(f"{origins.get(breach.setting, path)}: {breach.sentence}")
+            raise UserError(f"{origins.get(breach.setting, path)}: {breach.sentence}")
         notes.append(breach.sentence)
     return Loaded(config=config, path=path, origins=origins, notes=tuple(notes))
 
@@ -156,22 +157,22 @@ def _read_file(text: str, source: str) -> list[_Setting]:
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise ValueError(f"{where} is no valid YAML: {_reason(error)}; correct it") from error
+        raise UserError(f"{where} is no valid YAML: {_reason(error)}; correct it") from error
     if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"config {source!r} must be a mapping of sections such as 'model:', got something else")
+        raise UserError(f"config {source!r} must be a mapping of sections such as 'model:', got something else")
     settings: list[_Setting] = []
     for name, section, where in _entries(root, source):
         if name not in Config.model_fields:
-            raise ValueError(_unknown(name, where))
+            raise UserError(_unknown(name, where))
         if not isinstance(section, yaml.MappingNode):
-            raise ValueError(f"{where}: section {name!r} must be a mapping of settings, got {section.value!r}")
+            raise UserError(f"{where}: section {name!r} must be a mapping of settings, got {section.value!r}")
         for key, node, line in _entries(section, source, prefix=f"{name}."):
             if key not in known_keys():
-                raise ValueError(_unknown(key, line))
+                raise UserError(_unknown(key, line))
             try:
                 settings.append(_Setting(key, loader.construct_object(node, deep=True), line))
             except _YAML_ERRORS as error:
-                raise ValueError(
+                raise UserError(
                     f"{line}: {key} is no valid YAML: {_reason(error)}; correct it, or quote it if it is text"
                 ) from error
     return settings
@@ -183,7 +184,7 @@ def _entries(mapping: yaml.MappingNode, source: str, prefix: str = "") -> list[t
     for key_node, value_node in mapping.value:
         key, where = f"{prefix}{key_node.value}", f"{source}:{key_node.start_mark.line + 1}"
         if key in found:
-            raise ValueError(f"{where}: key {key!r} was already set at {found[key][2]}; keep one of them")
+            raise UserError(f"{where}: key {key!r} was already set at {found[key][2]}; keep one of them")
         found[key] = (key, value_node, where)
     return list(found.values())
 
@@ -191,13 +192,13 @@ def _entries(mapping: yaml.MappingNode, source: str, prefix: str = "") -> list[t
 def _read_override(text: str) -> _Setting:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"override {text!r} has no '='; write it as key=value, for instance train.steps=100")
+        raise UserError(f"override {text!r} has no '='; write it as key=value, for instance train.steps=100")
     if key not in known_keys():
-        raise ValueError(_unknown(key, "override"))
+        raise UserError(_unknown(key, "override"))
     try:
         return _Setting(key, yaml.load(value, Loader=_YamlLoader), "override")
     except _YAML_ERRORS as error:
-        raise ValueError(
+        raise UserError(
             f"override: {key} is {value[:100]!r} but the value is no valid YAML: {_reason(error)}; "
             "correct it, or quote it if it is text"
         ) from error

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from mmfn.errors import UserError
 from mmfn.train.config.schema import Config
 
 
@@ -80,7 +81,7 @@ def asked(settings: str, check: Callable[[Config], object]) -> Rule:
     def find(subject: Subject) -> Iterator[str]:
         try:
             check(subject.config)
-        except ValueError as error:
+        except UserError as error:
             yield f"{', '.join(settings.split())}: {error}"
 
     return Rule(settings=tuple(settings.split()), find=find)

@@ -4,16 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
+from mmfn.errors import UserError
+
 
 def _increasing(sizes: tuple[int, ...]) -> tuple[int, ...]:
     if list(sizes) != sorted(set(sizes)):
-        raise ValueError("the sizes must increase")
+        raise UserError("the sizes must increase")
     return sizes
 
 
 def _different(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
-        raise ValueError("it names one thing twice")
+        raise UserError("it names one thing twice")
     return names
 
 

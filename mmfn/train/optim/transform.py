@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.weights.sharding import cuts
@@ -157,11 +158,11 @@ def chain(*transforms: Transform) -> Transform:
     nothing.
     """
     if not transforms:
-        raise ValueError("chain() received no transform; give at least one, such as adamw()")
+        raise UserError("chain() received no transform; give at least one, such as adamw()")
     stages = [t.stage for t in transforms if t.stage]
     for before, stage in pairwise(stages):
         if STAGES.index(stage) < STAGES.index(before):
-            raise ValueError(
+            raise UserError(
                 f"chain() got what is to {WORK[stage]} behind what is to {WORK[before]}, where it changes nothing or "
                 "comes a step late; put it before: chain(clip_by_global_norm(1.0), adamw(), ema(0.999))"
             )

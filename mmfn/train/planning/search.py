@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning.devices import device
@@ -61,7 +62,7 @@ def read(path: str, overrides: Sequence[str]) -> Settings:
     if not path.endswith(".json"):
         return read_settings(path, overrides)
     if Path(path).name != "config.json":
-        raise ValueError(f"{path!r} is read as a model's config.json; give a file of that name, or a run's YAML file")
+        raise UserError(f"{path!r} is read as a model's config.json; give a file of that name, or a run's YAML file")
     values = {**BARE, "model": {"path": str(Path(path).parent)}}
     return Settings(values=values, path=Path(path), origins={}).overridden(overrides)
 
@@ -72,7 +73,7 @@ def with_world(settings: Settings, world: int | None) -> Loaded:
     replicate, cp = (given.get(name, 1) for name in ("replicate", "cp"))
     if world is not None and type(replicate) is type(cp) is int and min(replicate, cp) > 0:  # others `check` refuses
         if world < 1 or world % (replicate * cp):
-            raise ValueError(f"world {world} is no multiple of replicate * cp = {replicate * cp}; change one of them")
+            raise UserError(f"world {world} is no multiple of replicate * cp = {replicate * cp}; change one of them")
         settings = settings.having("layout", dp=world // (replicate * cp))
     return check(settings, is_plan=True)
 
@@ -133,7 +134,7 @@ def search(
     ValueError where that is all of them. An interrupt ends the processes.
     """
     if not requests:
-        raise ValueError("a search got no layout to plan; give it those of candidates(settings, world)")
+        raise UserError("a search got no layout to plan; give it those of candidates(settings, world)")
     device(requests[0].device)  # this and the next: what is wrong with any layout is found before work begins
     make_setup(requests[0])
     jobs = min(jobs or os.cpu_count() or 1, len(requests))
@@ -153,7 +154,7 @@ def search(
         say(f"left out {layout.sizes}, remat {layout.remat}: {reason}")
     plans = [x for x in found if isinstance(x, Plan)]
     if not plans:
-        raise ValueError(f"no layout can be planned: {reasons[0][1]}")
+        raise UserError(f"no layout can be planned: {reasons[0][1]}")
     return sorted(plans, key=lambda p: (not p.fits, p.time.total_s))
 
 
@@ -183,20 +184,20 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
             try:
                 loaded = check(settings.having("layout", **values), is_plan=True)
                 if loaded.notes:  # what is given has no effect there
-                    raise ValueError(loaded.notes[0])
+                    raise UserError(loaded.notes[0])
                 config = loaded.config
                 if config.layout in seen or config.layout.world != world:
                     continue
                 mesh = recording_mesh(config.layout.sizes, 0, Recorder(is_fake=True))
                 build_program(config, chosen_family, cfg, mesh)
-            except ValueError as error:
+            except UserError as error:
                 refusals.append(str(error))
                 continue  # what a layout or a model refuses is no candidate
             seen.append(config.layout)
             yield config
     because = f", the first because {refusals[0]}" if refusals else ""
     if not seen:
-        raise ValueError(
+        raise UserError(
             f"no layout of {world} ranks fits this model and the layout settings that are given{because}; change one "
             "of them"
         )
@@ -251,7 +252,7 @@ def _plan_or_reason(request: Request) -> Plan | str:
     """The plan, or why there is none."""
     try:
         return plan_config(request)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.batch import IGNORE, Batch, is_on_host
+from mmfn.errors import UserError
 from mmfn.models import Family
 from mmfn.ops import Ops
 from mmfn.ops.cross_entropy import chunk_rows
@@ -134,7 +135,7 @@ def rank_state(setup: PlannedStep, program: Program, recorder: Recorder) -> dict
 
 def _watched(program: Program, recorder: Recorder) -> Program:
     if program.compile != "none":
-        raise ValueError(f"a plan traces the eager step but the program is compiled({program.compile!r}); leave it out")
+        raise UserError(f"a plan traces the eager step but the program is compiled({program.compile!r}); leave it out")
 
     def watch(ops: Ops) -> Ops:
         table = balanced(ops)

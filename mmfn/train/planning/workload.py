@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmfn.batch import Batch
+from mmfn.errors import UserError
 from mmfn.models import Family
 from mmfn.packing import Sizes
 
@@ -27,7 +28,7 @@ class Workload:
         least = {"tokens": 1, "sample_tokens": 1, "image_side": 0, "micro_batches": 1, "segment_multiple": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be at least {lowest}; raise it")
+                raise UserError(f"{name} is {getattr(self, name)} but must be at least {lowest}; raise it")
 
 
 def make_batch(family: Family, cfg: Any, workload: Workload, num_ranks: int) -> Batch:

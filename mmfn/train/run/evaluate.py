@@ -11,6 +11,7 @@ import torch
 
 from mmfn import tree
 from mmfn.batch import IGNORE, Batch, Sample, to
+from mmfn.errors import UserError
 from mmfn.model import Model
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import Axis
@@ -71,7 +72,7 @@ class Evaluation:
     def check_finite(self) -> None:
         """Raise ValueError when the loss is not finite: then the answers mean nothing either."""
         if not math.isfinite(self.loss_sum):
-            raise ValueError(f"the held-out loss is {self.loss_sum}; the model's weights are damaged or diverged")
+            raise UserError(f"the held-out loss is {self.loss_sum}; the model's weights are damaged or diverged")
 
 
 def evaluate(

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from mmfn.errors import UserError
 from mmfn.train.config.load import Loaded, Settings
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "eval.json", "report.html", "adapter", "checkpoint")
@@ -33,21 +34,21 @@ def check_output(loaded: Loaded) -> None:
     existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not existing.is_dir():
         what = "file" if existing.exists() else "link that leads nowhere"
-        raise ValueError(f"output.path {settings.path!r} cannot be made: {str(existing)!r} is a {what}; give a folder")
+        raise UserError(f"output.path {settings.path!r} cannot be made: {str(existing)!r} is a {what}; give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output.path {settings.path!r} cannot be made: {str(existing)!r} may not be written")
+        raise UserError(f"output.path {settings.path!r} cannot be made: {str(existing)!r} may not be written")
     entries = sorted(os.listdir(folder)) if folder.is_dir() else []
     if not entries:
         return
     if not settings.overwrite:
-        raise ValueError(f"output.path {str(folder)!r} is not empty; choose another or set output.overwrite=true")
+        raise UserError(f"output.path {str(folder)!r} is not empty; choose another or set output.overwrite=true")
     if strange := [name for name in entries if not _is_ours(name)]:
-        raise ValueError(
+        raise UserError(
             f"output.path {str(folder)!r} holds {strange[0]!r}, which no run wrote; choose another folder or move it"
         )
     for name, path in _inputs(loaded).items():
         if any(place in spelt.parents for place in _spellings(folder) for spelt in _spellings(path)):
-            raise ValueError(
+            raise UserError(
                 f"{name} {path!r} lies in output.path {str(folder)!r}, whose earlier run would be overwritten; choose "
                 "another output.path"
             )
@@ -57,14 +58,14 @@ def check_file(name: str, path: str, loaded: Loaded | Settings) -> None:
     """Raise ValueError unless a file can be written at `path`, replacing nothing the command reads."""
     _check_name(name, path)
     if not Path(path).parent.is_dir():
-        raise ValueError(f"{name} {path!r} lies in a folder that does not exist; make the folder first")
+        raise UserError(f"{name} {path!r} lies in a folder that does not exist; make the folder first")
     if Path(path).is_dir():
-        raise ValueError(f"{name} {path!r} is a folder; give the path of a file")
+        raise UserError(f"{name} {path!r} is a folder; give the path of a file")
     if not os.access(Path(path).parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} {path!r} lies in a folder that may not be written; choose another")
+        raise UserError(f"{name} {path!r} lies in a folder that may not be written; choose another")
     for read, source in _inputs(loaded).items():
         if os.path.realpath(path) == os.path.realpath(source):
-            raise ValueError(f"{name} {path!r} is {read} itself; choose another file")
+            raise UserError(f"{name} {path!r} is {read} itself; choose another file")
 
 
 def make_room(folder: Path) -> bool:
@@ -118,7 +119,7 @@ def _check_name(name: str, path: str) -> None:
             continue
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"{name} {path!r} is no usable path ({reason}); choose another") from error
+            raise UserError(f"{name} {path!r} is no usable path ({reason}); choose another") from error
 
 
 def _is_ours(name: str) -> bool:

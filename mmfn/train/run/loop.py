@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmfn import batch as packing
+from mmfn.errors import UserError
 from mmfn.train.build.run import Run
 from mmfn.train.config.schema import TrainSection
 from mmfn.train.data import Agreed, agree, prefetch
@@ -112,7 +113,7 @@ def _check_skips(record: StepRecord, chosen: TrainSection) -> None:
             f"it was a spike, so raise train.spike_factor ({chosen.spike_factor:g}), change train.spike_window "
             f"({chosen.spike_window}; 0 looks for no spikes), lower optimizer.lr, or raise train.max_skips"
         )
-    raise ValueError(
+    raise UserError(
         f"{record['in_a_row']} steps in a row were skipped, the last of them step {record['step']} with loss "
         f"{record['loss']:.4g} and gradient norm {record['grad_norm']:.4g}; {fix}"
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmfn.errors import UserError
 from mmfn.model import Model
 from mmfn.train.run.evaluate import Evaluation
 from mmfn.train.run.loop import StepRecord, is_finite
@@ -32,9 +33,9 @@ class Result:
         fix = f"lower optimizer.lr or check weights and data (the run is in {str(self.folder)!r})"
         last, num_taken = self.records[-1], sum(not record["skipped"] for record in self.records)
         if num_taken == 0:
-            raise ValueError(f"all {len(self.records)} steps were skipped, their loss or gradients not finite; {fix}")
+            raise UserError(f"all {len(self.records)} steps were skipped, their loss or gradients not finite; {fix}")
         if last["in_a_row"] > num_taken and not is_finite(last):
-            raise ValueError(
+            raise UserError(
                 f"the training diverged, the loss of the last step is {last['loss']:.4g} and its gradient norm "
                 f"{last['grad_norm']:.4g}, and {num_taken} of {len(self.records)} steps were taken; {fix}"
             )
