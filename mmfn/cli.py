@@ -1,14 +1,18 @@
 """The command line: `mmfn train CONFIG [key=value ...]`, `mmfn eval ...`, `mmfn generate ...`; also `python -m mmfn`.
 
-Whatever a user can get wrong ends in one sentence on standard error and exit code 2, with nothing half-written. Of
-several ranks (`torchrun --nproc-per-node N -m mmfn ...`) the first that fails says it, and the others end as well.
+Whatever a user can get wrong ends in one sentence on standard error and exit code 2, with nothing half-written; a fault
+of the program keeps its traceback and exits with 1. Of several ranks (`torchrun --nproc-per-node N -m mmfn ...`) the
+first that fails says it, and the others end as well.
 """
 
 import argparse
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mmfn import __version__
@@ -19,6 +23,7 @@ COMMANDS = {"train": "train", "eval": "evaluate", "plan": "plan", "generate": "g
 KERNELS = ("portable", "reference", "cuda", "npu")
 ON_RANKS = ("train", "eval")
 USAGE_ERROR, INTERRUPTED = 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # disks and tables of open files
 # What torch and Python say in a RuntimeError when the machine, not the program, is at its limit.
 LIMITS = ("can't allocate memory", "out of memory", "can't start new thread")
 
@@ -31,11 +36,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. With `--debug` errors keep their traceback."""
-    ranks, is_debug = launch.Ranks(), False
+    ranks, args = launch.Ranks(), argparse.Namespace(debug=False)
     try:
         ranks = launch.join()
         args = _parse(argv)
-        args.ranks, is_debug = ranks, args.debug
+        args.ranks = ranks
         if ranks.size > 1 and args.command not in ON_RANKS:
             raise UserError(f"mmfn {args.command} runs in one process; start it without torchrun")
         with warnings.catch_warnings():
@@ -46,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else USAGE_ERROR
         if not ranks.fail():  # a consequence of what happened on another rank, which says it
             return code
-        sentence = _sentence(error, is_debug)
+        sentence = None if args.debug and isinstance(error, Exception) else _sentence(error, args)
         if sentence is None:
             raise
         _complain(sentence)
@@ -117,18 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sentence(error: BaseException, is_debug: bool) -> str | None:
-    """What is said about an error; None for a bug, and in debugging: then its traceback says more."""
+def _sentence(error: BaseException, args: argparse.Namespace) -> str | None:
+    """What is said about an error that whoever started this can mend; None for a fault of the program."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     reason = _one_line(error)
-    if is_debug:
-        return None
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, UserError) or (isinstance(error, OSError) and _is_of_a_named_file(error, args)):
         return reason
     if _is_limit(error):
         reason = f"the machine is at its limit ({reason[:200]})"
-        return f"{reason}; use smaller buckets, batches or models, or fewer workers"
+        return f"{reason}; use smaller buckets, batches or models, fewer workers or another disk"
     if launch.is_lost(error):
         return f"another rank ended or does not answer ({reason[:200]}); see what it printed, or raise layout.timeout_s"
     return None
@@ -136,7 +139,16 @@ def _sentence(error: BaseException, is_debug: bool) -> str | None:
 
 def _is_limit(error: BaseException) -> bool:
     is_limit = isinstance(error, RuntimeError) and any(text in str(error) for text in LIMITS)
-    return is_limit or isinstance(error, MemoryError)
+    return is_limit or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in FULL)
+
+
+def _is_of_a_named_file(error: OSError, args: argparse.Namespace) -> bool:
+    """Whether an error is about a file or folder that the command line or the config names, or one inside it."""
+    from mmfn.train.commands.named_paths import named_paths
+
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    places = [Path(name).resolve() for name in names]
+    return any(place.is_relative_to(root) for root in named_paths(args) for place in places)
 
 
 def _one_line(error: BaseException) -> str:

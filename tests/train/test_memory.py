@@ -16,6 +16,7 @@ from mmfn.train.build.run import prepare
 from mmfn.train.config.layout import LayoutSection
 from mmfn.train.config.load import load_config
 from mmfn.train.planning import search as plan_search
+from mmfn.train.planning.request import Request, plan_config, read
 from mmfn.train.planning.workload import Workload
 from mmfn.train.run import loop
 from mmfn.train.run.progress import Progress
@@ -99,11 +100,11 @@ def test_a_plan_and_a_search_of_what_lies_on_the_host(tmp_path: Path, capsys: py
     assert "offload: parameters to the host" in printed
     assert "held on the host" in printed
     workload = Workload(tokens=64, sample_tokens=32, image_side=4)
-    found = list(plan_search.candidates(plan_search.read(path, chosen[:1]), 2))
+    found = list(plan_search.candidates(read(path, chosen[:1]), 2))
     assert len({config.layout.kind for config in found if config.layout.cp == 2}) == 3
     for config in found:
-        request = plan_search.Request(config=config, device="cpu", workload=workload, title="")
-        planned = plan_search.plan_config(request)
+        request = Request(config=config, device="cpu", workload=workload, title="")
+        planned = plan_config(request)
         assert planned.host_bytes == planned.total("parameter") + planned.total("optimizer")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mmfn import cli
+from mmfn.train.planning import request
 from mmfn.train.planning import search as plan_search
 from tests.parallel.plan_cases import hf_config
 
@@ -56,7 +57,7 @@ def test_settings_of_several_ranks_are_checked_with_them(call: Call) -> None:
 
 
 def test_candidates_are_checked_with_what_is_given(call: Call) -> None:
-    settings = plan_search.read("1.7/config.json", ["layout.kind=ring", "layout.head=sharded"])
+    settings = request.read("1.7/config.json", ["layout.kind=ring", "layout.head=sharded"])
     layouts = [config.layout for config in plan_search.candidates(settings, 2)]
     assert [(n.dp, n.cp, n.kind, n.head, n.remat) for n in layouts] == [
         (1, 2, "ring", "sharded", "none"),
@@ -84,7 +85,7 @@ def test_every_divisor_is_tried(tmp_path: Path, world: int, ep: list[int], cp: l
     hf["text_config"]["num_experts"] = 24
     (tmp_path / "config.json").write_text(json.dumps(hf))
     said: list[str] = []
-    settings = plan_search.read(str(tmp_path / "config.json"), [])
+    settings = request.read(str(tmp_path / "config.json"), [])
     layouts = [config.layout for config in plan_search.candidates(settings, world, said.append)]
     assert sorted({layout.ep for layout in layouts}) == ep
     assert sorted({layout.cp for layout in layouts}) == cp
@@ -101,7 +102,7 @@ def test_a_search_says_what_is_beyond_its_reach(tmp_path: Path) -> None:
     hf = hf_config(moe=True)
     hf["text_config"] |= {"num_experts": 128, "num_attention_heads": 64, "num_key_value_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(hf))
-    settings = plan_search.read(str(tmp_path / "config.json"), [])
+    settings = request.read(str(tmp_path / "config.json"), [])
     said: list[str] = []
     layouts = [config.layout for config in plan_search.candidates(settings, 256, said.append)]
     assert 300 < len(layouts) <= plan_search.MOST
@@ -110,7 +111,7 @@ def test_a_search_says_what_is_beyond_its_reach(tmp_path: Path) -> None:
     assert re.fullmatch(
         rf"left out \d+ layouts with cp \* ep of {2 * most} and more: a search plans at most 480; .*", line
     )
-    some = plan_search.read(str(tmp_path / "config.json"), ["layout.cp=1", "layout.replicate=1"])
+    some = request.read(str(tmp_path / "config.json"), ["layout.cp=1", "layout.replicate=1"])
     said.clear()
     assert [c.layout.ep for c in plan_search.candidates(some, 256, said.append)][::2] == [1, 2, 4, 8, 16, 32, 64, 128]
     assert said == []

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mmfn.errors import UserError
 from mmfn.parallel.planning import plan as plans
-from mmfn.train.planning import search as plan_search
 from mmfn.train.planning.picture import render
+from mmfn.train.planning.request import Request, plan_config, read, with_world
+from mmfn.train.planning.search import candidates, search, summary
 from mmfn.train.planning.workload import Workload
 from mmfn.train.run.folder import check_file, write_text
 
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         raise UserError("mmfn plan needs CONFIG, a run's YAML file or a model's config.json; see mmfn plan --help")
     if args.search and args.world is None:
         raise UserError("mmfn plan --search needs --world N, the number of ranks")
-    settings = plan_search.read(args.config, args.overrides)
+    settings = read(args.config, args.overrides)
     for name, target in (("--json", args.json), ("--html", args.html)):
         if target is not None:
             check_file(name, target, settings)
@@ -34,19 +35,15 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         image_side=args.image_side,
         micro_batches=args.micro_batches,
     )
-    request = partial(
-        plan_search.Request, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers
-    )
+    request = partial(Request, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers)
     if args.search:
-        found = plan_search.search(
-            [request(config=config) for config in plan_search.candidates(settings, args.world, say)], say=say
-        )
-        say(plan_search.summary(found))
+        found = search([request(config=config) for config in candidates(settings, args.world, say)], say=say)
+        say(summary(found))
     else:
-        loaded = plan_search.with_world(settings, args.world)
+        loaded = with_world(settings, args.world)
         for note in loaded.notes:
             say(f"note: {note}")
-        found = [plan_search.plan_config(request(config=loaded.config))]
+        found = [plan_config(request(config=loaded.config))]
         say(found[0])
     if args.json is not None:
         write_text(Path(args.json), found[0].to_json())

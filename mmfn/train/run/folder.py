@@ -46,7 +46,7 @@ def check_output(loaded: Loaded) -> None:
         raise UserError(
             f"output.path {str(folder)!r} holds {strange[0]!r}, which no run wrote; choose another folder or move it"
         )
-    for name, path in _inputs(loaded).items():
+    for name, path in input_paths(loaded).items():
         if any(place in spelt.parents for place in _spellings(folder) for spelt in _spellings(path)):
             raise UserError(
                 f"{name} {path!r} lies in output.path {str(folder)!r}, whose earlier run would be overwritten; choose "
@@ -63,7 +63,7 @@ def check_file(name: str, path: str, loaded: Loaded | Settings) -> None:
         raise UserError(f"{name} {path!r} is a folder; give the path of a file")
     if not os.access(Path(path).parent, os.W_OK | os.X_OK):
         raise UserError(f"{name} {path!r} lies in a folder that may not be written; choose another")
-    for read, source in _inputs(loaded).items():
+    for read, source in input_paths(loaded).items():
         if os.path.realpath(path) == os.path.realpath(source):
             raise UserError(f"{name} {path!r} is {read} itself; choose another file")
 
@@ -126,7 +126,7 @@ def _is_ours(name: str) -> bool:
     return name in (*RUN_FILES, PREVIOUS, _MOVING) or name.startswith(_SCRATCH)
 
 
-def _inputs(given: Loaded | Settings) -> dict[str, str]:
+def input_paths(given: Loaded | Settings) -> dict[str, str]:
     """Every path a run reads, by the setting that names it."""
     values = given.values if isinstance(given, Settings) else given.config.model_dump()
     model, data = values["model"], values["data"]
