@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from measure import in_a_process, peak_mib, seconds
 from torch import Tensor
 
-from mmfn.ops.cross_entropy import chunk_rows, linear_cross_entropy
+from mmfn import ops
+from mmfn.ops.cross_entropy import chunk_rows
 from mmfn.train.run.allocator import retain_freed_memory
 
 SIZES = ("4096x16384x512/3", "4096x16384x512", "4096x32768x512")
@@ -76,7 +77,7 @@ def measure(size: str, dtype: str, allocator: str, rounds: int, chunk: int | Non
         torch.autograd.grad(full_logits(*leaves, labels_T, weights_T), leaves)
 
     def mmfn() -> None:
-        torch.autograd.grad(linear_cross_entropy(*leaves, labels_T, weights_T, chunk=chunk)[0], leaves)
+        torch.autograd.grad(ops.portable().linear_cross_entropy(*leaves, labels_T, weights_T, chunk=chunk)[0], leaves)
 
     memory = {}
     for fn in (full, mmfn):

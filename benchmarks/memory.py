@@ -123,7 +123,7 @@ def real_step(setup: step_trace.PlannedStep, device: torch.device) -> tuple[Call
     program = setup.build(setup.cfg, single_mesh())
     rate = schedule("constant", peak=1e-4, num_steps=1)
     step = make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)
-    where = "cpu" if program.is_hosted else device
+    where = "cpu" if program.weights.is_hosted else device
     state = init_state(init_params(program.specs, 0, device=where), setup.optimizer, device=device)
     batch = real_batch(setup, device)
 

@@ -69,7 +69,8 @@ class Media:
 
     `inputs_UF`: float32[U, F], the inputs in the encoder's order (vision: flattened patches, merge block by merge
     block; sound: chunks of frames). `grid`: how they lie, (time, height, width). `times`: when each of the `grid[0]`
-    steps in time begins, in seconds, and `seconds_per_grid`: how long one lasts; () and 0 for what has no time.
+    steps in time is, in seconds, as the family tells it, and `seconds_per_grid`: how long one lasts; () and 0 where the
+    family does not ask.
     """
 
     inputs_UF: Tensor

@@ -9,8 +9,8 @@ Legend: T rows, C input features, R output features, A masks.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mmfn.ops.custom import Context, function
 from mmfn.ops.eager import is_eager
 
 LOW = 2**32 - 1  # the lower half of an int64
@@ -56,25 +56,23 @@ def masked_linear(x_TC: Tensor, weight_RC: Tensor, keep_TC: Tensor) -> Tensor:
     `x_TC` and `weight_RC`: one floating dtype; `keep_TC`: bool.
     """
     if is_eager(x_TC):
-        y_TR: Tensor = _MaskedLinear.apply(x_TC, weight_RC, keep_TC)  # type: ignore[no-untyped-call]
+        y_TR: Tensor = _eager_masked_linear(x_TC, weight_RC, keep_TC)
         return y_TR
     return F.linear(torch.where(keep_TC, x_TC, 0.0), weight_RC)
 
 
-class _MaskedLinear(torch.autograd.Function):
-    """Masks x again in the backward: several layers that drop from one x keep it once."""
+def _masked_linear(ctx: Context, x_TC: Tensor, weight_RC: Tensor, keep_TC: Tensor) -> Tensor:
+    ctx.save_for_backward(x_TC, weight_RC, keep_TC)
+    return F.linear(torch.where(keep_TC, x_TC, 0.0), weight_RC)
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_TC: Tensor, weight_RC: Tensor, keep_TC: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TC, weight_RC, keep_TC)
-        return F.linear(torch.where(keep_TC, x_TC, 0.0), weight_RC)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy_TR: Tensor) -> tuple[Tensor | None, ...]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
-        x_TC, weight_RC, keep_TC = saved
-        needs_dx, needs_dw, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        dx_TC = torch.where(keep_TC, dy_TR @ weight_RC, 0.0) if needs_dx else None
-        dw_RC = dy_TR.T @ torch.where(keep_TC, x_TC, 0.0) if needs_dw else None
-        return dx_TC, dw_RC, None
+def _masked_linear_grad(ctx: Context, dy_TR: Tensor) -> tuple[Tensor | None, ...]:
+    """Masks x again: several layers that drop from one x keep it once."""
+    x_TC, weight_RC, keep_TC = ctx.saved_tensors
+    needs_dx, needs_dw, _ = ctx.needs_input_grad
+    dx_TC = torch.where(keep_TC, dy_TR @ weight_RC, 0.0) if needs_dx else None
+    dw_RC = dy_TR.T @ torch.where(keep_TC, x_TC, 0.0) if needs_dw else None
+    return dx_TC, dw_RC, None
+
+
+_eager_masked_linear = function(_masked_linear, _masked_linear_grad)

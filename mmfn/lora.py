@@ -22,7 +22,7 @@ from mmfn import dropout as masks
 from mmfn import rng, tree
 from mmfn.dtypes import wide
 from mmfn.errors import UserError
-from mmfn.spec import ZEROS, ParamSpec, freeze_leaf, init_params, model_dtype, spec, uniform
+from mmfn.spec import ZEROS, ParamSpec, freeze_leaf, has_experts, init_params, model_dtype, spec, uniform
 from mmfn.tree import Tree
 
 NOT_LINEAR = {"vocab", "positions", "patch_values", "router", "lora"}
@@ -138,7 +138,7 @@ def layers(specs: Tree) -> dict[str, str]:
         layer, _, name = path.rpartition("/")
         if NOT_LINEAR & set(leaf.axes):
             continue
-        if leaf.axes[0] == "experts" and len(leaf.shape) == 3:
+        if has_experts(leaf) and len(leaf.shape) == 3:
             found[path] = path
         elif name == "weight" and len(leaf.shape) == 2:
             found[layer] = path

@@ -25,6 +25,7 @@ class Init:
             raise UserError(f"Init kind {self.kind!r} is unknown; use 'normal', 'uniform', 'zeros' or 'ones'")
 
 
+EXPERTS = "experts"  # the logical axis over stacked experts, the first of their leaves
 ZEROS, ONES = Init(kind="zeros"), Init(kind="ones")
 
 
@@ -41,6 +42,8 @@ def uniform(bound: float) -> Init:
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
     """One parameter: shape, a logical axis name per dim (`"embed"`, `"q_heads"`, ...), initial values and dtype.
+
+    Where it lies on a mesh follows from its logical axes (`mmfn.parallel.weights.sharding.RULES` lists them all).
 
     `dtype`: what it has in memory and on disk, whatever the model's; None, as most: the model's. `compute`: the dtype
     it is computed in, where that is not the program's (see `transforms.precision`). `parts`: matrices that are stacked
@@ -141,6 +144,11 @@ def freeze(specs: Tree, patterns: Sequence[str]) -> Tree:
 def freeze_leaf(leaf: ParamSpec) -> ParamSpec:
     """The leaf as training does not change it, by gradient or by a rule."""
     return replace(leaf, is_frozen=True, rule="")
+
+
+def has_experts(specs: Tree) -> bool:
+    """Whether a leaf, or one of a tree of specs, holds stacked experts."""
+    return any(EXPERTS in leaf.axes for leaf in tree.leaves(specs))
 
 
 def trained_paths(specs: Tree) -> list[str]:

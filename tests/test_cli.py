@@ -17,7 +17,7 @@ import yaml
 
 from mmfn import cli
 from mmfn.errors import UserError
-from mmfn.ops import portable
+from mmfn.ops import TABLES, portable
 from mmfn.train.commands import train as train_command
 
 ROOT = Path(__file__).parents[1]
@@ -280,6 +280,10 @@ def test_wrong_arguments_are_one_sentence(args: list[str], expected: str, capsys
     assert captured.err.startswith("mmfn: error: ")
     assert captured.err.count("\n") == 1
     assert expected in captured.err
+
+
+def test_the_tables_of_the_command_line_are_those_of_ops() -> None:
+    assert tuple(TABLES) == cli.KERNELS
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"]])

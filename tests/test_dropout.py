@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mmfn import dropout
+from mmfn import ops as op_tables
 from mmfn.lora import Adapter, Drops
 from mmfn.models.layers import linear
+
+OPS = op_tables.portable()
 
 SALT = 0x1234_5678_9ABC_DEF0
 SIGMAS = 5.0  # a sum of independent terms is that far off once in two million times
@@ -143,7 +146,7 @@ def adapted(rate: float, dtype: torch.dtype = torch.float64) -> tuple[dict[str, 
 def test_a_layer_with_dropout_and_its_gradients(rate: float) -> None:
     params, x_TC, seed = adapted(rate)
     adapter = params["lora"]["weight"]
-    y = linear.apply(params, x_TC)
+    y = linear.apply(params, x_TC, OPS)
     inputs = (x_TC, params["weight"], params["bias"], adapter.a, adapter.b)
     grads = torch.autograd.grad(y, inputs, seed)
 
@@ -159,7 +162,7 @@ def test_a_layer_with_dropout_and_its_gradients(rate: float) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13)
 
     compiled = torch.compile(linear.apply, backend="aot_eager", fullgraph=True)
-    graphed = compiled(params, x_TC)
+    graphed = compiled(params, x_TC, OPS)
     for got, expected in zip((graphed, *torch.autograd.grad(graphed, inputs, seed)), (y, *grads), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
 
@@ -168,10 +171,10 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
     params, x_TC, seed = adapted(0.4)
     adapter = params["lora"]["weight"]
     frozen = {**params, "weight": params["weight"].detach(), "bias": params["bias"].detach()}
-    want = torch.autograd.grad(linear.apply(params, x_TC), (adapter.a, adapter.b), seed)
-    got = torch.autograd.grad(linear.apply(frozen, x_TC.detach()), (adapter.a, adapter.b), seed)
+    want = torch.autograd.grad(linear.apply(params, x_TC, OPS), (adapter.a, adapter.b), seed)
+    got = torch.autograd.grad(linear.apply(frozen, x_TC.detach(), OPS), (adapter.a, adapter.b), seed)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
-    assert linear.apply(frozen, x_TC.detach().bfloat16()).dtype == torch.bfloat16
+    assert linear.apply(frozen, x_TC.detach().bfloat16(), OPS).dtype == torch.bfloat16
 
 
 def test_a_mask_is_all_that_is_kept_besides_x() -> None:
@@ -180,8 +183,8 @@ def test_a_mask_is_all_that_is_kept_besides_x() -> None:
     frozen = {**params, "weight": params["weight"].detach(), "bias": params["bias"].detach()}
     saved: list[Tensor] = []
     with saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
-        linear.apply(frozen, x_TC)
-        linear.apply(frozen, x_TC)
+        linear.apply(frozen, x_TC, OPS)
+        linear.apply(frozen, x_TC, OPS)
     wide = [x for x in saved if x.shape == x_TC.shape]
     assert {x.dtype for x in wide} == {torch.bool, torch.float64}
     assert sum(x.dtype == torch.bool for x in wide) == 2
@@ -193,6 +196,6 @@ def test_without_drops_nothing_changes() -> None:
     params, x_TC, _ = adapted(0.4)
     own = params["lora"]["weight"]
     plain = [Adapter(a=own.a, b=own.b, alpha=3.0, is_rs=False, dropout=rate) for rate in (0.0, 0.4)]
-    values = [linear.apply({**params, "lora": {"weight": adapter}}, x_TC) for adapter in plain]
+    values = [linear.apply({**params, "lora": {"weight": adapter}}, x_TC, OPS) for adapter in plain]
     assert torch.equal(*values)
-    assert not torch.equal(values[0], linear.apply(params, x_TC))
+    assert not torch.equal(values[0], linear.apply(params, x_TC, OPS))

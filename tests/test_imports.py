@@ -8,8 +8,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = ("tree", "spec", "rng", "grad", "batch", "packing", "dims", "dtypes", "serialize", "lora", "dropout", "ops")
-CORE += ("errors",)
+CORE = (
+    "errors",
+    "tree",
+    "spec",
+    "rng",
+    "grad",
+    "batch",
+    "packing",
+    "dims",
+    "dtypes",
+    "serialize",
+    "lora",
+    "dropout",
+    "ops",
+    "torch_private",
+)
 FILES = sorted((ROOT / "mmfn").rglob("*.py"))
 
 # Package -> what it may import of mmfn besides the core. A name stands for itself and everything below it.

@@ -60,7 +60,7 @@ def test_a_linear_layer_is_that_of_the_merged_weight(is_rs: bool) -> None:
     adapter = Adapter(a=a, b=b, alpha=3.0, is_rs=is_rs)
     scale = 3 / 2**0.5 if is_rs else 3 / 2
     assert adapter.scale == pytest.approx(scale)
-    got = linear.apply({"weight": w, "bias": bias, "lora": {"weight": adapter}}, x_TD)
+    got = linear.apply({"weight": w, "bias": bias, "lora": {"weight": adapter}}, x_TD, op_tables.portable())
     want = torch_linear(x_TD, w + scale * b @ a, bias)
     torch.testing.assert_close(got, want, **TIGHT)
     seed = torch.randn(got.shape, generator=g, dtype=torch.float64)

@@ -1,19 +1,24 @@
 """The ops table: every primitive and hook a model calls, as one frozen dataclass of pure functions.
 
 `reference()` is slow and obvious, for any dtype: the oracle. `portable()` is fast plain torch: the CPU default. Both
-have the same signatures; `dataclasses.replace(table, attention=...)` swaps one entry. Hooks (`gather`, `gather_head`,
+have the same signatures; `dataclasses.replace(table, attention=Kernel(mine, ...))` swaps one entry (`mmfn.ops.kernel`:
+an op declares what selective remat and plans must know of it). Hooks (`gather`, `gather_head`,
 `layer`, `stack`, `place_features`, `kept`, `psum`) are what transforms of a program wrap; their base forms are here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mmfn.batch import Segments
-from mmfn.ops import activation, attention, attention_block, cross_entropy, experts, norm, rotary, route
+from mmfn.errors import UserError
+from mmfn.ops import activation, attention, attention_block, dispatch, experts, linear, norm, rotary, route
+from mmfn.ops.cross_entropy import OPERATORS, Method, cpu_method, linear_cross_entropy, linear_cross_entropy_reference
+from mmfn.ops.kernel import Kernel
 from mmfn.tree import Tree
 
 
@@ -137,11 +142,14 @@ class Ops:
     attention_block: AttentionBlock
     attention_block_grad: AttentionBlockGrad
     attention_cached: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
     route: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    dispatch: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     experts: Callable[[Tensor, Tensor, Tree], Tensor]
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor]
     linear_cross_entropy: CrossEntropy
     gather: Callable[[Tree], Tree] = identity
     gather_head: Callable[[Tree], Tree] = identity
@@ -150,41 +158,90 @@ class Ops:
     place_features: Callable[[Tensor, Tensor], Tensor] = place_features
     kept: Callable[[Tensor, int], Tensor] = keep_all
     psum: Callable[[Tensor], Tensor] = identity
+    notes: tuple[str, ...] = ()  # what was chosen when the table was made, and why
+
+
+def kernels(ops: Ops) -> dict[str, Callable[..., Any]]:
+    """The entries that are ops, by name: those without a base form. Each is a `Kernel`, or was put in bare."""
+    return {f.name: getattr(ops, f.name) for f in fields(ops) if f.default is MISSING}
 
 
 def reference() -> Ops:
     """Slow and obvious in any dtype: what every other table is tested against."""
     return Ops(
-        rms_norm=norm.rms_norm_reference,
-        layer_norm=norm.layer_norm_reference,
-        rotary=rotary.rotary_reference,
-        attention=attention.attention_reference,
-        attention_block=attention_block.attention_block_reference,
-        attention_block_grad=attention_block.attention_block_grad_reference,
-        attention_cached=attention.attention_cached_reference,
-        swiglu=activation.swiglu_reference,
-        gelu=activation.gelu_reference,
-        gelu_tanh=activation.gelu_tanh_reference,
-        route=route.route_reference,
-        experts=experts.experts_reference,
-        linear_cross_entropy=cross_entropy.linear_cross_entropy_reference,
+        rms_norm=Kernel(norm.rms_norm_reference),
+        layer_norm=Kernel(norm.layer_norm_reference),
+        rotary=Kernel(rotary.rotary_reference),
+        attention=Kernel(attention.attention_reference),
+        attention_block=Kernel(attention_block.attention_block_reference),
+        attention_block_grad=Kernel(attention_block.attention_block_grad_reference),
+        attention_cached=Kernel(attention.attention_cached_reference),
+        linear=Kernel(linear.linear_reference),
+        swiglu=Kernel(activation.swiglu_reference),
+        gelu=Kernel(activation.gelu_reference),
+        gelu_tanh=Kernel(activation.gelu_tanh_reference),
+        route=Kernel(route.route_reference),
+        dispatch=Kernel(dispatch.dispatch_reference),
+        experts=Kernel(experts.experts_reference),
+        combine=Kernel(dispatch.combine_reference),
+        linear_cross_entropy=Kernel(linear_cross_entropy_reference),
     )
 
 
-def portable() -> Ops:
-    """Fast plain torch, the CPU default."""
+def portable(*, cross_entropy: str = "auto") -> Ops:
+    """Fast plain torch, the CPU default.
+
+    `cross_entropy`: the method of `linear_cross_entropy` for bfloat16 on a CPU, "logits" or "attention", or "auto": the
+    faster one on this machine (`mmfn.ops.cross_entropy.cpu_method`). `notes` say which and why. All else takes logits.
+    Raises ValueError for another method.
+    """
+    methods: dict[str, tuple[Method, str]] = {
+        "auto": cpu_method(),
+        "logits": ("logits", "as asked for"),
+        "attention": ("attention_if_exact", "as asked for"),
+    }
+    if cross_entropy not in methods:
+        raise UserError(f"cross_entropy is {cross_entropy!r} but must be one of {', '.join(methods)}")
+    method, reason = methods[cross_entropy]
+    name = "logits" if method == "logits" else "attention over the vocabulary"
     return Ops(
-        rms_norm=norm.rms_norm,
-        layer_norm=norm.layer_norm,
-        rotary=rotary.rotary,
-        attention=attention.attention,
-        attention_block=attention_block.attention_block,
-        attention_block_grad=attention_block.attention_block_grad,
-        attention_cached=attention.attention_cached,
-        swiglu=activation.swiglu,
-        gelu=activation.gelu,
-        gelu_tanh=activation.gelu_tanh,
-        route=route.route,
-        experts=experts.experts,
-        linear_cross_entropy=cross_entropy.linear_cross_entropy,
+        rms_norm=Kernel(norm.rms_norm),
+        layer_norm=Kernel(norm.layer_norm),
+        rotary=Kernel(rotary.rotary),
+        attention=attention.KERNEL,
+        attention_block=attention_block.KERNEL,
+        attention_block_grad=attention_block.GRAD_KERNEL,
+        attention_cached=Kernel(attention.attention_cached),
+        linear=linear.KERNEL,
+        swiglu=Kernel(activation.swiglu),
+        gelu=Kernel(activation.gelu),
+        gelu_tanh=Kernel(activation.gelu_tanh),
+        route=Kernel(route.route),
+        dispatch=dispatch.DISPATCH,
+        experts=experts.KERNEL,
+        combine=dispatch.COMBINE,
+        linear_cross_entropy=Kernel(partial(linear_cross_entropy, method=method), operators=OPERATORS),
+        notes=(f"cross entropy of bfloat16 on a CPU by {name} ({reason})",),
     )
+
+
+TABLES: Mapping[str, Callable[[], Ops] | None] = {
+    "portable": portable,
+    "reference": reference,
+    "cuda": None,
+    "npu": None,
+}
+"""Name of a table -> the function that makes it; None for one that is still to be written."""
+
+
+def table(name: str) -> Ops:
+    """The table of a name in `TABLES`, made for this machine: `table("portable")`.
+
+    What depends on the machine (its vector units, threads) is chosen here, once, and told in `notes`; the ops depend on
+    their arguments alone. Raises ValueError for another name, and for one that has no table yet.
+    """
+    make, names = TABLES.get(name), ", ".join(repr(n) for n, make in TABLES.items() if make)
+    if make is None:
+        problem = "has no table of ops yet" if name in TABLES else "is no table of ops"
+        raise UserError(f"{name!r} {problem}; use one of {names}")
+    return make()

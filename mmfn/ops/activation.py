@@ -9,8 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mmfn.ops.custom import Context, function
 from mmfn.ops.eager import is_eager
 
 
@@ -20,24 +20,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Source: Shazeer 2020, "GLU variants improve transformer", SwiGLU without its matmuls.
     """
     if is_eager(gate):
-        y: Tensor = _Swiglu.apply(gate, up)  # type: ignore[no-untyped-call]
+        y: Tensor = _eager_swiglu(gate, up)
         return y
     return F.silu(gate) * up
 
 
-class _Swiglu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up) if gate.dtype == up.dtype else F.silu(gate) * up
+def _swiglu(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
+    ctx.save_for_backward(gate, up)
+    return F.silu(gate).mul_(up) if gate.dtype == up.dtype else F.silu(gate) * up
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
-        gate, up = saved
-        dgate = torch.ops.aten.silu_backward((dy * up).to(gate.dtype), gate)
-        return dgate, F.silu(gate).to(dy.dtype).mul_(dy).to(up.dtype)
+
+def _swiglu_grad(ctx: Context, dy: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = ctx.saved_tensors
+    dgate = torch.ops.aten.silu_backward((dy * up).to(gate.dtype), gate)
+    return dgate, F.silu(gate).to(dy.dtype).mul_(dy).to(up.dtype)
+
+
+_eager_swiglu = function(_swiglu, _swiglu_grad)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:

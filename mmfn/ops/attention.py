@@ -13,23 +13,23 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mmfn.batch import Segments
 from mmfn.dtypes import wide
-from mmfn.ops.eager import is_eager
+from mmfn.ops import flops
+from mmfn.ops.custom import Context, operator
+from mmfn.ops.kernel import Kernel
+from mmfn.torch_private import FLASH_CPU, FLASH_CPU_GRAD
 
 # When a segment joins a padded call: the padding and the copies it costs, in scores times channels, against one more
 # kernel call forward and backward (about 0.3 ms). Copying one token costs about as much as 16 scores.
 MERGE_BUDGET = 2**20
 COPY_SCORES = 16
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_grad = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def attention(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *, is_causal: bool) -> Tensor:
@@ -38,19 +38,16 @@ def attention(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, *
     `q_THC`: floating[T, H, C]. `k_SKC`, `v_SKC`: the same dtype, [S, K, C] with S == T and K dividing H (query head h
     uses kv head h // (H / K)). With `is_causal` a token sees itself and those before it. Behind the last offset the
     output and all gradients are zero. CPU tensors use the kernel described above, in eager and in compiled graphs
-    alike; tensors of other devices one `scaled_dot_product_attention` per segment, a portable fallback that reads the
-    offsets on the host. Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Dao 2023
-    (arXiv:2307.08691), packed form; oracle `torch.nn.functional.scaled_dot_product_attention` with a block mask.
+    alike; tensors of other devices one `scaled_dot_product_attention` per segment that is not empty, a portable
+    fallback. Boundaries are read from the host's copy.
+
+    Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Dao 2023 (arXiv:2307.08691), packed form;
+    oracle `torch.nn.functional.scaled_dot_product_attention` with a block mask.
     """
     _check(q_THC, k_SKC, v_SKC, segments)
     if q_THC.device.type not in ("cpu", "meta"):
         return _per_segment(q_THC, k_SKC, v_SKC, segments, is_causal)
-    if is_eager(q_THC):
-        o_THC: Tensor = _Eager.apply(  # type: ignore[no-untyped-call]
-            q_THC, k_SKC, v_SKC, segments.offsets_N, is_causal
-        )
-    else:
-        o_THC, _ = traced(q_THC, k_SKC, v_SKC, segments.offsets_N, is_causal)
+    o_THC: Tensor = _attend(q_THC, k_SKC, v_SKC, segments.host_N, is_causal, None)
     return o_THC
 
 
@@ -115,13 +112,14 @@ def dense_mask(q_THC: Tensor, k_SKC: Tensor, offsets_N: Tensor, key_offsets_N: T
 
 def _per_segment(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, is_causal: bool) -> Tensor:
     """Any device: one call of the device's own kernel per segment, differentiated by autograd."""
-    offsets = _read(segments.offsets_N, q_THC)
+    offsets = _read(segments.host_N, q_THC)
     parts = [q_THC[:0]]
     for start, end in itertools.pairwise(offsets):
+        if start == end:  # a static batch has many that are unused
+            continue
         q_1HLC, k_1KLC, v_1KLC = (x[start:end].transpose(0, 1)[None] for x in (q_THC, k_SKC, v_SKC))
-        if end > start:
-            o_1HLC = F.scaled_dot_product_attention(q_1HLC, k_1KLC, v_1KLC, is_causal=is_causal, enable_gqa=True)
-            parts.append(o_1HLC[0].transpose(0, 1))
+        o_1HLC = F.scaled_dot_product_attention(q_1HLC, k_1KLC, v_1KLC, is_causal=is_causal, enable_gqa=True)
+        parts.append(o_1HLC[0].transpose(0, 1))
     return torch.cat([*parts, torch.zeros_like(q_THC[offsets[-1] :])])
 
 
@@ -142,9 +140,14 @@ def check_inputs(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *segments: Segment
         raise ValueError(f"{shapes}: the number of kv heads must divide the number of query heads; correct the heads")
     if not q_THC.dtype == k_SKC.dtype == v_SKC.dtype or not q_THC.is_floating_point():
         raise ValueError(f"q, k, v are {q_THC.dtype}, {k_SKC.dtype}, {v_SKC.dtype}; cast them to one floating dtype")
-    for offsets_N in (s.offsets_N for s in segments):
+    for offsets_N, host_N in ((s.offsets_N, s.host_N) for s in segments):
         if offsets_N.ndim != 1 or offsets_N.numel() < 1:
             raise ValueError(f"offsets_N has shape {tuple(offsets_N.shape)} but must be [N + 1]; start it with 0")
+        if host_N.shape != offsets_N.shape or host_N.device.type != "cpu":
+            raise ValueError(
+                f"host_N, {tuple(host_N.shape)} on {host_N.device}, must be a copy of offsets_N, "
+                f"{tuple(offsets_N.shape)}, on the CPU; make both with Segments.of"
+            )
 
 
 def _read(offsets_N: Tensor, x_T: Tensor) -> tuple[int, ...]:
@@ -269,7 +272,7 @@ def forward(
     o_THC[first:] = 0
     lse_TH[first:] = -torch.inf
     for queries, keys in calls:
-        o_BHLC, lse_BHL = _flash(queries.rows(q_THC), keys.rows(k_SKC), keys.rows(v_SKC), 0.0, is_causal)
+        o_BHLC, lse_BHL = FLASH_CPU(queries.rows(q_THC), keys.rows(k_SKC), keys.rows(v_SKC), 0.0, is_causal)
         if queries.covers(q_THC):
             return o_BHLC.transpose(1, 2).reshape(o_THC.shape), lse_BHL.transpose(1, 2).reshape(lse_TH.shape)
         queries.put_(o_THC, o_BHLC)
@@ -298,7 +301,7 @@ def backward(
     for queries, keys in calls:
         do_BHLC, o_BHLC, lse_BHL = queries.rows(do_THC, zero_pads=True), queries.rows(o_THC), queries.rows(lse_TH)
         qkv = queries.rows(q_THC), keys.rows(k_SKC), keys.rows(v_SKC)
-        parts = _flash_grad(do_BHLC, *qkv, o_BHLC, lse_BHL, 0.0, is_causal)
+        parts = FLASH_CPU_GRAD(do_BHLC, *qkv, o_BHLC, lse_BHL, 0.0, is_causal)
         if queries.covers(q_THC) and keys.covers(k_SKC):
             dq_THC, dk_SKC, dv_SKC = (
                 part.transpose(1, 2).reshape(grad.shape) for part, grad in zip(parts, grads, strict=True)
@@ -314,76 +317,38 @@ def _dense_channels(x_THC: Tensor) -> Tensor:
     return x_THC if x_THC.stride(-1) == 1 else x_THC.contiguous()
 
 
-class _Eager(torch.autograd.Function):
-    """Eager entry: the same numbers as the operator below without its dispatch."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, offsets_N: Tensor, is_causal: bool
-    ) -> Tensor:
-        o_THC, lse_TH = forward(q_THC, k_SKC, v_SKC, offsets_N, is_causal)
-        ctx.save_for_backward(q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N)
-        ctx.is_causal = is_causal  # type: ignore[attr-defined]
-        return o_THC
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, do_THC: Tensor) -> tuple[Tensor | None, ...]:
-        grads = backward(do_THC, *ctx.saved_tensors, ctx.is_causal)  # type: ignore[attr-defined, call-arg]
-        return *grads, None, None
-
-
-@torch.library.custom_op("mmfn::attention", mutates_args=())
-def traced(
-    q_THC: Tensor,
-    k_SKC: Tensor,
-    v_SKC: Tensor,
-    offsets_N: Tensor,
-    is_causal: bool,
-    key_offsets_N: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`forward` as one operator."""
-    return forward(q_THC, k_SKC, v_SKC, offsets_N, is_causal, key_offsets_N)
-
-
-@torch.library.custom_op("mmfn::attention_grad", mutates_args=())
-def traced_grad(
-    do_THC: Tensor,
-    q_THC: Tensor,
-    k_SKC: Tensor,
-    v_SKC: Tensor,
-    o_THC: Tensor,
-    lse_TH: Tensor,
-    offsets_N: Tensor,
-    is_causal: bool,
-    key_offsets_N: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward` as one operator."""
-    return backward(do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, offsets_N, is_causal, key_offsets_N)
-
-
-@traced.register_fake
-def _(q_THC: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _fake(q_THC: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return q_THC.new_empty(q_THC.shape), q_THC.new_empty(q_THC.shape[:2], dtype=wide(q_THC.dtype))
 
 
-@traced_grad.register_fake
-def _(do_THC: Tensor, q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    return q_THC.new_empty(q_THC.shape), k_SKC.new_empty(k_SKC.shape), v_SKC.new_empty(v_SKC.shape)
+def _fake_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_THC, k_SKC, v_SKC, offsets_N, is_causal, _ = inputs
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *qkv, offsets_N, ctx.settings, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q_THC, k_SKC, v_SKC, *output, offsets_N)  # type: ignore[arg-type]
-    ctx.is_causal = is_causal  # type: ignore[attr-defined]
+    ctx.save_for_backward(*qkv, *output, offsets_N)
 
 
-def _traced_backward(ctx: FunctionCtx, do_THC: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Context, do_THC: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if do_THC is None:
         return (None,) * 6
-    grads = traced_grad(do_THC, *ctx.saved_tensors, ctx.is_causal)  # type: ignore[attr-defined]
-    return *grads, None, None, None
+    return *ATTENTION_GRAD(do_THC, *ctx.saved_tensors, ctx.settings, None), None, None, None
 
 
-traced.register_autograd(_traced_backward, setup_context=_setup)
+ATTENTION = operator("mmfn::attention", forward, _fake)
+ATTENTION_GRAD = operator("mmfn::attention_grad", backward, _fake_grad)
+_attend = ATTENTION.with_gradient(_save, _gradient)
+
+OPERATORS = flops.register(
+    {"mmfn::attention": flops.packed_attention, "mmfn::attention_grad": flops.packed_attention_grad}
+)
+OF_TORCH = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+)
+"""What `attention` appears as on other devices."""
+KERNEL = Kernel(attention, operators=OPERATORS, results=("mmfn::attention", *OF_TORCH))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfn.batch import Segments
 from mmfn.ops import attention
-from mmfn.ops.eager import is_eager
+from mmfn.ops.kernel import Kernel
 
 
 def attention_block(
@@ -31,9 +31,8 @@ def attention_block(
     fit and for tensors of another device.
     """
     _check(q_THC, k_SKC, v_SKC, segments, keys, is_causal)
-    run = attention.forward if _is_direct(q_THC, segments) else attention.traced
-    key_offsets_N = None if keys is None else keys.offsets_N
-    o_THC, lse_TH = run(q_THC.detach(), k_SKC.detach(), v_SKC.detach(), segments.offsets_N, is_causal, key_offsets_N)
+    qkv, key_offsets_N = (q_THC.detach(), k_SKC.detach(), v_SKC.detach()), None if keys is None else keys.host_N
+    o_THC, lse_TH = attention.ATTENTION(*qkv, segments.host_N, is_causal, key_offsets_N)
     return o_THC, lse_TH
 
 
@@ -55,10 +54,9 @@ def attention_block_grad(
     whole. Raises ValueError as `attention_block` does.
     """
     _check(q_THC, k_SKC, v_SKC, segments, keys, is_causal)
-    run = attention.backward if _is_direct(q_THC, segments) else attention.traced_grad
-    key_offsets_N = None if keys is None else keys.offsets_N
-    dq_THC, dk_SKC, dv_SKC = run(
-        do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, segments.offsets_N, is_causal, key_offsets_N
+    key_offsets_N = None if keys is None else keys.host_N
+    dq_THC, dk_SKC, dv_SKC = attention.ATTENTION_GRAD(
+        do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, segments.host_N, is_causal, key_offsets_N
     )
     return dq_THC, dk_SKC, dv_SKC
 
@@ -112,11 +110,6 @@ def attention_block_grad_reference(
     return dq_THC, dk_SKC, dv_SKC
 
 
-def _is_direct(q_THC: Tensor, segments: Segments) -> bool:
-    """Whether the kernel's own loop may run: it reads the offsets, and needs nothing else to have values."""
-    return is_eager(q_THC) and not segments.offsets_N.is_meta
-
-
 def _check(
     q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, keys: Segments | None, is_causal: bool
 ) -> None:
@@ -132,3 +125,7 @@ def _check(
             f"keys of their own need the number of segments of the queries, {segments.offsets_N.numel() - 1}, and "
             f"is_causal False; got {keys.offsets_N.numel() - 1} and {is_causal}"
         )
+
+
+KERNEL = Kernel(attention_block, operators=attention.OPERATORS, results=("mmfn::attention",))
+GRAD_KERNEL = Kernel(attention_block_grad, operators=attention.OPERATORS)

@@ -10,22 +10,23 @@ Legend: T tokens, N supervised tokens (or those of one chunk), D width, V vocabu
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from mmfn.batch import IGNORE
 from mmfn.dtypes import wide
+from mmfn.ops import flops
+from mmfn.ops.custom import Context, operator
 from mmfn.ops.eager import is_eager
 from mmfn.ops.logit_chunks import (
     Gradients,
-    GradientsInForward,
     add_head_grad_,
     aligned,
     exponentiate_,
+    gradients_in_forward,
     input_grad,
     logits_,
     rows_of,
@@ -34,7 +35,7 @@ from mmfn.ops.logit_chunks import (
 )
 from mmfn.ops.vocabulary_attention import QUERIES, attend
 
-Method = Literal["logits", "attention"]
+Method = Literal["logits", "attention", "attention_if_exact"]
 
 CHUNK_BYTES = 160 * 2**20  # of float32 logits; smaller chunks read and write the head's gradient more often
 MAX_CHUNK = 512  # rows; larger chunks are no faster
@@ -51,7 +52,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
-    method: Method | None = None,
+    method: Method = "logits",
 ) -> tuple[Tensor, Tensor]:
     """`(loss, ce)` of a linear head: what is minimised, and the plain weighted cross entropy, which is a constant.
 
@@ -64,11 +65,12 @@ def linear_cross_entropy(
     `weights_T`: floating[T], a constant. Both results are float32[] (float64[] for float64). A gradient that is not
     needed is not computed. On a GPU the number of supervised rows is read by the host.
 
-    `method`: "logits", whose gradients of head and bias are accumulated in float32 (or float64) and cast once, or
+    `method`: "logits", whose gradients of head and bias are accumulated in float32 (or float64) and cast once;
     "attention" (`mmfn.ops.vocabulary_attention`: CPU, neither bias nor label smoothing), which holds no logits and
-    rounds more often. The default is "attention" for bfloat16 where it is faster and nearly as exact: with AVX-512,
-    on up to 8 threads, for weights that are not negative. `chunk`: rows of logits held at a time, by default
-    `chunk_rows(V)`; with attention, rows that meet the head at a time, by default and at most 2,048.
+    rounds more often; or "attention_if_exact": attention for bfloat16 inputs that it takes, unless a weight is
+    negative, and logits for all others. Which is faster depends on the machine, so a table chooses (`cpu_method`).
+    `chunk`: rows of logits held at a time, by default `chunk_rows(V)`; with attention, rows that meet the head at a
+    time, by default and at most 2,048.
 
     Raises ValueError for shapes, dtypes, labels or settings that do not fit. Source: chunked gradients in the forward
     as in Hsu et al. 2024, "Liger kernel" (arXiv:2410.10989); z-loss: Chowdhery et al. 2022, "PaLM" (arXiv:2204.02311),
@@ -76,8 +78,8 @@ def linear_cross_entropy(
     """
     check_head(x_TD, weight_VD, bias_V, labels_T, weights_T)
     check_settings(z_loss, label_smoothing, chunk)
-    chosen = _method(method, x_TD, bias_V, label_smoothing)
-    rows = chunk or (chunk_rows(weight_VD.shape[0]) if chosen == "logits" else QUERIES)
+    method = _applicable(method, x_TD, bias_V, label_smoothing)
+    rows = chunk or 0  # an operator takes no None for the default
     needs = needed(x_TD, weight_VD, bias_V)
     if is_eager(x_TD):
         compute = partial(
@@ -87,13 +89,13 @@ def linear_cross_entropy(
             rows=rows,
             z_loss=z_loss,
             label_smoothing=label_smoothing,
-            method=chosen,
+            method=method,
             needs=needs,
         )
-        loss, ce = GradientsInForward.apply(compute, x_TD, weight_VD, bias_V)  # type: ignore[no-untyped-call]
+        loss, ce = gradients_in_forward(compute, x_TD, weight_VD, bias_V)
     else:
-        settings = (rows, z_loss, label_smoothing, chosen)
-        loss, ce, *_ = _traced(x_TD, weight_VD, bias_V, labels_T, weights_T, *settings, needs)
+        settings = (rows, z_loss, label_smoothing, method)
+        loss, ce, *_ = LOSS.traced(x_TD, weight_VD, bias_V, labels_T, weights_T, *settings, needs)
     return loss, ce
 
 
@@ -107,7 +109,7 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
-    method: Method | None = None,
+    method: Method = "logits",
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` with all logits at once, in float32 or float64 behind the head.
 
@@ -171,31 +173,35 @@ def check_settings(z_loss: float, label_smoothing: float, chunk: int | None) -> 
         raise ValueError(f"chunk is {chunk} but must be at least 1 row; leave it out for the default")
 
 
-def _method(method: Method | None, x_TD: Tensor, bias_V: Tensor | None, label_smoothing: float) -> str:
-    """The method to use; "auto" is attention if no weight is negative.
+def cpu_method() -> tuple[Method, str]:
+    """The faster method on this machine's CPU for bfloat16, and why: what a table chooses when it is made.
+
+    The kernel of attention is fast with AVX-512, mostly with AMX; without MKL its products are rounded, too; and its
+    tasks are few: of many threads most would idle.
+    """
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    machine = f"{capability}, {'MKL' if has_mkl else 'no MKL'}, {threads} thread{'s' if threads > 1 else ''}"
+    is_faster = capability == "AVX512" and has_mkl and threads <= MAX_THREADS
+    return ("attention_if_exact" if is_faster else "logits"), machine
+
+
+def _applicable(method: Method, x_TD: Tensor, bias_V: Tensor | None, label_smoothing: float) -> Method:
+    """The method, "logits" where "attention_if_exact" does not apply. The signs of weights are looked at later.
 
     Raises ValueError for one that is unknown, or that these inputs cannot have.
     """
     can_attend = x_TD.device.type == "cpu" and bias_V is None and not label_smoothing
-    if method is None:
-        return "auto" if can_attend and x_TD.dtype == torch.bfloat16 and _is_attention_faster() else "logits"
     if method not in get_args(Method):
-        raise ValueError(f"method is {method!r} but must be 'logits' or 'attention'; leave it out for the default")
+        raise ValueError(f"method is {method!r} but must be one of {', '.join(map(repr, get_args(Method)))}")
     if method == "attention" and not can_attend:
         raise ValueError(
             f"method 'attention' is for CPU tensors without bias or label smoothing but x_TD is on {x_TD.device}, a "
             f"bias is {'missing' if bias_V is None else 'given'} and label_smoothing {label_smoothing}; use 'logits'"
         )
+    if method == "attention_if_exact" and not (can_attend and x_TD.dtype == torch.bfloat16):
+        return "logits"
     return method
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_attention_faster() -> bool:
-    """On AVX-512, mostly with AMX. Without MKL the kernel's products are rounded, too. Its tasks are few: of many
-    threads most would idle."""
-    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return is_wide and has_mkl and torch.get_num_threads() <= MAX_THREADS
 
 
 def _compute(
@@ -215,10 +221,10 @@ def _compute(
     V, dtype = weight_VD.shape[0], wide(x_TD.dtype)
     index_N = supervised(labels_T, weights_T, V)
     labels_N, weights_N = labels_T[index_N], weights_T[index_N].to(dtype)
-    if method == "attention" or (method == "auto" and not bool((weights_N < 0).any())):
-        return _by_attention(x_TD, weight_VD, index_N, labels_N, weights_N, z_loss, rows, needs)
+    if method == "attention" or (method == "attention_if_exact" and not bool((weights_N < 0).any())):
+        return _by_attention(x_TD, weight_VD, index_N, labels_N, weights_N, z_loss, rows or QUERIES, needs)
     N = index_N.numel()
-    rows = -(-N // max(1, -(-N // rows)))  # chunks of even size
+    rows = -(-N // max(1, -(-N // (rows or chunk_rows(V)))))  # chunks of even size
     smooth = None
     if label_smoothing:
         smooth = smoothing(x_TD, weight_VD, bias_V, index_N, weights_N, share=label_smoothing / V)
@@ -287,8 +293,7 @@ def narrow(grad: Tensor | None, leaf: Tensor) -> Tensor | None:
     return None if grad is None else grad.to(leaf.dtype)
 
 
-@torch.library.custom_op("mmfn::linear_cross_entropy", mutates_args=())
-def _traced(
+def _flat(
     x_TD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
@@ -300,7 +305,7 @@ def _traced(
     method: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_compute` as one operator; a gradient that was not asked for comes back empty."""
+    """`_compute` as an operator wants it: a gradient that was not asked for comes back empty."""
     loss, ce, grads = _compute(
         x_TD,
         weight_VD,
@@ -317,12 +322,10 @@ def _traced(
     return loss, ce, dx_TD, dw_VD, db_V
 
 
-@_traced.register_fake
-def _(
-    x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *inputs: object
+def _fake(
+    x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    needs: Sequence[bool] = inputs[-1]  # type: ignore[assignment]
-    leaves = zip((x_TD, weight_VD, bias_V), needs, strict=True)
+    leaves = zip((x_TD, weight_VD, bias_V), inputs[-1], strict=True)
     dx_TD, dw_VD, db_V = (
         torch.empty_like(leaf) if leaf is not None and is_needed else x_TD.new_empty(0) for leaf, is_needed in leaves
     )
@@ -330,18 +333,33 @@ def _(
     return loss, torch.empty_like(loss), dx_TD, dw_VD, db_V
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
-    ctx.needs = inputs[-1]  # type: ignore[attr-defined]
+    ctx.settings = inputs[-1]
 
 
-def _backward(ctx: FunctionCtx, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 10
-    saved = zip(ctx.saved_tensors, ctx.needs, strict=True)  # type: ignore[attr-defined]
+    saved = zip(ctx.saved_tensors, ctx.settings, strict=True)
     return *(grad * dloss if is_needed else None for grad, is_needed in saved), *(None,) * 7
 
 
-_traced.register_autograd(_backward, setup_context=_setup)
+LOSS = operator("mmfn::linear_cross_entropy", _flat, _fake)
+LOSS.with_gradient(_save, _gradient)  # of the operator; in eager execution gradients are scaled in place instead
+
+
+def _flops(
+    x_TD: Tensor, weight_VD: Tensor, bias: Tensor | None, labels_T: Tensor, weights_T: Tensor, *settings: Any, **_: Any
+) -> int:
+    """Of the operator: a product for the logits and one for each gradient; by attention without the labels' own rows,
+    one more for what each gradient's mean is divided by."""
+    method, needs = settings[-2:]
+    num_supervised = int(((labels_T != IGNORE) & (weights_T != 0)).sum())
+    products: int = 1 + sum(needs[:2]) if method == "logits" else 2 + 2 * needs[1]
+    return 2 * num_supervised * weight_VD.numel() * products
+
+
+OPERATORS = flops.register({"mmfn::linear_cross_entropy": _flops})

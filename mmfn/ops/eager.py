@@ -11,10 +11,14 @@ execution (that of plans) says so by an attribute `is_eager`.
 import torch
 from torch import Tensor
 
+from mmfn.torch_private import dispatch_modes
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def is_eager(x: Tensor) -> bool:
     """True for an ordinary tensor outside torch.compile and other modes: the hand-written Function may run."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(x) not in PLAIN:
         return False
-    modes = (torch._C._get_dispatch_stack_at(i) for i in range(torch._C._len_torch_dispatch_stack()))
-    return all(getattr(mode, "is_eager", False) for mode in modes)
+    modes = dispatch_modes()
+    return not modes or all(getattr(mode, "is_eager", False) for mode in modes)

@@ -7,18 +7,15 @@ the counts, and one matmul per expert otherwise: on a CPU the kernel is that loo
 Legend: R routed rows, E experts, D width, F feed-forward width (of `grouped_linear`: widths in and out).
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mmfn.ops import flops
 from mmfn.ops.activation import swiglu, swiglu_reference
-from mmfn.ops.eager import is_eager
+from mmfn.ops.custom import Context, operator
+from mmfn.ops.kernel import Kernel
 from mmfn.tree import Tree
-
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def experts(x_RD: Tensor, counts_E: Tensor, weights: Tree) -> Tensor:
@@ -68,8 +65,8 @@ def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     multiples of 8 (a requirement of the kernel). Raises ValueError for shapes, dtypes or counts that do not fit.
     """
     _check(x_RD, weight_EFD, counts_E)
-    apply: Product = _Eager.apply if is_eager(x_RD) else _traced
-    return apply(x_RD, weight_EFD, counts_E)
+    y_RF: Tensor = _product(x_RD, weight_EFD, counts_E)
+    return y_RF
 
 
 def _check(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> None:
@@ -134,59 +131,29 @@ def _weight_grad(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor) -> Tensor:
     return dw_EFD
 
 
-def _grads(
-    ctx: FunctionCtx, dy_RF: Tensor, multiply: Product, weight_grad: Product
-) -> tuple[Tensor | None, Tensor | None, None]:
-    saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
-    x_RD, weight_EFD, counts_E = saved
-    needs_dx, needs_dw, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-    dx_RD = multiply(dy_RF, weight_EFD.transpose(1, 2), counts_E) if needs_dx else None
-    dw_EFD = weight_grad(dy_RF, x_RD, counts_E) if needs_dw else None
-    return dx_RD, dw_EFD, None
-
-
-class _Eager(torch.autograd.Function):
-    """Eager entry: the same numbers as the operators below without their dispatch."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_RD, weight_EFD, counts_E)
-        return _multiply(x_RD, weight_EFD, counts_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return _grads(ctx, dy_RF, _multiply, _weight_grad)
-
-
-@torch.library.custom_op("mmfn::grouped_linear", mutates_args=())
-def _traced(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """`_multiply` as one operator."""
-    return _multiply(x_RD, weight_EFD, counts_E)
-
-
-@torch.library.custom_op("mmfn::grouped_linear_grad", mutates_args=())
-def _traced_grad(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-    """`_weight_grad` as one operator."""
-    return _weight_grad(dy_RF, x_RD, counts_E)
-
-
-@_traced.register_fake
-def _(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+def _fake(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     return x_RD.new_empty(x_RD.shape[0], weight_EFD.shape[1])
 
 
-@_traced_grad.register_fake
-def _(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+def _fake_grad(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor) -> Tensor:
     return x_RD.new_empty(counts_E.shape[0], dy_RF.shape[1], x_RD.shape[1])
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _traced_backward(ctx: FunctionCtx, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    return _grads(ctx, dy_RF, _traced, _traced_grad)
+def _gradient(ctx: Context, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_RD, weight_EFD, counts_E = ctx.saved_tensors
+    needs_dx, needs_dw, _ = ctx.needs_input_grad
+    dx_RD = PRODUCT(dy_RF, weight_EFD.transpose(1, 2), counts_E) if needs_dx else None
+    dw_EFD = WEIGHT_GRAD(dy_RF, x_RD, counts_E) if needs_dw else None
+    return dx_RD, dw_EFD, None
 
 
-_traced.register_autograd(_traced_backward, setup_context=_setup)
+PRODUCT = operator("mmfn::grouped_linear", _multiply, _fake)
+WEIGHT_GRAD = operator("mmfn::grouped_linear_grad", _weight_grad, _fake_grad)
+_product = PRODUCT.with_gradient(_save, _gradient)
+
+OPERATORS = flops.register({"mmfn::grouped_linear": flops.grouped, "mmfn::grouped_linear_grad": flops.grouped_grad})
+KERNEL = Kernel(experts, operators=OPERATORS, results=("mmfn::grouped_linear",))

@@ -4,6 +4,9 @@ A product of [m, k] and [k, n] counts 2 m k n; attention counts its two products
 sees, half of a square under causality (five products in the backward, one of them a recomputation); all else counts
 nothing. Each segment of packed attention counts by its own length, whether it is an operator of its own or all segments
 are one.
+
+There is one registry, torch's (`torch.utils.flop_counter`): operators of this package register there, so that
+`FlopCounterMode` counts them too. Torch lacks a few operators, and counts causal squares whole: `OWN` has those.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,28 +15,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from mmfn.ops.kernel import Formula, Operators, declaration
 
 FORMULAS = {
     "products": "2 m k n",
     "attention": "4 H C pairs, backward 10 H C pairs",
     "pairs": "queries * keys of a segment, with a causal mask queries * (queries + 1) / 2",
 }
+SPACES = frozenset({"aten", "prim", "prims", "c10d", "profiler", "mmfn"})  # of operators that count nothing if unknown
 
 
-def count(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Of one call of the operator `func`; 0 for an operator that has no formula."""
-    formula = _TABLE.get(func.overloadpacket)
-    return 0 if formula is None else formula(*args, **kwargs)
+def register(operators: Mapping[str, Formula]) -> Operators:
+    """Tell torch the FLOPs of operators of this package; returns them."""
+    for name, formula in operators.items():
+        register_flop_formula(packet(name), get_raw=True)(formula)
+    return operators
 
 
-def product(a: Tensor, b: Tensor, **_: Any) -> int:
-    """Of `aten.mm` and `aten.bmm`: [..., m, k] and [..., k, n]."""
-    return 2 * prod(a.shape) * b.shape[-1]
+def packet(name: str) -> Any:
+    """The operator of a name such as "mmfn::attention", or None where this torch has none."""
+    space, operator = name.split("::")
+    return getattr(getattr(torch.ops, space), operator, None)
 
 
-def added_product(_: Tensor, a: Tensor, b: Tensor, **options: Any) -> int:
-    """Of `aten.addmm` and `aten.baddbmm`."""
-    return product(a, b)
+def count(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, declared: Mapping[Any, Formula | None]
+) -> int:
+    """Of one call of the operator `func`, whose result is `out`. `declared`: what a table declares (`of_table`).
+
+    Raises ValueError for an operator that neither torch nor this package brings and no op declares.
+    """
+    key = func.overloadpacket
+    formula = declared[key] if key in declared else OWN.get(key) or flop_registry.get(key)
+    if formula is not None:
+        return formula(*args, **kwargs, out_val=out)
+    if key not in declared and func.namespace not in SPACES and not func.namespace.startswith("_"):
+        raise ValueError(
+            f"no op of the table declares the operator {func.name()}, so its FLOPs are unknown; add it to the "
+            "operators of the Kernel that runs it, with None if it multiplies no matrices"
+        )
+    return 0
+
+
+def of_table(kernels: Mapping[str, Callable[..., Any]]) -> dict[Any, Formula | None]:
+    """Formulas by operator that the ops of a table declare. Raises ValueError for an op that declares nothing."""
+    found = [declaration(name, op).operators for name, op in kernels.items()]
+    return {packet(name): formula for operators in found for name, formula in operators.items()}
 
 
 def attention(
@@ -62,41 +91,36 @@ def packed_attention(
     offsets_N: Tensor,
     is_causal: bool,
     key_offsets_N: Tensor | None = None,
+    **_: Any,
 ) -> int:
-    """Of `mmfn.attention`. Keys with offsets of their own have no causal mask."""
+    """Of `mmfn::attention`. Keys with offsets of their own have no causal mask."""
     lengths_N = offsets_N.diff()
     keys_N = lengths_N if key_offsets_N is None else key_offsets_N.diff()
     pairs_N = lengths_N * (lengths_N + 1) // 2 if is_causal else lengths_N * keys_N
     return 4 * q_THC.shape[1] * q_THC.shape[2] * int(pairs_N.sum())
 
 
-def packed_attention_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *segments: Any) -> int:
-    """Of `mmfn.attention_grad`: five products for two."""
+def packed_attention_grad(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *segments: Any, **_: Any
+) -> int:
+    """Of `mmfn::attention_grad`: five products for two."""
     return 5 * packed_attention(q, k, v, *segments) // 2
 
 
-def grouped(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> int:
-    """Of `mmfn.grouped_linear`."""
+def grouped(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, **_: Any) -> int:
+    """Of `mmfn::grouped_linear`."""
     return 2 * int(counts_E.sum()) * weight_EFD.shape[1] * weight_EFD.shape[2]
 
 
-def grouped_grad(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor) -> int:
-    """Of `mmfn.grouped_linear_grad`."""
+def grouped_grad(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor, **_: Any) -> int:
+    """Of `mmfn::grouped_linear_grad`."""
     return 2 * int(counts_E.sum()) * dy_RF.shape[1] * x_RD.shape[1]
 
 
-_aten, _mmfn = torch.ops.aten, torch.ops.mmfn
-_TABLE: dict[Any, Callable[..., int]] = {
-    _aten.mm: product,
+_aten = torch.ops.aten
+OWN: dict[Any, Callable[..., int]] = {
     _aten.mv: lambda a, b, **_: 2 * prod(a.shape),
-    _aten.bmm: product,
-    _aten.addmm: added_product,
-    _aten.addmm_: added_product,
-    _aten.baddbmm: added_product,
+    _aten.addmm_: lambda total, a, b, **_: 2 * prod(a.shape) * b.shape[-1],
     _aten._scaled_dot_product_flash_attention_for_cpu: attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_grad,
-    _mmfn.attention: packed_attention,
-    _mmfn.attention_grad: packed_attention_grad,
-    _mmfn.grouped_linear: grouped,
-    _mmfn.grouped_linear_grad: grouped_grad,
 }

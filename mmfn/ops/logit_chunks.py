@@ -13,13 +13,14 @@ Legend: T tokens, N supervised tokens (or those of one chunk), D width, V vocabu
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfn.batch import IGNORE
+from mmfn.ops.custom import Context, function
+from mmfn.torch_private import assert_on_device
 
 ALIGN = 16  # a chunk of more rows gets zero rows to a multiple: logits of 511 rows take 1.4 times as long as of 512
 STAGE_VALUES = 2**20  # logits become gradients in pieces of this many values, which stay in the cache
@@ -36,7 +37,7 @@ def supervised(labels_T: Tensor, weights_T: Tensor, num_vocabulary: int) -> Tens
     labels_N = labels_T[index_N]
     if labels_T.device.type not in ("cpu", "meta"):
         is_token = ((labels_N >= 0) & (labels_N < num_vocabulary)).all()
-        torch._assert_async(is_token, f"a label lies outside of the head's {num_vocabulary} rows; fix the labels")
+        assert_on_device(is_token, f"a label lies outside of the head's {num_vocabulary} rows; fix the labels")
     elif index_N.numel() and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_vocabulary:
         raise ValueError(
             f"labels span {int(labels_N.min())} to {int(labels_N.max())} but the head has {num_vocabulary} rows; fix "
@@ -182,22 +183,21 @@ def smoothing(
     return Smoothing(loss, -share * head_D, -share * rows_D, -share * weight_of_all)
 
 
-class GradientsInForward(torch.autograd.Function):
-    """`(loss, ce)` of `compute(x, head, bias) -> (loss, ce, gradients)`; gradients of the loss alone.
+def _gradients_in_forward(
+    ctx: Context, compute: Callable[..., tuple[Tensor, Tensor, Gradients]], *leaves: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    loss, ce, grads = compute(*leaves)
+    ctx.save_for_backward(*grads)
+    ctx.mark_non_differentiable(ce)
+    return loss, ce
 
-    The backward scales them in place: a second copy of the head's gradient is never made.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, compute: Callable[..., Any], *leaves: Tensor | None) -> tuple[Tensor, Tensor]:
-        loss, ce, grads = compute(*leaves)
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(ce)
-        return loss, ce
+def _scaled_gradients(ctx: Context, dloss: Tensor, _dce: Tensor) -> tuple[Tensor | None, ...]:
+    # autograd itself refuses a second backward: the saved tensors were modified in place
+    saved: Sequence[Tensor | None] = ctx.saved_tensors
+    return None, *(None if grad is None else grad.mul_(dloss) for grad in saved)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _dce: Tensor) -> tuple[Tensor | None, ...]:
-        # autograd itself refuses a second backward: the saved tensors were modified in place
-        saved: Sequence[Tensor | None] = ctx.saved_tensors
-        return None, *(None if grad is None else grad.mul_(dloss) for grad in saved)
+
+gradients_in_forward = function(_gradients_in_forward, _scaled_gradients)
+"""`(loss, ce)` of `(compute, x, head, bias)`, where `compute(x, head, bias) -> (loss, ce, gradients)`; gradients of the
+loss alone. The backward scales them in place: a second copy of the head's gradient is never made."""

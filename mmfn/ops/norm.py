@@ -8,9 +8,9 @@ that. `layer_norm` has a fused kernel. Legend: D width, behind any leading dims.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mmfn.dtypes import wide
+from mmfn.ops.custom import Context, function
 from mmfn.ops.eager import is_eager
 
 
@@ -23,7 +23,7 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     _check(x_D, weight_D)
     if is_eager(x_D):
-        y_D: Tensor = _RmsNorm.apply(x_D, weight_D, eps)  # type: ignore[no-untyped-call]
+        y_D: Tensor = _eager_rms_norm(x_D, weight_D, eps)
         return y_D
     return rms_norm_reference(x_D, weight_D, eps)
 
@@ -67,33 +67,31 @@ def _weighted(normed_D: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
     return (normed_D.to(torch.promote_types(dtype, weight_D.dtype)) * weight_D).to(dtype)
 
 
-class _RmsNorm(torch.autograd.Function):
+def _rms_norm(ctx: Context, x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    wide_D = x_D.to(wide(x_D.dtype))
+    norm_1 = torch.linalg.vector_norm(wide_D, dim=-1, keepdim=True)
+    rstd_1 = norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
+    ctx.save_for_backward(x_D, weight_D, rstd_1)
+    normed_D = wide_D * rstd_1
+    if weight_D.dtype != x_D.dtype:
+        return _weighted(normed_D, weight_D, x_D.dtype)
+    y_D: Tensor = normed_D.to(x_D.dtype).mul_(weight_D)
+    return y_D
+
+
+def _rms_norm_grad(ctx: Context, dy_D: Tensor) -> tuple[Tensor | None, ...]:
     """With n = x * rstd: dx = (dy * w - n * mean(dy * w * n)) * rstd and dw = sum(dy * n)."""
+    x_D, weight_D, rstd_1 = ctx.saved_tensors
+    needs_dx, needs_dw, _ = ctx.needs_input_grad
+    normed_D = x_D * rstd_1
+    product_D = dy_D * normed_D
+    weight_wide_D = weight_D.to(product_D.dtype)
+    dw_D = product_D.reshape(-1, x_D.shape[-1]).sum(0).to(weight_D.dtype) if needs_dw else None
+    if not needs_dx:
+        return None, dw_D, None
+    mean_1 = torch.matmul(product_D, weight_wide_D).div_(-x_D.shape[-1])[..., None]
+    dx_D = torch.mul(dy_D, weight_wide_D, out=product_D).addcmul_(normed_D, mean_1).mul_(rstd_1)
+    return dx_D.to(x_D.dtype), dw_D, None
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        wide_D = x_D.to(wide(x_D.dtype))
-        norm_1 = torch.linalg.vector_norm(wide_D, dim=-1, keepdim=True)
-        rstd_1 = norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x_D, weight_D, rstd_1)
-        normed_D = wide_D * rstd_1
-        if weight_D.dtype != x_D.dtype:
-            return _weighted(normed_D, weight_D, x_D.dtype)
-        y_D: Tensor = normed_D.to(x_D.dtype).mul_(weight_D)
-        return y_D
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy_D: Tensor) -> tuple[Tensor | None, ...]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
-        x_D, weight_D, rstd_1 = saved
-        needs_dx, needs_dw, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        normed_D = x_D * rstd_1
-        product_D = dy_D * normed_D
-        weight_wide_D = weight_D.to(product_D.dtype)
-        dw_D = product_D.reshape(-1, x_D.shape[-1]).sum(0).to(weight_D.dtype) if needs_dw else None
-        if not needs_dx:
-            return None, dw_D, None
-        mean_1 = torch.matmul(product_D, weight_wide_D).div_(-x_D.shape[-1])[..., None]
-        dx_D = torch.mul(dy_D, weight_wide_D, out=product_D).addcmul_(normed_D, mean_1).mul_(rstd_1)
-        return dx_D.to(x_D.dtype), dw_D, None
+_eager_rms_norm = function(_rms_norm, _rms_norm_grad)

@@ -7,9 +7,9 @@ Legend: T tokens, H heads, C channels of a head, R rotated channel pairs.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mmfn.dtypes import wide
+from mmfn.ops.custom import Context, function
 from mmfn.ops.eager import is_eager
 
 
@@ -29,7 +29,7 @@ def rotary(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     if cos_TR.requires_grad or sin_TR.requires_grad:
         raise ValueError("cos_TR or sin_TR requires a gradient but rotary treats angles as constants; detach them")
     if is_eager(x_THC):
-        y_THC: Tensor = _Rotary.apply(x_THC, cos_TR, sin_TR)  # type: ignore[no-untyped-call]
+        y_THC: Tensor = _eager_rotary(x_THC, cos_TR, sin_TR)
         return y_THC
     return _halves(x_THC, cos_TR, sin_TR)
 
@@ -63,15 +63,14 @@ def _turn(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: float) -> Tensor:
     return y_THC if x_THC.shape[-1] == 2 * R else torch.cat([y_THC, x_THC[..., 2 * R :]], dim=-1)
 
 
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_TR, sin_TR)
-        return _turn(x_THC, cos_TR, sin_TR, 1.0)
+def _rotary(ctx: Context, x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    ctx.save_for_backward(cos_TR, sin_TR)
+    return _turn(x_THC, cos_TR, sin_TR, 1.0)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy_THC: Tensor) -> tuple[Tensor | None, ...]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
-        cos_TR, sin_TR = saved
-        return _turn(dy_THC, cos_TR, sin_TR, -1.0), None, None
+
+def _rotary_grad(ctx: Context, dy_THC: Tensor) -> tuple[Tensor | None, ...]:
+    cos_TR, sin_TR = ctx.saved_tensors
+    return _turn(dy_THC, cos_TR, sin_TR, -1.0), None, None
+
+
+_eager_rotary = function(_rotary, _rotary_grad)

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmfn.torch_private import FLASH_CPU
+
 QUERIES = 2048  # at once; the kernel works on 256 of them per thread
 KEYS = 4096  # rows of the head that are keys at once: the kernel copies them
 GROUP = 512  # tokens that are keys at once: the mean over them is rounded, sums of such means are not
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Attended(NamedTuple):
@@ -125,7 +125,7 @@ def _add_(sum_BD: Tensor, rows_BD: Tensor, x_ND: Tensor, values_ND: Tensor, bias
 def _attention(q_ND: Tensor, k_SD: Tensor, v_SD: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of scores `q @ k.T + mask`: the output, [N, D], and the logsumexp of the scores, wide[N]."""
     q, k, v = (x.contiguous()[None, None] for x in (q_ND, k_SD, v_SD))  # the kernel takes it for granted
-    out, lse = _flash(q, k, v, 0.0, False, attn_mask=mask_NS[None, None], scale=1.0)
+    out, lse = FLASH_CPU(q, k, v, 0.0, False, attn_mask=mask_NS[None, None], scale=1.0)
     return out[0, 0], lse[0, 0]
 
 

@@ -20,9 +20,10 @@ from mmfn.errors import UserError
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import psum
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
-from mmfn.parallel.weights.gather import Gather, typed
+from mmfn.parallel.weights.gather import Gather, enter
 from mmfn.parallel.weights.host_memory import HostMemory
-from mmfn.parallel.weights.prefetch import kept, prefetched
+from mmfn.parallel.weights.prefetch import wrap_stack_with_gather, wrap_stack_with_prefetch
+from mmfn.parallel.weights.sharding import dims_by_axis
 from mmfn.tree import Tree
 
 MAX_GRAPHS = 256  # distinct sets of shapes one function may be compiled for; torch's default of 8 is few for buckets
@@ -33,7 +34,7 @@ def whole_batch(batch: Batch) -> Batch:
     return batch
 
 
-def same_params(params: Tree) -> Tree:
+def same_params(params: Tree, values: Tree) -> Tree:
     """The base of `Program.enter`."""
     return params
 
@@ -44,18 +45,32 @@ def same_table(ops: Ops) -> Ops:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightSettings:
+    """How blocks get their weights, and how gradients are summed.
+
+    `compute` and `reduce`: dtypes of gathered parameters and of gradient sums (None: the leaf's own, and float32 or
+    wider). `prefetch` and `keep_gathered`: when whole weights are made (see `data_parallel`). `is_hosted`: parameters
+    lie on the host. `is_head_sharded`: the loss takes a rank's rows of the head.
+    """
+
+    compute: torch.dtype | None = None
+    reduce: torch.dtype | None = None
+    prefetch: bool = True
+    keep_gathered: bool = False
+    is_hosted: bool = False
+    is_head_sharded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
     """How one rank runs a model.
 
     `mesh`: this rank's place; `uses`: the layout sizes that a transform has taken care of. `split(batch)`: this rank's
-    share of a batch. `enter(params)`: the parameters as a model that uses `ops` is given them. `compute_dtype` and
-    `reduce_dtype`: of gathered parameters and of gradient sums (None: the leaf's own, and the compute dtype).
-    `is_head_sharded`: the loss takes a rank's rows of the head. `prefetch` and `keep_gathered`: when whole weights are
-    made (see `data_parallel`). `period` and `num_special`: blocks of the text are treated alike in periods of so many,
-    behind so many that are not. `is_offloaded`: activations lie on the host; `is_hosted`: parameters do.
-    `compile` is "none", "layer" or "step" and `backend` the one torch.compile is given;
-    `compiler`: settings of torch's compiler that the program's ops need. `watch` is applied to the lowered table, last:
-    a plan labels ops by it. `notes` say what each transform did.
+    share of a batch. `enter(params, values)`: the parameters as a model that uses `ops` is given them, where `params`
+    stand for `values` in autograd. `period` and `num_special`: blocks of the text are treated alike in periods of so
+    many, behind so many that are not. `is_offloaded`: activations lie on the host. `compile` is "none", "layer" or
+    "step" and `backend` the one torch.compile is given; `compiler`: settings of torch's compiler that the program's ops
+    need. `watch` is applied to the lowered table, last: a plan labels ops by it. `notes` say what each transform did.
     """
 
     specs: Tree
@@ -63,16 +78,11 @@ class Program:
     mesh: Mesh = field(default_factory=single_mesh)
     uses: frozenset[str] = frozenset()
     split: Callable[[Batch], Batch] = whole_batch
-    enter: Callable[[Tree], Tree] = same_params
-    compute_dtype: torch.dtype | None = None
-    reduce_dtype: torch.dtype | None = None
-    is_head_sharded: bool = False
-    prefetch: bool = True
-    keep_gathered: bool = False
+    enter: Callable[[Tree, Tree], Tree] = same_params
+    weights: WeightSettings = field(default_factory=WeightSettings)
     period: int = 1
     num_special: int = 0
     is_offloaded: bool = False
-    is_hosted: bool = False
     compile: str = "none"
     backend: str | Callable[..., Any] = "inductor"
     compiler: Mapping[str, bool] = field(default_factory=dict)
@@ -127,31 +137,47 @@ def noted(program: Program, note: str) -> Program:
 def lower(program: Program) -> Program:
     """The program with the hooks that depend on its facts.
 
-    Raises ValueError when the mesh has an axis of several ranks that no transform has taken care of.
+    Raises ValueError when the mesh has an axis of several ranks that no transform has taken care of, for facts that
+    exclude each other, and for a leaf with a logical axis that no rule of placement knows.
     """
-    layout = program.mesh.layout
+    _check(program)
+    ops, weights, is_alone = program.ops, program.weights, program.mesh.layout.world == 1
+    if program.compile == "layer":
+        ops = replace(ops, layer=program.jit(ops.layer))
+    items = tree.items(program.specs)
+    dtypes = [spec.compute for _, spec in items]
+    if not is_alone or weights.is_hosted or weights.compute is not None or any(dtypes):
+        gather = Gather(mesh=program.mesh, compute=weights.compute, reduce=weights.reduce)
+        if weights.is_hosted and (program.compile == "none" or weights.keep_gathered):  # else it is part of a graph
+            gather = replace(gather, memory=HostMemory())
+        places = [gather.place(spec, path) for path, spec in items]
+        enter_all = partial(enter, places=places, dtypes=dtypes, is_hosted=weights.is_hosted)
+        gather_head = replace(gather, is_sharded=weights.is_head_sharded)
+        stack = _weights_in_time(program, ops.stack, gather)
+        ops = replace(ops, gather=gather, gather_head=gather_head, stack=stack)
+        program = replace(program, enter=enter_all)
+    if not is_alone:
+        ops = replace(ops, psum=partial(psum, axis=program.mesh["world"], site="statistics"))
+    return replace(program, ops=program.watch(ops))
+
+
+def _check(program: Program) -> None:
+    """Raise ValueError as `lower` does."""
+    layout, weights = program.mesh.layout, program.weights
     for name, transform in NEEDED.items():
         is_needed = getattr(layout, name) > 1 or (name == "dp" and layout.world > 1)  # it sums the gradients of all
         if is_needed and name not in program.uses:
             raise UserError(f"layout {layout}: no transform takes care of {name}; add {transform}")
-    moved = [what for what, yes in (("activations", program.is_offloaded), ("parameters", program.is_hosted)) if yes]
-    check_one_graph(program.compile, is_head_sharded=program.is_head_sharded, moved=moved)
-    ops = program.ops
-    if program.compile == "layer":
-        ops = replace(ops, layer=program.jit(ops.layer))
-    dtypes = [spec.compute for spec in tree.leaves(program.specs)]
-    if any(dtypes):
-        program = replace(program, enter=partial(typed, dtypes=dtypes))
-    if layout.world > 1 or program.is_hosted or program.compute_dtype is not None or any(dtypes):
-        gather = Gather(mesh=program.mesh, compute=program.compute_dtype, reduce=program.reduce_dtype)
-        if program.is_hosted and (program.compile == "none" or program.keep_gathered):  # else it is part of a graph
-            gather = replace(gather, memory=HostMemory())
-        gather_head = replace(gather, is_sharded=program.is_head_sharded)
-        stack = _weights_in_time(program, ops.stack, gather)
-        ops = replace(ops, gather=gather, gather_head=gather_head, stack=stack)
-    if layout.world > 1:
-        ops = replace(ops, psum=partial(psum, axis=program.mesh["world"], site="statistics"))
-    return replace(program, ops=program.watch(ops))
+    for path, spec in tree.items(program.specs):
+        dims_by_axis(spec, path)
+    moved = [what for what, yes in (("activations", program.is_offloaded), ("parameters", weights.is_hosted)) if yes]
+    check_one_graph(program.compile, is_head_sharded=weights.is_head_sharded, moved=moved)
+    transport = program.mesh["world"].transport
+    if program.compile != "none" and transport is not None and not transport.is_traceable:
+        raise UserError(
+            f"compiled({program.compile!r}) needs real ranks, started with torchrun: virtual ones are threads of one "
+            "process, whose collectives are no part of a graph; leave compiled out"
+        )
 
 
 def check_one_graph(compile: str, *, is_head_sharded: bool = False, moved: Sequence[str] = ()) -> None:
@@ -169,12 +195,13 @@ def check_one_graph(compile: str, *, is_head_sharded: bool = False, moved: Seque
 
 def _weights_in_time(program: Program, stack: Callable[..., Any], gather: Gather) -> Callable[..., Any]:
     """`ops.stack` with gathers ahead, and outside of blocks, as the program's facts say."""
-    if program.mesh.layout.world == 1 and not program.is_hosted:
+    weights = program.weights
+    if program.mesh.layout.world == 1 and not weights.is_hosted:
         return stack
-    is_outside = program.keep_gathered and program.compile != "step"
-    if program.prefetch and (is_outside or program.compile == "none"):
-        stack = prefetched(stack, gather, in_backward=not program.keep_gathered)
-    return kept(stack, gather) if program.keep_gathered else stack
+    is_outside = weights.keep_gathered and program.compile != "step"
+    if weights.prefetch and (is_outside or program.compile == "none"):
+        stack = wrap_stack_with_prefetch(stack, gather, in_backward=not weights.keep_gathered)
+    return wrap_stack_with_gather(stack, gather) if weights.keep_gathered else stack
 
 
 NEEDED = {

@@ -24,8 +24,8 @@ from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.step_sums import all_counts, norm_and_sums
 from mmfn.parallel.program import Program, lower
 from mmfn.parallel.weights.host_memory import complete
-from mmfn.parallel.weights.hosted import copy_of, handles, hosted, to_host
-from mmfn.parallel.weights.sharding import like, local, placed
+from mmfn.parallel.weights.hosted import copy_of, handles, to_host
+from mmfn.parallel.weights.sharding import check_alike, check_shards, like, local, placed, shardings
 from mmfn.spec import trained_paths
 from mmfn.train import optim
 from mmfn.train.guard import PLAIN, Guard
@@ -54,8 +54,10 @@ def init_state(
     that moves parameters finds them in the host's memory: those that do not lie there yet, pinned, are copied.
 
     On a mesh the optimizer runs on shards, and what it keeps for a leaf is placed as the leaf is. It keeps nothing for
-    leaves that `specs` (those of the program; default: every leaf is trained) say are frozen.
+    leaves that `specs` (those of the program; default: every leaf is trained) say are frozen. Raises ValueError where
+    some leaves are shards and others whole.
     """
+    check_alike(params)
     device = device or local(tree.leaves(params)[0]).device
     if "parameters" in optimizer.on_host:
         params = to_host(params, device)
@@ -103,12 +105,14 @@ def make_step(
     can recompute activations for one backward pass only).
 
     Raises ValueError for an unknown objective, for optimizer patterns that match no parameter, where only one of
-    program and optimizer takes parameters to lie on the host, and, when called, for an empty list of micro-batches.
+    program and optimizer takes parameters to lie on the host, and, when called, for an empty list of micro-batches and
+    for parameters that are not cut as the program's mesh cuts them.
     """
     program = lower(program)
     _check_hosted(program, optimizer)
     paths = trained_paths(program.specs)
     places = [i for i, leaf in enumerate(tree.leaves(program.specs)) if not leaf.is_frozen]
+    expected = shardings(program.specs, program.mesh)
     exchange, salts = partial(all_counts, mesh=program.mesh), salts_of(program.specs, seed)
     chosen = resolve(objective)
     gradients = _gradients(paths, places, family, cfg, program, chosen)
@@ -147,6 +151,7 @@ def make_step(
 
     @torch.no_grad()
     def step(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
+        check_shards(state["params"], expected)
         if not donate:
             if optimizer.on_host and microbatches:
                 complete(microbatches[0].tokens_T.device)  # copies to the host may be under way
@@ -166,12 +171,12 @@ def make_step(
 
 def _check_hosted(program: Program, optimizer: Transform) -> None:
     is_moved = "parameters" in optimizer.on_host
-    if program.is_hosted and not is_moved:
+    if program.weights.is_hosted and not is_moved:
         raise UserError(
             "the program has offload('parameters') but the optimizer updates parameters on the device; wrap it in "
             "on_host(..., what=('parameters',))"
         )
-    if is_moved and not program.is_hosted:
+    if is_moved and not program.weights.is_hosted:
         raise UserError(
             "the optimizer is on_host(..., what=('parameters', ...)) but the program has its parameters on the device; "
             "add offload('parameters') to it"
@@ -192,14 +197,13 @@ def _gradients(
         leaves, structure = tree.flatten(params)
         for i, leaf in zip(places, trained, strict=True):
             leaves[i] = leaf
-        given = program.enter(tree.unflatten(structure, leaves))
-        given = hosted(given, values) if program.is_hosted else given
+        given = program.enter(tree.unflatten(structure, leaves), values)
         return loss_fn(given, batch, family, cfg, program.ops, objective)
 
     differentiate = value_and_grad(loss, has_aux=True)
 
     def gradients(params: Tree, batch: Batch) -> tuple[Leaves, Metrics]:
-        stands = handles(params, batch.tokens_T.device) if program.is_hosted else params
+        stands = handles(params, batch.tokens_T.device) if program.weights.is_hosted else params
         (_, metrics), grads = differentiate(_select(stands, places), stands, params, batch)
         return {path: local(grad) for path, grad in zip(paths, grads, strict=True)}, metrics
 

@@ -10,10 +10,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import mmfn
 from mmfn import tree
-from mmfn.batch import AUDIO, IGNORE, Media, is_on_host
+from mmfn.batch import IGNORE, is_on_host
 from mmfn.interop.checkpoint import read_config
 from mmfn.interop.hf import from_hf
-from mmfn.interop.inputs import samples_from_hf
 from tests import oracles
 
 F = 3 * 2 * 3 * 3
@@ -158,40 +157,6 @@ def test_more_or_fewer_images_than_placeholders_are_refused(model, inputs):
         del inputs[key]
     with pytest.raises(ValueError, match=r"has \d+ image placeholder tokens but the next 0 images give 0 features"):
         mmfn.batch_from_hf(inputs, model)
-
-
-def test_sound_of_another_family_needs_no_branch(model):
-    """A family names its keys, and says what they hold and how many tokens stand for a clip."""
-
-    def media_from_hf(inputs, cfg):
-        clips, lengths = inputs["input_features"], inputs["feature_lens"].tolist()
-        return {"audio": [Media(inputs_UF=c[:n], grid=(n, 1, 1)) for c, n in zip(clips, lengths, strict=True)]}
-
-    data = replace(
-        model.family.data,
-        input_keys=("input_features", "feature_lens"),
-        media_from_hf=media_from_hf,
-        num_tokens=lambda kind, media, cfg: media.grid[0] // 2,
-    )
-    other = replace(
-        model, family=replace(model.family, data=data, kinds=lambda tokens_T, cfg: torch.where(tokens_T == 7, AUDIO, 0))
-    )
-    clips = torch.randn(3, 8, 4)
-    inputs = {
-        "input_ids": torch.tensor([[1, 7, 7, 7, 7, 2, 7, 3], [1, 7, 7, 4, 0, 0, 0, 0]]),
-        "attention_mask": torch.tensor([[1] * 8, [1] * 4 + [0] * 4]),
-        "input_features": clips,
-        "feature_lens": [8, 2, 4],
-    }
-    first, second = samples_from_hf(inputs, other)
-    assert [clip.grid for clip in first.audios] == [(8, 1, 1), (2, 1, 1)]
-    assert torch.equal(second.audios[0].inputs_UF, clips[2, :4])
-    assert (second.kinds_T == AUDIO).tolist() == [False, True, True, False]
-    assert first.images == first.videos == ()
-    with pytest.raises(ValueError, match="row 1 has 2 audio placeholder tokens but the next 1 audios give 3 features"):
-        samples_from_hf(inputs | {"feature_lens": [8, 2, 6]}, other)
-    with pytest.raises(ValueError, match="'pixel_values' is not used"):
-        samples_from_hf(inputs | {"pixel_values": clips}, other)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

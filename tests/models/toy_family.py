@@ -28,6 +28,7 @@ from mmfn.models.layers.positions import mrope
 from mmfn.ops import Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
+from tests.models import toy_data
 
 D, WINDOW, VALUES = 16, 2, {"vision": 3, "audio": 5}
 KINDS = {
@@ -37,7 +38,7 @@ KINDS = {
     "audio": TowerKind(media=(AUDIO,), inputs=2, rows=3, features=2, values=5, segments_per_unit=(2,), matmul_rows=40),
 }
 RATE = 0.01
-data: Any = None  # it has no files
+data = toy_data.SIDE
 lora_targets = (r"text/layers/\d+/attention/(q|v)",)
 
 
@@ -105,7 +106,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.
         next_TD = embed(ahead.tokens_T)
         for name, index_T in ahead.index_T.items():
             next_TD = text.replace_by_features(next_TD, features[name], index_T, ops)
-        joined_TD = linear.apply(own["join"], torch.cat([next_TD, hidden_TD], 1))
+        joined_TD = linear.apply(own["join"], torch.cat([next_TD, hidden_TD], 1), ops)
         further.append(Further(norm.rms(own["norm"], joined_TD, 1e-6, ops), 0.3))
     counts = {
         f"text/layers/{i}/moe/router/bias": router["counts_E"] for i, router in enumerate(routers) if router is not None
@@ -124,12 +125,12 @@ def _encode(params: Tree, tower: Tower, name: str, ops: Ops) -> Tensor:
     x_PD, _, _ = ops.stack(ops.layer, partial(_block, ops=ops), params["layers"], x_PD, name=name, each=lists)
     units_ND = x_PD.unflatten(0, (-1, kind.rows))
     x_ND = units_ND.mean(1) if name == "vision" else units_ND[:, :2].flatten(0, 1)
-    return linear.apply(ops.gather(params["exit"]), x_ND)
+    return linear.apply(ops.gather(params["exit"]), x_ND, ops)
 
 
 def _block(params: Tree, x_PD: Tensor, segments: Any, *, ops: Ops) -> tuple[Tensor, None]:
     params = ops.gather(params)
-    q, k, v = linear.apply(params["qkv"], x_PD).unflatten(1, (3, 2, D // 2)).unbind(1)
+    q, k, v = linear.apply(params["qkv"], x_PD, ops).unflatten(1, (3, 2, D // 2)).unbind(1)
     return x_PD + ops.attention(q, k, v, segments, is_causal=False).flatten(1), None
 
 

@@ -1,10 +1,13 @@
 """Packed attention against torch's SDPA with a block mask: values, gradients, packing, graphs."""
 
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmfn.batch import Segments
@@ -37,6 +40,16 @@ PACKINGS = {  # lengths of segments, tokens of padding behind them
     "no token": ([0], 0),
 }
 QUIET_INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # torch's own, on import
+
+
+class Operators(TorchDispatchMode):
+    """Counts all operators of eager execution."""
+
+    is_eager, number = True, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 def pack(lengths):
@@ -112,6 +125,38 @@ def test_plans_cover_every_token_once():
                 call.put_(part, rows)
                 seen += part
             assert (seen == 1).all(), (lengths, is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("run", ["_per_segment", "attention"])
+def test_unused_static_segments_cost_nothing(run, is_causal, monkeypatch):
+    """Of 4,096 segments three are used: as many kernel calls, and as many operators of any kind, as for three."""
+    leaves, _ = draw(60, 4, 2, 8)
+    lengths, calls, ran = [20, 0, 8, 30], [], {}
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
+    for name, unused in (("few", 0), ("static", 4092)):
+        segments = pack([*lengths, *[0] * unused])
+        with Operators() as seen:
+            if run == "attention":
+                attention(*leaves, segments, is_causal=is_causal)
+            else:
+                module._per_segment(*leaves, segments, is_causal)
+        ran[name] = seen.number
+    assert ran["few"] == ran["static"]
+    assert len(calls) == (2 * 3 if run == "_per_segment" else 0)
+
+
+def test_boundaries_are_read_on_the_host_alone():
+    """The device's copy is never looked at: it may be under way."""
+    leaves, _ = draw(12, 2, 2, 4)
+    right = pack([5, 4])
+    wrong = replace(right, offsets_N=torch.zeros_like(right.offsets_N))
+    for run in (partial(attention, is_causal=True), partial(module._per_segment, is_causal=True)):
+        assert torch.equal(run(*leaves, right), run(*leaves, wrong))
+    other = Segments(offsets_N=right.offsets_N, host_N=right.host_N[:2])
+    with pytest.raises(ValueError, match=r"host_N, \(2,\) on cpu, must be a copy of offsets_N, \(3,\), on the CPU"):
+        attention(*leaves, other, is_causal=True)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -277,7 +322,7 @@ def test_blocks_without_values():
     """On the meta device: shapes and dtypes, with offsets or without."""
     q, k = (torch.empty(n, heads, 8, device="meta", dtype=torch.bfloat16) for n, heads in ((9, 4), (6, 2)))
     for device in ("cpu", "meta"):
-        own = [Segments.of(s.offsets_N.to(device)) for s in (pack([4, 5]), pack([4, 1]))]
+        own = [replace(s, offsets_N=s.offsets_N.to(device)) for s in (pack([4, 5]), pack([4, 1]))]
         o, lse = attention_block(q, k, k, *own, is_causal=False)
         assert (o.shape, o.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (9, 4), torch.float32)
         grads = attention_block_grad(o, q, k, k, o, lse, *own, is_causal=False)

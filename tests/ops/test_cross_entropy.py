@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmfn.batch import IGNORE
-from mmfn.ops import vocabulary_attention
+from mmfn.ops import logit_chunks, vocabulary_attention
 from mmfn.ops.cross_entropy import (
     CHUNK_BYTES,
     chunk_rows,
@@ -216,6 +216,17 @@ def narrow_head():
     return (x, head, labels, weights), exact, error
 
 
+def test_a_wide_factor_is_a_sum_of_two_narrow_ones():
+    """A GPU multiplies narrow factors alone. The first has 8 bits of a float32, both together twice as many."""
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    high, low = logit_chunks._narrowed(x, torch.bfloat16)
+    assert {part.dtype for part in (high, low)} == {torch.bfloat16}
+    torch.testing.assert_close(high.float() + low.float(), x, rtol=2**-17, atol=0)
+    assert (high.float() - x).abs().max() > 2**-11 * x.abs().max()
+    narrow = x.bfloat16()
+    assert [part is narrow for part in logit_chunks._narrowed(narrow, torch.bfloat16)] == [True]
+
+
 @pytest.mark.parametrize(("device", "method"), NARROW)
 def test_head_gradient_error_in_bfloat16_is_that_of_one_rounding_for_any_number_of_chunks(narrow_head, device, method):
     """With a sum in bfloat16 it grows."""
@@ -371,7 +382,7 @@ def test_bad_input_is_refused(change, message):
         ({"label_smoothing": 1.5}, r"label_smoothing is 1.5 but must lie in \[0, 1\]"),
         ({"bias_V": torch.zeros(4, dtype=torch.float64)}, r"bias_V is torch.float64\[4\] but the head"),
         ({"bias_V": torch.zeros(5)}, "in its dtype"),
-        ({"method": "fused"}, "method is 'fused' but must be 'logits' or 'attention'"),
+        ({"method": "fused"}, "method is 'fused' but must be one of 'logits', 'attention'"),
         ({"method": "attention", "label_smoothing": 0.1}, "is for CPU tensors without bias or label smoothing"),
         ({"method": "attention", "bias_V": torch.zeros(5, dtype=torch.float64)}, "a bias is given"),
     ],

@@ -1,8 +1,8 @@
 """The tables: the same entries with the same signatures."""
 
-import dataclasses
 import inspect
 
+import pytest
 import torch
 
 from mmfn import ops
@@ -16,8 +16,18 @@ def signature(fn):
 
 def test_tables_agree_in_signatures():
     reference, portable = ops.reference(), ops.portable()
-    for field in dataclasses.fields(ops.Ops):
-        assert signature(getattr(reference, field.name)) == signature(getattr(portable, field.name)), field.name
+    for name in ops.kernels(reference):
+        assert signature(getattr(reference, name).fn) == signature(getattr(portable, name).fn), name
+
+
+def test_tables_by_name():
+    assert ops.table("reference").attention.fn is ops.reference().attention.fn
+    assert ops.table("portable").notes == ops.portable().notes
+    for name, problem in (("npu", "has no table of ops yet"), ("cuda", "has no table"), ("fast", "is no table of ops")):
+        with pytest.raises(ValueError, match=f"'{name}' {problem}.*; use one of 'portable', 'reference'"):
+            ops.table(name)
+    with pytest.raises(ValueError, match="cross_entropy is 'chunks' but must be one of auto, logits, attention"):
+        ops.portable(cross_entropy="chunks")
 
 
 def test_place_features_leaves_zeros_where_there_is_no_feature():

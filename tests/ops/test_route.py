@@ -59,6 +59,37 @@ def test_large_logits_do_not_overflow():
         assert weights_TX[0].tolist() == pytest.approx([0.731059, 0.268941, 0.0], abs=1e-5)
 
 
+TIES = {
+    "constant": [[0.5] * 6],
+    "zeros of both signs": [[-0.0, 0.0, -0.0, 1.0, 0.0, -0.0]],
+    "repeated rows": [[3.0, -1.0, 3.0, 2.0, 3.0, 2.0]] * 3,
+    "negative": [[-2.0, -1.0, -1.0, -2.0, -1.0, -3.0]],
+    "infinite": [[-torch.inf, 1.0, torch.inf, -torch.inf, torch.inf, -torch.inf]],
+    "nearly": [[1.0, 1.0 + 2**-7, 1.0, 1.0 + 2**-7, 1.0, 0.0]],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", TIES)
+@pytest.mark.parametrize("X", range(1, 7))
+def test_of_equal_logits_the_lower_expert_comes_first(X, name, dtype):
+    rows = TIES[name]
+    want = [sorted(range(6), key=lambda e: (-row[e], e))[:X] for row in rows]
+    torch._dynamo.reset()
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    for fn in (route, route_reference, compiled):
+        _, experts_TX, _ = fn(torch.tensor(rows, dtype=dtype), X)
+        assert experts_TX.tolist() == want
+
+
+def test_the_order_is_that_of_a_stable_sort():
+    g = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits_TE = (100 * torch.randn(200, 64, generator=g)).round().to(dtype) / 8
+        want = logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :8]
+        assert torch.equal(route(logits_TE, 8)[1], want)
+
+
 @pytest.mark.parametrize("fn", [route, route_reference])
 def test_what_does_not_fit_is_refused(fn):
     for num_chosen in (0, 5):

@@ -1,11 +1,13 @@
 """Cross entropy as attention over the vocabulary: blocks, rounding, when it is the default, what it holds."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from mmfn.ops import vocabulary_attention
+from mmfn import ops
+from mmfn.ops import cross_entropy, vocabulary_attention
 from tests.ops.head_cases import ATTENDING, SIZES, Shapes, draw, full_logits, gradients, loss_of
 
 
@@ -68,12 +70,13 @@ def opposite_pairs(x, head, labels, weights):
 
 
 @pytest.mark.parametrize("change", [common_mean, opposite_pairs])
-def test_the_default_in_bfloat16_rounds_about_once(change):
+def test_attention_if_exact_in_bfloat16_rounds_about_once(change):
     (x, head), labels, weights = draw(2000, 900, 64, torch.bfloat16, "all")
     x, head, labels, weights = change(x.detach(), (head.detach() / 8).bfloat16(), labels, weights)
     leaves, exact_leaves = ([y.to(dtype).requires_grad_() for y in (x, head)] for dtype in (x.dtype, torch.float64))
     exact = gradients(full_logits(*exact_leaves, labels, weights.double()), exact_leaves)
-    for grad, wide in zip(gradients(loss_of(*leaves, labels, weights), leaves), exact, strict=True):
+    loss = loss_of(*leaves, labels, weights, method="attention_if_exact")
+    for grad, wide in zip(gradients(loss, leaves), exact, strict=True):
         assert (grad.double() - wide).norm() <= 1.2 * (wide.bfloat16().double() - wide).norm()
 
 
@@ -95,22 +98,57 @@ def test_the_loss_in_bfloat16_is_as_exact_as_the_kernels_exp():
         ({"bias_V": torch.zeros(5, dtype=torch.bfloat16)}, "logits"),
         ({"label_smoothing": 0.1}, "logits"),
         ({"dtype": torch.float32}, "logits"),
-        ({"threads": 9}, "logits"),
-        ({"capability": "AVX2"}, "logits"),
     ],
     ids=str,
 )
-def test_which_method_is_the_default(inputs, expected, monkeypatch):
-    """Where there is no MKL, logits throughout."""
+def test_attention_if_exact_depends_on_arguments_alone(inputs, expected, monkeypatch):
+    """Whatever the machine."""
     (x, head), labels, weights = draw(6, 5, 3, inputs.get("dtype", torch.bfloat16), "all")
     settings = {name: value for name, value in inputs.items() if name in ("bias_V", "label_smoothing")}
-    monkeypatch.setattr(torch, "get_num_threads", lambda: inputs.get("threads", 8))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: inputs.get("capability", "AVX512"))
-    for has_mkl in (True, False):
-        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda has_mkl=has_mkl: has_mkl)
+    for capability in ("AVX512", "DEFAULT"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         with Shapes() as seen:
-            loss_of(x, head, labels, inputs.get("weights", 1.0) * weights, **settings)
-        assert (seen.products == 0) == (has_mkl and expected == "attention")
+            loss_of(x, head, labels, inputs.get("weights", 1.0) * weights, method="attention_if_exact", **settings)
+        assert (seen.products == 0) == (expected == "attention")
+
+
+def test_chunks_are_those_of_the_method_that_runs(monkeypatch):
+    """Of logits that stand in for attention no more are held than of logits that were asked for."""
+    monkeypatch.setattr(cross_entropy, "MAX_CHUNK", 16)
+    (x, head), labels, weights = draw(64, 100, 3, torch.bfloat16, "all")
+    for method in ("logits", "attention_if_exact"):
+        with Shapes() as seen:
+            loss_of(x, head, labels, -weights, method=method)
+        assert seen.largest == 16 * 100
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        (("AVX512", True, 8), "attention_if_exact"),
+        (("AVX512", True, 9), "logits"),
+        (("AVX512", False, 8), "logits"),
+        (("AVX2", True, 1), "logits"),
+    ],
+)
+def test_a_table_chooses_the_method_of_the_machine_when_it_is_made(machine, expected, monkeypatch):
+    capability, has_mkl, threads = machine
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    tables = {name: ops.portable(cross_entropy=name) for name in ("auto", "logits", "attention")}
+    monkeypatch.undo()  # a table stays what it is
+    (x, head), labels, weights = draw(6, 5, 3, torch.bfloat16, "all")
+    ran = {}
+    for name, table in tables.items():
+        with Shapes() as seen:
+            table.linear_cross_entropy(x, head, labels, weights)
+        ran[name] = "logits" if seen.products else "attention_if_exact"
+    assert ran == {"auto": expected, "logits": "logits", "attention": "attention_if_exact"}
+    note = f"({capability}, {'MKL' if has_mkl else 'no MKL'}, {threads} thread{'s' if threads > 1 else ''})"
+    assert note in tables["auto"].notes[0]
+    assert ("by logits" in tables["auto"].notes[0]) == (expected == "logits")
+    assert "as asked for" in tables["attention"].notes[0]
 
 
 def test_bfloat16_on_a_cpu_holds_no_logits():
@@ -149,9 +187,10 @@ def test_attention_computes_only_the_gradients_asked_for(needs):
 
 def test_compiled_in_bfloat16_equals_eager():
     torch._dynamo.reset()
-    run = torch.compile(loss_of, fullgraph=True, dynamic=False, backend="aot_eager")
+    attending = partial(loss_of, method="attention_if_exact")
+    run = torch.compile(attending, fullgraph=True, dynamic=False, backend="aot_eager")
     leaves, labels, weights = draw(37, 50, 12, torch.bfloat16)
     for sign in (1, -1):
-        ys = [fn(*leaves, labels, sign * weights) for fn in (run, loss_of)]
+        ys = [fn(*leaves, labels, sign * weights) for fn in (run, attending)]
         assert torch.equal(*ys)
         torch.testing.assert_close(*(gradients(y, leaves) for y in ys), atol=0, rtol=0)

@@ -1,5 +1,6 @@
 """The memory of a step on real tensors, by torch's own allocation events, which know nothing of plans."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.program import Program
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import init_params
-from mmfn.train.planning import step_trace, workload
+from mmfn.train.planning import step_trace
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 
@@ -30,14 +31,19 @@ def allocated_peak(setup: step_trace.PlannedStep, layout: Layout) -> tuple[int, 
     step = make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)
     state, _ = step(state, batches)
     held = _storages([local(x) for x in (*on_device(state, setup), *tree.leaves(batches))])
+    return peak_of(lambda: step(state, batches)), held
+
+
+def peak_of(fn: Callable[[], Any]) -> int:
+    """The most bytes allocated at a time while a function runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step(state, batches)
+        fn()
     alive, most = 0, 0
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()
         most = max(most, alive)
-    return most, held
+    return most
 
 
 def on_device(state: Any, setup: step_trace.PlannedStep) -> list[torch.Tensor]:
@@ -53,7 +59,7 @@ def _storages(tensors: list[torch.Tensor]) -> int:
 
 def start(setup: step_trace.PlannedStep, program: Program, mesh: Mesh) -> tuple[Any, list[Any]]:
     """The state before the first step, and the micro-batches of the rank."""
-    params = init_params(program.specs, 0)
+    params = init_params(program.specs, 0, setup.dtype)
     params = shard_params(params, program.specs, mesh) if mesh.layout.world > 1 else params
-    whole = workload.make_batch(setup.family, setup.cfg, setup.workload, mesh["cp"].size)
-    return init_state(params, setup.optimizer, program.specs), [program.split(whole)] * setup.workload.micro_batches
+    _, shares = step_trace.make_shares(setup, program, is_fake=False)  # each micro-batch in memory of its own
+    return init_state(params, setup.optimizer, program.specs), shares

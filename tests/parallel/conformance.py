@@ -189,7 +189,7 @@ def prepared(cell: Cell, mesh: Mesh, *, donate: bool = True) -> tuple[Step, Stat
         params = shard_params(params, program.specs, mesh)
     # With beta1 = 0 the first moment is the clipped gradient. A large eps keeps the update smooth where it is tiny.
     writer = adamw(betas=(0.0, 0.9), eps=1e-3, weight_decay=0.1)
-    writer = on_host(writer, 500, what=("parameters",)) if program.is_hosted else writer
+    writer = on_host(writer, 500, what=("parameters",)) if program.weights.is_hosted else writer
     optimizer = chain(clip_by_global_norm(0.5), writer)
     rate = schedule("constant", peak=1e-2, num_steps=1)
     step = make_step(model.family, model.cfg, program, "per_token_loss", optimizer, schedule=rate, donate=donate)

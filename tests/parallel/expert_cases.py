@@ -38,6 +38,8 @@ SPECS = [moe.specs(CFG), moe.specs(CFG)]
 class Case:
     """`tokens[rank]`: how many it has; `valid[rank]`: how many of them are no padding.
 
+    `is_mixed`: padding lies among the tokens, not behind them. `tie`: "router" prefers no expert, "rows" are all alike
+    and every second expert is like the one before it.
     `liked`: experts that every token likes best; `disliked`: none does; `drawn`: experts that rank 0's tokens like.
     """
 
@@ -46,6 +48,8 @@ class Case:
     liked: tuple[int, ...] = ()
     disliked: tuple[int, ...] = ()
     drawn: tuple[int, ...] = ()
+    is_mixed: bool = False
+    tie: str = ""
 
     @staticmethod
     def of(world: int, name: str, *, is_even: bool = False) -> "Case":
@@ -70,14 +74,22 @@ class Case:
             weight_ED[list(self.liked), 0] = 50
             weight_ED[list(self.disliked), 0] = -50
             weight_ED[list(self.drawn), 1] = 50
+            if self.tie == "router":
+                weight_ED.zero_()
+            elif self.tie == "rows":
+                weight_ED[1::2] = weight_ED[::2]
         return params
 
     def inputs(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """`(x_TD, is_real_T, weights_T)` of a rank, the last being those of its tokens in the loss."""
         T, g = self.tokens[rank], torch.Generator().manual_seed(rank)
         x_TD = torch.randn(T, CFG.d_model, generator=g, dtype=torch.float64)
+        if self.tie == "rows":
+            x_TD = x_TD[:1].repeat(T, 1)
         x_TD[:, 0], x_TD[:, 1] = 1, rank == 0
         is_real_T = torch.arange(T) < self.valid[rank]
+        if self.is_mixed:
+            is_real_T = is_real_T[torch.randperm(T, generator=g)]
         return x_TD, is_real_T, torch.rand(T, generator=g, dtype=torch.float64) * is_real_T
 
     def everything(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from mmfn import models
+from mmfn.ops.kernel import wrapping
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.program import Program
@@ -70,10 +71,11 @@ def make(
 
     def build(cfg: Any, mesh: Mesh) -> Program:
         program = build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg)))
-        if section.compute_dtype != "bfloat16":
+        if section.compute_dtype != "bfloat16" or program.weights.is_head_sharded:
             return program
         # a plan is one of accelerators, whose loss goes through logits; a CPU's does not in bfloat16
         loss = partial(program.ops.linear_cross_entropy, method="logits")
+        loss = wrapping(loss, program.ops.linear_cross_entropy)
         return replace(program, ops=replace(program.ops, linear_cross_entropy=loss))
 
     writer, away = adamw(weight_decay=0.1), set(section.offload) & set(HOST_KINDS)

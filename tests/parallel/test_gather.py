@@ -14,19 +14,21 @@ from mmfn.ops import run_stack
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.virtual import run_virtual, virtual
+from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.remat import remat
-from mmfn.parallel.weights.gather import Bucket, Cut, Gather, Like
+from mmfn.parallel.weights.buckets import Bucket, Cut, Like
+from mmfn.parallel.weights.gather import Gather
 from mmfn.parallel.weights.sharding import like, local, rows, shard, shard_params, sharding_of, whole_params
 from mmfn.spec import ZEROS, spec
 from tests.parallel.conformance import Cell, run_cell
 
 SPECS = {
-    "big": spec((7, 3), "a b", ZEROS),
-    "bias": spec((2,), "a", ZEROS),  # fewer rows than ranks
+    "big": spec((7, 3), "mlp embed", ZEROS),
+    "bias": spec((2,), "embed", ZEROS),  # fewer rows than ranks
     "experts": {"up": spec((4, 5, 3), "experts mlp embed", ZEROS), "down": spec((4, 3, 5), "experts embed mlp", ZEROS)},
-    "scalar": spec((1,), "a", ZEROS),
+    "scalar": spec((1,), "embed", ZEROS),
 }
 LAYOUTS = [Layout(dp=2), Layout(dp=3), Layout(replicate=2), Layout(replicate=2, dp=2, ep=2), Layout(dp=4, cp=2, ep=4)]
 
@@ -142,6 +144,7 @@ def test_gather_and_its_gradient(layout: Layout) -> None:
             assert isinstance(grad, DTensor)
             assert (grad.placements, grad.shape) == (leaf.placements, leaf.shape)
             assert grad.to_local().shape == leaf.to_local().shape
+            assert grad.to_local().is_contiguous(), "an update would copy it, and those of all leaves at once"
         grads = tree.unflatten(tree.flatten(leaves)[1], grads)
         return tree.map(lambda x: x.detach(), out), whole_params(grads, mesh)
 
@@ -253,7 +256,7 @@ def log_of_a_stack(*transforms: Any, num_layers: int = 3) -> str:
     def run(mesh: Mesh) -> Tensor:
         program = lower(pipe(Program.of(None, mesh=mesh), *transforms))
         g = torch.Generator().manual_seed(0)
-        spec_w = spec((4,), "a", ZEROS)
+        spec_w = spec((4,), "embed", ZEROS)
         ws = [torch.randn(4, generator=g) / 9 for _ in range(num_layers)]
         layers = [{"w": shard(w, sharding_of(spec_w, mesh)).requires_grad_()} for w in ws]
         x = torch.ones(())
@@ -296,6 +299,27 @@ def log_of_a_stack(*transforms: Any, num_layers: int = 3) -> str:
 )
 def test_order_of_gathers(transforms: Sequence[Any], log: str) -> None:
     assert log_of_a_stack(*transforms) == log.replace(" ", "")
+
+
+def test_blocks_that_are_alike_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per program, whatever the number of blocks, passes and micro-batches; shapes and needs tell them apart."""
+    made: list[int] = []
+    make_plan = Gather._make_plan
+    monkeypatch.setattr(Gather, "_make_plan", lambda self, ws: made.append(len(ws)) or make_plan(self, ws))
+    specs = [{"w": spec((n, 2), "mlp embed", ZEROS), "b": spec((n,), "mlp", ZEROS)} for n in (4, 4, 4, 6)]
+
+    mesh = recording_mesh(Layout(dp=2), 0, Recorder(is_fake=False))
+    program = lower(pipe(Program.of(specs, mesh=mesh), data_parallel()))
+    whole = tree.map(lambda leaf: torch.ones(leaf.shape), specs)
+    params = tree.map(lambda x: x.detach().requires_grad_(), shard_params(whole, specs, mesh))
+    for _ in range(2):
+        layers, x = program.enter(params, params), torch.ones(())
+        x, *_ = program.ops.stack(program.ops.layer, block, layers, x, mesh["dp"], program.ops.gather)
+        torch.autograd.grad(x, [layer["w"] for layer in params])
+    assert made == [2, 2]
+    params[1]["b"] = params[1]["b"].detach()
+    program.ops.gather(program.enter(params, params)[1])
+    assert made == [2, 2, 2]
 
 
 PER_LAYER = {

@@ -18,10 +18,10 @@ from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.recompute import Recomputed
 from mmfn.parallel.transforms.remat import remat
-from mmfn.parallel.weights.gather import Gather, typed
+from mmfn.parallel.weights.gather import Gather, enter
 from mmfn.parallel.weights.host_memory import Arrival, HostMemory
-from mmfn.parallel.weights.hosted import copy_of, fetch_in_graph, handles, host_copy, hosted, to_device, to_host
-from mmfn.parallel.weights.prefetch import kept, prefetched
+from mmfn.parallel.weights.hosted import copy_of, fetch_in_graph, handles, host_copy, to_device, to_host
+from mmfn.parallel.weights.prefetch import wrap_stack_with_gather, wrap_stack_with_prefetch
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import ONES, num_params, spec
 from mmfn.train import optim
@@ -35,7 +35,7 @@ from tests.parallel.plan_cases import make
 
 CPU = torch.device("cpu")
 T, D = 3, 4
-SPECS = {"w": spec((D, D), "a b", ONES), "b": spec((D,), "a", ONES)}
+SPECS = {"w": spec((D, D), "mlp embed", ONES), "b": spec((D,), "embed", ONES)}
 
 
 def block_params(index: int) -> dict[str, Tensor]:
@@ -43,10 +43,12 @@ def block_params(index: int) -> dict[str, Tensor]:
     return {name: torch.randn(s.shape, generator=g, dtype=torch.float64) for name, s in SPECS.items()}
 
 
-def given(params: Any, *, is_trained: bool = True) -> tuple[Any, list[Tensor]]:
-    """Parameters as a step hands them to `Gather`, and the handles it differentiates."""
-    stands = tree.map(lambda x: x.detach().requires_grad_(is_trained), handles(params, CPU))
-    return hosted(stands, params), tree.leaves(stands)
+def given(params: Any, gather: Gather) -> tuple[Any, list[Tensor]]:
+    """Blocks of `SPECS` as a step hands them to `gather`, and the handles it differentiates."""
+    stands = tree.map(lambda x: x.detach().requires_grad_(), handles(params, CPU))
+    places = [gather.place(SPECS[path.rpartition("/")[2]], path) for path in tree.paths(params)]
+    weights = enter(stands, params, places=places, dtypes=[None] * len(places), is_hosted=True)
+    return weights, tree.leaves(stands)
 
 
 # ---- leaves
@@ -60,7 +62,7 @@ def test_what_is_gathered_and_its_gradient(layout: Layout, memory: HostMemory | 
     def run(mesh: Mesh) -> None:
         params = whole if layout.world == 1 else shard_params(whole, SPECS, mesh)
         plain = tree.map(lambda x: x.detach().requires_grad_(), params)
-        given_leaves, stands = given(params)
+        given_leaves, stands = given(params, Gather(mesh=mesh))
         results = []
         for leaves, inputs in ((plain, tree.leaves(plain)), (given_leaves, stands)):
             out = replace(Gather(mesh=mesh), memory=None if inputs is not stands else memory)(leaves)
@@ -79,7 +81,8 @@ def test_frozen_leaves_and_dtypes() -> None:
     params = block_params(0)
     stands = {"w": handles(params["w"], CPU).detach().requires_grad_(), "b": handles(params["b"], CPU)}
     for memory in (HostMemory(), None):
-        leaves = hosted(typed(stands, [torch.float32, None]), params)  # "b" before "w"
+        dtypes = [torch.float32, None]  # "b" before "w"
+        leaves = enter(stands, params, places=[None, None], dtypes=dtypes, is_hosted=True)
         out = Gather(mesh=single_mesh(), compute=torch.float16, memory=memory)(leaves)
         assert {name: x.dtype for name, x in out.items()} == {"b": torch.float32, "w": torch.float16}
         assert {name: x.requires_grad for name, x in out.items()} == {"b": False, "w": True}
@@ -152,9 +155,9 @@ def test_order_of_copies(name: str) -> None:
             memory.log.append(f"r{[torch.equal(own['w'], w['w']) for w in whole].index(True)}")
             return torch.tanh(x_TD @ own["w"] + own["b"]), None
 
-        stack = prefetched(run_stack, gather, in_backward=not is_kept) if is_ahead else run_stack
-        stack = kept(stack, gather) if is_kept else stack
-        leaves, stands = given(params)
+        stack = wrap_stack_with_prefetch(run_stack, gather, in_backward=not is_kept) if is_ahead else run_stack
+        stack = wrap_stack_with_gather(stack, gather) if is_kept else stack
+        leaves, stands = given(params, gather)
         x_TD = torch.linspace(-1, 1, T * D, dtype=torch.float64).view(T, D).requires_grad_()
         y_TD, *_ = stack(call_layer, Recomputed(block) if is_again else block, leaves, x_TD)
         memory.log.append("|")

@@ -41,8 +41,8 @@ def test_order_of_ranks() -> None:
 def test_every_rank_knows_its_place(layout: Layout) -> None:
     def place(mesh: Mesh) -> dict[str, Any]:
         everyone = {name: mesh[name].all_gather(torch.tensor([mesh["world"].index]), "test").tolist() for name in AXES}
-        assert (mesh.dense.get_coordinate() or [])[1] == mesh["shard"].index
-        assert list(mesh.expert.get_coordinate() or [])[1:] == [mesh["edp"].index, mesh["ep"].index]
+        assert (mesh.grid(()).get_coordinate() or [])[1] == mesh["shard"].index
+        assert list(mesh.grid(("ep",)).get_coordinate() or [])[1:] == [mesh["edp"].index, mesh["ep"].index]
         assert all(everyone[name][mesh[name].index] == mesh["world"].index for name in AXES)
         return everyone
 

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from mmfn import ops
+from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import MAX_GRAPHS, Program, lower, pipe
 from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.data_parallel import data_parallel
 
 D = 4
 QUIET_INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # torch's own, on import
@@ -147,6 +150,15 @@ def test_layer_with_inductor_forward_and_backward() -> None:
         value = stack(pipe(Program.of(None), compiled(kind)), leaf * 1)[1]
         results.append((value.detach(), *torch.autograd.grad(value, leaf)))
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("kind", ["layer", "step"])
+def test_virtual_ranks_compile_nothing(kind: str) -> None:
+    def run(mesh: Mesh) -> None:
+        lower(pipe(Program.of(None, mesh=mesh), data_parallel(), compiled(kind, backend="eager")))
+
+    with pytest.raises(ValueError, match=rf"compiled\('{kind}'\) needs real ranks, .* torchrun: .* leave compiled out"):
+        virtual(Layout(dp=2), run)
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,11 @@ SPECS = {
     "layers/0/wide/weight": spec((5, 7), "mlp embed", DRAW),
     "layers/1/wide/weight": spec((5, 7), "mlp embed", DRAW),
     "layers/2/wide/weight": spec((5, 7), "mlp embed", DRAW),
-    "layers/0/qkv/weight": spec((12, 6), "heads embed", DRAW, parts=3),
-    "layers/0/qkv/bias": spec((12,), "heads", DRAW),
+    "layers/0/qkv/weight": spec((12, 6), "q_heads embed", DRAW, parts=3),
+    "layers/0/qkv/bias": spec((12,), "q_heads", DRAW),
     "tall/weight": spec((9, 2), "embed mlp", DRAW),
     "norm/weight": spec((6,), "embed", DRAW),
-    "gate/weight": spec((1, 6), "gate embed", DRAW),
+    "gate/weight": spec((1, 6), "router embed", DRAW),
 }
 MATRICES = [path for path in SPECS if path.startswith(("experts", "layers", "tall")) and not path.endswith("bias")]
 NO_DECAY = [path for path, leaf in SPECS.items() if len(leaf.shape) == 1]

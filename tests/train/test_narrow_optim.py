@@ -1,14 +1,18 @@
 """bfloat16: random rounding without a generator, moments kept in it, and float32 copies of parameters."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from mmfn.dtypes import wide
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.train import optim
 from mmfn.train.optim import KERNELS, Leaves
 from mmfn.train.optim.rounding import round_
+from mmfn.train.step import scan_gradients
 from mmfn.tree import Tree
 from tests.train.optim_cases import CLIP, DECAY, adamw, composed, draw, groups, set_rates, train
 
@@ -107,3 +111,19 @@ def test_master_is_the_float32_run_and_parameters_its_rounding(kernel: str) -> N
 
 def test_master_of_wide_parameters_is_nothing() -> None:
     assert optim.master(optim.adamw()).init(draw(0, torch.float32))["master"] == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_micro_batches_are_summed_in_float32_or_wider(dtype: torch.dtype) -> None:
+    """In bfloat16, 256 + 1 is 256: a sum in the gradients' own dtype would lose all micro-batches but the first."""
+    values = [256.0, 1.0, 1.0, 1.0]
+
+    def gradients(params: Any, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"x": torch.full((3,), values[batch], dtype=dtype)}, {"loss": torch.tensor(1.0)}
+
+    total, sums = scan_gradients(gradients, {}, range(4))
+    assert total["x"].dtype == wide(dtype)
+    assert total["x"].tolist() == [259.0] * 3
+    assert sums["loss"] == 4
+    alone, _ = scan_gradients(gradients, {}, [0])
+    assert alone["x"].dtype == dtype

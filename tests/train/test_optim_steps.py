@@ -18,11 +18,13 @@ from mmfn.train import optim
 from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.guard import Guard
+from mmfn.train.planning import step_trace
 from mmfn.train.run import loop
 from mmfn.train.run.training import run_training
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
 from tests.parallel.conformance import Cell, batch_of, model_of
+from tests.parallel.plan_cases import make
 
 RATE = schedule("cosine", peak=1e-2, num_steps=20, warmup_steps=2)
 GUARD = Guard(window=3, factor=50.0)
@@ -210,3 +212,15 @@ def test_averages_are_what_is_saved_when_asked(make_config: Callable[..., Path],
     saved = mmfn.load_hf(tmp_path / "run" / "checkpoint").params
     assert distance(saved, optim.ema_params(state)) == 0
     assert distance(saved, state["params"]) > 0
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 2), (4, 1, 2), (6, 1, 2), (1, 2, 2)], ids=str)
+def test_an_update_copies_no_gradients(layout: tuple[int, int, int]) -> None:
+    """Those of experts are cut along their second dim (over 3 ranks unevenly) and lie as their shards all the same."""
+    dp, cp, ep = layout
+    setup, mesh_layout = make(moe=True, dp=dp, cp=cp, ep=ep)
+    for rank in range(mesh_layout.world):
+        trace = step_trace.trace_step(setup, mesh_layout, 2, rank=rank)
+        (update,) = [peak for mark, peak in trace.peaks.items() if mark[0] == "update"]
+        assert update.parts["gradients"] > 10_000
+        assert update.parts.get("temporaries", 0) < 4096, "norms and single numbers"

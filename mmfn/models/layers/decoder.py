@@ -129,9 +129,9 @@ def attention(
 ) -> tuple[Tensor, Any]:
     """Causal self-attention within segments, or of each token against its cached row. Rotation in x's dtype."""
     T, C = x_TD.shape[0], cfg.head_dim
-    q_THC = linear.apply(params["q"], x_TD).view(T, cfg.num_heads, C)
-    k_TKC = linear.apply(params["k"], x_TD).view(T, cfg.num_kv_heads, C)
-    v_TKC = linear.apply(params["v"], x_TD).view(T, cfg.num_kv_heads, C)
+    q_THC = linear.apply(params["q"], x_TD, ops).view(T, cfg.num_heads, C)
+    k_TKC = linear.apply(params["k"], x_TD, ops).view(T, cfg.num_kv_heads, C)
+    v_TKC = linear.apply(params["v"], x_TD, ops).view(T, cfg.num_kv_heads, C)
     q_THC = ops.rotary(norm.rms(params["q_norm"], q_THC, cfg.norm_eps, ops), cos_TR, sin_TR)
     k_TKC = ops.rotary(norm.rms(params["k_norm"], k_TKC, cfg.norm_eps, ops), cos_TR, sin_TR)
     if slots is not None:
@@ -140,7 +140,7 @@ def attention(
         out_THC = ops.attention(q_THC, k_TKC, v_TKC, segments, is_causal=True)
     else:
         out_THC = ops.attention_cached(q_THC, cached["k"], cached["v"], slots.lengths_B)
-    return linear.apply(params["o"], out_THC.flatten(1)), cached
+    return linear.apply(params["o"], out_THC.flatten(1), ops), cached
 
 
 def mlp_specs(cfg: DecoderConfig) -> Tree:
@@ -155,8 +155,8 @@ def mlp_specs(cfg: DecoderConfig) -> Tree:
 
 def mlp(params: Tree, x_TD: Tensor, ops: Ops) -> Tensor:
     """`down(silu(gate(x)) * up(x))`."""
-    gate_TF, up_TF = linear.apply(params["gate"], x_TD), linear.apply(params["up"], x_TD)
-    return linear.apply(params["down"], ops.swiglu(gate_TF, up_TF))
+    gate_TF, up_TF = linear.apply(params["gate"], x_TD, ops), linear.apply(params["up"], x_TD, ops)
+    return linear.apply(params["down"], ops.swiglu(gate_TF, up_TF), ops)
 
 
 def dense(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, ops: Ops) -> tuple[Tensor, None]:

@@ -48,43 +48,27 @@ def specs(cfg: MoeConfig) -> Tree:
 def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops: Ops) -> tuple[Tensor, Tree]:
     """`(y_TD, statistics)`: the weighted sum of each token's experts, and what `total` adds up.
 
-    `is_real_T`: bool[T]. Padding gets zeros, counts nowhere and is dealt to the experts in turn, so that it never
-    crowds one of them. Statistics, sums over tokens in float32 or wider: `counts_E` tokens sent to each expert (a
+    `is_real_T`: bool[T]. Padding goes to no expert, wherever it lies: its rows come behind the last expert's, it gets
+    zeros and counts nowhere. Statistics, sums over tokens in float32 or wider: `counts_E` tokens sent to each expert (a
     constant), `probs_E` the router's probabilities, `rows` tokens, `dropped` rows that `ops.experts` leaves out. A
-    token's experts are added in a fixed order; on a GPU the gradient of x is only under
-    `torch.use_deterministic_algorithms`. The router computes in its weight's dtype. Source:
+    token's experts are added in a fixed order. The router computes in its weight's dtype. Source:
     `Qwen3VLMoeTextSparseMoeBlock` in transformers 5.23.
     """
-    (T, D), E, X = x_TD.shape, cfg.num_experts, cfg.num_chosen
-    logits_TE = linear.apply(params["router"], x_TD.to(params["router"]["weight"].dtype))
-    weights_TX, experts_TX, probs_TE = ops.route(logits_TE, X)
-    weights_TX = weights_TX.to(x_TD.dtype)
-    slots_TX = torch.arange(T * X, device=x_TD.device).view(T, X)
-    is_real_T1 = is_real_T[:, None]
-    experts_TX = torch.where(is_real_T1, experts_TX, slots_TX % E)
-    weights_TX = torch.where(is_real_T1, weights_TX, 0.0)
-
-    sorted_R, order_R = experts_TX.flatten().sort(stable=True)
-    ends_E = torch.searchsorted(sorted_R, torch.arange(E, device=x_TD.device), right=True)
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    y_RD = ops.experts(x_TD.index_select(0, order_R // X), counts_E, params["experts"])
-    place_R = torch.empty_like(order_R).scatter(0, order_R, slots_TX.flatten())
-    y_TXD = y_RD.index_select(0, place_R).view(T, X, D)
-    kept_E = ops.kept(counts_E, T * X)
-    return (y_TXD * weights_TX[..., None]).sum(1), _statistics(probs_TE, experts_TX, is_real_T, kept_E)
-
-
-def _statistics(probs_TE: Tensor, experts_TX: Tensor, is_real_T: Tensor, kept_E: Tensor) -> Tree:
-    """`kept_E`: rows computed, padding included; of an expert's rows, padding is taken to be the last."""
+    logits_TE = linear.apply(params["router"], x_TD.to(params["router"]["weight"].dtype), ops)
+    weights_TX, experts_TX, probs_TE = ops.route(logits_TE, cfg.num_chosen)
+    experts_TX = torch.where(is_real_T[:, None], experts_TX, cfg.num_experts)  # of padding: none
+    x_RD, counts_E, place_TX = ops.dispatch(x_TD, experts_TX, cfg.num_experts)
+    y_RD = ops.experts(x_RD, counts_E, params["experts"])
+    y_TD = ops.combine(y_RD, place_TX, weights_TX.to(x_TD.dtype))
+    dropped_E = counts_E - ops.kept(counts_E, x_RD.shape[0])
     real_T = is_real_T.to(probs_TE.dtype)
-    real_R = real_T.repeat_interleave(experts_TX.shape[1])
-    counts_E = probs_TE.new_zeros(probs_TE.shape[1]).scatter_add(0, experts_TX.flatten(), real_R)
-    return {
-        "counts_E": counts_E,
+    statistics = {
+        "counts_E": counts_E.to(probs_TE.dtype),
         "probs_E": real_T @ probs_TE,
         "rows": real_T.sum(),
-        "dropped": (counts_E - kept_E).clamp(min=0).sum(),
+        "dropped": dropped_E.sum().to(probs_TE.dtype),
     }
+    return y_TD, statistics
 
 
 def total(statistics: Sequence[Tree]) -> Tree:

@@ -138,7 +138,7 @@ def patch_embed_specs(cfg: VisionConfig) -> Tree:
 def patch_embed(params: Tree, patches_PF: Tensor, ops: Ops) -> Tensor:
     """Patches in the weight's dtype times the weight."""
     params = ops.gather(params)
-    return linear.apply(params, patches_PF.to(params["weight"].dtype))
+    return linear.apply(params, patches_PF.to(params["weight"].dtype), ops)
 
 
 def position_specs(cfg: VisionConfig) -> Tree:
@@ -188,14 +188,14 @@ def vision_block(
     """One pre-norm block; a patch attends to its whole frame. Rotation in float32 (or wider)."""
     params = ops.gather(params)
     normed_PD = norm.layer(params["attention_norm"], x_PD, NORM_EPS, ops)
-    qkv_P3HC = linear.apply(params["attention"]["qkv"], normed_PD).view(-1, 3, cfg.num_heads, cfg.head_dim)
+    qkv_P3HC = linear.apply(params["attention"]["qkv"], normed_PD, ops).view(-1, 3, cfg.num_heads, cfg.head_dim)
     q_PHC, k_PHC, v_PHC = qkv_P3HC.unbind(1)
     q_PHC, k_PHC = ops.rotary(q_PHC, cos_PR, sin_PR), ops.rotary(k_PHC, cos_PR, sin_PR)
     out_PHC = ops.attention(q_PHC, k_PHC, v_PHC, segments, is_causal=False)
-    x_PD = x_PD + linear.apply(params["attention"]["o"], out_PHC.flatten(1))
+    x_PD = x_PD + linear.apply(params["attention"]["o"], out_PHC.flatten(1), ops)
     activation = {"gelu_tanh": ops.gelu_tanh, "gelu": ops.gelu}[cfg.activation]
-    hidden_PF = activation(linear.apply(params["mlp"]["up"], norm.layer(params["mlp_norm"], x_PD, NORM_EPS, ops)))
-    return x_PD + linear.apply(params["mlp"]["down"], hidden_PF), None
+    hidden_PF = activation(linear.apply(params["mlp"]["up"], norm.layer(params["mlp_norm"], x_PD, NORM_EPS, ops), ops))
+    return x_PD + linear.apply(params["mlp"]["down"], hidden_PF, ops), None
 
 
 def merger_specs(cfg: VisionConfig, *, norm_merged: bool) -> Tree:
@@ -216,7 +216,7 @@ def merge(params: Tree, x_PD: Tensor, cfg: VisionConfig, ops: Ops, *, norm_merge
         x = norm.layer(params["norm"], x_PD.reshape(merged), NORM_EPS, ops)
     else:
         x = norm.layer(params["norm"], x_PD, NORM_EPS, ops).reshape(merged)
-    return linear.apply(params["down"], ops.gelu(linear.apply(params["up"], x)))
+    return linear.apply(params["down"], ops.gelu(linear.apply(params["up"], x, ops)), ops)
 
 
 _TOWER = "model.visual"

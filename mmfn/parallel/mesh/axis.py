@@ -14,6 +14,15 @@ from torch import Tensor
 
 from mmfn.ops.eager import is_eager
 
+
+class MismatchError(ValueError):
+    """Ranks that meet in a collective call different ones. `shapes`: what each of them gave, by rank."""
+
+    def __init__(self, text: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__(text)
+        self.shapes = shapes
+
+
 Sizes = Sequence[int] | None  # rows to or from every rank of an axis; None: equal parts
 
 
@@ -23,11 +32,16 @@ class Transport(Protocol):
     Tensors are contiguous. `all_gather`: [n, ...] -> [size * n, ...], by rank. `reduce_scatter`: [size * n, ...] ->
     [n, ...], the sum of this rank's parts. `all_to_all`: the first dim is cut by `in_sizes`, part i goes to rank i.
     `shift`: the same where every rank gives all of it to one other. `name`: the fourth argument of the operator that
-    `all_to_all` is to what watches operators.
+    `all_to_all` is to what watches operators. `widest`: the widest dtype that it adds up. `is_traceable`: its
+    collectives may be part of a graph.
     """
 
     @property
     def name(self) -> str: ...
+    @property
+    def widest(self) -> torch.dtype: ...
+    @property
+    def is_traceable(self) -> bool: ...
     def all_gather(self, x: Tensor, site: str) -> Tensor: ...
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor: ...
     def all_reduce(self, x: Tensor, site: str) -> Tensor: ...
@@ -44,6 +58,11 @@ class Axis:
     size: int = 1
     index: int = 0
     transport: Transport | None = None
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The widest dtype that can be summed over these ranks."""
+        return torch.float64 if self.transport is None else self.transport.widest
 
     def all_gather(self, x: Tensor, site: str) -> Tensor:
         """Parts of all ranks end to end along the first dim."""
@@ -95,6 +114,8 @@ class Group:
 
     name: str
     size: int
+    widest: torch.dtype = torch.float64
+    is_traceable: bool = True
 
     def all_gather(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""
@@ -128,6 +149,9 @@ class Group:
 
 class InProcess(ABC):
     """A transport in plain Python. To what watches operators its all-to-all is one, as that of real ranks is."""
+
+    widest = torch.float64
+    is_traceable = False
 
     @property
     def name(self) -> str:

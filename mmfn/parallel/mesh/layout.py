@@ -5,8 +5,8 @@ tokens are spread over ring and ulysses (together: cp). Dense parameters are sha
 "shard"; those of experts lie on a second grid over the same ranks, (replicate, edp, ep) with edp * ep = shard.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from math import prod
 
@@ -30,6 +30,10 @@ AXES = {
     "edp": ("edp",),
     "ep": ("ep",),
 }
+GRIDS = (("replicate", "shard"), ("replicate", "edp", "ep"))
+"""All ranks as a grid, for every kind of parameter: the ranks of the first axis hold copies, those of the second the
+parts that a block gathers, those of each further one the parts they compute with."""
+WIDEST = {"hccl": torch.float32}  # what a backend can add up, where that is less than float64
 Partition = tuple[tuple[int, ...], ...]  # the groups of ranks of one axis; every rank is in exactly one
 Connect = Callable[[str, Partition], Transport]
 
@@ -102,15 +106,21 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mesh:
-    """One rank's axes, and the DeviceMesh that dense and expert parameters record their placement on."""
+    """One rank's axes, and for each of `GRIDS` the DeviceMesh on which parameters record their placement."""
 
     layout: Layout
     axes: Mapping[str, Axis]
-    dense: DeviceMesh  # (replicate, shard)
-    expert: DeviceMesh  # (replicate, edp, ep)
+    grids: tuple[DeviceMesh, ...]
 
     def __getitem__(self, name: str) -> Axis:
         return self.axes[name]
+
+    def grid(self, axes: Collection[str]) -> DeviceMesh:
+        """The first grid that has all these axes. Raises ValueError where none has."""
+        for names, grid in zip(GRIDS, self.grids, strict=True):
+            if set(axes) <= set(names):
+                return grid
+        raise UserError(f"no grid of ranks has the mesh axes {', '.join(axes)} together; add it to GRIDS")
 
 
 def make_mesh(layout: Layout, rank: int, connect: Connect, device_type: str = "cpu", *, backend: bool = False) -> Mesh:
@@ -125,17 +135,15 @@ def make_mesh(layout: Layout, rank: int, connect: Connect, device_type: str = "c
         transport = connect(name, partition) if len(group) > 1 else None
         return Axis(name=name, size=len(group), index=group.index(rank), transport=transport)
 
-    def device_mesh(*dims: tuple[str, int]) -> DeviceMesh:
-        names, sizes = zip(*dims, strict=True)
-        ranks = torch.arange(layout.world).view(sizes)
+    def device_mesh(names: tuple[str, ...]) -> DeviceMesh:
+        ranks = torch.arange(layout.world).view([getattr(layout, name) for name in names])
         own = None if backend else rank
         return DeviceMesh(device_type, ranks, mesh_dim_names=names, _init_backend=backend, _rank=own)
 
     return Mesh(
         layout=layout,
         axes={name: axis(name) for name in AXES},
-        dense=device_mesh(("replicate", layout.replicate), ("shard", layout.shard)),
-        expert=device_mesh(("replicate", layout.replicate), ("edp", layout.edp), ("ep", layout.ep)),
+        grids=tuple(map(device_mesh, GRIDS)),
     )
 
 
@@ -161,7 +169,8 @@ def process_groups(timeout: timedelta | None = None, backend: str | None = None)
         if partition not in groups:
             ranks = list(map(list, partition))
             own, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend)  # type: ignore[no-untyped-call]
-            groups[partition] = Group(own.group_name, own.size())
+            widest = WIDEST.get(backend or dist.get_backend(), torch.float64)
+            groups[partition] = Group(own.group_name, own.size(), widest)
         return _renamed(groups[partition], "ep") if name == "ep" else groups[partition]
 
     return connect
@@ -169,7 +178,7 @@ def process_groups(timeout: timedelta | None = None, backend: str | None = None)
 
 def _renamed(group: Group, name: str) -> Group:
     """The same process group under one more name."""
-    other = Group(f"{group.name}/{name}", group.size)
+    other = replace(group, name=f"{group.name}/{name}")
     own = _resolve_process_group(group.name)  # type: ignore[arg-type]
     _register_process_group(other.name, own)  # type: ignore[arg-type]
     return other

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mmfn.parallel.mesh.axis import InProcess, Transport
+from mmfn.parallel.mesh.axis import InProcess, MismatchError, Transport
 from mmfn.parallel.mesh.layout import AXES, Layout, Mesh, Partition, make_mesh
 
 T = TypeVar("T")
@@ -169,7 +169,8 @@ class _Threads(InProcess):
             ) from None
         for rank, (other, _) in enumerate(met):
             if other != kind:
-                raise ValueError(f"on axis {self.axis}, rank {self.index} calls {kind} but rank {rank} {other}")
+                text = f"on axis {self.axis}, rank {self.index} calls {kind} but rank {rank} {other}"
+                raise MismatchError(text, [shape for (_, _, shape, _), _ in met])
         return [value for _, value in met]
 
 

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmfn.torch_private import READ_ONE, UNSAFE_VIEW
+from mmfn.torch_private import schema as schema_of
+
 _aten = torch.ops.aten
 _META, _HOST = torch.device("meta"), torch.device("cpu")
 _EMPTY = {
@@ -31,7 +34,7 @@ _CREATE = _EMPTY | {
     _aten.new_ones,
     _aten.new_full,
 }
-_READ = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.is_nonzero, _aten.equal}
+_READ = {READ_ONE, _aten.nonzero, _aten.masked_select, _aten.is_nonzero, _aten.equal}
 
 
 def run(func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -76,8 +79,8 @@ class _Kind(NamedTuple):
 
 @cache
 def _kind(func: Any) -> _Kind:
-    schema = func._schema
-    is_view = func.overloadpacket is _aten._unsafe_view  # which its schema does not declare
+    schema = schema_of(func)
+    is_view = func.overloadpacket is UNSAFE_VIEW  # which its schema does not declare
     named = [(i, x.name, x.alias_info) for i, x in enumerate(schema.arguments)]
     written = [(i, name) for i, name, alias in named if alias is not None and alias.is_write]
     keeps_shape = len(written) == 1 == len(schema.returns) and torch.Tag.inplace_view not in func.tags

@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfn.ops import Ops, flops
+from mmfn.ops import Ops, flops, kernels
+from mmfn.ops.kernel import Formula
 from mmfn.parallel.mesh.axis import InProcess
 from mmfn.parallel.mesh.layout import Layout, Mesh, Partition, make_mesh
 from mmfn.parallel.planning import fake_tensors as shapes
 from mmfn.parallel.weights.host_memory import HOST
+from mmfn.torch_private import autograd_node, local_tensor, next_node_number, node_number, storage_key
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 CATEGORIES = (
@@ -36,7 +38,7 @@ CATEGORIES = (
     "communication",
     "temporaries",
 )
-_HOOKS = ("layer", "stack")
+_NOT_LABELLED = ("layer", "stack", "notes")
 _OF_SITE = {
     "communication": "communication",
     "weights": "gathered weights",
@@ -128,6 +130,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count: Counter[Key] = Counter()
         self.sent_bytes: Counter[Key] = Counter()
         self.flops: Counter[tuple[str, str]] = Counter()
+        self._formulas: dict[Any, Formula | None] = {}
         self._collects = False
         self._events = 0
         self._marks: list[tuple[int, Mark]] = []
@@ -157,7 +160,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._turn()
         is_shaped = self.is_fake and func is not _MOVED
         out = shapes.run(func, types, args, kwargs) if is_shaped else func(*args, **kwargs)
-        if not types and (work := flops.count(func, args, kwargs)):
+        if not types and (work := flops.count(func, args, kwargs, out, self._formulas)):
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor):
@@ -169,16 +172,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The op whose work is being done, forward or backward; "layers" for what belongs to none."""
         if self._sites:
             return self._sites[-1]
-        node = torch._C._current_autograd_node()
-        site = "layers" if node is None else self._site_of_node.get(node._sequence_nr(), "layers")
+        node = autograd_node()
+        site = "layers" if node is None else self._site_of_node.get(node_number(node), "layers")
         return "communication" if site == "weights" else site  # the backward of a gather packs gradients
 
     def allocate(self, x: Tensor, site: str) -> None:
         """Count the memory of a tensor, unless it is a view of memory that is counted."""
         if isinstance(x, DTensor):  # whose own storage would count the whole
-            x = x._local_tensor
+            x = local_tensor(x)
         storage = x.untyped_storage()
-        key, num_bytes = storage._cdata, storage.nbytes()
+        key, num_bytes = storage_key(storage), storage.nbytes()
         if key in self._alive or num_bytes == 0:
             return
         index = len(self.allocations)
@@ -205,11 +208,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._marks = [(self._events, (FORWARD, 0, -1))]
 
     def watch(self, ops: Ops) -> Ops:
-        """The table with every op labelled by its name, and every block marked where it starts."""
-        named = {
+        """The table with every op labelled by its name, and every block marked where it starts.
+
+        Raises ValueError for an op that is not declared: its operators could not be counted.
+        """
+        self._formulas = flops.of_table(kernels(ops))
+        named: dict[str, Any] = {
             f.name: self._labelled(getattr(ops, f.name), _NAMES.get(f.name, f.name))
             for f in fields(ops)
-            if f.name not in _HOOKS
+            if f.name not in _NOT_LABELLED
         }
         inner = ops.layer
 
@@ -232,13 +239,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def labelled(self, site: str) -> Iterator[None]:
         """What is allocated or computed within belongs to a site, and so does its backward."""
-        first = torch._C._autograd._get_sequence_nr()
+        first = next_node_number()
         self._sites.append(site)
         try:
             yield
         finally:
             self._sites.pop()
-            for number in range(first, torch._C._autograd._get_sequence_nr()):
+            for number in range(first, next_node_number()):
                 self._site_of_node.setdefault(number, site)
 
     @contextmanager
@@ -272,13 +279,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _start_forward(self) -> None:
         """An op called outside of a backward pass: a forward, of the next micro-batch if a backward came before."""
         self._turn()
-        if self.phase == UPDATE and torch._C._current_autograd_node() is None:
+        if self.phase == UPDATE and autograd_node() is None:
             self.phase, self._place = FORWARD, (self._place[0] + 1, 0)
             self._mark(FORWARD, self._place[0], -1)
 
     def _turn(self) -> None:
         """Notice where a forward turns into a backward, and a backward into an update."""
-        is_backward = torch._C._current_autograd_node() is not None
+        is_backward = autograd_node() is not None
         if is_backward and self.phase != BACKWARD:
             self._ends.append(self._events)
             self._mark(BACKWARD, self._place[0], self._place[1])

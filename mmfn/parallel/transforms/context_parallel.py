@@ -9,6 +9,7 @@ from torch import Tensor
 from mmfn.batch import Batch, Segments, TowerKind
 from mmfn.errors import UserError
 from mmfn.ops import Attention, Ops
+from mmfn.ops.kernel import wrapping
 from mmfn.parallel.context.key_gather import key_gather_attention
 from mmfn.parallel.context.ring import ring_attention
 from mmfn.parallel.context.token_order import CP_KINDS, segment_multiple, split_tokens, token_multiple
@@ -82,7 +83,7 @@ def _attention(ops: Ops, kind: str, mesh: Mesh) -> Attention:
         attend = spread if segments.spread == "cp" else whole
         return attend(q_THC, k_SKC, v_SKC, segments, is_causal=is_causal)
 
-    return attention
+    return wrapping(attention, whole, block, block_grad)
 
 
 def check_kind(kind: str, layout: Layout) -> None:

@@ -22,13 +22,14 @@ def data_parallel(*, prefetch: bool = True, keep_gathered: bool = False) -> Tran
 
     def transform(program: Program) -> Program:
         layout = program.mesh.layout
+        weights = replace(program.weights, prefetch=prefetch, keep_gathered=keep_gathered)
+        done = replace(program, weights=weights)
         if layout.world == 1:
-            return replace(program, prefetch=prefetch, keep_gathered=keep_gathered)
+            return done
         note = f"data_parallel: parameters over {layout.shard} ranks"
         note += f", {layout.replicate} replicas" if layout.replicate > 1 else ""
         note += ", next gather ahead (eager)" if prefetch else ""
         note += ", weights kept for the backward" if keep_gathered else ""
-        done = replace(program, prefetch=prefetch, keep_gathered=keep_gathered)
         return noted(uses(done, "dp", "replicate"), note)
 
     return transform

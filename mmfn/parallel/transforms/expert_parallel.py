@@ -1,25 +1,27 @@
 """`expert_parallel`: a rank computes its own experts; the rows routed to them come from all ranks of ep, and go back.
 
-Legend: R routed rows of a rank, S rows that arrive at it, D width, E experts, W ranks of ep, G groups of the rows from
-one rank to another: one for each of the E / W experts there, and a last one of rows without an expert (padding).
+Legend: R routed rows of a rank (U of them have an expert), S rows that arrive at it, D width, E experts, W ranks of ep,
+G groups of the rows from one rank to another: one for each of the E / W experts there, and with a capacity a last one
+of empty rows.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mmfn import tree
 from mmfn.errors import UserError
+from mmfn.ops.custom import Context, function, operator
 from mmfn.ops.eager import is_eager
+from mmfn.ops.kernel import wrapping
 from mmfn.parallel.mesh.axis import Axis, exchange
 from mmfn.parallel.program import Program, Transform, noted, uses
+from mmfn.parallel.weights.sharding import sizes_over
+from mmfn.torch_private import assert_on_device, tell_compiler
 from mmfn.tree import Tree
 
 EXPERT_KINDS = ("dropless", "capacity")
@@ -33,9 +35,10 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
     stays cut on ep: rows move, not experts. The op gives an expert's gradient summed over the rows of all ep ranks;
     what is left, the sum over edp and replicate, is `gather`'s. A row's gradient travels the row's way back.
 
-    "dropless": a rank sends every row there is. A layer costs one all-to-all of counts, one host read of how many rows
-    go to and come from each rank, and an all-to-all of rows there, back, and each again in the backward; remat repeats
-    the forward's part, unless it saves "exchange". Compiled, row counts are unknowns of one graph.
+    "dropless": a rank sends every row that has an expert; rows of padding, behind them, stay, and give zeros. A layer
+    costs one all-to-all of counts, one host read of how many rows go to and come from each rank, and an all-to-all of
+    rows there, back, and each again in the backward; remat repeats the forward's part, unless it saves "exchange".
+    Compiled, row counts are unknowns of one graph.
 
     "capacity": a rank sends `ceil(capacity * R / W)` rows to every rank, empty ones included: static shapes and no host
     read, for the same collectives. `capacity` is a factor of the even share: at W, the default, nothing can be dropped,
@@ -70,14 +73,15 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
         if kind == "dropless":
             note += ", rows taken to be spread evenly" if balanced else ""
             compiler = {**program.compiler, "capture_scalar_outputs": True}
-            ops = replace(ops, experts=partial(dropless, base=ops.experts, axis=axis, balanced=balanced))
+            spread = partial(dropless, base=ops.experts, axis=axis, balanced=balanced)
+            ops = replace(ops, experts=wrapping(spread, ops.experts))
             return noted(replace(program, ops=ops, compiler=compiler), note)
         factor = min(capacity or axis.size, axis.size)
         note += f", room for {factor:g} times the even share of rows"
         note += ", nothing is dropped" if factor == axis.size else ", what is beyond it is dropped"
         ops = replace(
             ops,
-            experts=partial(fixed, base=ops.experts, axis=axis, factor=factor),
+            experts=wrapping(partial(fixed, base=ops.experts, axis=axis, factor=factor), ops.experts),
             kept=partial(kept_rows, num_ranks=axis.size, factor=factor),
         )
         return noted(replace(program, ops=ops), note)
@@ -88,9 +92,7 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
 def _num_experts(program: Program) -> int:
     """The number of experts, or ValueError where they cannot be spread over ep."""
     ep = program.mesh.layout.ep
-    found: dict[str, int] = {
-        path: leaf.shape[0] for path, leaf in tree.items(program.specs) if leaf.axes[0] == "experts"
-    }
+    found = sizes_over(program.specs, "ep")
     if not found:
         raise UserError(f"layout {program.mesh.layout}: ep is {ep} but the model has no experts; set ep to 1")
     for path, num_experts in found.items():
@@ -106,40 +108,52 @@ def _num_experts(program: Program) -> int:
 def dropless(
     x_RD: Tensor, counts_E: Tensor, weights: Tree, *, base: Experts, axis: Axis, balanced: bool = False
 ) -> Tensor:
-    """`ops.experts` with weights of this rank's experts alone; every row is computed. See `expert_parallel`.
+    """`ops.experts` with weights of this rank's experts alone; every row of an expert is computed.
 
-    Rows behind the last expert's travel to the last rank, which leaves them out: so the rows sent are always R.
+    See `expert_parallel`.
     """
     R, W = x_RD.shape[0], axis.size
-    rest_W1 = F.pad((R - counts_E.sum())[None], (W - 1, 0))[:, None]
-    to_WG = torch.cat([counts_E.view(W, -1), rest_W1], 1)
+    to_WG = counts_E.view(W, -1)
     from_WG = axis.all_to_all(to_WG, "expert counts")
     if balanced:
         sizes_out = sizes_in = _even(R, to_WG, from_WG)
     else:
         sizes_in, sizes_out = _read(torch.stack([to_WG.sum(1), from_WG.sum(1)]))
-    arrived_SD = exchange(x_RD, axis, "experts", sizes_out, sizes_in)
+    arrived_SD = exchange(_first(x_RD, sum(sizes_in)), axis, "experts", sizes_out, sizes_in)
     y_SD = _by_expert(arrived_SD, from_WG, weights, base)
-    return exchange(y_SD, axis, "experts", sizes_in, sizes_out)
+    return _with_rest(exchange(y_SD, axis, "experts", sizes_in, sizes_out), R)
+
+
+def _first(x_RD: Tensor, used: int) -> Tensor:
+    """The first rows. A compiler, which does not know how many there are, always gets a slice."""
+    if torch.compiler.is_compiling():
+        tell_compiler(used <= x_RD.shape[0])
+    elif used == x_RD.shape[0]:
+        return x_RD
+    return x_RD.narrow(0, 0, used)
+
+
+def _with_rest(y_UD: Tensor, num_rows: int) -> Tensor:
+    """`num_rows` rows, zeros behind those there are."""
+    if not torch.compiler.is_compiling() and y_UD.shape[0] == num_rows:
+        return y_UD
+    return torch.cat([y_UD, y_UD.new_zeros(num_rows - y_UD.shape[0], y_UD.shape[1])])
 
 
 def _read(sizes_2W: Tensor) -> list[list[int]]:
     """The values, on the host. To what watches operators the copy is one; a compiler reads by operators of its own."""
     if not torch.compiler.is_compiling() and not is_eager(sizes_2W):
-        sizes_2W = _host_copy(sizes_2W)
+        sizes_2W = HOST_COPY.traced(sizes_2W)
     values: list[list[int]] = sizes_2W.tolist()
     return values
 
 
-@torch.library.custom_op("mmfn::host_copy", mutates_args=())
 def _host_copy(x: Tensor) -> Tensor:
     """A complete copy in the host's memory."""
     return x.to("cpu", copy=True)
 
 
-@_host_copy.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, device="cpu")
+HOST_COPY = operator("mmfn::host_copy", _host_copy, lambda x: torch.empty_like(x, device="cpu"))
 
 
 def _even(num_rows: int, to_WG: Tensor, from_WG: Tensor) -> list[int]:
@@ -148,7 +162,7 @@ def _even(num_rows: int, to_WG: Tensor, from_WG: Tensor) -> list[int]:
     if num_rows % W:
         raise UserError(f"{num_rows} routed rows are not divisible by ep {W}, so they cannot be balanced; plan others")
     is_even = (torch.stack([to_WG, from_WG]).sum(2) == num_rows // W).all()
-    torch._assert_async(is_even, "balanced experts got rows that are not spread evenly; use balanced=False")
+    assert_on_device(is_even, "balanced experts got rows that are not spread evenly; use balanced=False")
     return [num_rows // W] * W
 
 
@@ -161,7 +175,7 @@ def fixed(x_RD: Tensor, counts_E: Tensor, weights: Tree, *, base: Experts, axis:
     from_WG = axis.all_to_all(to_WG, "expert counts")
     row_S, slot_R = _slots(counts_E, to_WG, R, room)
     arrived_SD = exchange(_pick(x_RD, row_S, slot_R), axis, "experts")
-    y_SD = exchange(_by_expert(arrived_SD, from_WG, weights, base), axis, "experts")
+    y_SD = exchange(_by_expert(arrived_SD, from_WG, weights, base, has_empty=True), axis, "experts")
     return _pick(y_SD, slot_R, row_S)
 
 
@@ -196,14 +210,15 @@ def _slots(counts_E: Tensor, to_WG: Tensor, num_rows: int, room: int) -> tuple[T
     return row_S.masked_fill(is_empty_S, -1), slot_R
 
 
-def _by_expert(arrived_SD: Tensor, from_WG: Tensor, weights: Tree, base: Experts) -> Tensor:
+def _by_expert(arrived_SD: Tensor, from_WG: Tensor, weights: Tree, base: Experts, *, has_empty: bool = False) -> Tensor:
     """`base` for rows that lie by source rank, and by group within one: sorted by expert, computed, put back."""
     W, G = from_WG.shape
     S = arrived_SD.shape[0]
     group_S = _labels(torch.arange(G, device=from_WG.device).repeat(W), from_WG, S)
-    order_S = group_S.argsort(stable=True)  # padding, the last group, goes behind the last expert's rows
+    order_S = group_S.argsort(stable=True)  # empty rows, the last group, go behind the last expert's
     place_S = torch.empty_like(order_S).scatter(0, order_S, torch.arange(S, device=order_S.device))
-    y_SD = base(_permute(arrived_SD, order_S, place_S), from_WG.sum(0)[:-1], weights)
+    counts_G = from_WG.sum(0)
+    y_SD = base(_permute(arrived_SD, order_S, place_S), counts_G[:-1] if has_empty else counts_G, weights)
     return _permute(y_SD, place_S, order_S)
 
 
@@ -214,31 +229,31 @@ def _labels(values: Tensor, counts: Tensor, num_rows: int) -> Tensor:
 
 def _permute(x_SD: Tensor, index_S: Tensor, inverse_S: Tensor) -> Tensor:
     """`x_SD[index_S]` of a permutation and its inverse: the gradient is a permutation too, and adds nothing up."""
-    y_SD: Tensor = _Rows.apply(x_SD, index_S, inverse_S, False)  # type: ignore[no-untyped-call]
+    y_SD: Tensor = _rows(x_SD, index_S, inverse_S, False)
     return y_SD
 
 
 def _pick(x_RD: Tensor, index_S: Tensor, inverse_R: Tensor) -> Tensor:
     """`_permute` of the rows that are in both; where an index is -1, zeros."""
-    y_SD: Tensor = _Rows.apply(x_RD, index_S, inverse_R, True)  # type: ignore[no-untyped-call]
+    y_SD: Tensor = _rows(x_RD, index_S, inverse_R, True)
     return y_SD
-
-
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, index_S: Tensor, inverse_R: Tensor, has_holes: bool) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        ctx.has_holes = has_holes
-        return _take(x_RD, index_S, has_holes)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
-        (inverse_R,) = ctx.saved_tensors
-        return _take(dy_SD, inverse_R, ctx.has_holes), None, None, None
 
 
 def _take(x_RD: Tensor, index_S: Tensor, has_holes: bool) -> Tensor:
     if not has_holes:
         return x_RD.index_select(0, index_S)
     return x_RD.index_select(0, index_S.clamp(min=0)).masked_fill_((index_S < 0)[:, None], 0)
+
+
+def _take_rows(ctx: Context, x_RD: Tensor, index_S: Tensor, inverse_R: Tensor, has_holes: bool) -> Tensor:
+    ctx.save_for_backward(inverse_R)
+    ctx.settings = has_holes
+    return _take(x_RD, index_S, has_holes)
+
+
+def _put_back(ctx: Context, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
+    (inverse_R,) = ctx.saved_tensors
+    return _take(dy_SD, inverse_R, ctx.settings), None, None, None
+
+
+_rows = function(_take_rows, _put_back)

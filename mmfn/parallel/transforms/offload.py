@@ -12,9 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from mmfn import tree
 from mmfn.errors import UserError
 from mmfn.parallel.program import Program, Transform, noted
-from mmfn.parallel.weights.gather import Pending, Typed
+from mmfn.parallel.weights.gather import BlockWeights, Weight
 from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
-from mmfn.parallel.weights.hosted import Hosted
 from mmfn.parallel.weights.prefetch import on_gradient
 from mmfn.parallel.weights.sharding import local
 
@@ -49,7 +48,8 @@ def offload(what: str) -> Transform:
 
     def transform(program: Program) -> Program:
         if what == "parameters":
-            return noted(replace(program, is_hosted=True), "offload: parameters to the host")
+            hosted = replace(program, weights=replace(program.weights, is_hosted=True))
+            return noted(hosted, "offload: parameters to the host")
         stack = offloaded(program.ops.stack, HostMemory())
         done = replace(program, ops=replace(program.ops, stack=stack), is_offloaded=True)
         return noted(done, "offload: activations to the host")
@@ -182,10 +182,8 @@ def _storages(values: Any) -> set[int]:
     """Storages of all tensors, those of parameters on their way to `gather` included."""
     found: set[int] = set()
     for value in tree.leaves(values):
-        if isinstance(value, Pending):
-            found |= _storages(value.params)
-        elif isinstance(value, Typed | Hosted):
-            found |= _storages(value.leaf)
-        elif isinstance(value, Tensor):
-            found.add(local(value).untyped_storage()._cdata)
+        if isinstance(value, BlockWeights):
+            found |= _storages(value.weights)
+        elif isinstance(value, Tensor | Weight):
+            found.add(local(value.leaf if isinstance(value, Weight) else value).untyped_storage()._cdata)
     return found

@@ -9,12 +9,13 @@ import torch
 from mmfn import tree
 from mmfn.errors import UserError
 from mmfn.parallel.program import Program, Transform, noted
+from mmfn.spec import EXPERTS
 from mmfn.tree import Tree
 
 SENSITIVE = r"(.*/)?((router|\w*norm)/.*|A_log)"
 """Paths of routers, norms and `A_log`: few values, read by all tokens, of which a rounding moves discrete choices (the
 experts of a token), whole rows, or an exponent."""
-UNCAST = {"vocab", "experts"}
+UNCAST = {"vocab", EXPERTS}
 """Axes of the embedding, whose dtype what flows through the text has, and of what takes that without a cast."""
 
 
@@ -24,7 +25,11 @@ def precision(
     reduce: torch.dtype | None = None,
     rules: Mapping[str, torch.dtype] | None = None,
 ) -> Transform:
-    """Compute in `compute` (default: the leaves' own dtype) and sum gradients over ranks in `reduce` (default: that).
+    """Compute in `compute` (default: the leaves' own dtype), and sum gradients over ranks in `reduce`.
+
+    `reduce` is float32 by default (float64 where a leaf is computed in that): a sum in bfloat16 rounds once for every
+    rank, which is off by 0.4 % over 8 ranks and by 1 % over 64, where one rounding of the sum is off by 0.17 %. It
+    takes twice the bytes of bfloat16 to send.
 
     Parameters stay in their dtype, the master copy: `gather` casts shards before they travel, and the gradient's sum to
     the leaf's dtype. Placements do not change. `rules`: regexes over paths and the dtype those leaves are computed in
@@ -48,12 +53,13 @@ def precision(
         wanted = list((rules or {}).items())
         if rules is None and is_narrow and any(re.fullmatch(SENSITIVE, path) for path in tree.paths(program.specs)):
             wanted = [(SENSITIVE, torch.float32)]
-        note = f"precision: compute {compute or 'as stored'}, gradient sums {reduce or 'as computed'}"
+        note = f"precision: compute {compute or 'as stored'}, gradient sums {reduce or 'in float32 or wider'}"
         note += "".join(f", {dtype} for {pattern}" for pattern, dtype in wanted)
+        program = replace(program, weights=replace(program.weights, compute=compute, reduce=reduce))
         dtypes = tree.mask(program.specs, wanted, default=False)
         specs = tree.map(lambda s, dtype: replace(s, compute=dtype or s.compute or s.dtype), program.specs, dtypes)
         _check_uncast(specs, wanted, compute)
-        return noted(replace(program, specs=specs, compute_dtype=compute, reduce_dtype=reduce), note)
+        return noted(replace(program, specs=specs), note)
 
     return transform
 

@@ -1,53 +1,48 @@
 """`remat`: what blocks compute is computed again in the backward instead of being kept."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from functools import partial
 from itertools import count
 from math import lcm
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mmfn import tree
 from mmfn.errors import UserError
+from mmfn.ops import Ops, kernels
+from mmfn.ops.flops import packet
+from mmfn.ops.kernel import Kernel, declaration
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.transforms.recompute import Recomputed
+from mmfn.spec import has_experts
 
 REMAT_KINDS = ("none", "full", "selective", "uniform", "block")
 ALL_TO_ALL = ("_c10d_functional::all_to_all_single", "mmfn::all_to_all")  # of these, only the calls on ep are meant
-OPERATORS = {
-    "attention": (
-        "mmfn::attention",
-        "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_efficient_attention",
-        "aten::_scaled_dot_product_cudnn_attention",
-        "aten::_scaled_dot_product_fused_attention_overrideable",
-    ),
-    "experts": ("mmfn::grouped_linear",),
-    "matmul": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "exchange": (*ALL_TO_ALL, "mmfn::host_copy"),
-}
-"""What "selective" can keep: the name of an op -> the torch operators whose results are its own."""
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+BESIDE_OPS = {"matmul": PRODUCTS, "exchange": (*ALL_TO_ALL, "mmfn::host_copy")}
+"""What "selective" can keep besides ops of the table: torch's products of matrices, and the exchange of expert rows."""
+PARTS = {"attention": ("attention", "attention_block")}  # the second is what the first becomes over several ranks
 
 
 def remat(kind: str, *, save: Sequence[str] = (), every: int = 1, num_layers: int = 1, where: str = "all") -> Transform:
     """Compute blocks of the stacks again in the backward instead of keeping what they compute.
 
-    Kinds: "full", all blocks, each from its own input; "selective", the same but for the results of ops named in `save`
-    (see `OPERATORS`); "uniform", groups of `num_layers` blocks, each from the input of its first (groups end where
-    something happens between two blocks, as deepstack features); "block", only the first `num_layers` blocks; "none".
-    In `save`, "exchange" is what arrives by the all-to-alls of ep, and the host's read of how many rows: so none of
-    them is repeated. "experts" beside it spares the products whose results are sent back.
+    Kinds: "full", all blocks, each from its own input; "selective", the same but for the results of ops named in
+    `save`; "uniform", groups of `num_layers` blocks, each from the input of its first (groups end where something
+    happens between two blocks, as deepstack features); "block", only the first `num_layers` blocks; "none".
+    `save` names ops of the table that declare results (`mmfn.ops.kernel`), such as "attention" and "experts"; "matmul"
+    is every product of two matrices; "exchange" is what arrives by the all-to-alls of ep, and the host's read of how
+    many rows: so none of them is repeated. "experts" beside it spares the products whose results are sent back.
     `every`: of so many blocks only the first is computed again ("full" and "selective"). `where`: the stack it is for,
     such as "vision" or "text"; "all" for every one. Transforms for different stacks go side by side.
 
     Placements do not change. A block gathers its weights in its first line, so they are gathered again as well and
     never kept (`data_parallel(keep_gathered=True)` keeps them); the gradient is reduced once, as without.
-    Raises ValueError for an unknown kind, op or stack, for settings the kind does not use, and for "exchange" where
-    nothing is exchanged.
+    Raises ValueError for an unknown kind, op or stack, for settings the kind does not use, for an op that declares no
+    results or nothing at all, and for "exchange" where nothing is exchanged.
     """
     _check(kind, save, every, num_layers)
 
@@ -134,15 +129,30 @@ def _spans(num_layers: int, size: int, ends: Container[int]) -> list[tuple[int, 
 
 
 def _policy_of(save: Sequence[str], program: Program, where: str) -> Callable[..., CheckpointPolicy]:
-    """What is kept of a stack. Raises ValueError for "exchange" where nothing is exchanged."""
-    names, ep = [name for op in save for name in OPERATORS[op]], program.mesh["ep"]
+    """What is kept of a stack. Raises ValueError for what cannot be kept, as `remat` says."""
+    names, ep = [operator for name in save for operator in _results(name, program.ops)], program.mesh["ep"]
     if "exchange" in save:
         if ep.transport is None:
             raise UserError("remat got save 'exchange' but ep is 1, so that no rows are exchanged; leave it out")
-        if where != "all" and all(leaf.axes[0] != "experts" for leaf in tree.leaves(program.specs[where])):
+        if where != "all" and not has_experts(program.specs[where]):
             raise UserError(f"remat got save 'exchange' but the stack {where!r} has no experts; leave it out")
     exchange = ep.transport.name if ep.transport is not None else ""
     return partial(_policy, _overloads(names), _overloads(ALL_TO_ALL), exchange)
+
+
+def _results(name: str, ops: Ops) -> tuple[str, ...]:
+    """The operators whose results are kept for a name in `save`."""
+    if name in BESIDE_OPS:
+        of_linear = declaration("linear", ops.linear).results if name == "matmul" else ()
+        return (*BESIDE_OPS[name], *of_linear)
+    declared = [declaration(part, getattr(ops, part)).results for part in PARTS.get(name, (name,))]
+    if not any(declared):
+        can = [n for n, op in kernels(ops).items() if isinstance(op, Kernel) and op.results]
+        raise UserError(
+            f"remat cannot save {name!r}: the table's op declares no results (Kernel.results); it can save "
+            f"{', '.join((*can, *BESIDE_OPS))}"
+        )
+    return tuple(operator for results in declared for operator in results)
 
 
 def _policy(
@@ -155,16 +165,17 @@ def _policy(
 
 def _overloads(operators: Sequence[str]) -> frozenset[Any]:
     """The default overloads of those this torch has."""
-    names = [name.split("::") for name in operators]
-    packets = [getattr(getattr(torch.ops, space), name, None) for space, name in names]
+    packets = [packet(name) for name in operators]
     return frozenset(packet.default for packet in packets if packet is not None)
 
 
 def _check(kind: str, save: Sequence[str], every: int, num_layers: int) -> None:
     if kind not in REMAT_KINDS:
         raise UserError(f"remat kind {kind!r} is unknown; use one of {', '.join(REMAT_KINDS)}")
-    if unknown := [name for name in save if name not in OPERATORS]:
-        raise UserError(f"remat cannot save {unknown[0]!r}; it knows {', '.join(OPERATORS)}")
+    names = [f.name for f in fields(Ops)]
+    if unknown := [name for name in save if name not in (*names, *BESIDE_OPS)]:
+        near = get_close_matches(unknown[0], (*names, *BESIDE_OPS), n=1, cutoff=0.0)[0]
+        raise UserError(f"remat cannot save {unknown[0]!r}, which is no op of the table; nearest is {near!r}")
     if (kind == "selective") != bool(save):
         raise UserError(f"remat kind {kind!r} got save={list(save)}; name what to save, and only for 'selective'")
     for name, value, kinds in (

@@ -16,7 +16,8 @@ from mmfn.dtypes import wide
 from mmfn.errors import UserError
 from mmfn.ops import logit_chunks
 from mmfn.ops.cross_entropy import add_to_all_, check_head, check_settings, chunk_rows, narrow, needed
-from mmfn.ops.logit_chunks import Gradients, GradientsInForward, aligned
+from mmfn.ops.kernel import wrapping
+from mmfn.ops.logit_chunks import Gradients, aligned, gradients_in_forward
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.weights.sharding import rows as rows_of_rank
@@ -50,9 +51,11 @@ def vocabulary_parallel() -> Transform:
                 "without a row of the head; use fewer ranks, or leave vocabulary_parallel() out"
             )
         part = Slice(axis=axis, num_vocabulary=num_vocabulary, start=start)
-        ops = replace(program.ops, linear_cross_entropy=partial(sliced_cross_entropy, part=part))
+        whole = program.ops.linear_cross_entropy
+        sliced = wrapping(partial(sliced_cross_entropy, part=part), whole)
+        ops = replace(program.ops, linear_cross_entropy=sliced)
         note = f"vocabulary_parallel: {stop - start} of {num_vocabulary} rows of the head, tokens of {axis.size} ranks"
-        return noted(replace(program, ops=ops, is_head_sharded=True), note)
+        return noted(replace(program, ops=ops, weights=replace(program.weights, is_head_sharded=True)), note)
 
     return transform
 
@@ -113,7 +116,7 @@ def sliced_cross_entropy(
         label_smoothing=label_smoothing,
         needs=needed(x_TD, weight_VD, bias_V),
     )
-    loss, ce = GradientsInForward.apply(compute, x_TD, weight_VD, bias_V)  # type: ignore[no-untyped-call]
+    loss, ce = gradients_in_forward(compute, x_TD, weight_VD, bias_V)
     return loss, ce
 
 

@@ -1,170 +1,242 @@
-"""`Gather`: the `gather` hook of a program. It makes the sharded leaves of a block whole, and reduces gradients.
+"""`Gather`: the `gather` hook of a program. It gives a block its weights, whole, and sums their gradients over ranks.
 
-Leaves that are gathered over the same axis in the same dtype travel together in one flat bucket: one all-gather in the
-forward, one reduce-scatter (and, with replicas, one all-reduce) in the backward.
+How a block gets its weights is one protocol: `start_copies` (those on the host), `start` (the all-gathers, behind
+them), `take` (wait, and build what the block computes with), after which nothing of what was under way is kept. What
+calls the first two ahead of time is in `prefetch`; a block alone does all three. What a block needs to know of its
+leaves (buckets, cuts, dtypes) is planned once for all blocks that are alike.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from mmfn import tree
-from mmfn.ops.eager import is_eager
+from mmfn.dtypes import wide
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
-from mmfn.parallel.weights.host_memory import HostMemory
-from mmfn.parallel.weights.hosted import Fetched, Hosted, fetch, fetch_in_graph, hosted_of, stand_for
-from mmfn.parallel.weights.sharding import local
+from mmfn.parallel.weights.buckets import Bucket, Cut, Issued, Like
+from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
+from mmfn.parallel.weights.hosted import fetch_in_graph, stand_for
+from mmfn.parallel.weights.sharding import Sharding, local, shard_shape, sharding_of
+from mmfn.spec import ParamSpec
 from mmfn.tree import Tree
 
-Issued = tuple[Tensor, Tensor]  # what arrives, and what is sent, which must live until then
-SHARDED = ("ep",)  # mesh dims that stay sharded in computation: a rank computes with its own experts
+ALONE = Axis(name="alone")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """How a shard lies in its whole: gathered over `axis` as `cut` says; `shape` is its own. Equal ones are one."""
+
+    axis: str
+    cut: Cut
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A leaf on its way to `Gather`.
+
+    `leaf`: what autograd differentiates, on a mesh a DTensor. `place`: of its shard, None where the leaf is whole.
+    `compute`: the dtype it is computed in, where that is not the program's. `host`: this rank's values, where they lie
+    there; then `leaf` is a handle (`hosted.handles`).
+    """
+
+    leaf: Tensor
+    place: Place | None = None
+    compute: torch.dtype | None = None
+    host: Tensor | None = None
+
+
+class Plan(NamedTuple):
+    """What is the same for all blocks that are alike: their buckets, with the positions of the leaves in them, and the
+    dtype that each leaf is computed in."""
+
+    buckets: list[tuple[Bucket, list[int]]]
+    dtypes: list[torch.dtype]
+
+
+@dataclass(eq=False)
+class BlockWeights:
+    """The weights of one block, and what of them is under way: `copies` from the host, all-gathers, a list."""
+
+    weights: list[Weight]
+    structure: optree.PyTreeSpec
+    plan: Plan
+    copies: dict[int, Tensor] | None = None
+    arrival: Arrival | None = None
+    issued: list[Issued] | None = None
+
+    def arrived(self) -> dict[int, Tensor]:
+        """The copies by position; what the current stream is given from here on may read and free them."""
+        if self.arrival is not None:
+            self.arrival.wait()
+        copies, self.copies = self.copies or {}, None
+        return copies
+
+    def release(self) -> list[Issued] | None:
+        """The all-gathers, which are kept here no longer, as they would keep whole weights alive."""
+        issued, self.issued = self.issued, None
+        return issued
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How one leaf lies in a bucket. `shape`: gathered, cut along `dim`; every rank sends ceil(rows / ranks) rows."""
+class Gather:
+    """The hook: leaves as they lie -> whole tensors (experts: whole local experts) in the compute dtype.
 
-    shape: tuple[int, ...]
-    dim: int
-    size: int
+    `compute`: dtype of leaves in computation, default their own; integers keep theirs. `reduce`: dtype in which
+    gradients are summed, default float32, or float64 for what is computed in that. Gradients come back with the
+    placement, layout and dtype of the leaf: summed over "shard" (experts: edp) by reduce-scatter and over "replicate"
+    by all-reduce. Leaves that need no gradient go in a bucket of their own. With `is_sharded` leaves stay this rank's
+    shards, and what computes with them has summed their gradients over "shard" itself. What lies on the host is copied
+    to the device before, through `memory`; without one the copies are operators of a graph.
+    """
 
-    @property
-    def each(self) -> int:
-        """Rows a rank sends, padding included."""
-        return -(-self.shape[self.dim] // self.size)
+    mesh: Mesh
+    compute: torch.dtype | None = None
+    reduce: torch.dtype | None = None
+    is_sharded: bool = False
+    memory: HostMemory | None = None
+    places: dict[Any, Place] = field(default_factory=dict, init=False, repr=False, compare=False)
+    plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
-    def part(self) -> tuple[int, ...]:
-        """Shape of what a rank sends, the cut dim first."""
-        return (self.each, *self.shape[: self.dim], *self.shape[self.dim + 1 :])
+    def __call__(self, params: Tree | BlockWeights) -> Tree:
+        """The weights of a block: of `Weight` leaves, of leaves as they are, or of those that are under way."""
+        block = params if isinstance(params, BlockWeights) else self.block(params)
+        if self.memory is not None:
+            self.start(block)
+        return self.take(block)
 
-    @property
-    def numel(self) -> int:
-        """Elements a rank sends."""
-        return prod(self.part)
+    def place(self, spec: ParamSpec, path: str) -> Place | None:
+        """Where this rank's shard of a parameter lies in it, None on one device."""
+        if self.mesh.layout.world == 1:
+            return None
+        sharding = sharding_of(spec, self.mesh, path)
+        return self._place(spec.shape, shard_shape(spec.shape, sharding), sharding)
 
-    def pack(self, shard: Tensor) -> Tensor:
-        """A shard as a flat vector with the cut dim first, padded with zeros."""
-        rows = shard.movedim(self.dim, 0)
-        if rows.shape[0] < self.each:
-            rows = torch.cat([rows, rows.new_zeros(self.each - rows.shape[0], *rows.shape[1:])])
-        return rows.reshape(-1)
+    def block(self, params: Tree) -> BlockWeights:
+        """A block of which nothing is under way yet."""
+        leaves, structure = tree.flatten(params)
+        weights = [x if isinstance(x, Weight) else self._weight(x) for x in leaves]
+        return BlockWeights(weights, structure, self._plan(weights))
 
-    def join(self, parts: Tensor) -> Tensor:
-        """[ranks, numel] -> the gathered leaf, in one copy."""
-        split = parts.view(self.size, *self.part).movedim((0, 1), (self.dim, self.dim + 1))
-        return split.flatten(self.dim, self.dim + 1).narrow(self.dim, 0, self.shape[self.dim]).contiguous()
+    def start_copies(self, block: BlockWeights) -> None:
+        """Start the copies of what lies on the host, unless they or the all-gathers behind them are under way."""
+        if self.memory is None or block.copies is not None or block.issued is not None:
+            return
+        away = {i: weight for i, weight in enumerate(block.weights) if weight.host is not None}
+        block.copies = {i: counted_empty(w.host, w.leaf.device, "weights") for i, w in away.items()}
+        block.arrival = self.memory.copy([(block.copies[i], w.host) for i, w in away.items() if w.host is not None])
 
-    def split(self, whole: Tensor) -> Tensor:
-        """Inverse of `join`: [ranks, numel], padded with zeros."""
-        missing = self.size * self.each - self.shape[self.dim]
-        if missing:
-            zeros = whole.new_zeros(*self.shape[: self.dim], missing, *self.shape[self.dim + 1 :])
-            whole = torch.cat([whole, zeros], self.dim)
-        cut = whole.reshape(*self.shape[: self.dim], self.size, self.each, *self.shape[self.dim + 1 :])
-        return cut.movedim((self.dim, self.dim + 1), (0, 1)).reshape(self.size, -1)
-
-    def split_(self, out: Tensor, whole: Tensor) -> None:
-        """`split` into `out`, in its dtype and without anything in between."""
-        rows, parts = whole.movedim(self.dim, 0), out.view(self.size, *self.part)
-        full, rest = divmod(rows.shape[0], self.each)  # ranks whose rows are all real, and the next one's real rows
-        parts[:full].copy_(rows[: full * self.each].view(full, *self.part))
-        if full < self.size:
-            parts[full, :rest].copy_(rows[full * self.each :])
-            parts[full, rest:].zero_()
-            parts[full + 1 :].zero_()
-
-    def unpack(self, flat: Tensor, num_rows: int) -> Tensor:
-        """Inverse of `pack`: this rank's `num_rows` real rows."""
-        return flat.view(self.part)[:num_rows].movedim(0, self.dim)
-
-
-@dataclass(frozen=True)
-class Typed:
-    """A leaf on its way to `Gather` with a compute dtype of its own."""
-
-    leaf: Tensor
-    dtype: torch.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """That of the leaf."""
-        return self.leaf.device
-
-
-def typed(params: Tree, dtypes: Sequence[torch.dtype | None]) -> Tree:
-    """Parameters as `Gather` wants them where `dtypes`, one per leaf, names some: those leaves carry it."""
-    leaves, structure = tree.flatten(params)
-    return tree.unflatten(structure, [Typed(x, d) if d else x for x, d in zip(leaves, dtypes, strict=True)])
-
-
-class Like(NamedTuple):
-    """What the gradient of a shard looks like: rows along the cut dim, dtype and device."""
-
-    num_rows: int
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Bucket:
-    """Leaves that travel together. `compute` and `reduce`: dtypes of the whole leaves and of the gradient's sum."""
-
-    axis: Axis
-    replicate: Axis
-    cuts: tuple[Cut, ...]
-    compute: torch.dtype
-    reduce: torch.dtype
-
-    def pack(self, shards: Sequence[Tensor]) -> Tensor:
-        """What this rank sends: one flat vector."""
-        return torch.cat([cut.pack(x.to(self.compute)) for cut, x in zip(self.cuts, shards, strict=True)])
-
-    def issue(self, shards: Sequence[Tensor]) -> Issued:
-        """The all-gather of this rank's shards, under way."""
-        sent = self.pack(shards)
-        return self.axis.issue_all_gather(sent, "weights"), sent
-
-    def join(self, gathered: Tensor) -> list[Tensor]:
-        """The whole leaves from what all ranks sent."""
-        pieces = torch.split(gathered.view(self.axis.size, -1), [cut.numel for cut in self.cuts], dim=1)
-        return [cut.join(piece) for cut, piece in zip(self.cuts, pieces, strict=True)]
-
-    def gather(self, shards: Sequence[Tensor], issued: Issued | None) -> list[Tensor]:
-        """The whole leaves; `issued`: their all-gather, where it is under way."""
-        gathered, _sent = issued or self.issue(shards)
-        return self.join(self.axis.wait(gathered))
-
-    def sum_gradients(self, grads: Sequence[Tensor | None], like: Sequence[Like]) -> list[Tensor]:
-        """This rank's shards of the gradients, summed over all ranks that used the leaves; None counts as zeros."""
-        packed = self._pack_gradients(grads, like[0].device)
-        own = self.replicate.all_reduce(self.axis.reduce_scatter(packed, "gradients"), "gradients")
-        pieces = torch.split(own, [cut.numel for cut in self.cuts])
-        parts = zip(self.cuts, pieces, like, strict=True)
-        return [cut.unpack(piece, to.num_rows).to(to.dtype) for cut, piece, to in parts]
-
-    def _pack_gradients(self, grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """What this rank sends of the gradients: one flat vector.
-
-        A compiler makes plain loops of a concatenation, but of writes into a buffer one loop with all their conditions.
-        """
-        sizes = [cut.numel for cut in self.cuts]
-        sent = torch.empty(self.axis.size, sum(sizes), dtype=self.reduce, device=device)
-        if is_eager(sent):
-            for cut, g, out in zip(self.cuts, grads, torch.split(sent, sizes, dim=1), strict=True):
-                out.zero_() if g is None else cut.split_(out, g)
-            return sent.view(-1)
-        whole = [
-            sent.new_zeros(cut.shape) if g is None else g.to(self.reduce)
-            for cut, g in zip(self.cuts, grads, strict=True)
+    def start(self, block: BlockWeights) -> None:
+        """Start the all-gathers of a block, behind its copies, unless they are under way."""
+        if block.issued is not None:
+            return
+        self.start_copies(block)
+        buckets, weights = block.plan.buckets, block.weights
+        copies = block.arrived() if buckets else {}
+        block.issued = [
+            bucket.issue([copies.pop(i) if i in copies else local(weights[i].leaf) for i in members])
+            for bucket, members in buckets
         ]
-        return torch.cat([cut.split(g) for cut, g in zip(self.cuts, whole, strict=True)], dim=1).view(-1)
+        if copies:
+            block.copies = copies
+
+    def take(self, block: BlockWeights) -> Tree:
+        """The whole weights. From here on nothing is under way, so that only their user keeps them alive."""
+        (buckets, dtypes), weights = block.plan, block.weights
+        leaves, copies, issued = [weight.leaf for weight in weights], block.arrived(), block.release()
+        for i, weight in enumerate(weights):
+            if weight.place is None and weight.host is not None:
+                handle = weight.leaf
+                leaves[i] = stand_for(handle, copies.pop(i)) if i in copies else fetch_in_graph(handle, weight.host)
+        for number, (bucket, members) in enumerate(buckets):
+            under_way = None if issued is None else issued[number]
+            shards = [_shard(weights[i], is_copied=under_way is not None) for i in members]
+            if shards[0].requires_grad:
+                gathered = _Gather.apply(bucket, under_way, *shards)  # type: ignore[no-untyped-call]
+            else:  # torch's compiler confuses the arguments of a Function that needs no gradient
+                gathered = bucket.gather(shards, under_way)
+            for i, whole in zip(members, gathered, strict=True):
+                leaves[i] = whole
+        return tree.unflatten(block.structure, [x.to(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
+
+    def _weight(self, leaf: Tensor) -> Weight:
+        """A leaf that comes as it is."""
+        if not isinstance(leaf, DTensor):
+            return Weight(leaf)
+        sharding = Sharding(mesh=leaf.device_mesh, placements=tuple(leaf.placements))
+        return Weight(leaf, self._place(tuple(leaf.shape), tuple(leaf._local_tensor.shape), sharding))
+
+    def _place(self, shape: tuple[int, ...], own: tuple[int, ...], sharding: Sharding) -> Place:
+        dim = sharding.dim
+        cut = Cut(shape=(*own[:dim], shape[dim], *own[dim + 1 :]), dim=dim, size=self.mesh[sharding.axis].size)
+        place = Place(sharding.axis, cut, own)
+        return place if torch.compiler.is_compiling() else self.places.setdefault((sharding.axis, cut, own), place)
+
+    def _plan(self, weights: Sequence[Weight]) -> Plan:
+        """The plan of leaves by their places, dtypes and need of a gradient, made once."""
+        if torch.compiler.is_compiling():
+            return self._make_plan(weights)
+        key = (*[(w.place, w.compute, w.leaf.dtype, w.leaf.requires_grad) for w in weights],)
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self._make_plan(weights)
+        return plan
+
+    def _make_plan(self, weights: Sequence[Weight]) -> Plan:
+        """Leaves that are gathered over one axis, in one dtype and with or without a gradient share a bucket. Buckets
+        are in the order of their first leaves."""
+        dtypes = [self._dtype(weight) for weight in weights]
+        groups: dict[tuple[Any, ...], dict[int, Place]] = {}
+        for i, (weight, dtype) in enumerate(zip(weights, dtypes, strict=True)):
+            if weight.place is not None:
+                key = weight.place.axis, weight.leaf.requires_grad, dtype
+                groups.setdefault(key, {})[i] = weight.place
+        return Plan(
+            [(self._bucket(axis, list(g.values()), dtype), list(g)) for (axis, _, dtype), g in groups.items()], dtypes
+        )
+
+    def _dtype(self, weight: Weight) -> torch.dtype:
+        if weight.compute is not None:
+            return weight.compute
+        dtype = weight.leaf.dtype
+        return self.compute or dtype if dtype.is_floating_point else dtype
+
+    def _bucket(self, axis: str, places: Sequence[Place], dtype: torch.dtype) -> Bucket:
+        cuts = [Cut(shape=p.shape, dim=p.cut.dim, size=1) if self.is_sharded else p.cut for p in places]
+        return Bucket(
+            axis=ALONE if self.is_sharded else self.mesh[axis],
+            replicate=self.mesh["replicate"],
+            cuts=tuple(cuts),
+            compute=dtype,
+            reduce=self.reduce or wide(dtype),
+        )
+
+
+def enter(
+    params: Tree, values: Tree, *, places: Sequence[Place | None], dtypes: Sequence[torch.dtype | None], is_hosted: bool
+) -> Tree:
+    """Parameters as `Gather` wants them, with what is known of each: `Program.enter` of a lowered program.
+
+    `values`: the parameters themselves, which lie on the host where `is_hosted` and `params` are their handles.
+    """
+    leaves, structure = tree.flatten(params)
+    hosts = [local(x) for x in tree.leaves(values)] if is_hosted else [None] * len(leaves)
+    return tree.unflatten(structure, map(Weight, leaves, places, dtypes, hosts))
+
+
+def _shard(weight: Weight, *, is_copied: bool) -> Tensor:
+    """This rank's shard, outside of any DTensor; of what lies on the host its handle, if the copy was sent already."""
+    leaf = weight.leaf
+    assert isinstance(leaf, DTensor), "what has a place is sharded"
+    shard = leaf.to_local(grad_placements=leaf.placements)
+    return shard if weight.host is None or is_copied else fetch_in_graph(shard, weight.host)
 
 
 class _Gather(torch.autograd.Function):
@@ -178,135 +250,3 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.bucket.sum_gradients(grads, ctx.like)
-
-
-@dataclass(kw_only=True, eq=False)
-class Pending:
-    """A block's parameters, and their copies from the host and all-gathers under way.
-
-    `Gather.fetch` and `Gather.issue` start them, a `Gather` takes them.
-    """
-
-    params: Tree
-    fetched: Fetched | None = None
-    issued: list[Issued] | None = None
-
-    def take(self) -> tuple[Fetched | None, list[Issued] | None]:
-        """What is under way; nothing is from here on, so that gathered weights are not kept alive."""
-        found = self.fetched, self.issued
-        self.fetched = self.issued = None
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gather:
-    """The hook: DTensor leaves -> whole tensors (experts: whole local experts) in the compute dtype.
-
-    `compute`: dtype of leaves in computation, default their own; a `Typed` leaf brings one. `reduce`: dtype in which
-    gradients are summed, default the compute dtype. Gradients come back with the placement and dtype of the leaf:
-    summed over "shard" (experts: edp) by reduce-scatter and over "replicate" by all-reduce. Leaves that need no
-    gradient go in a bucket of their own. With `is_sharded` leaves stay this rank's shards, and what computes with them
-    has summed their gradients over "shard" itself. `Hosted` leaves are copied to the device before, through `memory`;
-    without one the copies are operators of a graph.
-    """
-
-    mesh: Mesh
-    compute: torch.dtype | None = None
-    reduce: torch.dtype | None = None
-    is_sharded: bool = False
-    memory: HostMemory | None = None
-
-    def __call__(self, params: Tree | Pending) -> Tree:
-        """Leaves that are whole already stay as they are, but for their dtype."""
-        params, fetched, issued = self._under_way(params)
-        found, structure = tree.flatten(params)
-        leaves, dtypes = self._typed(found)
-        away, copies = hosted_of(found), fetched.arrived() if fetched is not None else {}
-        for i, leaf in away.items():
-            if not isinstance(leaves[i], DTensor):
-                leaves[i] = stand_for(leaves[i], copies.pop(i)) if i in copies else fetch_in_graph(leaves[i], leaf.host)
-        buckets = self._buckets(leaves, dtypes)
-        given: Sequence[Issued | None] = issued or [None] * len(buckets)
-        for (bucket, members), started in zip(buckets, given, strict=True):
-            shards = [leaves[i].to_local(grad_placements=leaves[i].placements) for i in members]
-            if started is None and away:
-                shards = [fetch_in_graph(x, away[i].host) for i, x in zip(members, shards, strict=True)]
-            if shards[0].requires_grad:
-                gathered = _Gather.apply(bucket, started, *shards)  # type: ignore[no-untyped-call]
-            else:  # torch's compiler confuses the arguments of a Function that needs no gradient
-                gathered = bucket.gather(shards, started)
-            for i, whole in zip(members, gathered, strict=True):
-                leaves[i] = whole
-        return tree.unflatten(structure, [leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)])
-
-    def fetch(self, pending: Pending) -> None:
-        """Start the copies of a block's leaves that lie on the host, unless they or its all-gathers are under way."""
-        if self.memory is not None and pending.fetched is None and pending.issued is None:
-            pending.fetched = fetch(hosted_of(tree.leaves(pending.params)), self.memory)
-
-    def issue(self, pending: Pending) -> None:
-        """Start the all-gathers of a block, unless they are under way; of what lies on the host, behind its copies."""
-        if pending.issued is None:
-            self.fetch(pending)
-            leaves, dtypes = self._typed(tree.leaves(pending.params))
-            buckets = self._buckets(leaves, dtypes)
-            copies = pending.fetched.arrived() if pending.fetched is not None and buckets else {}
-            pending.issued = [
-                bucket.issue([copies.pop(i) if i in copies else local(leaves[i]) for i in members])
-                for bucket, members in buckets
-            ]
-
-    def _under_way(self, params: Tree | Pending) -> tuple[Tree, Fetched | None, list[Issued] | None]:
-        """Parameters, and what is under way for them: of a program with a `memory` all that they need."""
-        if not isinstance(params, Pending):
-            if self.memory is None:
-                return params, None, None
-            params = Pending(params=params)
-        if self.memory is not None:
-            self.issue(params)
-        return params.params, *params.take()
-
-    def _typed(self, leaves: Sequence[Any]) -> tuple[list[Any], list[torch.dtype]]:
-        """The tensors of leaves (handles) and the dtypes they are computed in; integers stay what they are."""
-        leaves = [x.leaf if isinstance(x, Hosted) else x for x in leaves]
-        bare = [x.leaf if isinstance(x, Typed) else x for x in leaves]
-        kept = [isinstance(x, Typed) or not x.is_floating_point() for x in leaves]
-        own = [x.dtype if is_kept else self.compute or x.dtype for x, is_kept in zip(leaves, kept, strict=True)]
-        return bare, own
-
-    def _buckets(self, leaves: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[tuple[Bucket, list[int]]]:
-        """Buckets and the positions of their leaves, in the order of first leaves."""
-        groups: dict[tuple[Any, ...], dict[int, DTensor]] = {}
-        for i, (leaf, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
-            if isinstance(leaf, DTensor):
-                key = leaf.device_mesh.mesh_dim_names, leaf.requires_grad, dtype  # leaves with one key share a bucket
-                groups.setdefault(key, {})[i] = leaf
-        return [
-            (bucket_of(list(group.values()), self.mesh, dtype, self.reduce, self.is_sharded), list(group))
-            for (*_, dtype), group in groups.items()
-        ]
-
-
-def bucket_of(
-    leaves: Sequence[DTensor], mesh: Mesh, compute: torch.dtype, reduce: torch.dtype | None, is_sharded: bool = False
-) -> Bucket:
-    """The bucket of leaves with one placement and compute dtype."""
-    names = leaves[0].device_mesh.mesh_dim_names or ()
-    (name,) = [n for n, p in zip(names, leaves[0].placements, strict=True) if isinstance(p, Shard) and n not in SHARDED]
-    axis = Axis(name="own") if is_sharded else mesh[name]
-    return Bucket(
-        axis=axis,
-        replicate=mesh["replicate"],
-        cuts=tuple(_cut(leaf, axis) for leaf in leaves),
-        compute=compute,
-        reduce=reduce or compute,
-    )
-
-
-def _cut(leaf: DTensor, axis: Axis) -> Cut:
-    shape, dim = list(leaf._local_tensor.shape), 0
-    for name, placement in zip(leaf.device_mesh.mesh_dim_names or (), leaf.placements, strict=True):
-        if isinstance(placement, Shard) and name == axis.name:
-            dim = placement.dim
-            shape[dim] = leaf.shape[dim]
-    return Cut(shape=tuple(shape), dim=dim, size=axis.size)

@@ -1,34 +1,18 @@
 """Parameters that lie in the host's memory: how they get there, and how a block gets copies of them on its device.
 
 What autograd differentiates is a handle on the device, which has a parameter's shape, dtype and placement but the
-memory of one value. It travels with the values on the host as a `Hosted` leaf to `Gather`, which copies them.
+memory of one value. Handle and values travel together (`gather.Weight`) to `Gather`, which copies them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfn import tree
-from mmfn.parallel.weights.host_memory import HOST, HOST_DEVICE, Arrival, HostMemory, counted_empty, is_pinned_for
+from mmfn.parallel.weights.host_memory import HOST, HOST_DEVICE, counted_empty, is_pinned_for
 from mmfn.parallel.weights.sharding import like, local
 from mmfn.tree import Tree
-
-
-@dataclass(frozen=True)
-class Hosted:
-    """A leaf on its way to `Gather`: its handle (`Typed` where that has a dtype of its own) and this rank's values."""
-
-    leaf: Any
-    host: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is needed."""
-        device: torch.device = self.leaf.device
-        return device
 
 
 def to_host(params: Tree, device: torch.device) -> Tree:
@@ -70,35 +54,6 @@ def handles(params: Tree, device: torch.device) -> Tree:
         return like(torch.empty((), dtype=own.dtype, device=device).expand(own.shape), leaf)
 
     return tree.map(stand, params)
-
-
-def hosted(given: Tree, params: Tree) -> Tree:
-    """Handles, as `Program.enter` gives them, with the values of `params`."""
-    return tree.map(lambda leaf, values: Hosted(leaf, local(values)), given, params)
-
-
-def hosted_of(leaves: Sequence[Any]) -> dict[int, Hosted]:
-    """Those of the leaves that lie on the host, by position."""
-    return {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Hosted)}
-
-
-@dataclass(eq=False)
-class Fetched:
-    """Copies on the device by position of their leaves, under way."""
-
-    values: dict[int, Tensor]
-    arrival: Arrival
-
-    def arrived(self) -> dict[int, Tensor]:
-        """The copies; what the current stream is given from here on may read and free them."""
-        self.arrival.wait()
-        return self.values
-
-
-def fetch(leaves: Mapping[int, Hosted], memory: HostMemory) -> Fetched:
-    """Start the copies of leaves on the host to their devices."""
-    values = {i: counted_empty(leaf.host, leaf.device, "weights") for i, leaf in leaves.items()}
-    return Fetched(values, memory.copy([(values[i], leaf.host) for i, leaf in leaves.items()]))
 
 
 def stand_for(handle: Tensor, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the blocks of a stack get their whole weights: ahead of time, and kept for the backward or gathered again.
+"""How the blocks of a stack get their whole weights: ahead of time, and once for both passes or once for each.
 
 Both functions wrap `ops.stack`; `lower` applies them, as they need the finished `gather`.
 """
@@ -11,51 +11,51 @@ import torch
 from torch import Tensor
 
 from mmfn.parallel.transforms.recompute import Recomputed
-from mmfn.parallel.weights.gather import Gather, Pending
+from mmfn.parallel.weights.gather import BlockWeights, Gather
 from mmfn.tree import Tree
 
 Run = Callable[..., tuple[Tensor, Any]]
-Own = Pending | list[Pending]  # a block's, or those of a group of blocks that are run as one (see `remat`)
+Params = BlockWeights | list[BlockWeights]  # a block's, or those of a group of blocks that are run as one (see `remat`)
 Stack = Callable[..., Any]  # `ops.stack`
 
 
-def prefetched(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:
+def wrap_stack_with_prefetch(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:
     """Start the all-gather of the next block before a block runs, so that the two overlap.
 
     `in_backward`: blocks that are computed again gather again; then the gather of the block before is started when the
     gradient reaches a block. There is at most one gather ahead, and each is taken by the block it is for; in a group
     of blocks that are run as one, it is that of the second block, or (backward) of the first. Eager only: what is under
-    way is noted in `Pending`, which a graph cannot hold. Where parameters lie on the host their copies are started with
-    the gather on one device, and one block before it on several, so that the gather does not wait for them.
+    way is written down in `BlockWeights`, which a graph cannot hold. Where parameters lie on the host their copies are
+    started with the gather on one device, and one block before it on several, so that the gather does not wait.
     """
     is_on_several = gather.mesh.layout.world > 1
 
-    def ahead(run: Run, block: Any, layers: Sequence[Tree], x: Tensor, *xs: Any, **kwargs: Any) -> Any:
-        pending = [Pending(params=params) for params in layers]
-        rest = list(pending)  # blocks to run, from the next one on
-        again: list[Pending] = []  # blocks to compute again, so far
+    def run_stack(run: Run, block: Any, layers: Sequence[Tree], x: Tensor, *xs: Any, **kwargs: Any) -> Any:
+        blocks = [gather.block(params) for params in layers]
+        rest = list(blocks)  # to run, from the next one on
+        again: list[BlockWeights] = []  # to compute again, so far
 
-        def run_ahead(block: Any, own: Own, *xs: Any) -> tuple[Tensor, Any]:
-            members = own if isinstance(own, list) else [own]
+        def run_ahead(block: Any, params: Params, *xs: Any) -> tuple[Tensor, Any]:
+            members = params if isinstance(params, list) else [params]
             _start(gather, rest, is_on_several)
             del rest[: len(members)]
-            x, out = run(block, own, *xs)
+            x, out = run(block, params, *xs)
             if in_backward and isinstance(block, Recomputed) and x.requires_grad:  # a frozen stack has no backward
                 again.append(members[0])
                 x = on_gradient(x, partial(_start, gather, again[-1:-4:-1], is_on_several))
             return x, out
 
-        return stack(run_ahead, block, pending, x, *xs, **kwargs)
+        return stack(run_ahead, block, blocks, x, *xs, **kwargs)
 
-    return ahead
+    return run_stack
 
 
-def _start(gather: Gather, blocks: Sequence[Pending], is_on_several: bool) -> None:
+def _start(gather: Gather, blocks: Sequence[BlockWeights], is_on_several: bool) -> None:
     """Start the gathers of two blocks, and the copies for that of the third."""
-    for pending in blocks[:2]:
-        gather.issue(pending)
-    for pending in blocks[2:3] if is_on_several else ():
-        gather.fetch(pending)
+    for block in blocks[:2]:
+        gather.start(block)
+    for block in blocks[2:3] if is_on_several else ():
+        gather.start_copies(block)
 
 
 def on_gradient(x: Tensor, call: Callable[[], None]) -> Tensor:
@@ -76,15 +76,14 @@ class _OnGradient(torch.autograd.Function):
         return grad, None
 
 
-def kept(stack: Stack, gather: Gather) -> Stack:
+def wrap_stack_with_gather(stack: Stack, gather: Gather) -> Stack:
     """Gather outside of the block: a recomputed block is given whole weights, which so stay until the backward."""
 
-    def keep(run: Run, *args: Any, **kwargs: Any) -> Any:
-        return stack(partial(_run_whole, run, gather), *args, **kwargs)
+    def run_stack(run: Run, *args: Any, **kwargs: Any) -> Any:
+        def run_whole(block: Any, params: Tree | Params, *xs: Any) -> tuple[Tensor, Any]:
+            whole = [gather(member) for member in params] if isinstance(params, list) else gather(params)
+            return run(block, whole, *xs)
 
-    return keep
+        return stack(run_whole, *args, **kwargs)
 
-
-def _run_whole(run: Run, gather: Gather, block: Any, params: Tree | Own, *xs: Any) -> tuple[Tensor, Any]:
-    whole = [gather(member) for member in params] if isinstance(params, list) else gather(params)
-    return run(block, whole, *xs)
+    return run_stack

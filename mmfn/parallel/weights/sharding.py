@@ -4,7 +4,7 @@ A leaf on a mesh is a DTensor, which records placement and whole shape; what com
 by DTensor's rule: ceil(n / ranks) rows each, so the last ranks may hold fewer rows or none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,10 +14,36 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
-from mmfn.spec import ParamSpec
+from mmfn.spec import EXPERTS, ParamSpec
 from mmfn.tree import Tree
+
+Rules = Mapping[str, str | None]
+
+RULES: Rules = {
+    EXPERTS: "ep",  # rows travel to their experts (`expert_parallel`)
+    "embed": None,
+    "head_dim": None,
+    "kv_heads": None,
+    "lora": None,
+    "merged": None,
+    "mlp": None,
+    "patch_values": None,
+    "positions": None,
+    "q_heads": None,
+    "router": None,
+    "vision_embed": None,
+    "vision_heads": None,
+    "vision_mlp": None,
+    "vocab": None,
+}
+"""Every logical axis, and the mesh axis whose ranks compute with a part of it each; None: they compute with all of it.
+
+A dim with a mesh axis is cut over it; of the others the first is cut over the ranks that gather it before they compute.
+A new row takes a transform that computes with parts, and where its axis is new, a grid that has it (`layout.GRIDS`).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +53,18 @@ class Sharding:
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
 
+    @property
+    def axis(self) -> str:
+        """The axis over which a block gathers it."""
+        _, axis, *_ = self.mesh.mesh_dim_names or ()
+        return axis
+
+    @property
+    def dim(self) -> int:
+        """The dim that is cut over `axis`."""
+        dim: int = self.placements[1].dim  # type: ignore[attr-defined]
+        return dim
+
     def __str__(self) -> str:
         names = self.mesh.mesh_dim_names or ()
         cuts = [
@@ -35,24 +73,103 @@ class Sharding:
         return " and ".join(cuts) or "replicated"
 
 
-def sharding_of(spec: ParamSpec, mesh: Mesh) -> Sharding:
-    """The rule for all parameters: dim 0 over "shard"; leaves with experts first over ep, and their dim 1 over edp."""
-    if spec.axes[0] == "experts":
-        return Sharding(mesh=mesh.expert, placements=(Replicate(), Shard(1), Shard(0)))
-    return Sharding(mesh=mesh.dense, placements=(Replicate(), Shard(0)))
+def dims_by_axis(spec: ParamSpec, path: str = "a parameter", rules: Rules = RULES) -> dict[str, int]:
+    """The dims that `rules` cut, by mesh axis. Raises ValueError for a logical axis without a rule."""
+    for name in spec.axes:
+        if name not in rules:
+            raise UserError(
+                f"{path} has axes {' '.join(spec.axes)!r} but {name!r} is no logical axis; use one of "
+                f"{', '.join(rules)}, or add it to RULES in mmfn/parallel/weights/sharding.py"
+            )
+    axes = enumerate(rules[name] for name in spec.axes)
+    return {axis: dim for dim, axis in axes if axis is not None}
 
 
-def cuts(spec: ParamSpec, mesh: Mesh) -> tuple[tuple[int, Axis], ...]:
+def sharding_of(spec: ParamSpec, mesh: Mesh, path: str = "a parameter", rules: Rules = RULES) -> Sharding:
+    """Where a parameter lies. A dense one is cut by dim 0 over "shard"; experts by dim 0 over ep and by dim 1 over edp.
+
+    Raises ValueError for a logical axis without a rule, and for a parameter of which `rules` cut every dim.
+    """
+    dim_of = dims_by_axis(spec, path, rules)
+    grid = mesh.grid(dim_of)
+    _, parts, *_ = names = grid.mesh_dim_names or ()
+    rest = [dim for dim in range(len(spec.shape)) if dim not in dim_of.values()]
+    if not rest:
+        raise UserError(
+            f"{path} of shape {spec.shape} and axes {' '.join(spec.axes)!r} has no dim to cut over {parts}; give it "
+            "one without a mesh axis"
+        )
+    dim_of = {**dim_of, parts: rest[0]}
+    return Sharding(mesh=grid, placements=tuple(Shard(dim_of[n]) if n in dim_of else Replicate() for n in names))
+
+
+def sizes_over(specs: Tree, axis: str) -> dict[str, int]:
+    """Path -> size of the dim that is cut over a mesh axis, of leaves that have one."""
+    dims = [(path, spec, dims_by_axis(spec, path)) for path, spec in tree.items(specs)]
+    return {path: spec.shape[dim_of[axis]] for path, spec, dim_of in dims if axis in dim_of}
+
+
+def cuts(spec: ParamSpec, mesh: Mesh, path: str = "a parameter") -> tuple[tuple[int, Axis], ...]:
     """Where a rank's shard is cut: `(dim, axis)` for each axis of several ranks."""
-    sharding = sharding_of(spec, mesh)
+    sharding = sharding_of(spec, mesh, path)
     placed = zip(sharding.mesh.mesh_dim_names or (), sharding.placements, strict=True)
     found = [(p.dim, mesh[name]) for name, p in placed if isinstance(p, Shard)]
     return tuple((dim, axis) for dim, axis in found if axis.size > 1)
 
 
-def shard_params(params: Tree, specs: Tree, mesh: Mesh) -> Tree:
-    """Whole tensors, equal on all ranks -> DTensors of this rank's shards (copies). No communication."""
-    return tree.map(lambda leaf, spec: shard(leaf, sharding_of(spec, mesh)), params, specs)
+def shard_params(params: Tree, specs: Tree, mesh: Mesh, device: torch.device | None = None) -> Tree:
+    """Whole tensors, equal on all ranks -> DTensors of this rank's shards (copies, on `device`). No communication."""
+    return tree.map_with_path(
+        lambda path, leaf, spec: shard(leaf, sharding_of(spec, mesh, path), device), params, specs
+    )
+
+
+def shardings(specs: Tree, mesh: Mesh) -> dict[str, Sharding | None]:
+    """Path -> where a parameter lies, for `check_shards`; None on one device, where it is whole."""
+    is_alone = mesh.layout.world == 1
+    return {path: None if is_alone else sharding_of(spec, mesh, path) for path, spec in tree.items(specs)}
+
+
+def check_shards(params: Tree, expected: Mapping[str, Sharding | None]) -> None:
+    """Raise ValueError for a parameter that does not lie where a program takes it to lie.
+
+    A whole tensor on a mesh would be trained by each rank for itself: nothing sums its gradient.
+    """
+    for (path, sharding), leaf in zip(expected.items(), tree.leaves(params), strict=True):
+        if not isinstance(leaf, DTensor):
+            if sharding is not None:
+                raise UserError(
+                    f"{path} is a whole tensor but the program's mesh cuts it by {sharding}; cut all parameters with "
+                    "shard_params(params, program.specs, mesh), behind add_adapters"
+                )
+            continue
+        if sharding is None or (leaf.device_mesh, tuple(leaf.placements)) != (sharding.mesh, sharding.placements):
+            there = Sharding(mesh=leaf.device_mesh, placements=tuple(leaf.placements))
+            raise UserError(
+                f"{path} was cut for another mesh: by {there} of {tuple(leaf.device_mesh.shape)} ranks, where the "
+                f"program's has {'one device' if sharding is None else f'{sharding} of {tuple(sharding.mesh.shape)}'}; "
+                "cut the whole parameters for this mesh with shard_params"
+            )
+
+
+def check_alike(params: Tree) -> None:
+    """Raise ValueError where some parameters are shards and others whole."""
+    paths = {isinstance(leaf, DTensor): path for path, leaf in reversed(tree.items(params))}
+    if len(paths) == 2:
+        raise UserError(
+            f"{paths[False]} is a whole tensor but {paths[True]} a shard; cut all parameters with "
+            "shard_params(params, program.specs, mesh), behind add_adapters"
+        )
+
+
+def shard_shape(shape: Sequence[int], sharding: Sharding) -> tuple[int, ...]:
+    """Shape of this rank's part of a whole tensor."""
+    part, place = list(shape), sharding.mesh.get_coordinate() or ()
+    for size, index, placement in zip(sharding.mesh.shape, place, sharding.placements, strict=True):
+        if isinstance(placement, Shard):
+            start, stop = rows(part[placement.dim], size, index)
+            part[placement.dim] = stop - start
+    return tuple(part)
 
 
 def shard(whole: Tensor, sharding: Sharding, device: torch.device | None = None) -> DTensor:

@@ -14,12 +14,11 @@ from mmfn.interop.hf import init, load_hf
 from mmfn.lora import add_adapters, lora
 from mmfn.model import Model
 from mmfn.models import Family, family
-from mmfn.ops import Ops, portable, reference
 from mmfn.parallel.mesh.launch import Place, Ranks
 from mmfn.parallel.weights.host_memory import HOST_DEVICE
 from mmfn.parallel.weights.hosted import to_host
-from mmfn.parallel.weights.sharding import shard, sharding_of
-from mmfn.spec import freeze, num_params, num_trained, trained_paths
+from mmfn.parallel.weights.sharding import shard_params
+from mmfn.spec import freeze, has_experts, num_params, num_trained, trained_paths
 from mmfn.train.build.agreement import check_same, weights_in_common
 from mmfn.train.config.rule import Stack, Subject
 from mmfn.train.config.rules import breaches
@@ -62,14 +61,6 @@ def load_model(section: ModelSection, seed: int, device: torch.device | None = N
         model = init(read_config(Path(section.path)), seed, dtype)
         model = replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
     return model if section.adapter is None else adapter.load(section.adapter, model)
-
-
-def ops_table(name: str) -> Ops:
-    """The table of ops of a name (`model.kernels`). Raises ValueError for one that there is not yet."""
-    tables = {"portable": portable, "reference": reference}
-    if name not in tables:
-        raise UserError(f"model.kernels {name!r} has no table of ops yet; use one of {', '.join(tables)}")
-    return tables[name]()
 
 
 def with_router_weight(model: Model, weight: float | None) -> Model:
@@ -141,11 +132,6 @@ def check_model(config: Config, family: Family, cfg: Any, *, is_plan: bool = Fal
             raise UserError(breach.sentence)
 
 
-def has_experts(specs: Tree) -> bool:
-    """Whether any leaf is one of experts."""
-    return any("experts" in leaf.axes for leaf in tree.leaves(specs))
-
-
 def trained_note(specs: Tree) -> tuple[str, ...]:
     """How much is trained, where it is not all."""
     trained, total = num_trained(specs), num_params(specs)
@@ -166,6 +152,6 @@ def load_shards(config: Config, place: Place) -> Model:
     specs = model_specs(config, model.family, model.cfg)
     params = add_adapters(model.params, specs, seed)
     if not is_alone:
-        params = tree.map(lambda leaf, s: shard(leaf, sharding_of(s, place.mesh), device), params, specs)
+        params = shard_params(params, specs, place.mesh, device)
     params = to_host(params, place.device) if device != place.device else params
     return with_router_weight(replace(model, params=params), config.objective.router_aux_coef)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mmfn.models import Family
+from mmfn.ops import table
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.program import Transform as ProgramTransform
@@ -18,7 +19,7 @@ from mmfn.parallel.transforms.offload import OFFLOAD_KINDS, offload
 from mmfn.parallel.transforms.precision import precision
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
-from mmfn.train.build.model import model_specs, ops_table, stacks_of, trained_note
+from mmfn.train.build.model import model_specs, stacks_of, trained_note
 from mmfn.train.config.layout import LayoutSection, RematStack
 from mmfn.train.config.schema import Config
 from mmfn.tree import Tree
@@ -52,9 +53,7 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
         transforms.append(precision(compute=compute, reduce=reduce, rules=dtypes))
     if chosen.head == "sharded":
         transforms.append(vocabulary_parallel())
-    return pipe(
-        replace(Program.of(specs, ops_table(config.model.kernels), mesh), notes=trained_note(specs)), *transforms
-    )
+    return pipe(replace(Program.of(specs, table(config.model.kernels), mesh), notes=trained_note(specs)), *transforms)
 
 
 def build_remat(chosen: LayoutSection, stacks: Sequence[str]) -> list[ProgramTransform]:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmfn.errors import UserError
+from mmfn.ops import table
 from mmfn.parallel.mesh import launch
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.train.build.agreement import check_same, files_in_common, settings_in_common, weights_in_common
 from mmfn.train.build.data import eos_token_ids, load_model_processor, open_dataset
 from mmfn.train.build.match import check_match
-from mmfn.train.build.model import find_device, load_model, ops_table
+from mmfn.train.build.model import find_device, load_model
 from mmfn.train.config.load import load_config
 from mmfn.train.run.evaluate import Evaluation, evaluate, to_json
 from mmfn.train.run.folder import check_file, write_text
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         raise UserError("mmfn eval needs data.eval, the held-out set; set it in the file or as data.eval=FILE")
     if args.out is not None:
         check_file("--out", args.out, loaded)
+    ops = table(config.model.kernels)
     processor = load_model_processor(config.model.path, config.data.template)
     held_out = open_dataset(config, config.data.eval, processor)
     device = find_device(config.model.device, args.ranks)
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
             batch_samples=config.eval.batch_samples,
             max_new_tokens=config.eval.max_new_tokens,
             eos_token_ids=eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size),
-            ops=ops_table(config.model.kernels),
+            ops=ops,
             axis=place.host["world"],
         )
     if args.out is not None and place.is_first:

@@ -59,7 +59,7 @@ class LayoutSection(ConfigSection):
         description="dtypes by regex over paths; null: with bfloat16, routers, norms and A_log are float32",
     )
     reduce_dtype: Dtype | None = Field(
-        default=None, description="dtype gradients are summed in over ranks; null: the compute dtype"
+        default=None, description="dtype gradients are summed in over ranks; null: float32"
     )
     timeout_s: PositiveInt = Field(default=1800, description="a rank that does not answer for so long ends the run")
 

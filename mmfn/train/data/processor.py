@@ -10,7 +10,6 @@ import torch
 
 from mmfn.batch import IGNORE, Sample
 from mmfn.errors import UserError
-from mmfn.interop.checkpoint import read_config
 from mmfn.models import family
 from mmfn.models.data import MediaByKind, MediaProcessor
 from mmfn.train.data.records import Message
@@ -39,7 +38,7 @@ def load_processor(path: str | PathLike[str], template: str = "") -> Processor:
     ValueError naming the file that is missing or wrong.
     """
     folder = Path(path)
-    config = read_config(folder)
+    config = read_json(folder / "config.json")
     model = family(str(config.get("model_type")))
     sections = {name: section for name, file in FILES.items() if (section := _section(folder, name, file)) is not None}
     for name in model.data.sections:

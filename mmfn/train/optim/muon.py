@@ -21,7 +21,7 @@ from mmfn.dtypes import wide
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.weights.matrix_owners import on_owners
-from mmfn.spec import ParamSpec
+from mmfn.spec import ParamSpec, has_experts
 from mmfn.train.optim.transform import Facts, Transform, Update, UpdateFn, chain, masked, zeros_like
 from mmfn.tree import Tree
 
@@ -106,7 +106,7 @@ def with_others(matrices: Transform, others: Transform, specs: Tree) -> Transfor
 
 def is_matrix(spec: ParamSpec) -> bool:
     """Whether a leaf is for Muon (see `with_others`)."""
-    num_dims = len(spec.shape) - (spec.axes[0] == "experts")
+    num_dims = len(spec.shape) - has_experts(spec)
     return num_dims == 2 and min(spec.shape[-2:]) > 1 and not TABLES & set(spec.axes)
 
 

@@ -123,7 +123,7 @@ def facts_of(specs: Tree, mesh: Mesh) -> dict[str, Facts]:
     leaves: list[tuple[str, ParamSpec]] = tree.items(specs)
     far, copies = distances([path for path, _ in leaves]), mesh["replicate"]
     return {
-        path: Facts(shape=spec.shape, parts=spec.parts, cuts=cuts(spec, mesh), copies=copies, distance=far[path])
+        path: Facts(shape=spec.shape, parts=spec.parts, cuts=cuts(spec, mesh, path), copies=copies, distance=far[path])
         for path, spec in leaves
         if not spec.is_frozen
     }

@@ -32,7 +32,7 @@ def plan(
     mesh = recording_mesh(layout, rank, Recorder(is_fake=True))
     program = setup.build(setup.cfg, mesh)
     blocks = program.specs[last]["layers"]
-    reach = 2 if program.is_hosted and layout.world > 1 else 1  # how many blocks ahead something is started
+    reach = 2 if program.weights.is_hosted and layout.world > 1 else 1  # how many blocks ahead something is started
     num_special = max(setup.family.taps(setup.cfg), program.num_special) + reach - 1
     depths = None if all_layers else scaling.choose_depths(blocks, num_special, V, lcm(program.period, reach))
     whole, shares = make_shares(setup, program)
@@ -57,7 +57,7 @@ def plan(
         balance=_balance(whole, shares[0], mesh["cp"].size),
         notes=[*program.notes, how],
         assumptions=_assumptions(setup, program, mesh["cp"].size),
-        ahead=("weights",) if program.prefetch else (),
+        ahead=("weights",) if program.weights.prefetch else (),
     )
 
 
@@ -106,7 +106,7 @@ def _assumptions(setup: PlannedStep, program: Program, num_ranks: int) -> list[s
     found = [
         f"samples of a batch: {', '.join(kinds)}",
         "all text is supervised"
-        + ("" if program.is_head_sharded else "; of the loss two chunks of rows are traced and count for all"),
+        + ("" if program.weights.is_head_sharded else "; of the loss two chunks of rows are traced and count for all"),
         "other ranks do as this one does",
         f"the {setup.kernels} ops; memory without the allocator's rounding and kernels' workspaces",
     ]

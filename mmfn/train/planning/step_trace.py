@@ -17,6 +17,7 @@ from mmfn.errors import UserError
 from mmfn.models import Family
 from mmfn.ops import Ops
 from mmfn.ops.cross_entropy import chunk_rows
+from mmfn.ops.kernel import wrapping
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning.trace import Recorder, Trace, recording_mesh
 from mmfn.parallel.program import Program
@@ -97,7 +98,7 @@ def balanced(ops: Ops) -> Ops:
         weights_TX, experts_TX, probs_TE = ops.route(logits_TE, num_chosen)
         return weights_TX, torch.arange(experts_TX.numel()).view(experts_TX.shape) % logits_TE.shape[1], probs_TE
 
-    return replace(ops, route=route)
+    return replace(ops, route=wrapping(route, ops.route))
 
 
 def shortened(ops: Ops, recorder: Recorder) -> Ops:
@@ -116,7 +117,7 @@ def shortened(ops: Ops, recorder: Recorder) -> Ops:
         with recorder.standing_for(N, kept):
             return ops.linear_cross_entropy(x_TD, weight_VD, short_T, weights_T, chunk=chunk, **given)
 
-    return replace(ops, linear_cross_entropy=linear_cross_entropy)
+    return replace(ops, linear_cross_entropy=wrapping(linear_cross_entropy, ops.linear_cross_entropy))
 
 
 def rank_state(setup: PlannedStep, program: Program, recorder: Recorder) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def rank_state(setup: PlannedStep, program: Program, recorder: Recorder) -> dict
         params = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype), params)
     if program.mesh.layout.world > 1:
         params = shard_params(params, program.specs, program.mesh)
-    if program.is_hosted:
+    if program.weights.is_hosted:
         params = tree.map(lambda leaf: host_copy(leaf, local(leaf).device), params)
     recorder.phase = "optimizer"
     return init_state(params, setup.optimizer, program.specs)
@@ -139,7 +140,7 @@ def _watched(program: Program, recorder: Recorder) -> Program:
 
     def watch(ops: Ops) -> Ops:
         table = balanced(ops)
-        return recorder.watch(table if program.is_head_sharded else shortened(table, recorder))
+        return recorder.watch(table if program.weights.is_head_sharded else shortened(table, recorder))
 
     return replace(program, watch=watch)
 

@@ -10,9 +10,9 @@ from mmfn.interop import adapter
 from mmfn.interop.hf import save_hf
 from mmfn.lora import merge
 from mmfn.model import Model
+from mmfn.ops import table
 from mmfn.parallel.weights.hosted import to_device
 from mmfn.parallel.weights.sharding import whole_on_host, whole_params
-from mmfn.train.build.model import ops_table
 from mmfn.train.build.run import Run
 from mmfn.train.config.load import describe
 from mmfn.train.optim import ema_params
@@ -111,6 +111,6 @@ def _evaluate(run: Run, params: Tree, progress: Progress) -> Evaluation | None:
         batch_samples=chosen.batch_samples,
         max_new_tokens=chosen.max_new_tokens,
         eos_token_ids=run.eos_token_ids,
-        ops=ops_table(run.loaded.config.model.kernels),
+        ops=table(run.loaded.config.model.kernels),
         axis=run.place.host["world"],
     )

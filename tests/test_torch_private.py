@@ -1,0 +1,152 @@
+"""Every private name of torch that is used does what its docstring says, on the torch that is installed."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmfn import torch_private as private
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_name_has_a_test():
+    names = {name for name in vars(private) if not name.startswith("_")} - {"Any", "Sequence", "Tensor", "torch"}
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert names - {"FLASH_CPU", "FLASH_CPU_GRAD", "READ_ONE", "UNSAFE_VIEW"} <= tested
+    assert all(inspect.getdoc(getattr(private, name)) for name in names if name.islower())
+
+
+def test_flash_cpu():
+    """Output, log-sum-exp and gradients of fewer kv heads, with a mask and without."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 5, 3, dtype=torch.float64, generator=g).requires_grad_() for n in (4, 2, 2))
+    mask = torch.randn(2, 1, 5, 5, dtype=torch.float64, generator=g)
+    for is_causal, own in ((True, None), (False, None), (False, mask)):
+        o, lse = private.FLASH_CPU(q.detach(), k.detach(), v.detach(), 0.0, is_causal, attn_mask=own, scale=0.7)
+        want = F.scaled_dot_product_attention(q, k, v, own, is_causal=is_causal, scale=0.7, enable_gqa=True)
+        torch.testing.assert_close(o, want, rtol=1e-12, atol=1e-12)
+        scores = 0.7 * q @ k.repeat_interleave(2, 1).mT + (0 if own is None else own)
+        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf) if is_causal else scores
+        torch.testing.assert_close(lse.view(2, 4, 5), scores.logsumexp(-1), rtol=1e-12, atol=1e-12)
+        if own is None:
+            do = torch.randn(o.shape, dtype=o.dtype, generator=g)
+            grads = private.FLASH_CPU_GRAD(do, q, k, v, o, lse, 0.0, is_causal, scale=0.7)
+            torch.testing.assert_close(grads, torch.autograd.grad(want, (q, k, v), do), rtol=1e-11, atol=1e-12)
+
+
+def test_dispatch_modes():
+    assert list(private.dispatch_modes()) == []
+    with Seen() as outer, Seen() as inner:
+        assert [mode is own for mode, own in zip(private.dispatch_modes(), (outer, inner), strict=True)] == [True, True]
+    assert list(private.dispatch_modes()) == []
+
+
+def test_read_one_and_unsafe_view():
+    with Seen() as seen:
+        torch.tensor([3]).item()
+        torch.ones(2, 3, 4) @ torch.ones(4, 5)
+    packets = [func.overloadpacket for func in seen.operators]
+    assert private.READ_ONE in packets
+    assert private.UNSAFE_VIEW in packets
+    x = torch.ones(6)
+    assert private.UNSAFE_VIEW.default(x, [2, 3]).data_ptr() == x.data_ptr()
+    assert all(arg.alias_info is None for arg in private.schema(private.UNSAFE_VIEW.default).arguments)
+
+
+def test_autograd_node():
+    found = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: None)
+    y.grad_fn.register_prehook(lambda grads: None)
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            found.append(private.autograd_node())
+            return dx
+
+    z = Watch.apply(y)
+    assert private.autograd_node() is None
+    z.sum().backward()
+    assert found[0].name() == z.grad_fn.name()
+    assert private.node_number(found[0]) == private.node_number(z.grad_fn)
+    assert private.autograd_node() is None
+
+
+def test_next_node_number():
+    x = torch.ones(2, requires_grad=True)
+    first = private.next_node_number()
+    y = x * 2
+    z = y + 1
+    assert [private.node_number(node) for node in (y.grad_fn, z.grad_fn)] == [first, first + 1]
+    assert private.next_node_number() == first + 2
+
+
+test_node_number = test_next_node_number
+
+
+def test_storage_key():
+    x, other = torch.ones(6), torch.ones(6)
+    keys = [private.storage_key(t.untyped_storage()) for t in (x, x[2:], x.view(2, 3), other)]
+    assert [a == b for a, b in itertools.pairwise(keys)] == [True, True, False]
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_local_tensor(one_rank):
+    x = torch.ones(3, 2)
+    sharded = DTensor.from_local(x, one_rank, [torch.distributed.tensor.Shard(0)])
+    assert private.local_tensor(sharded).data_ptr() == x.data_ptr()
+
+
+def test_schema():
+    arguments = private.schema(torch.ops.aten.add_.Tensor).arguments
+    assert [(a.name, bool(a.alias_info and a.alias_info.is_write)) for a in arguments][:2] == [
+        ("self", True),
+        ("other", False),
+    ]
+
+
+def test_assert_on_device():
+    private.assert_on_device(torch.tensor(True), "fine")
+    with pytest.raises(RuntimeError, match="not even"):
+        private.assert_on_device(torch.tensor(False), "not even")
+
+
+def test_tell_compiler():
+    """Without the fact a slice of an unknown number of rows is refused."""
+    torch._dynamo.reset()
+
+    def first(x, counts):
+        used = sum(counts.tolist())
+        private.tell_compiler(used <= x.shape[0])
+        return x.narrow(0, 0, used) * 2
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        run = torch.compile(first, fullgraph=True, dynamic=False, backend="aot_eager")
+        assert run(torch.ones(5), torch.tensor([1, 2])).tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError):
+        private.tell_compiler(False)
