@@ -113,13 +113,13 @@ def eos_token_ids(folder: Path, processor: Processor, vocab_size: int) -> tuple[
     Raises ValueError for a file that is no JSON object, or ids that are no tokens of the model.
     """
     path = folder / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.exists() else None
-    if found is None:
-        found = processor.chat.tokenizer.eos_token_id
-    ids = found if isinstance(found, list) else [] if found is None else [found]
+    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    if eos is None:
+        eos = processor.chat.tokenizer.eos_token_id
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
         raise UserError(
-            f"eos_token_id is {found!r} in {str(path)!r} but must be a token id below vocab_size {vocab_size}, or a "
+            f"eos_token_id is {eos!r} in {str(path)!r} but must be a token id below vocab_size {vocab_size}, or a "
             "list of them; correct the file"
         )
     return tuple(ids)

@@ -48,8 +48,8 @@ def find_device(name: str, ranks: Ranks | None = None) -> torch.device:
 def find_family(section: ModelSection) -> tuple[Family, Any]:
     """The family of a model's folder and its config, from `config.json` alone."""
     hf = read_config(Path(section.path))
-    chosen = family(str(hf.get("model_type")))
-    return chosen, chosen.config_from_hf(hf)
+    model_family = family(str(hf.get("model_type")))
+    return model_family, model_family.config_from_hf(hf)
 
 
 def load_model(section: ModelSection, seed: int, device: torch.device | None = None) -> Model:
@@ -81,18 +81,18 @@ def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
 
     Raises ValueError for a part the family does not have, for patterns that match nothing, and for freezing adapters.
     """
-    specs, chosen = family.specs(cfg), config.lora
+    specs, lora_section = family.specs(cfg), config.lora
     if config.model.adapter is not None:
         specs = adapter.read(config.model.adapter, specs, family.key_map(cfg))
-    elif chosen.rank is not None:
+    elif lora_section.rank is not None:
         specs = lora(
             specs,
-            rank=chosen.rank,
-            alpha=chosen.alpha,
-            targets=chosen.targets,
-            is_rs=chosen.rslora,
-            dropout=chosen.dropout,
-            keep=chosen.keep,
+            rank=lora_section.rank,
+            alpha=lora_section.alpha,
+            targets=lora_section.targets,
+            is_rs=lora_section.rslora,
+            dropout=lora_section.dropout,
+            keep=lora_section.keep,
         )
     parts = family.parts(cfg)
     if absent := [name for name in config.freeze.parts if name not in parts]:

@@ -30,40 +30,40 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
 
     Raises ValueError for a layout the model cannot take, and as `model_specs` does.
     """
-    chosen, specs = config.layout, specs or model_specs(config, family, cfg)
+    section, specs = config.layout, specs or model_specs(config, family, cfg)
     narrow = "bfloat16" if config.model.dtype == "bfloat16" else None  # of which what is sensitive is in float32 too
-    names = (chosen.compute_dtype or narrow, chosen.reduce_dtype)
+    names = (section.compute_dtype or narrow, section.reduce_dtype)
     compute, reduce = (None if name is None else getattr(torch, name) for name in names)
     transforms = [
         context_parallel(
-            kind=chosen.kind,
+            kind=section.kind,
             num_heads=cfg.decoder.num_heads,
             num_kv_heads=cfg.decoder.num_kv_heads,
             towers=family.towers(cfg),
         ),
-        expert_parallel("dropless" if chosen.capacity is None else "capacity", capacity=chosen.capacity),
-        *build_remat(chosen, list(stacks_of(specs))),
-        *(offload(what) for what in chosen.offload if what in OFFLOAD_KINDS),
-        data_parallel(prefetch=chosen.prefetch, keep_gathered=chosen.keep_gathered),
+        expert_parallel("dropless" if section.capacity is None else "capacity", capacity=section.capacity),
+        *build_remat(section, list(stacks_of(specs))),
+        *(offload(what) for what in section.offload if what in OFFLOAD_KINDS),
+        data_parallel(prefetch=section.prefetch, keep_gathered=section.keep_gathered),
         compiled(config.train.compile),
     ]
-    rules = chosen.compute_rules
+    rules = section.compute_rules
     if compute is not None or reduce is not None or rules is not None:
         dtypes = None if rules is None else {pattern: getattr(torch, name) for pattern, name in rules.items()}
         transforms.append(precision(compute=compute, reduce=reduce, rules=dtypes))
-    if chosen.head == "sharded":
+    if section.head == "sharded":
         transforms.append(vocabulary_parallel())
     return pipe(replace(Program.of(specs, table(config.model.kernels), mesh), notes=trained_note(specs)), *transforms)
 
 
-def build_remat(chosen: LayoutSection, stacks: Sequence[str]) -> list[ProgramTransform]:
+def build_remat(section: LayoutSection, stacks: Sequence[str]) -> list[ProgramTransform]:
     """What is computed again: one policy for all stacks, or one for each of a model's `stacks`."""
 
     def build(policy: RematStack, where: str) -> ProgramTransform:
-        save = [op for op in policy.save if chosen.ep > 1 or op != "exchange"] if policy.kind == "selective" else []
+        save = [op for op in policy.save if section.ep > 1 or op != "exchange"] if policy.kind == "selective" else []
         kind = "full" if policy.kind == "selective" and not save else policy.kind
         return remat(kind, save=save, every=policy.every, num_layers=policy.layers, where=where)
 
-    if not chosen.remat_stacks:
-        return [build(chosen.remat_of(""), "all")]
-    return [build(chosen.remat_of(name), name) for name in stacks]
+    if not section.remat_stacks:
+        return [build(section.remat_of(""), "all")]
+    return [build(section.remat_of(name), name) for name in stacks]

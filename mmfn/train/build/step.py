@@ -14,14 +14,14 @@ from mmfn.train.objective import Objective, resolve
 from mmfn.train.step import State, Step, init_state, make_step
 
 
-def build_objective(chosen: ObjectiveSection) -> Objective:
+def build_objective(section: ObjectiveSection) -> Objective:
     """The objective of a config. Raises ValueError for an unknown name."""
-    total = chosen.total_chunk_size
+    total = section.total_chunk_size
     return replace(
-        resolve(chosen.name),
-        z_loss=chosen.z_loss,
-        label_smoothing=chosen.label_smoothing,
-        chunk=chosen.chunk_size if total is None else power_of_two(total),
+        resolve(section.name),
+        z_loss=section.z_loss,
+        label_smoothing=section.label_smoothing,
+        chunk=section.chunk_size if total is None else power_of_two(total),
     )
 
 

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
             common = settings_in_common(config) | files_in_common(config) | weights_in_common(model.params)
             check_same(common, place.host["world"])
         check_match(model, processor)
-        found = evaluate(
+        evaluation = evaluate(
             model,
             held_out,
             batch_samples=config.eval.batch_samples,
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
             axis=place.host["world"],
         )
     if args.out is not None and place.is_first:
-        write_text(Path(args.out), to_json(found))
-    say(summary(found))
-    found.check_finite()
+        write_text(Path(args.out), to_json(evaluation))
+    say(summary(evaluation))
+    evaluation.check_finite()
 
 
 def summary(evaluation: Evaluation) -> str:

@@ -37,15 +37,15 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     )
     request = partial(Request, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers)
     if args.search:
-        found = search([request(config=config) for config in candidates(settings, args.world, say)], say=say)
-        say(summary(found))
+        ranked = search([request(config=config) for config in candidates(settings, args.world, say)], say=say)
+        say(summary(ranked))
     else:
         loaded = with_world(settings, args.world)
         for note in loaded.notes:
             say(f"note: {note}")
-        found = [plan_config(request(config=loaded.config))]
-        say(found[0])
+        ranked = [plan_config(request(config=loaded.config))]
+        say(ranked[0])
     if args.json is not None:
-        write_text(Path(args.json), found[0].to_json())
+        write_text(Path(args.json), ranked[0].to_json())
     if args.html is not None:
-        write_text(Path(args.html), render(found))
+        write_text(Path(args.html), render(ranked))

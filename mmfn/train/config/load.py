@@ -66,12 +66,14 @@ class _YamlLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Raises yaml.YAMLError for a repeated key; what is merged by `<<` may be set again."""
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        key_nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         mapping = super().construct_mapping(node, deep)
-        keys = [self.construct_object(key, deep=True) for key in own]
+        keys = [self.construct_object(key, deep=True) for key in key_nodes]
         for i, key in enumerate(keys):
             if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is set twice", own[i].start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is set twice", key_nodes[i].start_mark
+                )
         return mapping
 
 
@@ -143,8 +145,8 @@ def describe(loaded: Loaded) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _with(settings: Settings, found: Iterable[_Setting]) -> Settings:
-    for key, value, origin in found:
+def _with(settings: Settings, entries: Iterable[_Setting]) -> Settings:
+    for key, value, origin in entries:
         section, name = key.split(".")
         settings = replace(settings.having(section, **{name: value}), origins={**settings.origins, key: origin})
     return settings
@@ -180,13 +182,13 @@ def _read_file(text: str, source: str) -> list[_Setting]:
 
 def _entries(mapping: yaml.MappingNode, source: str, prefix: str = "") -> list[tuple[str, yaml.Node, str]]:
     """`(key, value node, "FILE:LINE")` of a YAML mapping. A repeated key is an error, not a silent last wins."""
-    found: dict[str, tuple[str, yaml.Node, str]] = {}
+    entries: dict[str, tuple[str, yaml.Node, str]] = {}
     for key_node, value_node in mapping.value:
         key, where = f"{prefix}{key_node.value}", f"{source}:{key_node.start_mark.line + 1}"
-        if key in found:
-            raise UserError(f"{where}: key {key!r} was already set at {found[key][2]}; keep one of them")
-        found[key] = (key, value_node, where)
-    return list(found.values())
+        if key in entries:
+            raise UserError(f"{where}: key {key!r} was already set at {entries[key][2]}; keep one of them")
+        entries[key] = (key, value_node, where)
+    return list(entries.values())
 
 
 def _read_override(text: str) -> _Setting:

@@ -56,10 +56,10 @@ def _row(plan: Plan, scale: float) -> dict[str, Any]:
 
 
 def _wires(plan: Plan) -> tuple[str, dict[str, int]]:
-    found: Counter[str] = Counter()
+    bytes_by_axis: Counter[str] = Counter()
     for c in plan.collectives:
-        found[f"{c.axis} ({'node' if c.is_inside_node else 'network'})"] += c.wire_bytes
-    return _name(plan), dict(found)
+        bytes_by_axis[f"{c.axis} ({'node' if c.is_inside_node else 'network'})"] += c.wire_bytes
+    return _name(plan), dict(bytes_by_axis)
 
 
 def _bars(tables: Sequence[tuple[str, dict[str, int]]]) -> list[dict[str, Any]]:

@@ -57,8 +57,8 @@ def read(path: str, overrides: Sequence[str]) -> Settings:
 
 def with_world(settings: Settings, world: int | None) -> Loaded:
     """The checked config, with dp set so that its layout has `world` ranks. Raises ValueError where none does."""
-    given = settings.values.get("layout", {})
-    replicate, cp = (given.get(name, 1) for name in ("replicate", "cp"))
+    layout_values = settings.values.get("layout", {})
+    replicate, cp = (layout_values.get(name, 1) for name in ("replicate", "cp"))
     if world is not None and type(replicate) is type(cp) is int and min(replicate, cp) > 0:  # others `check` refuses
         if world < 1 or world % (replicate * cp):
             raise UserError(f"world {world} is no multiple of replicate * cp = {replicate * cp}; change one of them")
@@ -75,21 +75,21 @@ def plan_config(request: Request) -> Plan:
 def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
     """The step of a config, from its `config.json` alone."""
     config = request.config
-    found, cfg = find_family(config.model)
+    model_family, cfg = find_family(config.model)
     layout = config.layout.sizes
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
 
-    specs = model_specs(config, found, cfg)
-    check_model(config, found, cfg, is_plan=True)
+    specs = model_specs(config, model_family, cfg)
+    check_model(config, model_family, cfg, is_plan=True)
     build_optimizer(config, specs)  # refuses the rules that training refuses; the one below has none
 
     def build(shallow: Any, mesh: Mesh) -> Program:
-        *_, (stack, depth) = found.stacks(shallow).items()
+        *_, (stack, depth) = model_family.stacks(shallow).items()
         part = {**specs[stack], "layers": specs[stack]["layers"][:depth]}
-        return build_program(eager, found, shallow, mesh, {**specs, stack: part})
+        return build_program(eager, model_family, shallow, mesh, {**specs, stack: part})
 
     setup = PlannedStep(
-        family=found,
+        family=model_family,
         cfg=cfg,
         build=build,
         optimizer=build_optimizer(without_rules(config), specs),

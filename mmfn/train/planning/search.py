@@ -50,15 +50,15 @@ def search(
         try:
             with _interrupts_later():  # the processes start here
                 futures = [pool.submit(_plan_or_reason, request) for request in requests]
-            found = [future.result() for future in futures]
+            results = [future.result() for future in futures]
         except BaseException:
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise
-    reasons = [(r.config.layout, x) for r, x in zip(requests, found, strict=True) if isinstance(x, str)]
+    reasons = [(r.config.layout, x) for r, x in zip(requests, results, strict=True) if isinstance(x, str)]
     for layout, reason in reasons:
         say(f"left out {layout.sizes}, remat {layout.remat}: {reason}")
-    plans = [x for x in found if isinstance(x, Plan)]
+    plans = [x for x in results if isinstance(x, Plan)]
     if not plans:
         raise UserError(f"no layout can be planned: {reasons[0][1]}")
     return sorted(plans, key=lambda p: (not p.fits, p.time.total_s))
@@ -71,13 +71,13 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
     that are refused, and those with the largest cp * ep where there are more than `MOST`. Raises ValueError where there
     is none.
     """
-    given = {name: value for name, value in settings.values.get("layout", {}).items() if name != "dp"}
+    fixed = {name: value for name, value in settings.values.get("layout", {}).items() if name != "dp"}
     bare = check(replace(settings, values={**settings.values, "layout": {}}), is_plan=True).config
-    chosen_family, cfg = find_family(bare.model)
+    model_family, cfg = find_family(bare.model)
     seen: list[LayoutSection] = []
     refusals: list[str] = []
-    experts = [leaf.shape[0] for leaf in tree.leaves(chosen_family.specs(cfg)) if leaf.axes[0] == "experts"]
-    groups = _by_spread(world, gcd(*experts) or 1, given)
+    experts = [leaf.shape[0] for leaf in tree.leaves(model_family.specs(cfg)) if leaf.axes[0] == "experts"]
+    groups = _by_spread(world, gcd(*experts) or 1, fixed)
     for i, (spread, group) in enumerate(groups):
         if len(seen) + len(group) > MOST and seen:
             rest = sum(len(layouts) for _, layouts in groups[i:])
@@ -95,7 +95,7 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
                 if config.layout in seen or config.layout.world != world:
                     continue
                 mesh = recording_mesh(config.layout.sizes, 0, Recorder(is_fake=True))
-                build_program(config, chosen_family, cfg, mesh)
+                build_program(config, model_family, cfg, mesh)
             except UserError as error:
                 refusals.append(str(error))
                 continue  # what a layout or a model refuses is no candidate
@@ -122,14 +122,14 @@ def summary(plans: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
-def _by_spread(world: int, num_experts: int, given: Mapping[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:
+def _by_spread(world: int, num_experts: int, fixed: Mapping[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:
     """All layouts with what is given, in groups of one cp * ep, the smallest first."""
     groups: dict[int, list[dict[str, Any]]] = {}
     every = list(_layouts(world, num_experts))
-    fixed_sizes = [(name, given[name]) for name in ("replicate", "cp", "ep", "kind") if name in given]
+    fixed_sizes = [(name, fixed[name]) for name in ("replicate", "cp", "ep", "kind") if name in fixed]
     fitting = [values for values in every if all(values.get(name, size) == size for name, size in fixed_sizes)]
     for values in fitting or every:  # none: then each is refused with what is given, and says why
-        layout = {**values, **given}
+        layout = {**values, **fixed}
         sizes = (layout["cp"], layout["ep"])
         group = groups.setdefault(sizes[0] * sizes[1] if all(type(n) is int for n in sizes) else 0, [])
         if layout not in group:

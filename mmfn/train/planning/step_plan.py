@@ -103,7 +103,7 @@ def _assumptions(setup: PlannedStep, program: Program, num_ranks: int) -> list[s
     kinds = [f"{count} x {n:,} tokens {what}" for (n, what), count in samples.items()]
     if side and all(what == "of text" for _, what in samples):
         kinds.append(f"no image of {side} x {side} inputs can be made or has room in a sample")
-    found = [
+    lines = [
         f"samples of a batch: {', '.join(kinds)}",
         "all text is supervised"
         + ("" if program.weights.is_head_sharded else "; of the loss two chunks of rows are traced and count for all"),
@@ -111,5 +111,5 @@ def _assumptions(setup: PlannedStep, program: Program, num_ranks: int) -> list[s
         f"the {setup.kernels} ops; memory without the allocator's rounding and kernels' workspaces",
     ]
     if any("experts" in leaf.axes for leaf in tree.leaves(program.specs)):
-        found.append("experts: rows are spread evenly")
-    return found
+        lines.append("experts: rows are spread evenly")
+    return lines

@@ -105,17 +105,23 @@ def shortened(ops: Ops, recorder: Recorder) -> Ops:
     """The table with a loss that goes through two chunks of rows only, whose work counts for all: chunks are alike."""
 
     def linear_cross_entropy(
-        x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, *, chunk: int | None = None, **given: Any
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        weights_T: Tensor,
+        *,
+        chunk: int | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
         index_N = ((labels_T != IGNORE) & (weights_T != 0)).nonzero()[:, 0]
         N, rows = index_N.numel(), chunk or chunk_rows(weight_VD.shape[0])
-        kept = 2 * -(-N // -(-N // rows)) if N else 0
-        if 2 * kept >= N:
-            return ops.linear_cross_entropy(x_TD, weight_VD, labels_T, weights_T, chunk=chunk, **given)
-        short_T = labels_T.index_fill(0, index_N[kept:], IGNORE)
+        num_traced = 2 * -(-N // -(-N // rows)) if N else 0
+        if 2 * num_traced >= N:
+            return ops.linear_cross_entropy(x_TD, weight_VD, labels_T, weights_T, chunk=chunk, **options)
+        short_T = labels_T.index_fill(0, index_N[num_traced:], IGNORE)
         del index_N
-        with recorder.standing_for(N, kept):
-            return ops.linear_cross_entropy(x_TD, weight_VD, short_T, weights_T, chunk=chunk, **given)
+        with recorder.standing_for(N, num_traced):
+            return ops.linear_cross_entropy(x_TD, weight_VD, short_T, weights_T, chunk=chunk, **options)
 
     return replace(ops, linear_cross_entropy=wrapping(linear_cross_entropy, ops.linear_cross_entropy))
 

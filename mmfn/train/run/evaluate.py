@@ -97,9 +97,9 @@ def evaluate(
     start = time.perf_counter()
     answers: list[Answer] = []
     loss_sum, num_tokens = 0.0, 0
-    own = range(axis.index, len(dataset), axis.size)
-    for first in range(0, len(own), batch_samples):
-        indices = own[first : first + batch_samples]
+    share = range(axis.index, len(dataset), axis.size)
+    for first in range(0, len(share), batch_samples):
+        indices = share[first : first + batch_samples]
         prompts = [dataset.prompt(i)[0] for i in indices]
         samples = [dataset.sample(i) for i in indices]
         batch = _pack(prompts, model)

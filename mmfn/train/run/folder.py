@@ -126,19 +126,19 @@ def _is_ours(name: str) -> bool:
     return name in (*RUN_FILES, PREVIOUS, _MOVING) or name.startswith(_SCRATCH)
 
 
-def input_paths(given: Loaded | Settings) -> dict[str, str]:
+def input_paths(source: Loaded | Settings) -> dict[str, str]:
     """Every path a run reads, by the setting that names it."""
-    values = given.values if isinstance(given, Settings) else given.config.model_dump()
+    values = source.values if isinstance(source, Settings) else source.config.model_dump()
     model, data = values["model"], values["data"]
     paths = {
-        "the config file": str(given.path),
+        "the config file": str(source.path),
         **{f"model.{name}": model.get(name) for name in ("path", "adapter")},
         **{f"data.{name}": data.get(name) for name in ("train", "eval", "root", "template")},
     }
-    found = {name: path for name, path in paths.items() if isinstance(path, str)}
-    if "model.path" in found:
-        found["the model's config.json"] = os.path.join(found["model.path"], "config.json")
-    return found
+    named = {name: path for name, path in paths.items() if isinstance(path, str)}
+    if "model.path" in named:
+        named["the model's config.json"] = os.path.join(named["model.path"], "config.json")
+    return named
 
 
 def _spellings(path: str | Path) -> set[Path]:

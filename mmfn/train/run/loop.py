@@ -103,15 +103,15 @@ def _facts(step: int, share: Agreed, wait_s: float) -> StepRecord:
     }
 
 
-def _check_skips(record: StepRecord, chosen: TrainSection) -> None:
+def _check_skips(record: StepRecord, section: TrainSection) -> None:
     """Raise ValueError where too many steps in a row were skipped to hope for better ones."""
-    if record["in_a_row"] < chosen.max_skips:
+    if record["in_a_row"] < section.max_skips:
         return
     fix = "lower optimizer.lr, check weights and data, or raise train.max_skips"
     if is_finite(record):
         fix = (
-            f"it was a spike, so raise train.spike_factor ({chosen.spike_factor:g}), change train.spike_window "
-            f"({chosen.spike_window}; 0 looks for no spikes), lower optimizer.lr, or raise train.max_skips"
+            f"it was a spike, so raise train.spike_factor ({section.spike_factor:g}), change train.spike_window "
+            f"({section.spike_window}; 0 looks for no spikes), lower optimizer.lr, or raise train.max_skips"
         )
     raise UserError(
         f"{record['in_a_row']} steps in a row were skipped, the last of them step {record['step']} with loss "

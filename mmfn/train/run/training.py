@@ -104,12 +104,12 @@ def _evaluate(run: Run, params: Tree, progress: Progress) -> Evaluation | None:
         return None
     if run.place.is_first:
         progress.say(f"evaluating {len(run.held_out)} held-out samples")
-    chosen = run.loaded.config.eval
+    section = run.loaded.config.eval
     return evaluate(
         replace(run.model, params=whole_params(params, run.place.mesh)),
         run.held_out,
-        batch_samples=chosen.batch_samples,
-        max_new_tokens=chosen.max_new_tokens,
+        batch_samples=section.batch_samples,
+        max_new_tokens=section.max_new_tokens,
         eos_token_ids=run.eos_token_ids,
         ops=table(run.loaded.config.model.kernels),
         axis=run.place.host["world"],
