@@ -31,7 +31,7 @@ from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.remat import remat
 from mmfn.spec import init_params
 from mmfn.train import optim
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_trace, workload
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 
@@ -101,7 +101,7 @@ def config(width: int, num_layers: int) -> dict[str, Any]:
     }
 
 
-def make_setup(policy: Policy, args: argparse.Namespace) -> planning.Setup:
+def make_setup(policy: Policy, args: argparse.Namespace) -> step_trace.PlannedStep:
     """The step of a policy."""
     hf = config(args.width, args.layers)
     family = models.family(hf["model_type"])
@@ -109,16 +109,16 @@ def make_setup(policy: Policy, args: argparse.Namespace) -> planning.Setup:
     device = torch.device(args.device)
     away = policy.on_host
     writer = optim.on_host(adamw, args.group_values, what=away, device=device) if away else adamw
-    return planning.Setup(
+    return step_trace.PlannedStep(
         family=family,
         cfg=family.config_from_hf(hf),
         build=lambda cfg, mesh: pipe(Program.of(family.specs(cfg), mesh=mesh), *policy.transforms),
         optimizer=optim.chain(optim.clip_by_global_norm(1.0), writer),
-        workload=planning.Workload(tokens=args.tokens, sample_tokens=min(1024, args.tokens), image_side=16),
+        workload=workload.Workload(tokens=args.tokens, sample_tokens=min(1024, args.tokens), image_side=16),
     )
 
 
-def real_step(setup: planning.Setup, device: torch.device) -> tuple[Callable[[], None], Callable[[], int]]:
+def real_step(setup: step_trace.PlannedStep, device: torch.device) -> tuple[Callable[[], None], Callable[[], int]]:
     """A function that takes one step, and one that counts the bytes of state and batch on the device."""
     program = setup.build(setup.cfg, single_mesh())
     rate = schedule("constant", peak=1e-4, num_steps=1)
@@ -142,9 +142,9 @@ def real_step(setup: planning.Setup, device: torch.device) -> tuple[Callable[[],
     return run, held
 
 
-def real_batch(setup: planning.Setup, device: torch.device) -> Batch:
+def real_batch(setup: step_trace.PlannedStep, device: torch.device) -> Batch:
     """The batch that is planned, with pixels."""
-    batch = planning.make_batch(setup.family, setup.cfg, setup.workload, 1)
+    batch = workload.make_batch(setup.family, setup.cfg, setup.workload, 1)
     g = torch.Generator().manual_seed(0)
     towers = {n: replace(t, inputs_UF=torch.randn(t.inputs_UF.shape, generator=g)) for n, t in batch.towers.items()}
     return batch_to(replace(batch, towers=towers), device)
@@ -184,8 +184,8 @@ def rows(names: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[str, 
     first: tuple[int, int, float] | None = None
     for name in names:
         setup = make_setup(POLICIES[name], args)
-        planning.trace_step(setup, Layout(), args.layers)  # fills caches, which would count as memory
-        trace = planning.trace_step(setup, Layout(), args.layers)
+        step_trace.trace_step(setup, Layout(), args.layers)  # fills caches, which would count as memory
+        trace = step_trace.trace_step(setup, Layout(), args.layers)
         run, held = real_step(setup, device)
         planned, measured = trace.peak.total, measured_peak(run, held, device)
         seconds = step_time(run, args.rounds)

@@ -33,7 +33,9 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.weights.sharding import shard_params, whole_params
 from mmfn.train.objective import loss_fn, weigh
 from mmfn.train.optim import adamw
-from mmfn.train.planning.step_plan import Setup, Workload, plan
+from mmfn.train.planning.step_plan import plan
+from mmfn.train.planning.step_trace import PlannedStep
+from mmfn.train.planning.workload import Workload
 
 IMAGE_ID, NUM_TOKENS, NUM_FEATURES = 1, 64, 16
 LAYOUTS = {
@@ -95,7 +97,7 @@ def print_plans(model: mmfn.Model) -> None:
     rows = [("planned for a rank", "parameters", "optimizer", "peak", "on the wire")]
     for name, (layout, kind) in LAYOUTS.items():
         multiple = segment_multiple(kind, layout)
-        setup = Setup(
+        setup = PlannedStep(
             family=model.family,
             cfg=model.cfg,
             build=partial(build, kind=kind),

@@ -63,7 +63,13 @@ def answers(entries: list[dict], root: Path, model, tokenizer, processor, new_to
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     is_image = (inputs["input_ids"] == model.config.image_token_id).int()
     ids = model.generate(**inputs, **pixels, mm_token_type_ids=is_image, max_new_tokens=new_tokens, do_sample=False)
-    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    found = []
+    for row in ids[:, inputs["input_ids"].shape[1] :].tolist():  # as mmfn decodes: all tokens before the end mark
+        length = next((i for i, token in enumerate(row) if token in ends), len(row))
+        found.append(tokenizer.decode(row[:length], skip_special_tokens=False))
+    return found
 
 
 if __name__ == "__main__":

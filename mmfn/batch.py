@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
+from mmfn.errors import UserError
 
 IGNORE = -100  # label of a token that is not supervised
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3  # kinds of tokens; the first three as in `mm_token_type_ids` of transformers
@@ -100,7 +101,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         if self.number is not None and not 0 <= self.number < 2**31:
-            raise ValueError(f"sample {self.id!r} has number {self.number} but it must be in [0, 2**31); count from 0")
+            raise UserError(f"sample {self.id!r} has number {self.number} but it must be in [0, 2**31); count from 0")
 
     def media(self, *kinds: int) -> tuple[Media, ...]:
         """The media of some kinds, kind by kind: `sample.media(IMAGE, VIDEO)`."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from mmfn import dropout as masks
 from mmfn import rng, tree
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.spec import ZEROS, ParamSpec, freeze_leaf, has_experts, init_params, model_dtype, spec, uniform
 from mmfn.tree import Tree
 
@@ -91,20 +92,20 @@ def lora(
     [0, 1), and one with targets that are stacks of experts.
     """
     if rank < 1 or not 0 < alpha < inf:
-        raise ValueError(
+        raise UserError(
             f"LoRA needs a rank of at least 1 and a positive alpha that is finite, got rank {rank} and alpha {alpha}"
         )
     if not 0 <= dropout < 1:
-        raise ValueError(f"LoRA dropout is {dropout} but must be at least 0 and below 1; change it")
+        raise UserError(f"LoRA dropout is {dropout} but must be at least 0 and below 1; change it")
     found = layers(specs)
     chosen = tree.mask(dict.fromkeys(found, 0), [(pattern, True) for pattern in targets], default=False)
     weights = [found[layer] for layer, is_chosen in chosen.items() if is_chosen]
     if not weights:
-        raise ValueError(r"LoRA got no targets; name layers, such as text/layers/\d+/attention/(q|v)")
+        raise UserError(r"LoRA got no targets; name layers, such as text/layers/\d+/attention/(q|v)")
     kept = tree.mask(specs, [(pattern, True) for pattern in keep], default=False)
     trained = [path for path, is_kept in tree.items(kept) if is_kept]
     if clash := set(trained) & set(weights):
-        raise ValueError(f"parameter {min(clash)!r} is kept trainable and has an adapter; choose one of the two")
+        raise UserError(f"parameter {min(clash)!r} is kept trainable and has an adapter; choose one of the two")
     return adapt(specs, weights, trained, rank=rank, alpha=alpha, is_rs=is_rs, dropout=dropout)
 
 
@@ -121,7 +122,7 @@ def adapt(
     """`lora` for paths: adapters beside `weights`, and every leaf frozen but `kept`, from rules too."""
     leaves = dict(tree.items(specs))
     if stacks := [path for path in weights if dropout and len(leaves[path].shape) == 3]:
-        raise ValueError(
+        raise UserError(
             f"LoRA dropout is {dropout} but {min(stacks)!r} is a stack of experts, whose adapters have none (nor have "
             "peft's); leave experts out of the targets, or set it to 0"
         )
@@ -220,7 +221,7 @@ def with_drops(params: Tree, row_ids: Sequence[tuple[str, Tensor]], salts: Mappi
         if path in salts:
             ids = [rows for prefix, rows in row_ids if path.startswith(prefix)]
             if not ids:
-                raise ValueError(
+                raise UserError(
                     f"the adapter of {path!r} has dropout but the family does not say which rows it computes with; add "
                     "its path to row_ids"
                 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmfn.batch import IGNORE, Ahead, Batch, Laid, Sample, Segments, Tower, TowerKind
+from mmfn.errors import UserError
 
 EMPTY = torch.zeros(0, dtype=torch.int64)
 
@@ -53,9 +54,7 @@ def pack(
     for sample, own in zip(samples, positions, strict=True):
         _check_shapes(sample, own)
     if odd := sorted(sizes.units.keys() - kinds.keys()):
-        raise ValueError(
-            f"there is a size for tower {odd[0]!r} but the model has {', '.join(kinds) or 'none'}; drop it"
-        )
+        raise UserError(f"there is a size for tower {odd[0]!r} but the model has {', '.join(kinds) or 'none'}; drop it")
     places = _Places.of([s.tokens_T.numel() for s in samples], sizes)
     units = {name: [sum(own[name].items) for own in laid] for name in kinds}
     index = {name: _features([own[name] for own in laid], units[name], kind) for name, kind in kinds.items()}
@@ -167,7 +166,7 @@ def _further(
 
 def _size(what: str, asked: int | None, used: int) -> int:
     if asked is not None and used > asked:
-        raise ValueError(f"the samples hold {used} {what} but the batch has room for {asked}; raise the {what} budget")
+        raise UserError(f"the samples hold {used} {what} but the batch has room for {asked}; raise the {what} budget")
     return used if asked is None else asked
 
 
@@ -194,6 +193,4 @@ def _check_shapes(sample: Sample, positions_3T: Tensor) -> None:
         ("positions", positions_3T, [3, T]),
     ):
         if list(x.shape) != shape:
-            raise ValueError(
-                f"sample {sample.id!r} has {T} tokens but {name} of shape {list(x.shape)}; make it {shape}"
-            )
+            raise UserError(f"sample {sample.id!r} has {T} tokens but {name} of shape {list(x.shape)}; make it {shape}")

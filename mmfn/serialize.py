@@ -14,6 +14,7 @@ import msgpack
 import torch
 from torch import Tensor
 
+from mmfn.errors import UserError
 from mmfn.tree import Tree
 
 MAGIC, VERSION = b"mmfn", 1
@@ -52,19 +53,19 @@ def loads(data: bytes) -> Tree:
     Raises ValueError when the data is not mmfn's, of another version, cut short or damaged.
     """
     if len(data) < _HEADER.size or not data.startswith(MAGIC):
-        raise ValueError(f"the data ({len(data)} bytes) does not begin with mmfn's header; it was not written by dumps")
+        raise UserError(f"the data ({len(data)} bytes) does not begin with mmfn's header; it was not written by dumps")
     _, version, length, checksum = _HEADER.unpack_from(data)
     body = data[_HEADER.size :]
     if version != VERSION:
-        raise ValueError(
+        raise UserError(
             f"the data has format version {version} but this mmfn reads {VERSION}; use the mmfn that wrote it"
         )
     if len(body) != length:
-        raise ValueError(
+        raise UserError(
             f"the data holds {len(body)} bytes behind its header but {length} were written; it is cut short"
         )
     if zlib.crc32(body) != checksum:
-        raise ValueError(f"the data of {length} bytes does not match its checksum; it is damaged, write it again")
+        raise UserError(f"the data of {length} bytes does not match its checksum; it is damaged, write it again")
     return _unpack(body)
 
 
@@ -83,18 +84,18 @@ def _encode(value: Any, path: str) -> Any:
         return value
     if isinstance(value, int):
         if not -(2**63) <= value < 2**64:
-            raise ValueError(f"{where} is {value}, which needs more than 64 bits; store it as a string")
+            raise UserError(f"{where} is {value}, which needs more than 64 bits; store it as a string")
         return value
     if isinstance(value, Tensor):
         return msgpack.ExtType(_TENSOR, _pack(_encode_tensor(value, where)))
     if isinstance(value, dict):
         if odd := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"{where} has the key {odd[0]!r} but keys must be strings; convert it")
+            raise UserError(f"{where} has the key {odd[0]!r} but keys must be strings; convert it")
         return {key: _encode(child, f"{path}/{key}".lstrip("/")) for key, child in value.items()}
     if type(value) in (list, tuple):
         children = [_encode(child, f"{path}/{i}".lstrip("/")) for i, child in enumerate(value)]
         return children if isinstance(value, list) else msgpack.ExtType(_TUPLE, _pack(children))
-    raise ValueError(
+    raise UserError(
         f"{where} is of type {type(value).__name__}, which cannot be written; use dicts, lists, tuples, tensors, "
         "numbers, strings, bytes, bools and None"
     )
@@ -103,7 +104,7 @@ def _encode(value: Any, path: str) -> Any:
 def _encode_tensor(value: Tensor, where: str) -> list[Any]:
     name = str(value.dtype).removeprefix("torch.")
     if name not in _DTYPES or value.layout != torch.strided or sys.byteorder != "little":
-        raise ValueError(f"{where} is a {value.layout} tensor of {value.dtype}, which cannot be written; convert it")
+        raise UserError(f"{where} is a {value.layout} tensor of {value.dtype}, which cannot be written; convert it")
     flat = value.detach().cpu().contiguous().reshape(-1)
     return [name, list(value.shape), flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""]
 
@@ -112,7 +113,7 @@ def _decode(code: int, data: bytes) -> Any:
     if code == _TUPLE:
         return tuple(_unpack(data))
     if code != _TENSOR:
-        raise ValueError(f"the data holds extension {code}, which this mmfn does not know; use the mmfn that wrote it")
+        raise UserError(f"the data holds extension {code}, which this mmfn does not know; use the mmfn that wrote it")
     name, shape, raw = _unpack(data)
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=_DTYPES[name])

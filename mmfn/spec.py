@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfn import rng, tree
+from mmfn.errors import UserError
 from mmfn.tree import Tree
 
 
@@ -21,7 +22,7 @@ class Init:
 
     def __post_init__(self) -> None:
         if self.kind not in ("normal", "uniform", "zeros", "ones"):
-            raise ValueError(f"Init kind {self.kind!r} is unknown; use 'normal', 'uniform', 'zeros' or 'ones'")
+            raise UserError(f"Init kind {self.kind!r} is unknown; use 'normal', 'uniform', 'zeros' or 'ones'")
 
 
 EXPERTS = "experts"  # the logical axis over stacked experts, the first of their leaves
@@ -69,11 +70,9 @@ class ParamSpec:
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
-            raise ValueError(
-                f"shape {self.shape} has {len(self.shape)} dims but axes {self.axes} name {len(self.axes)}"
-            )
+            raise UserError(f"shape {self.shape} has {len(self.shape)} dims but axes {self.axes} name {len(self.axes)}")
         if self.rule and not self.is_frozen:
-            raise ValueError(f"rule {self.rule!r} and a gradient would both update a leaf; set is_frozen=True")
+            raise UserError(f"rule {self.rule!r} and a gradient would both update a leaf; set is_frozen=True")
 
     @property
     def numel(self) -> int:
@@ -138,7 +137,7 @@ def freeze(specs: Tree, patterns: Sequence[str]) -> Tree:
     chosen = tree.mask(specs, [(pattern, True) for pattern in patterns], default=False)
     result = tree.map(lambda leaf, is_chosen: freeze_leaf(leaf) if is_chosen else leaf, specs, chosen)
     if not trained_paths(result):
-        raise ValueError(f"freezing {list(patterns)} leaves no parameter to train; leave one part out of it")
+        raise UserError(f"freezing {list(patterns)} leaves no parameter to train; leave one part out of it")
     return result
 
 

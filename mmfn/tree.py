@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import optree
 
+from mmfn.errors import UserError
+
 Tree = Any  # a nested structure of leaves; mypy has no recursive generic for it
 T = TypeVar("T")
 NAMESPACE = "mmfn"
@@ -85,7 +87,7 @@ def mask(tree: Tree, rules: Sequence[tuple[str, T]], default: T) -> Tree:
     for regex, _ in compiled:
         if not any(regex.fullmatch(name) for name in names):
             shown = ", ".join(names[:3])
-            raise ValueError(f"pattern {regex.pattern!r} matches none of {len(names)} paths (such as {shown}); fix it")
+            raise UserError(f"pattern {regex.pattern!r} matches none of {len(names)} paths (such as {shown}); fix it")
     values = [next((v for regex, v in compiled if regex.fullmatch(name)), default) for name in names]
     return unflatten(flatten(tree)[1], values)
 
@@ -94,4 +96,4 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"pattern {pattern!r} is no regular expression ({error}); fix it") from error
+        raise UserError(f"pattern {pattern!r} is no regular expression ({error}); fix it") from error

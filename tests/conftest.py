@@ -64,7 +64,7 @@ def make_config(small_demo: Path, full_demo: Path, tmp_path: Path) -> Callable[.
             "data.root": str(full_demo),
             "data.batch_samples": 8,
             "data.token_buckets": [384],
-            "data.patch_buckets": [128],
+            "data.tower_buckets": {"vision": [128]},
             "optimizer.lr": 2e-3,
             "train.steps": 4,
             "train.log_every": 2,

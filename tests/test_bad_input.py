@@ -198,7 +198,7 @@ def test_broken_data_file(content: str, expected: str, tmp_path: Path, complaint
         ({"output.path": "a" * 300}, ["output.path 'aaa", "File name too long"]),
         ({"objective.name": "per_token"}, ["'per_token'", "'per_token_loss'"]),
         ({"optimizer.no_decay": [".*nrom.*"], "optimizer.weight_decay": 0.1}, ["'.*nrom.*' matches none"]),
-        ({"data.patch_buckets": [126]}, ["must be multiples of 4, what makes a feature, got 126"]),
+        ({"data.tower_buckets": {"vision": [126]}}, ["must be multiples of 4, what makes a feature, got 126"]),
         ({"data.template": "nowhere.jinja"}, ["data.template 'nowhere.jinja' cannot be read"]),
         ({"optimizer.lrate": 1.0}, [":", "'optimizer.lrate'", "'optimizer.lr'"]),
     ],

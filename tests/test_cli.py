@@ -1,5 +1,6 @@
 """The command line end to end: a short run, its checkpoint in transformers, and how commands end."""
 
+import errno
 import json
 import os
 import re
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mmfn import cli
-from mmfn.train.build import setup
+from mmfn.errors import UserError
+from mmfn.ops import TABLES, portable
+from mmfn.train.commands import train as train_command
 
 ROOT = Path(__file__).parents[1]
 SLOW_SECONDS = 300
@@ -112,7 +116,7 @@ def test_interrupt_ends_with_130(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(setup, "prepare", interrupted)
+    monkeypatch.setattr(train_command, "prepare", interrupted)
     assert cli.main(["train", str(make_config())]) == 130
     assert capsys.readouterr().err == "mmfn: error: interrupted\n"
 
@@ -121,6 +125,7 @@ def test_interrupt_ends_with_130(
     "error",
     [
         MemoryError(),
+        OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("[enforce fail at alloc_cpu.cpp]\nDefaultCPUAllocator: can't allocate memory: you tried to"),
         RuntimeError("CUDA out of memory."),
         RuntimeError("can't start new thread"),
@@ -136,7 +141,7 @@ def test_limits_of_the_machine_are_one_sentence(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(setup, "prepare", fail)
+    monkeypatch.setattr(train_command, "prepare", fail)
     assert cli.main(["train", str(make_config())]) == 2
     assert re.fullmatch(r"mmfn: error: the machine is at its limit \(.+\); use .+\n", capsys.readouterr().err)
     with pytest.raises(type(error)):
@@ -149,9 +154,95 @@ def test_other_errors_of_the_program_keep_their_traceback(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(setup, "prepare", fail)
+    monkeypatch.setattr(train_command, "prepare", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["train", str(make_config())])
+
+
+BUGS = {
+    "zip": lambda: dict(zip([1, 2], [1], strict=True)),
+    "unpack": lambda: [a for a, b in [(1, 2, 3)]],
+    "int": lambda: int("x"),
+    "torch": lambda: torch.zeros(2).view(3),
+    "kernel": lambda: portable().rms_norm(torch.zeros(2, 3), torch.zeros(4), 1e-6),
+    "file": lambda: Path("no such file of ours").read_text(),
+    "connection": lambda: (_ for _ in ()).throw(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "plan"])
+def test_a_fault_of_the_program_keeps_its_traceback(
+    make_config: Callable[..., Path],
+    small_demo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    bug: str,
+) -> None:
+    """Whatever type its exception has: none of these is a sentence for a user."""
+    place = {
+        "train": "mmfn.train.commands.train.prepare",
+        "eval": "mmfn.train.commands.evaluate.load_model_processor",
+        "generate": "mmfn.train.commands.generate.load_model_processor",
+        "plan": "mmfn.train.planning.request.find_family",
+    }[command]
+    monkeypatch.setattr(place, lambda *args, **kwargs: BUGS[bug]())
+    arguments = [str(small_demo / "model"), "hello"] if command == "generate" else [str(make_config())]
+    with pytest.raises((ValueError, RuntimeError, OSError)) as error:
+        cli.main([command, *arguments])
+    assert not isinstance(error.value, UserError)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_fault_exits_with_1_and_a_mistake_with_2(small_demo: Path) -> None:
+    """As the operating system sees it."""
+    broken = (
+        "import mmfn.train.commands.generate as g\ng.load_model_processor = lambda *a: dict(zip([1], [], strict=True))"
+    )
+    code = f"{broken}\nfrom mmfn.cli import main\nraise SystemExit(main(['generate', 'x', 'hello']))"
+    done = call("-c", code)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert done.stderr.endswith("ValueError: zip() argument 2 is shorter than argument 1\n")
+    done = call("-m", "mmfn", "generate", "nowhere", "hello")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("mmfn: error: model.path 'nowhere' is no folder")
+
+
+@pytest.mark.parametrize(
+    "key", ["model.path", "data.train", "output.path", "config", "an image", "a checkpoint's file", "elsewhere"]
+)
+def test_errors_of_files_that_are_named_are_one_sentence(
+    make_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    key: str,
+) -> None:
+    """Others are files of the program's own."""
+    config = make_config()
+    values = yaml.safe_load(config.read_text())
+    paths = {
+        "config": config,
+        "model.path": values["model"]["path"],
+        "data.train": values["data"]["train"],
+        "output.path": tmp_path / "run" / "checkpoint" / "model.safetensors",
+        "an image": Path(values["data"]["train"]).parent / "images" / "1.png",
+        "a checkpoint's file": Path(values["model"]["path"]) / "model.safetensors",
+        "elsewhere": ROOT / "mmfn" / "train" / "report" / "report.html.jinja",
+    }
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(paths[key]))
+
+    monkeypatch.setattr(train_command, "prepare", fail)
+    if key == "elsewhere":
+        with pytest.raises(PermissionError):
+            cli.main(["train", str(config)])
+        return
+    assert cli.main(["train", str(config)]) == 2
+    assert capsys.readouterr().err == f"mmfn: error: [Errno 13] Permission denied: '{paths[key]}'\n"
 
 
 def test_warnings_about_images_are_not_shown(
@@ -159,9 +250,9 @@ def test_warnings_about_images_are_not_shown(
 ) -> None:
     def warn(*args: Any, **kwargs: Any) -> None:
         warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
-        raise ValueError("stop here")
+        raise UserError("stop here")
 
-    monkeypatch.setattr(setup, "prepare", warn)
+    monkeypatch.setattr(train_command, "prepare", warn)
     assert cli.main(["train", str(make_config())]) == 2
     assert capsys.readouterr().err == "mmfn: error: stop here\n"
 
@@ -189,6 +280,10 @@ def test_wrong_arguments_are_one_sentence(args: list[str], expected: str, capsys
     assert captured.err.startswith("mmfn: error: ")
     assert captured.err.count("\n") == 1
     assert expected in captured.err
+
+
+def test_the_tables_of_the_command_line_are_those_of_ops() -> None:
+    assert tuple(TABLES) == cli.KERNELS
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"]])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from mmfn.errors import UserError
 from mmfn.interop.files import DTYPES, FileTensor
 from mmfn.models.disk_tensor import DiskTensor
 from mmfn.models.keymap import KeyMap
@@ -60,27 +61,27 @@ def check(
     """Raise ValueError unless `tensors` hold all `names` with their shapes and kinds of dtype, and no `unexpected`."""
     if missing := [name for name in names if name not in tensors]:
         name = missing[0]
-        raise ValueError(
+        raise UserError(
             f"{where} lacks tensor {name!r} for parameter {names[name].path}{nearest(name, unexpected or tensors)}"
             f"{_more(missing)}; config and weights must belong together"
         )
     if unexpected:
         name = unexpected[0]
-        raise ValueError(
+        raise UserError(
             f"tensor {name!r} in {tensors[name].file} of {where} belongs to no parameter{nearest(name, names)}"
             f"{_more(unexpected)}; config and weights must belong together"
         )
     for name, target in names.items():
         source = tensors[name]
         if source.shape != target.shape:
-            raise ValueError(
+            raise UserError(
                 f"tensor {name!r} in {source.file} of {where} has shape {list(source.shape)} but the config needs "
                 f"{list(target.shape)}; config and weights must belong together"
             )
         dtype = target.leaf.dtype
         kind = "float" if dtype is None or dtype.is_floating_point else "integer"
         if _kind(source.dtype) != kind:
-            raise ValueError(
+            raise UserError(
                 f"tensor {name!r} in {source.file} of {where} has dtype {source.dtype} but a {kind} tensor is needed; "
                 "convert the checkpoint (quantized weights are not supported)"
             )
@@ -111,7 +112,7 @@ def _choose_layout(
     spare = [name for name in tensors if name not in options[best]]
     for name in (*misfits[best], *spare):
         if other := next((layout for layout in options if fits(layout, name)), None):
-            raise ValueError(
+            raise UserError(
                 f"tensor {name!r} in {tensors[name].file} of {where} has shape {list(tensors[name].shape)}, the layout "
                 f"of {other!r}, but other tensors have that of {best!r}; store them all in one layout"
             )

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.interop import peft_config
 from mmfn.interop.checkpoint import load_file
 from mmfn.interop.peft_config import CONFIG, ends, is_target
@@ -42,7 +43,7 @@ def save(folder: str | PathLike[str], model: Model, specs: Tree, base: str = "")
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"target {folder} exists and is not an empty folder; choose another")
+        raise UserError(f"target {folder} exists and is not an empty folder; choose another")
     leaves = dict(tree.items(model.params))
     names = disk_tensors(specs, *_plain(model))
     tensors = {name: t.to_disk(leaves[t.path]).detach().cpu().contiguous() for name, t in names.items()}
@@ -86,14 +87,14 @@ def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:
     experts = {path for path, layer in layer_of.items() if path == layer}
     weights = [path for path in layer_of if is_target(names[path], path in experts, config)]
     if not weights:
-        raise ValueError(
+        raise UserError(
             f"adapter {str(folder)!r} targets {config.get('target_modules')!r}, which is no layer of this model; use "
             "the model it was trained on"
         )
     modules = config.get("modules_to_save") or ()
     shared = [name for copy, path in key_map.copies.items() for name in (copy, names[path])]
     if tied := [name for name in shared if ends(name.rpartition(".")[0], modules)]:
-        raise ValueError(
+        raise UserError(
             f"adapter {str(folder)!r} holds {tied[0]!r} in full, which is tied to a module that peft leaves on the old "
             "matrix; merge it with peft (output.adapter: merged), or leave the embedding out of lora.keep"
         )
@@ -123,12 +124,12 @@ def disk_tensors(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, DiskTen
             tensors[f"{PREFIX}{holder}.lora_{side.upper()}.weight"] = _on_disk(f"{head}/lora/{name}/{side}", leaf, side)
     full = _in_full(specs, names)
     if partial := set(_of_modules(names, {names[path].rpartition(".")[0] for path in full})) - set(full):
-        raise ValueError(
+        raise UserError(
             f"an adapter holds whole modules but {min(partial)!r} is not trained while others of its module are; train "
             "all of them, or set output.adapter to merged"
         )
     if tied := set(key_map.copies.values()) & set(full):
-        raise ValueError(
+        raise UserError(
             f"{min(tied)!r} is trained in full and tied to the head, which peft leaves on the old matrix; set "
             "output.adapter to merged, or leave the embedding out of lora.keep"
         )
@@ -144,7 +145,7 @@ def settings(specs: Tree, plain: Tree, key_map: KeyMap) -> dict[str, Any]:
     names, adapters = _names(plain, key_map), adapters_of(specs)
     kinds = {(adapter.rank, adapter.alpha, adapter.is_rs, adapter.dropout) for adapter in adapters.values()}
     if len(kinds) != 1:
-        raise ValueError(
+        raise UserError(
             f"peft's format needs adapters of one rank, alpha and dropout, got {sorted(kinds)}; save them merged"
         )
     ((rank, alpha, is_rs, dropout),) = kinds
@@ -173,7 +174,7 @@ def _names(plain: Tree, key_map: KeyMap) -> dict[str, str]:
     names: dict[str, str] = {}
     for name, tensor in key_map.disk_tensors(plain, "transformers").items():
         if tensor.path in names:
-            raise ValueError(
+            raise UserError(
                 f"{tensor.path!r} is several parameters in transformers, such as {name!r}, and peft adapts each alone; "
                 "set output.adapter to merged"
             )

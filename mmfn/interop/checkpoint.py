@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.interop.accounting import Account, account, check
 from mmfn.interop.files import DTYPES, SINGLE, FileTensor, open_file, read_json, scan
 from mmfn.models.disk_tensor import DiskTensor, Ranges, sizes, slices, whole
@@ -26,7 +27,7 @@ from mmfn.tree import Tree
 def read_config(folder: Path) -> dict[str, Any]:
     """The dict in `folder/config.json`. Raises ValueError when it is missing or not a JSON object."""
     if not folder.is_dir():
-        raise ValueError(f"checkpoint {folder} is not a folder; pass a folder with config.json and {SINGLE}")
+        raise UserError(f"checkpoint {folder} is not a folder; pass a folder with config.json and {SINGLE}")
     return read_json(folder / "config.json")
 
 
@@ -165,7 +166,7 @@ def _widest(sources: Sequence[FileTensor]) -> torch.dtype:
 
 def _check_copy(copy: FileTensor, original: FileTensor, ranges: Ranges | None) -> None:
     if copy.shape != original.shape or not torch.equal(copy.read(ranges), original.read(ranges)):
-        raise ValueError(
+        raise UserError(
             f"tensor {copy.name!r} in {copy.file} differs from {original.name!r} although the config ties them; "
             "set tie_word_embeddings to false or remove the tensor"
         )

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmfn.errors import UserError
 from mmfn.interop import verbatim
 from mmfn.interop.files import INDEX, SINGLE
 from mmfn.interop.verbatim import Span
@@ -44,7 +45,7 @@ def check_layout(specs: Tree, key_map: KeyMap, layout: str) -> None:
     library = key_map.disk_tensors(specs, "transformers")
     for name, tensor in key_map.disk_tensors(specs, layout).items():
         if name in library and tensor.shape == library[name].shape and tensor.dims != library[name].dims:
-            raise ValueError(
+            raise UserError(
                 f"tensor {name!r} has shape {list(tensor.shape)} in every layout, so transformers would misread that "
                 f"of {layout!r}; save with layout='transformers' (in a config: output.experts)"
             )
@@ -68,17 +69,15 @@ def write(
     `overwrite`, a checkpoint, or `assets` is not a folder; OSError when the disk does not take it.
     """
     if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes} but must be positive; 5_000_000_000 is usual")
+        raise UserError(f"max_shard_bytes is {max_shard_bytes} but must be positive; 5_000_000_000 is usual")
     if assets is not None and not assets.is_dir():
-        raise ValueError(f"assets {assets} is not a folder; pass the folder that holds the tokenizer files")
+        raise UserError(f"assets {assets} is not a folder; pass the folder that holds the tokenizer files")
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
-            raise ValueError(
-                f"target {folder} exists and is not an empty folder; choose another or pass overwrite=True"
-            )
+            raise UserError(f"target {folder} exists and is not an empty folder; choose another or pass overwrite=True")
         if not (folder / "config.json").is_file():
-            raise ValueError(f"target {folder} is no checkpoint (no config.json) and stays as it is; choose another")
+            raise UserError(f"target {folder} is no checkpoint (no config.json) and stays as it is; choose another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         fresh = Path(scratch) / "new"

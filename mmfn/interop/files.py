@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mmfn.errors import UserError
 from mmfn.models.disk_tensor import Ranges, slices, whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,9 +68,9 @@ def scan(folder: Path, stack: ExitStack, is_optional: Callable[[str], bool]) -> 
         content = open_file(path, stack)
         names = set(content)
         if index is not None and (absent := sorted(n for n in index - names if not is_optional(n))):
-            raise ValueError(f"weight file {path} lacks tensor {absent[0]!r} that {INDEX} lists; fetch the file again")
+            raise UserError(f"weight file {path} lacks tensor {absent[0]!r} that {INDEX} lists; fetch the file again")
         if index is not None and (extra := sorted(n for n in names - index if not is_optional(n))):
-            raise ValueError(
+            raise UserError(
                 f"weight file {path} holds tensor {extra[0]!r} that {INDEX} does not list; fetch both again"
             )
         tensors |= content
@@ -81,7 +82,7 @@ def open_file(path: Path, stack: ExitStack) -> dict[str, FileTensor]:
     try:
         handle = stack.enter_context(safe_open(path, framework="pt"))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"weight file {path} is damaged or cut short ({error}); fetch it again") from error
+        raise UserError(f"weight file {path} is damaged or cut short ({error}); fetch it again") from error
     views = {name: handle.get_slice(name) for name in sorted(handle.keys())}
     return {n: FileTensor(n, path.name, tuple(v.get_shape()), v.get_dtype(), handle) for n, v in views.items()}
 
@@ -91,11 +92,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist; pass a complete checkpoint folder") from error
+        raise UserError(f"{path} does not exist; pass a complete checkpoint folder") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); fetch it again") from error
+        raise UserError(f"{path} is not readable JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} but must hold a JSON object; fetch it again")
+        raise UserError(f"{path} holds a {type(value).__name__} but must hold a JSON object; fetch it again")
     return value
 
 
@@ -105,21 +106,21 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
         return {SINGLE: None}
     if not (folder / INDEX).is_file():
         if any(folder.glob("*.bin")):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {folder} holds pickled *.bin weights, which can run code; convert them to {SINGLE}"
             )
-        raise ValueError(f"checkpoint {folder} holds neither {SINGLE} nor {INDEX}; fetch its weights")
+        raise UserError(f"checkpoint {folder} holds neither {SINGLE} nor {INDEX}; fetch its weights")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / INDEX} has no weight_map of tensor names to files; fetch it again")
+        raise UserError(f"{folder / INDEX} has no weight_map of tensor names to files; fetch it again")
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(
+            raise UserError(
                 f"{folder / INDEX} puts tensor {name!r} into {file!r}; a safetensors file beside it is expected"
             )
         if not (folder / file).is_file():
-            raise ValueError(f"weight file {folder / file} is missing but {INDEX} lists it; fetch it")
+            raise UserError(f"weight file {folder / file} is missing but {INDEX} lists it; fetch it")
         names = files.setdefault(file, set())
         assert names is not None
         names.add(name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfn import spec, tree
+from mmfn.errors import UserError
 from mmfn.interop import checkpoint, export, verbatim
 from mmfn.model import Model
 from mmfn.models import Family, family
@@ -58,13 +59,13 @@ def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
     if leaves.keys() != (paths := set(tree.paths(specs))):
         odd = sorted(leaves.keys() ^ paths)[0]
         plain = "mmfn.lora.merge(params), which adds adapters to their weights"
-        raise ValueError(
+        raise UserError(
             f"the tree has {len(leaves)} leaves and the model {len(paths)} parameters, {odd!r} is in one of them only; "
             f"pass {plain if '/lora/' in odd else 'a tree shaped like model.params'}"
         )
     for path, leaf in tree.items(specs):
         if tuple(leaves[path].shape) != tuple(leaf.shape):
-            raise ValueError(
+            raise UserError(
                 f"leaf {path!r} has shape {list(leaves[path].shape)} but the parameter has {list(leaf.shape)}; pass a "
                 "tree shaped like model.params"
             )
@@ -114,25 +115,25 @@ def save_hf(
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         return
-    raise ValueError(f"dtype is {dtype!r} but must be a floating torch.dtype of 16 bits or more, or None; use one")
+    raise UserError(f"dtype is {dtype!r} but must be a floating torch.dtype of 16 bits or more, or None; use one")
 
 
 def _check_device(device: torch.device | str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        raise ValueError(f"device {device!r} cannot be used by this torch {torch.__version__}; try 'cpu'") from error
+        raise UserError(f"device {device!r} cannot be used by this torch {torch.__version__}; try 'cpu'") from error
 
 
 def _resolve(hf_config: Mapping[str, Any]) -> tuple[Family, Any]:
     if not isinstance(hf_config, Mapping):
-        raise ValueError(
+        raise UserError(
             f"hf_config is a {type(hf_config).__name__} but must be the dict of a config.json; pass its to_dict() "
             "if it is a config object of transformers"
         )
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str):
-        raise ValueError(f"model_type is {model_type!r} but must name a model family; pass the dict of a config.json")
+        raise UserError(f"model_type is {model_type!r} but must name a model family; pass the dict of a config.json")
     model_family = family(model_type)
     return model_family, model_family.config_from_hf(hf_config)
 

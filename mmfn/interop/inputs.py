@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.batch import AUDIO, IGNORE, IMAGE, VIDEO, Batch, Media, Sample, to
+from mmfn.errors import UserError
 from mmfn.interop.accounting import nearest
 from mmfn.model import Model
 from mmfn.models.data import MediaByKind
@@ -40,7 +41,7 @@ def samples_from_hf(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
     for key in inputs:
         if key not in (*_TEXT_KEYS, *data.input_keys):
             near = nearest(key, (*_TEXT_KEYS, *data.input_keys))
-            raise ValueError(f"input {key!r} is not used by {model.family.name}{near}; remove it")
+            raise UserError(f"input {key!r} is not used by {model.family.name}{near}; remove it")
     present = {key: value for key, value in inputs.items() if value is not None}
     rows = _rows(present, model)
     media = data.media_from_hf({key: _tensor(key, present[key]) for key in data.input_keys if key in present}, cfg)
@@ -50,19 +51,19 @@ def samples_from_hf(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
 def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
     """One sample per row, padding removed, without media."""
     if "input_ids" not in inputs:
-        raise ValueError(
+        raise UserError(
             f"input_ids is missing from inputs with keys {sorted(inputs)}; pass all of a processor's result"
         )
     text = {key: integers(key, _tensor(key, inputs[key])) for key in _TEXT_KEYS if key in inputs}
     ids_BS = text["input_ids"]
     for key, value in text.items():
         if value.ndim != 2 or value.shape != ids_BS.shape:
-            raise ValueError(
+            raise UserError(
                 f"{key} has shape {list(value.shape)} but [rows, columns] equal to input_ids {list(ids_BS.shape)} is "
                 "needed; pass return_tensors='pt' and padding=True to the processor"
             )
     if ids_BS.numel() and not 0 <= int(ids_BS.min()) <= int(ids_BS.max()) < model.cfg.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"input_ids range over {int(ids_BS.min())}..{int(ids_BS.max())} but the vocabulary has "
             f"{model.cfg.vocab_size} entries; use the tokenizer of this model"
         )
@@ -72,7 +73,7 @@ def _rows(inputs: Mapping[str, Any], model: Model) -> list[Sample]:
     for row, mask_S in enumerate(mask_BS):
         is_token_S = _is_token(mask_S, row)
         if bool((labels_BS[row][~is_token_S] != IGNORE).any()):
-            raise ValueError(f"labels of row {row} supervise padding tokens; set them to {IGNORE}")
+            raise UserError(f"labels of row {row} supervise padding tokens; set them to {IGNORE}")
         tokens_T, labels_T = ids_BS[row][is_token_S], labels_BS[row][is_token_S]
         kinds_T = model.family.kinds(tokens_T, model.cfg)
         if "mm_token_type_ids" in text:
@@ -88,7 +89,7 @@ def _tensor(key: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(np.asarray(value))
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{key} of type {type(value).__name__} is no rectangular array of numbers; pass return_tensors='pt' and "
             "padding=True to the processor"
         ) from error
@@ -97,11 +98,11 @@ def _tensor(key: str, value: Any) -> Tensor:
 def _is_token(mask_S: Tensor, row: int) -> Tensor:
     """bool[S]: true where a token is no padding, one run of ones in the mask."""
     if not bool(((mask_S == 0) | (mask_S == 1)).all()):
-        raise ValueError(f"attention_mask of row {row} holds values other than 0 and 1; pass the processor's own mask")
+        raise UserError(f"attention_mask of row {row} holds values other than 0 and 1; pass the processor's own mask")
     runs = int((mask_S.diff(prepend=mask_S.new_zeros(1)) == 1).sum())
     if runs != 1:
         state = "is empty" if runs == 0 else "has holes"
-        raise ValueError(f"attention_mask of row {row} {state}; only padding on the left or right is supported")
+        raise UserError(f"attention_mask of row {row} {state}; only padding on the left or right is supported")
     return mask_S.bool()
 
 
@@ -109,7 +110,7 @@ def _check_kinds(claim_T: Tensor, tokens_T: Tensor, kinds_T: Tensor, row: int) -
     odd = (claim_T != kinds_T).nonzero().flatten().tolist()
     if odd:
         token, kind, claim = (int(x_T[odd[0]]) for x_T in (tokens_T, kinds_T, claim_T))
-        raise ValueError(
+        raise UserError(
             f"mm_token_type_ids of row {row} contradict input_ids: a token of id {token} is of kind {kind} but has "
             f"{claim}; leave the key out"
         )
@@ -125,7 +126,7 @@ def _attach_media(rows: Sequence[Sample], media: MediaByKind, num_tokens: Callab
     for kind, items in left.items():
         if items:
             total = sum(int((row.kinds_T == _KINDS[kind]).sum()) for row in rows)
-            raise ValueError(
+            raise UserError(
                 f"{len(items)} {kind}s are left over after all {total} {kind} placeholder tokens were filled; make the "
                 "text and the media agree"
             )
@@ -139,7 +140,7 @@ def _take(row: Sample, kind: str, media: list[Media], num_tokens: Callable[[str,
         items.append(media.pop(0))
         features += num_tokens(kind, items[-1])
     if features != places:
-        raise ValueError(
+        raise UserError(
             f"{row.id} has {places} {kind} placeholder tokens but the next {len(items)} {kind}s give {features} "
             "features; make the text and the media agree"
         )

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mmfn.errors import UserError
 from mmfn.interop.files import read_json
 
 CONFIG = "adapter_config.json"
@@ -57,29 +58,29 @@ def ends(name: str, targets: Collection[str]) -> bool:
 def _check(config: Mapping[str, Any], folder: str) -> None:
     kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
     if kind != "LORA" or config.get("bias", "none") != "none":
-        raise ValueError(f"adapter {folder!r} is {kind!r} with bias {config.get('bias')!r}; only LORA without is read")
+        raise UserError(f"adapter {folder!r} is {kind!r} with bias {config.get('bias')!r}; only LORA without is read")
     if foreign := [name for name in FOREIGN if config.get(name)]:
-        raise ValueError(
+        raise UserError(
             f"adapter {folder!r} has {foreign[0]} {config[foreign[0]]!r}, which mmfn does not have; merge it with peft"
         )
     if isinstance(start, str) and start not in PLAIN_STARTS:
-        raise ValueError(f"adapter {folder!r} changed its base by init_lora_weights {start!r}; convert it with peft")
+        raise UserError(f"adapter {folder!r} changed its base by init_lora_weights {start!r}; convert it with peft")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     is_scale = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha <= sys.float_info.max
     if type(rank) is not int or rank < 1 or not is_scale:
-        raise ValueError(f"adapter {folder!r} has r {rank!r} and lora_alpha {alpha!r}; both must be positive numbers")
+        raise UserError(f"adapter {folder!r} has r {rank!r} and lora_alpha {alpha!r}; both must be positive numbers")
     if not isinstance(is_rs := config.get("use_rslora", False), bool):
-        raise ValueError(f"adapter {folder!r} has use_rslora {is_rs!r}, which must be true or false")
+        raise UserError(f"adapter {folder!r} has use_rslora {is_rs!r}, which must be true or false")
     dropout = config.get("lora_dropout", 0.0)
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"adapter {folder!r} has lora_dropout {dropout!r}, which must be in [0, 1)")
+        raise UserError(f"adapter {folder!r} has lora_dropout {dropout!r}, which must be in [0, 1)")
     for name in ("target_modules", "target_parameters", "modules_to_save"):
         names = config.get(name) or ()
         is_list = isinstance(names, list | tuple) and all(isinstance(entry, str) for entry in names)
         if not is_list and not (name == "target_modules" and isinstance(names, str)):
-            raise ValueError(f"adapter {folder!r} has {name} {names!r}, which must be a list of names")
+            raise UserError(f"adapter {folder!r} has {name} {names!r}, which must be a list of names")
     if isinstance(targets := config.get("target_modules"), str):
         try:
             re.compile(targets)
         except re.error as error:
-            raise ValueError(f"adapter {folder!r}: target_modules {targets!r} is no regular expression") from error
+            raise UserError(f"adapter {folder!r}: target_modules {targets!r} is no regular expression") from error

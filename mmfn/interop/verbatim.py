@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
+from mmfn.errors import UserError
 from mmfn.interop import files
 
 PIECE_BYTES = 8 * 2**20
@@ -48,17 +49,17 @@ def find(folder: Path | None, names: Collection[str]) -> dict[str, Span]:
         return {}
     fix = "pass assets=the folder that the model was loaded from"
     if folder is None:
-        raise ValueError(
+        raise UserError(
             f"the model's checkpoint holds {min(names)!r}{_more(names)} beside its parameters, copied into what is "
             f"saved, but no folder to copy from is named; {fix}"
         )
     with ExitStack() as stack:
         try:
             tensors = files.scan(folder, stack, lambda name: True)
-        except ValueError as error:
-            raise ValueError(f"assets hold no weights to copy {min(names)!r} from ({error}); {fix}") from error
+        except UserError as error:
+            raise UserError(f"assets hold no weights to copy {min(names)!r} from ({error}); {fix}") from error
         if absent := sorted(set(names) - set(tensors)):
-            raise ValueError(
+            raise UserError(
                 f"assets {folder} lack tensor {absent[0]!r}{_more(absent)} of the model's checkpoint; {fix}"
             )
         headers = {file: _spans(folder / file) for file in sorted({tensors[name].file for name in names})}

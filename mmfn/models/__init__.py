@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mmfn.batch import Batch, Laid, Sample, TowerKind
+from mmfn.errors import UserError
 from mmfn.models.data import DataSide
 from mmfn.models.keymap import KeyMap
 from mmfn.packing import Sizes, pack
@@ -119,7 +120,7 @@ def family(model_type: str) -> Family:
     """The family of a `model_type` in a Hugging Face config. Raises ValueError naming the nearest known one."""
     if model_type not in FAMILIES:
         near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)
-        raise ValueError(
+        raise UserError(
             f"model_type {model_type!r} is not supported; nearest is {near[0]!r}, known: {sorted(FAMILIES)}"
         )
     return family_of(importlib.import_module(FAMILIES[model_type]), model_type)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from mmfn.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -24,7 +26,7 @@ class ConfigReader:
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, Mapping):
-            raise ValueError(f"{self.name} is {self.values!r} but must be a mapping; pass the dict of a config.json")
+            raise UserError(f"{self.name} is {self.values!r} but must be a mapping; pass the dict of a config.json")
 
     def section(self, *keys: str) -> "ConfigReader":
         """A reader of the first of `keys` that holds a mapping (of an empty one if none is there)."""
@@ -89,5 +91,5 @@ class ConfigReader:
     def _path(self, key: str) -> str:
         return key if self.name == "config" else f"{self.name}.{key}"
 
-    def _error(self, key: str, value: Any, expected: str) -> ValueError:
-        return ValueError(f"{self._path(key)} is {value!r} but must be {expected}; correct the model's config.json")
+    def _error(self, key: str, value: Any, expected: str) -> UserError:
+        return UserError(f"{self._path(key)} is {value!r} but must be {expected}; correct the model's config.json")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.models.disk_tensor import DiskTensor, whole
 from mmfn.spec import ParamSpec
 from mmfn.tree import Tree
@@ -45,14 +46,12 @@ class Entry:
 
     def __post_init__(self) -> None:
         if not self.names or len(self.sizes or self.names) != len(self.names):
-            raise ValueError(f"entry {self.path!r} has names {self.names} and sizes {self.sizes}; give one per name")
+            raise UserError(f"entry {self.path!r} has names {self.names} and sizes {self.sizes}; give one per name")
         numbers = {frozenset(_HOLE.findall(name)) - set(_HOLE.findall(self.path)) for name in self.names}
         if len(numbers) > 1 or len(next(iter(numbers))) > 1:
-            raise ValueError(f"entry {self.path!r} has other holes in {self.names}; a name may have one, in every name")
+            raise UserError(f"entry {self.path!r} has other holes in {self.names}; a name may have one, in every name")
         if self.number and len(self.names) > 1 and self.join == 0:
-            raise ValueError(
-                f"entry {self.path!r} numbers dim 0 by {{{self.number}}}; join its names along another dim"
-            )
+            raise UserError(f"entry {self.path!r} numbers dim 0 by {{{self.number}}}; join its names along another dim")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +87,7 @@ class KeyMap:
 
     def __post_init__(self) -> None:
         if absent := {"hub", "transformers"} - set(self.layouts):
-            raise ValueError(
+            raise UserError(
                 f"key map has layouts {list(self.layouts)} but not {min(absent)!r}; add it, () if it is plain"
             )
 
@@ -99,12 +98,12 @@ class KeyMap:
         of the sizes of its entry.
         """
         if layout not in self.layouts:
-            raise ValueError(f"layout {layout!r} is unknown; use one of {', '.join(self.layouts)}")
+            raise UserError(f"layout {layout!r} is unknown; use one of {', '.join(self.layouts)}")
         result: dict[str, DiskTensor] = {}
         for path, leaf in tree.items(specs):
             for name, tensor in self._tensors(path, leaf, layout):
                 if name in result:
-                    raise ValueError(
+                    raise UserError(
                         f"paths {result[name].path!r} and {path!r} both map to {name!r}; correct the key map"
                     )
                 result[name] = tensor
@@ -122,7 +121,7 @@ class KeyMap:
         for entry, pattern in self._patterns[layout]:
             if match := pattern.fullmatch(path):
                 return _split(entry, path, match.groupdict(), leaf)
-        raise ValueError(f"path {path!r} has no Hugging Face name; add an entry to the family's key map")
+        raise UserError(f"path {path!r} has no Hugging Face name; add an entry to the family's key map")
 
     @cached_property
     def _patterns(self) -> dict[str, list[tuple[Entry, re.Pattern[str]]]]:
@@ -155,7 +154,5 @@ def _cuts(entry: Entry, path: str, size: int) -> list[tuple[int, int]]:
     count = len(entry.names)
     sizes = entry.sizes or (size // count,) * count
     if sum(sizes) != size:
-        raise ValueError(
-            f"leaf {path!r} has {size} along dim {entry.join}, not the sum of {list(sizes)}; correct sizes"
-        )
+        raise UserError(f"leaf {path!r} has {size} along dim {entry.join}, not the sum of {list(sizes)}; correct sizes")
     return [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(count)]

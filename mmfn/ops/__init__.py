@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import Segments
+from mmfn.errors import UserError
 from mmfn.ops import activation, attention, attention_block, dispatch, experts, linear, norm, rotary, route
 from mmfn.ops.cross_entropy import OPERATORS, Method, cpu_method, linear_cross_entropy, linear_cross_entropy_reference
 from mmfn.ops.kernel import Kernel
@@ -200,7 +201,7 @@ def portable(*, cross_entropy: str = "auto") -> Ops:
         "attention": ("attention_if_exact", "as asked for"),
     }
     if cross_entropy not in methods:
-        raise ValueError(f"cross_entropy is {cross_entropy!r} but must be one of {', '.join(methods)}")
+        raise UserError(f"cross_entropy is {cross_entropy!r} but must be one of {', '.join(methods)}")
     method, reason = methods[cross_entropy]
     name = "logits" if method == "logits" else "attention over the vocabulary"
     return Ops(
@@ -242,5 +243,5 @@ def table(name: str) -> Ops:
     make, names = TABLES.get(name), ", ".join(repr(n) for n, make in TABLES.items() if make)
     if make is None:
         problem = "has no table of ops yet" if name in TABLES else "is no table of ops"
-        raise ValueError(f"{name!r} {problem}; use one of {names}")
+        raise UserError(f"{name!r} {problem}; use one of {names}")
     return make()

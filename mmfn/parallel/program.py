@@ -5,7 +5,7 @@ What depends on several facts (the hooks `gather` and `psum`, the compiled block
 once, last: so the order of transforms does not matter.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -15,6 +15,7 @@ import torch
 
 from mmfn import torch_private, tree
 from mmfn.batch import Batch
+from mmfn.errors import UserError
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import psum
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
@@ -165,22 +166,29 @@ def _check(program: Program) -> None:
     for name, transform in NEEDED.items():
         is_needed = getattr(layout, name) > 1 or (name == "dp" and layout.world > 1)  # it sums the gradients of all
         if is_needed and name not in program.uses:
-            raise ValueError(f"layout {layout}: no transform takes care of {name}; add {transform}")
+            raise UserError(f"layout {layout}: no transform takes care of {name}; add {transform}")
     for path, spec in tree.items(program.specs):
         dims_by_axis(spec, path)
-    if program.compile == "step" and weights.is_head_sharded:
-        raise ValueError("a step with a sharded head is no single graph; use compiled('layer') or gather the head")
-    for what, is_moved in (("activations", program.is_offloaded), ("parameters", weights.is_hosted)):
-        if program.compile == "step" and is_moved:
-            raise ValueError(
-                f"offload({what!r}) moves memory between the blocks of a step but compiled('step') makes it one graph; "
-                "use compiled('layer')"
-            )
+    moved = [what for what, yes in (("activations", program.is_offloaded), ("parameters", weights.is_hosted)) if yes]
+    check_one_graph(program.compile, is_head_sharded=weights.is_head_sharded, moved=moved)
     transport = program.mesh["world"].transport
     if program.compile != "none" and transport is not None and not transport.is_traceable:
-        raise ValueError(
+        raise UserError(
             f"compiled({program.compile!r}) needs real ranks, started with torchrun: virtual ones are threads of one "
             "process, whose collectives are no part of a graph; leave compiled out"
+        )
+
+
+def check_one_graph(compile: str, *, is_head_sharded: bool = False, moved: Sequence[str] = ()) -> None:
+    """Raise ValueError for what is no part of the one graph of compiled("step"). `moved`: what lies on the host."""
+    if compile != "step":
+        return
+    if is_head_sharded:
+        raise UserError("a step with a sharded head is no single graph; use compiled('layer') or gather the head")
+    if moved:
+        raise UserError(
+            f"offload({moved[0]!r}) moves memory between the blocks of a step but compiled('step') makes it one graph; "
+            "use compiled('layer')"
         )
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from mmfn import ops as op_tables
 from mmfn.batch import IGNORE, Batch, Segments
+from mmfn.errors import UserError
 from mmfn.model import Model
 from mmfn.models.layers import cache
 from mmfn.ops import Ops
@@ -35,12 +36,12 @@ def generate(
     `check_finite` is false, when the logits of a first token are not finite.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens} but must be at least 1")
+        raise UserError(f"max_new_tokens is {max_new_tokens} but must be at least 1")
     offsets_N = batch.segments.offsets_N.long()
     lengths_B = (all_lengths_N := offsets_N.diff())[all_lengths_N > 0]
     last_B = (offsets_N[1:] - 1)[all_lengths_N > 0]
     if lengths_B.numel() == 0:
-        raise ValueError("the batch has no row to continue; pack at least one sample")
+        raise UserError("the batch has no row to continue; pack at least one sample")
     table = ops or op_tables.portable()
     start_B = _next_positions(batch.positions_3T, offsets_N)[all_lengths_N > 0]
     head_VD = model.family.head(model.params, model.cfg, table)
@@ -51,7 +52,7 @@ def generate(
     eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=offsets_N.device)
     logits_BV = linear(output.hidden_TD[last_B], head_VD)
     if check_finite and not bool(logits_BV.isfinite().all()):
-        raise ValueError("the logits are not finite; the model's weights (or its adapter's) are damaged or diverged")
+        raise UserError("the logits are not finite; the model's weights (or its adapter's) are damaged or diverged")
     tokens_B = logits_BV.argmax(-1)
     steps, is_done_B = [tokens_B], torch.isin(tokens_B, eos)
     while len(steps) < max_new_tokens and not (len(eos_token_ids) and bool(is_done_B.all())):

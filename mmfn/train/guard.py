@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmfn.errors import UserError
 from mmfn.tree import Tree
 
 
@@ -28,9 +29,9 @@ class Guard:
 
     def __post_init__(self) -> None:
         if self.window < 0:
-            raise ValueError(f"window of a guard must not be negative, got {self.window}; 0 looks for no spikes")
+            raise UserError(f"window of a guard must not be negative, got {self.window}; 0 looks for no spikes")
         if not self.factor > 1:
-            raise ValueError(f"factor of a guard must be above 1, got {self.factor}; the usual choice is 10")
+            raise UserError(f"factor of a guard must be above 1, got {self.factor}; the usual choice is 10")
 
     def init(self, device: torch.device | None) -> Tree:
         """`skipped` and `in_a_row`, 0-D int64 counts of steps; with a window `norms`, float32[window], at first inf."""
@@ -45,7 +46,7 @@ class Guard:
         Raises ValueError for a state that another guard has made.
         """
         if len(state.get("norms", ())) != self.window:
-            raise ValueError(
+            raise UserError(
                 f"the guard looks for spikes in {self.window} steps but its state holds {len(state.get('norms', ()))}; "
                 "give init_state the guard that make_step gets"
             )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import IGNORE, Batch
+from mmfn.errors import UserError
 from mmfn.lora import with_drops
 from mmfn.models import Family
 from mmfn.ops import Ops, portable
@@ -110,7 +111,7 @@ def resolve(objective: Named) -> Objective:
         return Objective(weighting=objective)
     if objective not in OBJECTIVES:
         near = get_close_matches(objective, OBJECTIVES, n=1, cutoff=0.0)
-        raise ValueError(f"objective {objective!r} is unknown; nearest is {near[0]!r}, known: {', '.join(OBJECTIVES)}")
+        raise UserError(f"objective {objective!r} is unknown; nearest is {near[0]!r}, known: {', '.join(OBJECTIVES)}")
     return Objective(weighting=OBJECTIVES[objective])
 
 
@@ -131,7 +132,7 @@ def weigh(microbatches: Sequence[Batch], objective: Named, exchange: Exchange = 
     sample. Raises ValueError as `weigh_by` does.
     """
     if not microbatches:
-        raise ValueError("weigh received no micro-batch; a global step needs at least one")
+        raise UserError("weigh received no micro-batch; a global step needs at least one")
     counts_DAN, own = exchange(count_labels(microbatches))
     return weigh_by(microbatches, objective, counts_DAN, own)
 
@@ -152,7 +153,7 @@ def weigh_by(microbatches: Sequence[Batch], objective: Named, counts_DAN: Tensor
     is_tensor = isinstance(weights_DAN, Tensor)
     if not is_tensor or weights_DAN.shape != counts_DAN.shape or not weights_DAN.is_floating_point():
         given = f"{weights_DAN.dtype}{list(weights_DAN.shape)}" if is_tensor else type(weights_DAN).__name__
-        raise ValueError(
+        raise UserError(
             f"the weighting gave {given} for counts_DAN {list(counts_DAN.shape)}; return a floating tensor of that "
             "shape, the weight of each token of a sample"
         )

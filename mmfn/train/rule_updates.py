@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.models import Family
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.weights.sharding import cuts, rows
@@ -32,7 +33,7 @@ def rule_updates(family: Family, cfg: Any, specs: Tree, mesh: Mesh) -> tuple[tup
     """
     known = family.rules(cfg)
     if absent := sorted(set(rules_of(specs).values()) - set(known)):
-        raise ValueError(
+        raise UserError(
             f"a parameter is updated by rule {absent[0]!r} but family {family.name!r} has "
             f"{', '.join(known) or 'no rules'}; add it to its rules"
         )
@@ -41,7 +42,7 @@ def rule_updates(family: Family, cfg: Any, specs: Tree, mesh: Mesh) -> tuple[tup
     def update(params: Leaves, sums: dict[str, Tensor], is_taken: Tensor) -> dict[str, Tensor]:
         for path, (rule, own_cuts) in leaves.items():
             if COUNTS + path not in sums:
-                raise ValueError(f"parameter {path!r} is updated by a rule but the model counted nothing for it")
+                raise UserError(f"parameter {path!r} is updated by a rule but the model counted nothing for it")
             leaf, change = params[path], rule(sums[COUNTS + path])
             for dim, axis in own_cuts:
                 start, stop = rows(change.shape[dim], axis.size, axis.index)

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
+from mmfn.errors import UserError
+
 Schedule = Callable[[Tensor], Tensor]  # step, 0-D integer -> learning rate, 0-D float64
 
 
@@ -36,14 +38,16 @@ def schedule(kind: str, *, peak: float, num_steps: int, warmup_steps: int = 0, f
     """`rate(step)`: linear from 0 to `peak` over `warmup_steps`, then a shape of `SHAPES` over what remains.
 
     `peak * (final_scale + (1 - final_scale) * shape(progress))`, progress running from 0 to 1 at `num_steps` and
-    staying there. Raises ValueError for an unknown kind (naming the nearest) and for values out of range.
+    staying there. The last step is number `num_steps - 1` and runs one step's decay above `peak * final_scale`, as in
+    transformers: of 10 steps of a cosine to 0.1 it has 0.122 of the peak. Raises ValueError for an unknown kind (naming
+    the nearest) and for values out of range.
 
     >>> schedule("cosine", peak=1e-4, num_steps=1000, warmup_steps=100)(torch.tensor(50)).item()
     5e-05
     """
     if kind not in SHAPES:
         near = get_close_matches(kind, SHAPES, n=1, cutoff=0.0)
-        raise ValueError(f"schedule {kind!r} is unknown; nearest is {near[0]!r}, known: {', '.join(SHAPES)}")
+        raise UserError(f"schedule {kind!r} is unknown; nearest is {near[0]!r}, known: {', '.join(SHAPES)}")
     _check(peak, num_steps, warmup_steps, final_scale)
     shape = SHAPES[kind]
 
@@ -58,12 +62,12 @@ def schedule(kind: str, *, peak: float, num_steps: int, warmup_steps: int = 0, f
 
 def _check(peak: float, num_steps: int, warmup_steps: int, final_scale: float) -> None:
     if not (math.isfinite(peak) and peak >= 0):
-        raise ValueError(f"peak learning rate must be finite and not negative, got {peak}; use for example 1e-5")
+        raise UserError(f"peak learning rate must be finite and not negative, got {peak}; use for example 1e-5")
     if not 0 <= warmup_steps < num_steps:
-        raise ValueError(
+        raise UserError(
             f"warmup_steps must be at least 0 and below num_steps, got {warmup_steps} of {num_steps}; shorten it"
         )
     if not 0 <= final_scale <= 1:
-        raise ValueError(
-            f"final_scale must lie in [0, 1], got {final_scale}; it is the last rate as a share of the peak"
+        raise UserError(
+            f"final_scale must lie in [0, 1], got {final_scale}; it is the share of the peak that the rate decays to"
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmfn import tree
 from mmfn.batch import Batch
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.grad import value_and_grad
 from mmfn.lora import salts_of
 from mmfn.models import Family
@@ -117,7 +118,7 @@ def make_step(
     gradients = _gradients(paths, places, family, cfg, program, chosen)
     is_compiled = program.compile != "none" and optimizer.is_traceable
     if program.compile == "step" and not optimizer.is_traceable:
-        raise ValueError("compiled('step') has no place for an optimizer on_host; use compiled('layer')")
+        raise UserError("compiled('step') has no place for an optimizer on_host; use compiled('layer')")
     kernel = "traced" if is_compiled else "fused"
     ruled, update_ruled = rule_updates(family, cfg, program.specs, program.mesh)
     ruled_places = [i for i, path in enumerate(tree.paths(program.specs)) if path in ruled]
@@ -171,12 +172,12 @@ def make_step(
 def _check_hosted(program: Program, optimizer: Transform) -> None:
     is_moved = "parameters" in optimizer.on_host
     if program.weights.is_hosted and not is_moved:
-        raise ValueError(
+        raise UserError(
             "the program has offload('parameters') but the optimizer updates parameters on the device; wrap it in "
             "on_host(..., what=('parameters',))"
         )
     if is_moved and not program.weights.is_hosted:
-        raise ValueError(
+        raise UserError(
             "the optimizer is on_host(..., what=('parameters', ...)) but the program has its parameters on the device; "
             "add offload('parameters') to it"
         )

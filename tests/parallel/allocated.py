@@ -13,19 +13,19 @@ from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.program import Program
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import init_params
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_trace
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 
 
-def allocated_peak(setup: planning.Setup, layout: Layout) -> tuple[int, int]:
+def allocated_peak(setup: step_trace.PlannedStep, layout: Layout) -> tuple[int, int]:
     """The most bytes allocated at a time within the second step, and the bytes held before it.
 
     By then the buffers of the host have been made, so that they are no part of it.
     """
     mesh = recording_mesh(layout, 0, Recorder(is_fake=False))
     program = setup.build(setup.cfg, mesh)
-    program = replace(program, ops=planning.balanced(program.ops))
+    program = replace(program, ops=step_trace.balanced(program.ops))
     state, batches = start(setup, program, mesh)
     rate = schedule("constant", peak=1e-3, num_steps=1)
     step = make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)
@@ -46,7 +46,7 @@ def peak_of(fn: Callable[[], Any]) -> int:
     return most
 
 
-def on_device(state: Any, setup: planning.Setup) -> list[torch.Tensor]:
+def on_device(state: Any, setup: step_trace.PlannedStep) -> list[torch.Tensor]:
     """The leaves of a state that do not lie on the host."""
     away = setup.optimizer.on_host
     opt = [x for x in tree.leaves(state["opt"]) if not ("optimizer" in away and x.ndim)]
@@ -57,9 +57,9 @@ def _storages(tensors: list[torch.Tensor]) -> int:
     return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
 
 
-def start(setup: planning.Setup, program: Program, mesh: Mesh) -> tuple[Any, list[Any]]:
+def start(setup: step_trace.PlannedStep, program: Program, mesh: Mesh) -> tuple[Any, list[Any]]:
     """The state before the first step, and the micro-batches of the rank."""
     params = init_params(program.specs, 0, setup.dtype)
     params = shard_params(params, program.specs, mesh) if mesh.layout.world > 1 else params
-    _, shares = planning.make_shares(setup, program, is_fake=False)  # each micro-batch in memory of its own
+    _, shares = step_trace.make_shares(setup, program, is_fake=False)  # each micro-batch in memory of its own
     return init_state(params, setup.optimizer, program.specs), shares

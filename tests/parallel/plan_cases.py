@@ -9,10 +9,12 @@ from mmfn.ops.kernel import wrapping
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.program import Program
-from mmfn.train.build import setup as training
-from mmfn.train.config.schema import Config, LayoutSection
+from mmfn.train.build.program import build_program
+from mmfn.train.config.layout import LayoutSection
+from mmfn.train.config.schema import Config
 from mmfn.train.optim import HOST_KINDS, adamw, chain, clip_by_global_norm, on_host
-from mmfn.train.planning.step_plan import Setup, Workload
+from mmfn.train.planning.step_trace import PlannedStep
+from mmfn.train.planning.workload import Workload
 from tests.parallel.conformance import TRAINED
 
 TEXT = {
@@ -52,15 +54,15 @@ def hf_config(*, moe: bool = False, layers: int = 2) -> dict[str, Any]:
 
 def make(
     *, moe: bool = False, layers: int = 2, micro_batches: int = 1, side: int = 4, trained: str = "all", **chosen: Any
-) -> tuple[Setup, Layout]:
+) -> tuple[PlannedStep, Layout]:
     """A step and its layout; `trained`: a name in `TRAINED`, `chosen`: settings of the config's section `layout`."""
     hf, section = hf_config(moe=moe, layers=layers), LayoutSection(**chosen)
     found = models.family(hf["model_type"])
-    layout = training.layout_of(section)
+    layout = section.sizes
     config = Config.model_validate(
         {
             "model": {"path": ""},
-            "data": {"train": "", "token_buckets": [1], "patch_buckets": [1]},
+            "data": {"train": "", "token_buckets": [1], "tower_buckets": {"vision": [1]}},
             "optimizer": {"lr": 1e-3},
             "train": {"steps": 1},
             "output": {"path": ""},
@@ -68,7 +70,7 @@ def make(
     ).model_copy(update={"layout": section})
 
     def build(cfg: Any, mesh: Mesh) -> Program:
-        program = training.build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg)))
+        program = build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg)))
         if section.compute_dtype != "bfloat16" or program.weights.is_head_sharded:
             return program
         # a plan is one of accelerators, whose loss goes through logits; a CPU's does not in bfloat16
@@ -77,7 +79,7 @@ def make(
         return replace(program, ops=replace(program.ops, linear_cross_entropy=loss))
 
     writer, away = adamw(weight_decay=0.1), set(section.offload) & set(HOST_KINDS)
-    setup = Setup(
+    setup = PlannedStep(
         family=found,
         cfg=found.config_from_hf(hf),
         build=build,
@@ -101,7 +103,7 @@ CASES: dict[str, dict[str, Any]] = {
     "uniform remat": {"remat": "uniform", "remat_layers": 2, "layers": 4},
     "block remat": {"remat": "block", "remat_layers": 2, "layers": 3},
     "every 2": {"remat": "full", "remat_every": 2, "layers": 3},
-    "remat of the tower": {"remat_vision": "full", "remat": "none"},
+    "remat of the tower": {"remat_stacks": {"vision": {"kind": "full"}}, "remat": "none"},
     "offload": {"offload": ["activations"]},
     "offload, remat, dp": {"offload": ["activations"], "remat": "full", "dp": 2, "layers": 4},
     "frozen tower": {"trained": "decoder"},

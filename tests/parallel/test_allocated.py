@@ -8,7 +8,7 @@ import torch
 
 from mmfn import tree
 from mmfn.spec import num_params
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_trace, workload
 from tests.parallel.allocated import allocated_peak, peak_of
 from tests.parallel.plan_cases import make
 
@@ -31,7 +31,7 @@ def test_what_is_held_before_a_step() -> None:
     num, held = num_params(setup.family.specs(setup.cfg)), allocated_peak(setup, layout)[1]
     narrow = replace(setup, dtype=torch.bfloat16)
     assert held - allocated_peak(narrow, layout)[1] == 2 * num
-    share = planning.make_batch(setup.family, setup.cfg, setup.workload, 1)
+    share = workload.make_batch(setup.family, setup.cfg, setup.workload, 1)
     num_bytes = sum(x.nbytes for x in tree.leaves(share))
     twice = replace(setup, workload=replace(setup.workload, micro_batches=2))
     assert allocated_peak(twice, layout)[1] - held == pytest.approx(num_bytes, abs=64)
@@ -48,6 +48,6 @@ def test_a_plan_leaves_out_the_workspace_of_a_transposed_copy() -> None:
     for kind in ("gather", "ulysses"):
         setup, layout = make(**BELOW, dp=2, cp=4, ep=4, kind=kind, compute_dtype="bfloat16")
         setup = replace(setup, dtype=torch.bfloat16)
-        planning.trace_step(setup, layout, 2)  # caches of attention
-        planned = planning.trace_step(setup, layout, 2).peak.total
+        step_trace.trace_step(setup, layout, 2)  # caches of attention
+        planned = step_trace.trace_step(setup, layout, 2).peak.total
         assert 0 <= sum(allocated_peak(setup, layout)) - planned - workspace < 256

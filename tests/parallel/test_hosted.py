@@ -25,7 +25,7 @@ from mmfn.parallel.weights.prefetch import wrap_stack_with_gather, wrap_stack_wi
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import ONES, num_params, spec
 from mmfn.train import optim
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_trace
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 from tests.parallel import conformance
@@ -176,8 +176,8 @@ def test_the_device_holds_two_blocks_in_place_of_all_parameters() -> None:
     traces = []
     for what in ((), ("parameters",)):
         setup, layout = make(layers=6, offload=what, remat="full")
-        planning.trace_step(setup, layout, 6)  # caches of attention
-        traces.append(planning.trace_step(setup, layout, 6))
+        step_trace.trace_step(setup, layout, 6)  # caches of attention
+        traces.append(step_trace.trace_step(setup, layout, 6))
     specs = setup.family.specs(setup.cfg)
     mergers = {"merger": specs["vision"]["merger"], "deepstack": specs["vision"]["deepstack"]}
     saved = [leaf for path, leaf in tree.items(mergers) if not re.fullmatch(r".*/(up|down)/bias", path)]
@@ -207,8 +207,8 @@ def test_device_memory_falls_by_what_is_planned(chosen: dict[str, Any]) -> None:
     for what in ([], ["parameters"]):
         own = chosen if what or "dp" in chosen else {}
         setup, layout = make(layers=6, offload=what, remat="full", **own)
-        planning.trace_step(setup, layout, 6)  # caches of attention
-        planned.append(planning.trace_step(setup, layout, 6))
+        step_trace.trace_step(setup, layout, 6)  # caches of attention
+        planned.append(step_trace.trace_step(setup, layout, 6))
         measured.append(sum(allocated_peak(setup, layout)))
     saved = planned[0].peak.total - planned[1].peak.total
     assert saved == pytest.approx(measured[0] - measured[1], rel=0.01)

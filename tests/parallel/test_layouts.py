@@ -8,8 +8,8 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
-from mmfn.train.build.setup import build_remat, layout_of
-from mmfn.train.config.schema import LayoutSection
+from mmfn.train.build.program import build_remat
+from mmfn.train.config.layout import LayoutSection
 from tests.parallel.conformance import TOWERS, Cell, check_cell
 from tests.parallel.layout_cases import FAST, LAYOUTS, Case, has_experts, name_of, settings_of
 
@@ -19,7 +19,7 @@ ROW = 384  # tokens of a batch of any half of the samples, padded: a capacity ne
 def cell(case: Case) -> Cell:
     """The case on the models and batches of the conformance matrix."""
     section = LayoutSection(**settings_of(case))
-    layout, kind, capacity = layout_of(section), section.kind, section.capacity
+    layout, kind, capacity = section.sizes, section.kind, section.capacity
     pack = {"segment_multiple": segment_multiple(kind, layout)} if layout.cp > 1 else {}
     return Cell(
         layout=layout,
@@ -28,7 +28,7 @@ def cell(case: Case) -> Cell:
             expert_parallel("dropless" if capacity is None else "capacity", capacity=capacity),
             data_parallel(),
             context_parallel(kind, num_heads=8, num_kv_heads=2, towers=TOWERS),
-            *build_remat(section),
+            *build_remat(section, ("text", "vision")),
             *(offload(what) for what in section.offload),
             *([vocabulary_parallel()] if section.head == "sharded" else []),
         ),
@@ -50,4 +50,4 @@ def test_a_step_of_a_model(case: Case) -> None:
 def test_every_layout_is_there_once() -> None:
     assert len(LAYOUTS) >= 40
     assert len({name_of(case) for case in LAYOUTS}) == len(LAYOUTS)
-    assert all(layout_of(LayoutSection(**settings_of(case))).world in range(2, 9) for case in LAYOUTS)
+    assert all(LayoutSection(**settings_of(case)).sizes.world in range(2, 9) for case in LAYOUTS)

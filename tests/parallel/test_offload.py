@@ -16,7 +16,7 @@ from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.transforms.offload import OFFLOAD_KINDS, offload, wrap_stack_with_offload
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.host_memory import Arrival, HostMemory
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_trace
 from tests.parallel.allocated import allocated_peak
 from tests.parallel.conformance import Cell, check_outcome, outcome
 from tests.parallel.plan_cases import make
@@ -151,8 +151,8 @@ def test_device_memory_falls_by_what_is_planned(policy: str, least_share: float)
     for chosen in ([], ["activations"]):
         setup, layout = make(layers=8, offload=chosen, remat=policy)
         setup = replace(setup, workload=replace(setup.workload, tokens=1024, sample_tokens=256))
-        planning.trace_step(setup, layout, 8)  # caches of attention
-        planned.append(planning.trace_step(setup, layout, 8))
+        step_trace.trace_step(setup, layout, 8)  # caches of attention
+        planned.append(step_trace.trace_step(setup, layout, 8))
         measured.append(sum(allocated_peak(setup, layout)))
     plain, moved = planned
     saved = plain.peak.total - moved.peak.total

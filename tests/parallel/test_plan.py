@@ -17,7 +17,7 @@ from mmfn.parallel.planning import extrapolate as scaling
 from mmfn.parallel.planning.trace import Key, Recorder, recording_mesh
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.weights.sharding import local
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_plan, step_trace
 from mmfn.train.planning.picture import render
 from mmfn.train.schedule import schedule
 from mmfn.train.step import make_step
@@ -48,9 +48,9 @@ def test_a_trace_without_values_is_that_of_the_real_step(name: str) -> None:
     """Collectives, operations and bytes alive in every stretch, to the byte."""
     setup, layout = make(**CASES[name])
     num_layers = setup.cfg.num_layers
-    planning.trace_step(setup, layout, num_layers)  # caches of attention
-    real = planning.trace_step(setup, layout, num_layers, is_fake=False)
-    fake = planning.trace_step(setup, layout, num_layers)
+    step_trace.trace_step(setup, layout, num_layers)  # caches of attention
+    real = step_trace.trace_step(setup, layout, num_layers, is_fake=False)
+    fake = step_trace.trace_step(setup, layout, num_layers)
     assert fake.count == real.count
     assert fake.sent_bytes == real.sent_bytes
     assert fake.flops == real.flops
@@ -64,7 +64,7 @@ def test_what_selective_remat_keeps_is_computed_once_and_counted() -> None:
     """Under it attention and experts are operators of ours, in place of torch's."""
     plain, layout = make(moe=True)
     kept, _ = make(moe=True, remat="selective", remat_save=["attention", "experts"])
-    expected, actual = (planning.trace_step(setup, layout, 2).flops for setup in (plain, kept))
+    expected, actual = (step_trace.trace_step(setup, layout, 2).flops for setup in (plain, kept))
     for site in ("attention", "experts"):
         for phase in ("forward", "backward"):
             assert actual[phase, site] == expected[phase, site] > 0
@@ -75,7 +75,7 @@ def test_what_is_kept_of_an_exchange_is_counted() -> None:
     chosen = {"moe": True, "dp": 2, "ep": 2}
     setup, layout = make(**chosen)
     plain, full, kept = (
-        planning.trace_step(make(**chosen, **policy)[0], layout, 2)
+        step_trace.trace_step(make(**chosen, **policy)[0], layout, 2)
         for policy in ({}, {"remat": "full"}, {"remat": "selective", "remat_save": ["exchange"]})
     )
     rows, width, experts = setup.workload.tokens * EXPERTS["num_experts_per_tok"], TEXT["hidden_size"], 8
@@ -93,7 +93,7 @@ def test_what_is_kept_of_an_exchange_is_counted() -> None:
 def test_the_peak_is_that_of_the_allocator(name: str) -> None:
     """torch's own allocation events know nothing of the recorder."""
     setup, layout = make(**CASES[name])
-    planned = planning.trace_step(setup, layout, setup.cfg.num_layers).peak.total
+    planned = step_trace.trace_step(setup, layout, setup.cfg.num_layers).peak.total
     allocated, held = allocated_peak(setup, layout)
     assert planned == pytest.approx(allocated + held, rel=0.01)
 
@@ -117,14 +117,14 @@ def test_planned_collectives_are_those_of_virtual_ranks(chosen: dict[str, Any]) 
 
     def run(mesh: Mesh) -> None:
         program = setup.build(setup.cfg, mesh)
-        program = replace(program, ops=planning.balanced(program.ops))
+        program = replace(program, ops=step_trace.balanced(program.ops))
         state, batches = start(setup, program, mesh)
         rate = schedule("constant", peak=1e-3, num_steps=1)
         make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)(state, batches)
 
     world = run_virtual(layout, run)
     for rank in {0, layout.world - 1}:
-        trace = planning.trace_step(setup, layout, setup.cfg.num_layers, rank=rank)
+        trace = step_trace.trace_step(setup, layout, setup.cfg.num_layers, rank=rank)
         count: Counter[Any] = Counter()
         sent: Counter[Any] = Counter()
         for call in world.calls[rank]:
@@ -153,7 +153,7 @@ EXTENDED = (
 def test_extended_traces_equal_whole_ones(name: str) -> None:
     setup, layout = make(**{**CASES[name], "layers": 11})
     cpu = devices.device("cpu")
-    short, whole = (planning.plan(setup, layout, cpu, all_layers=every) for every in (False, True))
+    short, whole = (step_plan.plan(setup, layout, cpu, all_layers=every) for every in (False, True))
     assert "and extended" in short.notes[-1]
     assert "all 11" in whole.notes[-1]
     assert replace(short, notes=()) == replace(whole, notes=())
@@ -170,14 +170,14 @@ def test_what_is_not_affine_is_not_extended() -> None:
     setup, layout = make(layers=9)
     depths = scaling.choose_depths(["a"] * 9, 1, 2)
     assert depths is not None
-    traces = [planning.trace_step(setup, layout, n) for n in (*depths.all, depths.first)][1:]
+    traces = [step_trace.trace_step(setup, layout, n) for n in (*depths.all, depths.first)][1:]
     traces[0].flops["forward", "layers"] += 1
     assert scaling.extend([traces[2], *traces[:2]], depths, 2, 9) is None
 
 
 def test_state_is_exact_and_a_plan_survives_json(tmp_path: Path) -> None:
     setup, layout = make(moe=True, dp=3, remat="full")
-    found = planning.plan(setup, layout, devices.device("910b"), rank=2)
+    found = step_plan.plan(setup, layout, devices.device("910b"), rank=2)
     program = setup.build(setup.cfg, recording_mesh(layout, 2, Recorder(is_fake=False)))
     state, _ = start(setup, program, program.mesh)
     params = tree.leaves(state["params"])
@@ -188,7 +188,7 @@ def test_state_is_exact_and_a_plan_survives_json(tmp_path: Path) -> None:
     text = found.to_json()
     assert plan.from_json(text) == found
     assert plan.diff(found, found) == "the plans are equal"
-    other = planning.plan(setup, layout, devices.device("h100"))
+    other = step_plan.plan(setup, layout, devices.device("h100"))
     assert "device: 910b -> h100" in plan.diff(found, other)
     assert "rows are spread evenly" in str(found)
     page = render([found, other])
@@ -200,7 +200,7 @@ def test_state_is_exact_and_a_plan_survives_json(tmp_path: Path) -> None:
 
 def test_what_lies_on_the_host_is_shown_and_is_not_the_devices() -> None:
     cpu = devices.device("cpu")
-    plain, moved = (planning.plan(*make(offload=chosen), cpu) for chosen in ([], ["optimizer", "activations"]))
+    plain, moved = (step_plan.plan(*make(offload=chosen), cpu) for chosen in ([], ["optimizer", "activations"]))
     moments = 8 * sum(leaf.parameter_bytes for leaf in moved.leaves) // 4
     assert plain.host_bytes == 0
     assert moved.host_bytes >= moments == moved.total("optimizer")
@@ -237,7 +237,7 @@ def test_a_compiled_program_is_refused() -> None:
     build = setup.build
     setup = replace(setup, build=lambda cfg, mesh: compiled("layer")(build(cfg, mesh)))
     with pytest.raises(ValueError, match="a plan traces the eager step but the program is compiled"):
-        planning.trace_step(setup, layout, 2)
+        step_trace.trace_step(setup, layout, 2)
 
 
 def test_values_of_parameters_are_never_read() -> None:

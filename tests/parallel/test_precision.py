@@ -19,7 +19,7 @@ from mmfn.parallel.transforms.precision import SENSITIVE, precision
 from mmfn.parallel.weights.gather import Weight
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import ZEROS, init_params, spec
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_trace
 from tests.parallel.conformance import Cell, model_of, one_device, outcome, run_cell
 from tests.parallel.plan_cases import make
 
@@ -126,7 +126,7 @@ def test_a_plan_shows_the_bytes_of_wide_sums() -> None:
     sent = []
     for chosen in ({}, {"reduce_dtype": "bfloat16"}):
         setup, layout = make(dp=2, compute_dtype="bfloat16", compute_rules={}, **chosen)
-        trace = planning.trace_step(setup, layout, 2)
+        trace = step_trace.trace_step(setup, layout, 2)
         sent.append(sum(n for key, n in trace.sent_bytes.items() if key.op == "reduce_scatter"))
     assert sent[0] == 2 * sent[1] > 0
 

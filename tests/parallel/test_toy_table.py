@@ -18,7 +18,7 @@ from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_trace
 from tests.parallel import toy_table
 from tests.parallel.conformance import TOWERS, Cell, check_cell, check_outcome, outcome
 from tests.parallel.plan_cases import make
@@ -107,7 +107,7 @@ def traced(change: Callable[[Program], Program], *transforms: Transform) -> Any:
     def build(cfg: Any, mesh: Mesh) -> Program:
         return pipe(Program.of(setup.family.specs(cfg), mesh=mesh), change, *transforms)
 
-    return planning.trace_step(replace(setup, build=build), layout, TEXT)
+    return step_trace.trace_step(replace(setup, build=build), layout, TEXT)
 
 
 @pytest.mark.parametrize("transforms", [(), (KEEP,)], ids=["plain", "selective remat"])

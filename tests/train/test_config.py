@@ -13,7 +13,7 @@ model: {path: m}
 data:
   train: train.json
   token_buckets: [64, 128]
-  patch_buckets: [32]
+  tower_buckets: {vision: [32]}
 optimizer: {lr: 1e-3}
 train: {steps: 10}
 output: {path: out}
@@ -123,9 +123,12 @@ def test_dtypes_with_effect_are_taken(config_file: Path) -> None:
         ("train.compile=all", "train.compile is 'all' but input should be 'none', 'layer' or 'step'"),
         ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]"),
         ("optimizer.betas=[0.9,1]", "optimizer.betas is [0.9, 1]"),
-        ("data.token_buckets=[128,64]", "token_buckets must increase, got [128, 64]"),
+        (
+            "data.token_buckets=[128,64]",
+            "data.token_buckets is [128, 64] but the sizes must increase; correct the value",
+        ),
         ("data.token_buckets=[]", "data.token_buckets is []"),
-        ("data.max_tokens=129", "max_tokens 129 is above the largest token bucket 128"),
+        ("data.max_tokens=129", "max_tokens 129 is above the largest token bucket of (64, 128)"),
         ("schedule.warmup_steps=10", "schedule.warmup_steps 10 must be below train.steps 10"),
         ("train.steps", "override 'train.steps' has no '='"),
         ("model.path=[", "override: model.path is '[' but the value is no valid YAML"),
@@ -135,20 +138,22 @@ def test_dtypes_with_effect_are_taken(config_file: Path) -> None:
         ("model.path=!!bool x", "model.path is '!!bool x' but the value is no valid YAML"),
         ("model.path=2024-13-45", "model.path is '2024-13-45' but the value is no valid YAML: month must be in 1..12"),
         ("model.path=" + "{" * 3000, "the value is no valid YAML: maximum recursion depth"),
-        ("layout.kind=ring", "in section layout, kind has no effect with cp 1"),
         ("layout.ulysses=2", "ulysses has no effect with kind 'gather'"),
-        ("layout.capacity=1.5", "capacity has no effect with ep 1"),
-        ("layout.prefetch=false", "prefetch has no effect with dp 1 and cp 1"),
-        ("layout.keep_gathered=true", "keep_gathered has no effect with remat 'none' or one rank"),
+        ("layout.keep_gathered=true", "keep_gathered has no effect with remat 'none'"),
         ("layout.remat_save=[matmul]", "remat_save has no effect with remat 'none'"),
         ("layout.remat_every=2", "remat_every has no effect with remat 'none'"),
-        ("layout.reduce_dtype=float32", "reduce_dtype has no effect with one rank"),
-        ("layout.timeout_s=60", "timeout_s has no effect with one rank"),
-        ("layout.offload=[activations, activations]", "offload names one thing twice"),
+        ("layout.reduce_dtype=float32", "reduce_dtype has no effect where all is computed in float32"),
+        ("layout.remat_stacks={vision: {kind: all}}", "input should be 'none', 'full', 'selective', 'uniform' or"),
+        ("layout.remat_stacks={vision: {every: 2}}", "layout.remat_stacks is {'vision': {'every': 2}} but"),
+        ("data.tower_buckets={vision: [4, 2]}", "data.tower_buckets is {'vision': [4, 2]} but the sizes must increase"),
+        (
+            "layout.offload=[activations, activations]",
+            "layout.offload is ['activations', 'activations'] but it names one",
+        ),
         ("optimizer.no_decay=['.*bias']", "no_decay has no effect with weight_decay 0"),
         ("optimizer.ema_decay=0.9", "optimizer.ema_decay has no effect with output.weights 'last'"),
         ("train.spike_window=10000", "train.spike_window 10000 has no effect in"),
-        ("layout.compute_dtype=float32", "layout.compute_dtype 'float32' has no effect, model.dtype says so"),
+        ("layout.compute_dtype=float32", "layout.compute_dtype has no effect beside an equal model.dtype"),
         ("layout.dp=0", "layout.dp is 0 but input should be greater than 0"),
         ("layout.tp=2", "unknown key 'layout.tp'; the nearest known key is 'layout.dp'"),
         ("optimizer.lr_scales={a: 1.0, a: 0.5}", "the value is no valid YAML: key 'a' is set twice; correct it"),
@@ -211,28 +216,34 @@ def test_missing_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("ulysses", [1, 3, 4])
-def test_usp_needs_both_of_its_parts(config_file: Path, ulysses: int) -> None:
-    with pytest.raises(ValueError, match=f"ulysses {ulysses} must divide cp 4 and lie between 1 and it for kind 'usp'"):
+@pytest.mark.parametrize(
+    ("ulysses", "expected"),
+    [(1, "needs 1 < ulysses < cp"), (3, "ulysses 3 must divide cp 4"), (4, "needs 1 < ulysses < cp")],
+)
+def test_usp_needs_both_of_its_parts(config_file: Path, ulysses: int, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         load_config(config_file, ["layout.cp=4", "layout.kind=usp", f"layout.ulysses={ulysses}"])
     assert load_config(config_file, ["layout.cp=4", "layout.kind=usp", "layout.ulysses=2"]).config.layout.world == 4
 
 
 def test_kept_weights_with_the_tower_alone_computed_again(config_file: Path) -> None:
     chosen = ["layout.dp=2", "layout.keep_gathered=true"]
-    assert load_config(config_file, [*chosen, "layout.remat_vision=full"]).config.layout.keep_gathered
+    assert load_config(config_file, [*chosen, "layout.remat_stacks={vision: {kind: full}}"]).config.layout.keep_gathered
     with pytest.raises(ValueError, match="keep_gathered has no effect"):
         load_config(config_file, chosen)
 
 
 def test_what_is_moved_to_the_host_is_no_part_of_one_graph(config_file: Path) -> None:
-    with pytest.raises(ValueError, match=r"layout.offload \('optimizer',\) needs train.compile 'none' or 'layer'"):
+    expected = r"layout.head, layout.offload, train.compile: offload\('optimizer'\) moves memory between the blocks"
+    with pytest.raises(ValueError, match=expected):
         load_config(config_file, ["layout.offload=[optimizer]", "train.compile=step"])
 
 
 def test_fixed_capacity_needs_one_size_of_batch(config_file: Path) -> None:
     changes = ["layout.dp=2", "layout.ep=2", "layout.capacity=1.5"]
-    with pytest.raises(ValueError, match=r"layout.capacity needs batches of one size .* data.token_buckets has 2"):
+    with pytest.raises(
+        ValueError, match=r"layout.capacity needs batches of one size .* data.token_buckets are \(64, 128\)"
+    ):
         load_config(config_file, changes)
     assert load_config(config_file, [*changes, "data.token_buckets=[128]"]).config.layout.capacity == 1.5
 

@@ -20,7 +20,11 @@ from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params, whole_params
-from mmfn.train.build import setup
+from mmfn.train.build.data import build_loader, load_model_processor, open_dataset
+from mmfn.train.build.model import load_model, model_specs
+from mmfn.train.build.program import build_program
+from mmfn.train.build.run import prepare
+from mmfn.train.build.step import build_step
 from mmfn.train.config.load import Loaded, load_config
 from mmfn.train.data import agree
 from mmfn.train.optim import adamw
@@ -178,15 +182,15 @@ def test_steps_through_the_loader(make_config: MakeConfig, name: str) -> None:
 
     def steps(mesh: Mesh, loaded: Loaded) -> tuple[list[dict[str, float]], Tree]:
         config = loaded.config
-        model = setup.load_model(config.model, config.train.seed)
-        specs = setup.model_specs(config, model.family, model.cfg)
+        model = load_model(config.model, config.train.seed)
+        specs = model_specs(config, model.family, model.cfg)
         assert {x.dropout for x in adapters_of(specs).values()} == {config.lora.dropout}
         params = with_adapters(tree.map(Tensor.double, model.params), specs)
         model = replace(model, params=params if mesh.layout.world == 1 else shard_params(params, specs, mesh))
-        program = setup.build_program(config, model.family, model.cfg, mesh)
-        data = setup.open_dataset(config, config.data.train, setup.load_model_processor(config.model.path))
-        loader = setup.build_loader(config, data, model, program)
-        step, state = setup.build_step(config, model, program)
+        program = build_program(config, model.family, model.cfg, mesh)
+        data = open_dataset(config, config.data.train, load_model_processor(config.model.path))
+        loader = build_loader(config, data, model, program)
+        step, state = build_step(config, model, program)
         found = []
         for number in range(2):
             share = agree(loader.share(number), mesh["batch"], loader.empty())
@@ -198,7 +202,7 @@ def test_steps_through_the_loader(make_config: MakeConfig, name: str) -> None:
     plain, _ = steps(single_mesh(), load_config(path, ["data.token_buckets=[512]", "lora.dropout=0.0"]))
     assert abs(plain[0]["loss"] - want[0]["loss"]) > 1e-4
     loaded = load_config(path, LAYOUTS[name])
-    for found, own in virtual(setup.layout_of(loaded.config.layout), lambda mesh: steps(mesh, loaded)):
+    for found, own in virtual(loaded.config.layout.sizes, lambda mesh: steps(mesh, loaded)):
         for metrics, expected in zip(found, want, strict=True):
             assert metrics == pytest.approx(expected, rel=1e-10)
         for a, b in zip(tree.leaves(leaves), tree.leaves(own), strict=True):
@@ -210,7 +214,7 @@ def test_the_seed_of_a_run_is_that_of_its_masks(make_config: MakeConfig) -> None
     path = make_config({"lora.rank": 2, "data.check": "first"})
     for dropout, is_same in ((0.3, False), (0.0, True)):
         settings = [[f"lora.dropout={dropout}", f"train.seed={seed}"] for seed in (0, 1)]
-        runs = [setup.prepare(load_config(path, own), lambda text: None) for own in settings]
+        runs = [prepare(load_config(path, own), lambda text: None) for own in settings]
         share = runs[0].loader.share(0)
         found = [run.step(tree.map(torch.clone, runs[0].state), share.microbatches)[1] for run in runs]
         assert found[0]["loss"] == found[1]["loss"]

@@ -6,17 +6,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 import mmfn
 from mmfn.ops import portable
-from mmfn.train.build import setup
+from mmfn.train.build.data import eos_token_ids, load_model_processor
+from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
-from mmfn.train.run.evaluate import Answer, Evaluation, answer, evaluate, loss_pair, to_json
+from mmfn.train.data import Dataset, load_processor
+from mmfn.train.run import evaluate as evaluation_module
+from mmfn.train.run.evaluate import (
+    Answer,
+    Evaluation,
+    answer,
+    evaluate,
+    loss_pair,
+    text_of,
+    to_json,
+    truth_tokens,
+)
 
 
 @pytest.fixture
-def run(make_config: Callable[..., Path]) -> setup.Run:
-    return setup.prepare(load_config(make_config()), say=lambda text: None)
+def run(make_config: Callable[..., Path]) -> Run:
+    return prepare(load_config(make_config()), say=lambda text: None)
 
 
 def test_totals() -> None:
@@ -31,7 +44,7 @@ def test_totals() -> None:
     assert (stored["accuracy"], stored["num_answers"], stored["answers"][2]["is_correct"]) == (0.75, 4, False)
 
 
-def test_answers_do_not_depend_on_the_batch(run: setup.Run) -> None:
+def test_answers_do_not_depend_on_the_batch(run: Run) -> None:
     done: list[int] = []
     args = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
     together = evaluate(run.model, run.held_out, batch_samples=24, **args)
@@ -47,7 +60,68 @@ def test_answers_do_not_depend_on_the_batch(run: setup.Run) -> None:
     assert Path(first.images[0]).is_file()
 
 
-def test_single_answer_equals_evaluation(run: setup.Run) -> None:
+THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>
+{% endgeneration %}{% else %}{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+CALL = {"function": {"name": "look", "arguments": {"digit": 7}}}
+ANSWERS = {  # of the assistant, a template for it, and what is shown as the truth
+    "plain": ({"content": "seven"}, None, "seven"),
+    "the prompt opens the thinking": ({"content": "<think>\na\n</think>\n\nb"}, THINKS, "a\n</think>\n\nb"),
+    "thinking is asked for, but not answered": ({"content": "b"}, THINKS, "b"),
+    "special tokens": ({"content": "<|box_start|>(1,2)<|box_end|>"}, None, "<|box_start|>(1,2)<|box_end|>"),
+    "a tool call": (
+        {"content": "", "tool_calls": [CALL]},
+        None,
+        '<tool_call>\n{"name": "look", "arguments": {"digit": 7}}',
+    ),
+    "normalised": ({"content": "A\u0301 \ufb01"}, None, "\u00c1 fi"),
+    "nothing": ({"content": ""}, None, ""),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("is_right", [True, False])
+def test_the_tokens_that_are_trained_are_right_answers(
+    run: Run, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, is_right: bool
+) -> None:
+    """A model that gives a sample's own supervised tokens has accuracy 1, and none with one token more."""
+    answer_of_data, template, shown = ANSWERS[kind]
+    processor = load_model_processor(str(small_demo / "model"), None)
+    if template is not None:
+        processor = load_processor(small_demo / "model", template)
+    if kind == "normalised":
+        processor.chat.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "first"}]
+    talk = [*turns, {"role": "user", "content": "two"}, {"role": "assistant", **answer_of_data}]
+    (tmp_path / "d.json").write_text(json.dumps([{"messages": talk}]))
+    held_out = Dataset(tmp_path / "d.json", processor)
+    sample, (prompt, _) = held_out.sample(0), held_out.prompt(0)
+    label_runs = (sample.labels_T != -100).long().diff().clamp(min=0).sum()
+    assert label_runs == 2  # both answers are trained
+    tail = sample.labels_T[sample.labels_T != -100].tolist()
+    own = truth_tokens(sample, prompt)
+    assert tail[-len(own) :] == own
+    wrong = [] if is_right else processor.chat.tokenizer("!")["input_ids"]
+    monkeypatch.setattr(evaluation_module, "generate", lambda *args, **kwargs: [[*wrong, *own]])
+    found = evaluate(run.model, held_out, batch_samples=1, max_new_tokens=64, eos_token_ids=run.eos_token_ids)
+    assert found.accuracy == float(is_right)
+    assert found.answers[0].truth.startswith(shown)
+    assert "<|im_end|>" not in found.answers[0].truth
+
+
+def test_what_is_behind_the_last_answer_is_not_its_truth(run: Run, small_demo: Path, tmp_path: Path) -> None:
+    talk = [("user", "one"), ("assistant", "yes"), ("user", "two")]
+    entries = [{"messages": [{"role": role, "content": text} for role, text in talk]}]
+    (tmp_path / "d.json").write_text(json.dumps(entries))
+    held_out = Dataset(tmp_path / "d.json", run.processor)
+    tokens = truth_tokens(held_out.sample(0), held_out.prompt(0)[0])
+    assert text_of(tokens, run.processor.chat.tokenizer, run.eos_token_ids) == "yes"
+
+
+def test_single_answer_equals_evaluation(run: Run) -> None:
     args = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
     evaluation = evaluate(run.model, run.held_out, batch_samples=24, **args)
     for expected in evaluation.answers[:3]:
@@ -56,13 +130,13 @@ def test_single_answer_equals_evaluation(run: setup.Run) -> None:
             assert text == expected.prediction.strip()
 
 
-def test_answer_refuses_wrong_counts(run: setup.Run) -> None:
+def test_answer_refuses_wrong_counts(run: Run) -> None:
     path = str(run.held_out.media_root / run.held_out.records[0].images[0])
     with pytest.raises(ValueError, match="2 image placeholders for 1 image"):
         answer(run.model, run.processor, "<image><image>?", [path], max_new_tokens=1, eos_token_ids=())
 
 
-def test_loss_equals_cross_entropy_of_the_logits(run: setup.Run) -> None:
+def test_loss_equals_cross_entropy_of_the_logits(run: Run) -> None:
     samples = [run.held_out.sample(i) for i in range(5)]
     value, weight = loss_pair(run.model, samples, portable())
     expected, count = 0.0, 0
@@ -76,28 +150,28 @@ def test_loss_equals_cross_entropy_of_the_logits(run: setup.Run) -> None:
     assert weight == count
 
 
-def test_eos_ids_come_from_the_generation_config(run: setup.Run, tmp_path: Path) -> None:
+def test_eos_ids_come_from_the_generation_config(run: Run, tmp_path: Path) -> None:
     tokenizer = run.processor.chat.tokenizer
     both = tuple(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     assert run.eos_token_ids == both
-    assert setup.eos_token_ids(tmp_path, run.processor, 282) == (both[0],)
+    assert eos_token_ids(tmp_path, run.processor, 282) == (both[0],)
     assert run.processor.chat.tokenizer.eos_token_id == both[0]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert setup.eos_token_ids(tmp_path, run.processor, 282) == (5,)
+    assert eos_token_ids(tmp_path, run.processor, 282) == (5,)
 
 
 @pytest.mark.parametrize("value", ['{"a": 1}', '["x"]', "true", "-1", "282", "[5, null]", "1.0", "1000000000"])
-def test_eos_ids_that_are_no_tokens_are_refused(run: setup.Run, tmp_path: Path, value: str) -> None:
+def test_eos_ids_that_are_no_tokens_are_refused(run: Run, tmp_path: Path, value: str) -> None:
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
     with pytest.raises(ValueError, match=r"eos_token_id is .* but must be a token id below vocab_size 282"):
-        setup.eos_token_ids(tmp_path, run.processor, 282)
+        eos_token_ids(tmp_path, run.processor, 282)
 
 
-def test_generation_config_that_is_no_json_is_refused(run: setup.Run, tmp_path: Path) -> None:
+def test_generation_config_that_is_no_json_is_refused(run: Run, tmp_path: Path) -> None:
     for text in ("{", "[]", "[" * 100_000):
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(ValueError, match=r"generation_config.json"):
-            setup.eos_token_ids(tmp_path, run.processor, 282)
+            eos_token_ids(tmp_path, run.processor, 282)
 
 
 def test_loss_that_is_not_finite_is_null_and_refused() -> None:

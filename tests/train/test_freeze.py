@@ -18,7 +18,7 @@ from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.transforms.remat import remat
 from mmfn.spec import freeze, trained_paths
 from mmfn.train.optim import adamw
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_plan, step_trace
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, init_state, make_step
 from tests import oracles
@@ -135,7 +135,7 @@ def test_a_frozen_tower_keeps_nothing_and_has_no_backward() -> None:
     """Blocks 0 and 1 are the tower's; their backward, and the memory they keep for it, are gone."""
     setup, layout = make(side=8)
     frozen, _ = make(side=8, trained="decoder")
-    all_, some = (planning.trace_step(s, layout, 2) for s in (setup, frozen))
+    all_, some = (step_trace.trace_step(s, layout, 2) for s in (setup, frozen))
 
     def blocks(trace: Any, phase: str) -> set[int]:
         return {index for where, _, index in trace.peaks if where == phase}
@@ -154,10 +154,10 @@ def test_the_plan_of_adapters() -> None:
     sent = {}
     for trained in ("all", "lora of both"):
         setup, layout = make(trained=trained, dp=2)
-        trace = planning.trace_step(setup, layout, 2)
+        trace = step_trace.trace_step(setup, layout, 2)
         sent[trained] = sum(n for key, n in trace.sent_bytes.items() if key.site == "gradients")
     setup, layout = make(trained="lora of both", dp=2)
-    found = planning.plan(setup, layout, devices.device("cpu"), all_layers=True)
+    found = step_plan.plan(setup, layout, devices.device("cpu"), all_layers=True)
     trained = [leaf for leaf in found.leaves if "/lora/" in leaf.path or leaf.path == "text/norm/weight"]
     assert all(leaf.optimizer_bytes == 2 * leaf.gradient_bytes == 2 * leaf.parameter_bytes for leaf in trained)
     assert not any(leaf.gradient_bytes or leaf.optimizer_bytes for leaf in found.leaves if leaf not in trained)

@@ -21,11 +21,12 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.train import optim
-from mmfn.train.build import setup
+from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.guard import Guard
 from mmfn.train.run import loop
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.training import run_training
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, init_state, make_step
 from tests.batches import with_inputs
@@ -185,7 +186,7 @@ def on_gloo() -> Any:
 # ---- the run
 
 
-def spoil(run: setup.Run, is_bad: Callable[[int], bool]) -> setup.Run:
+def spoil(run: Run, is_bad: Callable[[int], bool]) -> Run:
     """The run with patches that are not numbers in some of its steps."""
     real, calls = run.step, iter(range(10**6))
 
@@ -199,8 +200,8 @@ def spoil(run: setup.Run, is_bad: Callable[[int], bool]) -> setup.Run:
 
 def test_a_run_whose_last_step_is_skipped_is_complete(make_config: Callable[..., Path]) -> None:
     config = make_config({"train.steps": 3, "data.eval": None})
-    run = spoil(setup.prepare(load_config(config), say=lambda text: None), lambda step: step == 2)
-    result = loop.run_training(run, Progress(num_steps=3, log_every=3, stream=io.StringIO()))
+    run = spoil(prepare(load_config(config), say=lambda text: None), lambda step: step == 2)
+    result = run_training(run, Progress(num_steps=3, log_every=3, stream=io.StringIO()))
     assert [r["skipped"] for r in result.records] == [0, 0, 1]
     assert math.isnan(result.records[-1]["loss"])
     assert all(x.isfinite().all() for x in tree.leaves(result.model.params))
@@ -208,7 +209,7 @@ def test_a_run_whose_last_step_is_skipped_is_complete(make_config: Callable[...,
 
 def test_the_run_stops_after_skips_in_a_row_and_only_then(make_config: Callable[..., Path]) -> None:
     config = make_config({"train.steps": 9, "train.max_skips": 3})
-    run = spoil(setup.prepare(load_config(config), say=lambda text: None), lambda step: step in (1, 2, 4, 5, 6, 7))
+    run = spoil(prepare(load_config(config), say=lambda text: None), lambda step: step in (1, 2, 4, 5, 6, 7))
     records: list[dict[str, Any]] = []
     with pytest.raises(ValueError, match="3 steps in a row were skipped, the last of them step 7 with loss nan"):
         loop.train(run, records.append)
@@ -218,7 +219,7 @@ def test_the_run_stops_after_skips_in_a_row_and_only_then(make_config: Callable[
 
 def test_a_run_that_stops_over_spikes_names_their_settings(make_config: Callable[..., Path]) -> None:
     changes = {"train.steps": 6, "train.max_skips": 2, "train.spike_window": 2, "train.spike_factor": 2.0}
-    run = setup.prepare(load_config(make_config(changes)), say=lambda text: None)
+    run = prepare(load_config(make_config(changes)), say=lambda text: None)
     real = run.step
 
     def step(state: State, microbatches: Any) -> Any:
@@ -234,7 +235,7 @@ def test_a_run_that_stops_over_spikes_names_their_settings(make_config: Callable
 def test_a_run_with_spikes_goes_on(make_config: Callable[..., Path]) -> None:
     config = make_config({"train.steps": 4, "train.spike_window": 2, "train.spike_factor": 1.000001})
     records: list[dict[str, Any]] = []
-    state = loop.train(setup.prepare(load_config(config), say=lambda text: None), records.append)
+    state = loop.train(prepare(load_config(config), say=lambda text: None), records.append)
     norms = [r["grad_norm"] for r in records]
     skipped = [r["skipped"] for r in records]
     assert skipped[0] == 0

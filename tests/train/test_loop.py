@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,21 @@ import pytest
 import torch
 
 import mmfn
-from mmfn import tree
-from mmfn.train.build import setup
+from mmfn import cli, tree
+from mmfn.interop.checkpoint import read_config
+from mmfn.train.build.data import load_model_processor
 from mmfn.train.build.match import check_match
+from mmfn.train.build.model import load_model
+from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
-from mmfn.train.data import prefetch
+from mmfn.train.data import Dataset, prefetch
 from mmfn.train.objective import per_token_loss, weigh
 from mmfn.train.run import folder as run_folder
 from mmfn.train.run import loop
+from mmfn.train.run.folder import write_text
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.result import Result
+from mmfn.train.run.training import run_training
 
 MakeConfig = Callable[..., Path]
 KEYS = {
@@ -29,8 +36,8 @@ KEYS = {
 }  # fmt: skip
 
 
-def prepared(config: Path, overrides: tuple[str, ...] = ()) -> setup.Run:
-    return setup.prepare(load_config(config, overrides), say=lambda text: None)
+def prepared(config: Path, overrides: tuple[str, ...] = ()) -> Run:
+    return prepare(load_config(config, overrides), say=lambda text: None)
 
 
 def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
@@ -39,9 +46,9 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
     return records, state["params"]
 
 
-def quiet(run: setup.Run) -> loop.Result:
+def quiet(run: Run) -> Result:
     steps = run.loaded.config.train.steps
-    return loop.run_training(run, Progress(num_steps=steps, log_every=steps, stream=io.StringIO()))
+    return run_training(run, Progress(num_steps=steps, log_every=steps, stream=io.StringIO()))
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -96,7 +103,7 @@ def test_result_does_not_depend_on_workers(make_config: MakeConfig, workers: int
 def test_smaller_buckets_give_the_same_training(make_config: MakeConfig) -> None:
     config = make_config()
     records, _ = trained(config)
-    others, _ = trained(config, "data.token_buckets=[64]", "data.patch_buckets=[64]")
+    others, _ = trained(config, "data.token_buckets=[64]", "data.tower_buckets={vision: [64]}")
     assert others[0]["microbatches"] > records[0]["microbatches"] == 1
     assert [r["loss"] for r in others] == pytest.approx([r["loss"] for r in records], rel=2e-3)
     assert others[0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
@@ -183,7 +190,7 @@ def test_a_failing_run_keeps_the_one_it_overwrites(make_config: MakeConfig, tmp_
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoint", "config.yaml", "metrics.jsonl", "report.html"]
 
 
-def diverging(run: setup.Run) -> setup.Run:
+def diverging(run: Run) -> Run:
     for leaf in tree.leaves(run.state["params"]):
         leaf.fill_(float("nan"))
     return run
@@ -222,7 +229,7 @@ def test_data_that_break_on_the_way_leave_no_checkpoint(make_config: MakeConfig,
 
 
 def test_prefetched_batches_weigh_to_the_mean(make_config: MakeConfig) -> None:
-    run = prepared(make_config({"data.token_buckets": [64], "data.patch_buckets": [64]}))
+    run = prepared(make_config({"data.token_buckets": [64], "data.tower_buckets": {"vision": [64]}}))
     for microbatches in prefetch(run.loader.microbatches, 0, 2):
         weighed = weigh(microbatches, per_token_loss)
         assert sum(b.weights_T.sum().item() for b in weighed) == pytest.approx(1.0, rel=1e-6)
@@ -230,9 +237,9 @@ def test_prefetched_batches_weigh_to_the_mean(make_config: MakeConfig) -> None:
 
 def test_write_text_is_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    loop.write_text(path, "old")
+    write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        loop.write_text(path, "new \ud800")
+        write_text(path, "new \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -241,7 +248,50 @@ def test_model_on_an_unknown_device_is_refused(make_config: MakeConfig) -> None:
     section = load_config(make_config()).config.model
     for device in ("gpu", "meta", "meta:x", "cuda:77"):
         with pytest.raises(ValueError, match=f"model.device '{device}' cannot be used"):
-            setup.load_model(section.model_copy(update={"device": device}), seed=0)
+            load_model(section.model_copy(update={"device": device}), seed=0)
+
+
+OWN_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>
+{% endgeneration %}{% else %}{% for p in m.content %}{% if p.type == 'image' %}\
+<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}!<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_the_template_of_a_run_is_that_of_its_checkpoint(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint renders as it was trained, and answers."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "own.jinja").write_text(OWN_TEMPLATE)
+    settings = {"data.template": str(tmp_path / "own.jinja"), "train.steps": 1, "data.check": "first"}
+    assert cli.main(["train", str(make_config(settings | {"lora.rank": 2, "lora.targets": [".*attention/q"]}))]) == 0
+    (tmp_path / "own.jinja").unlink()  # it was read at the start
+    for name in ("checkpoint", "adapter"):
+        assert (tmp_path / "run" / name / "chat_template.jinja").read_text() == OWN_TEMPLATE
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint")
+    chat = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|im_start|>user\nhi!<|im_end|>\n"
+    assert cli.main(["generate", str(tmp_path / "run" / "checkpoint"), "hello", "--max-new-tokens", "2"]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
+def test_a_prompt_needs_no_generation_block(
+    small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint whose own template has none and renders unlike those of mmfn cannot be trained, but it answers."""
+    mmfn.save_hf(tmp_path / "m", mmfn.init(read_config(small_demo / "model"), seed=0), assets=small_demo / "model")
+    plain = re.sub(r"{% (end)?generation %}", "", OWN_TEMPLATE)
+    (tmp_path / "m" / "chat_template.jinja").write_text(plain)
+    assert cli.main(["generate", str(tmp_path / "m"), "hello", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().err == ""
+    (tmp_path / "d.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}])
+    )
+    with pytest.raises(ValueError, match="give a template with generation blocks"):
+        Dataset(tmp_path / "d.json", load_model_processor(str(tmp_path / "m"))).sample(0)
 
 
 def test_processor_of_another_model_is_refused(make_config: MakeConfig) -> None:

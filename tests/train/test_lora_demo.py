@@ -13,7 +13,7 @@ from mmfn import cli
 from mmfn.interop.checkpoint import read_config
 from mmfn.models import family
 from mmfn.spec import num_params, num_trained, trained_paths
-from mmfn.train.build.setup import model_specs
+from mmfn.train.build.model import model_specs
 from mmfn.train.config.load import load_config
 
 ROOT = Path(__file__).parents[2]

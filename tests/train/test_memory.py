@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from mmfn import cli, tree
-from mmfn.train.build import setup
-from mmfn.train.build.setup import build_remat
+from mmfn.train.build.program import build_remat
+from mmfn.train.build.run import prepare
+from mmfn.train.config.layout import LayoutSection
 from mmfn.train.config.load import load_config
-from mmfn.train.config.schema import LayoutSection
 from mmfn.train.planning import search as plan_search
-from mmfn.train.planning.step_plan import Workload
+from mmfn.train.planning.request import Request, plan_config, read
+from mmfn.train.planning.workload import Workload
 from mmfn.train.run import loop
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.training import run_training
 from tests.parallel.plan_cases import hf_config
 
 MakeConfig = Callable[..., Path]
@@ -28,7 +30,7 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any, t
     """Records, parameters and what was said before."""
     records: list[dict[str, Any]] = []
     said: list[str] = []
-    run = setup.prepare(load_config(config, overrides), say=said.append)
+    run = prepare(load_config(config, overrides), say=said.append)
     return records, loop.train(run, records.append)["params"], tuple(said)
 
 
@@ -36,9 +38,14 @@ def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], Any, t
     "overrides",
     [
         ("layout.remat=uniform", "layout.remat_layers=2", "layout.offload=[activations]"),
-        ("layout.remat=block", "layout.remat_vision=full", "layout.offload=[optimizer]", "optimizer.kind=muon"),
         (
-            "layout.remat_vision=full",
+            "layout.remat=block",
+            "layout.remat_stacks={vision: {kind: full}}",
+            "layout.offload=[optimizer]",
+            "optimizer.kind=muon",
+        ),
+        (
+            "layout.remat_stacks={vision: {kind: full}}",
             "layout.offload=[activations, optimizer]",
             "optimizer.ema_decay=0.9",
             "output.weights=ema",
@@ -70,9 +77,9 @@ def test_a_whole_run_with_parameters_on_the_host(make_config: MakeConfig, tmp_pa
     found = []
     for name, what in (("plain", "[]"), ("hosted", "[parameters, optimizer]")):
         config = make_config({"train.steps": 2, "data.check": "first", "output.path": str(tmp_path / name)})
-        run = setup.prepare(load_config(config, [*chosen, f"layout.offload={what}"]), say=lambda text: None)
+        run = prepare(load_config(config, [*chosen, f"layout.offload={what}"]), say=lambda text: None)
         assert all(x is y for x, y in zip(tree.leaves(run.state["params"]), tree.leaves(run.model.params), strict=True))
-        result = loop.run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
+        result = run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
         files = sorted(path.relative_to(result.folder) for path in result.folder.rglob("*.safetensors"))
         weights = [load_file(result.folder / path) for path in files]
         found.append((files, weights, tree.leaves(result.model.params), result.evaluation.loss_sum))
@@ -93,11 +100,11 @@ def test_a_plan_and_a_search_of_what_lies_on_the_host(tmp_path: Path, capsys: py
     assert "offload: parameters to the host" in printed
     assert "held on the host" in printed
     workload = Workload(tokens=64, sample_tokens=32, image_side=4)
-    found = list(plan_search.candidates(plan_search.read(path, chosen[:1]), 2))
+    found = list(plan_search.candidates(read(path, chosen[:1]), 2))
     assert len({config.layout.kind for config in found if config.layout.cp == 2}) == 3
     for config in found:
-        request = plan_search.Request(config=config, device="cpu", workload=workload, title="")
-        planned = plan_search.plan_config(request)
+        request = Request(config=config, device="cpu", workload=workload, title="")
+        planned = plan_config(request)
         assert planned.host_bytes == planned.total("parameter") + planned.total("optimizer")
 
 
@@ -115,36 +122,7 @@ def test_bfloat16_with_and_without_rules(make_config: MakeConfig) -> None:
 
 
 def test_policies_of_stacks() -> None:
-    assert len(build_remat(LayoutSection(remat="full"))) == 1
-    assert len(build_remat(LayoutSection(remat="full", remat_vision="none"))) == 2
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"remat_layers": 2}, "remat_layers has no effect with remat 'none'"),
-        ({"remat": "full", "remat_layers": 2}, "remat_layers has no effect with remat 'full'"),
-        ({"remat": "uniform", "remat_every": 2}, "remat_every has no effect with remat 'uniform'"),
-        ({"remat": "full", "remat_vision_every": 2}, "remat_vision_every has no effect with remat_vision None"),
-        (
-            {"remat_vision": "block", "remat_vision_save": ["matmul"]},
-            "remat_vision_save has no effect with remat_vision",
-        ),
-        (
-            {"remat": "selective", "remat_save": ["exchange"]},
-            "remat_save 'exchange' has no effect with ep 1; remove it",
-        ),
-        (
-            {"dp": 2, "ep": 2, "remat_vision": "selective", "remat_vision_save": ["exchange"]},
-            "remat_vision_save 'exchange' has no effect, the tower has no experts; remove it",
-        ),
-        (
-            {"remat_vision": "selective", "remat_vision_save": ["attention", "experts"]},
-            "remat_vision_save 'experts' has no effect, the tower has no experts; remove it",
-        ),
-        ({"offload": ["params"]}, "Input should be 'activations', 'optimizer' or 'parameters'"),
-    ],
-)
-def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LayoutSection(**settings)
+    stacks = ("text", "vision")
+    assert len(build_remat(LayoutSection(remat="full"), stacks)) == 1
+    tower = {"vision": {"kind": "none"}}
+    assert len(build_remat(LayoutSection.model_validate({"remat": "full", "remat_stacks": tower}), stacks)) == 2

@@ -14,7 +14,7 @@ from mmfn.spec import freeze
 from mmfn.train import optim
 from mmfn.train.optim import Facts, Update
 from mmfn.train.optim.muon import is_matrix, orthogonalize, with_others
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_trace
 from mmfn.tree import items, leaves
 from tests.parallel.plan_cases import hf_config, make
 from tests.train.optim_cases import MATRICES, SPECS, muon, train
@@ -108,7 +108,7 @@ def test_a_plan_is_what_runs(layout: dict[str, Any]) -> None:
     setup, sizes = make(**layout)
     chosen = with_others(optim.muon(), optim.adamw(), specs(moe="moe" in layout))
     setup = replace(setup, optimizer=optim.chain(optim.clip_by_global_norm(0.5), chosen, optim.ema(0.9)))
-    planned, real = (planning.trace_step(setup, sizes, 2, is_fake=is_fake) for is_fake in (True, False))
+    planned, real = (step_trace.trace_step(setup, sizes, 2, is_fake=is_fake) for is_fake in (True, False))
     assert any(key.site == "muon" for key in planned.count)
     assert (planned.count, planned.sent_bytes) == (real.count, real.sent_bytes)
     assert planned.peaks == real.peaks

@@ -20,8 +20,8 @@ from mmfn.parallel.context.token_order import segment_multiple, split_tokens
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.step_sums import all_counts
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.train.build.setup import build_objective
-from mmfn.train.config.schema import ObjectiveSection
+from mmfn.train.build.step import build_objective
+from mmfn.train.config.learning import ObjectiveSection
 from mmfn.train.objective import OBJECTIVES, Objective, loss, loss_fn, resolve, weigh
 
 V, D = 11, 4

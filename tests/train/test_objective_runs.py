@@ -1,5 +1,7 @@
 """The settings of sections `objective` and `layout.head` in runs from a config."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from mmfn import cli
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.train.build import setup
+from mmfn.train.build.run import prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.run import loop
 
 MakeConfig = Callable[..., Path]
 SPECIAL = ("objective.name=square_loss", "objective.z_loss=1e-3", "objective.label_smoothing=0.1")
-SMALL = ("data.token_buckets=[64, 128]", "data.patch_buckets=[64]", "train.steps=2")  # several micro-batches
+SMALL = ("data.token_buckets=[64, 128]", "data.tower_buckets={vision: [64]}", "train.steps=2")  # several micro-batches
 
 
 def records(config: Path, *overrides: str) -> list[dict[str, Any]]:
@@ -24,12 +27,12 @@ def records(config: Path, *overrides: str) -> list[dict[str, Any]]:
     loaded = load_config(config, overrides)
 
     def rank(mesh: Mesh) -> list[dict[str, Any]]:
-        run = setup.prepare(loaded, lambda text: None, Place(device=torch.device("cpu"), mesh=mesh, host=mesh))
+        run = prepare(loaded, lambda text: None, Place(device=torch.device("cpu"), mesh=mesh, host=mesh))
         found: list[dict[str, Any]] = []
         loop.train(run, found.append)
         return found
 
-    return virtual(setup.layout_of(loaded.config.layout), rank)[0]
+    return virtual(loaded.config.layout.sizes, rank)[0]
 
 
 def losses(found: list[dict[str, Any]]) -> list[float]:
@@ -60,12 +63,14 @@ def test_chunks_and_a_sharded_head_change_nothing(make_config: MakeConfig) -> No
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("layout.head=sharded",), "head has no effect with dp 1 and cp 1"),
-        (("layout.dp=2", "layout.head=sharded", "train.compile=step"), "layout.head 'sharded' needs train.compile"),
+        (("layout.dp=2", "layout.head=sharded", "train.compile=step"), "a step with a sharded head is no single graph"),
         (("objective.label_smoothing=1.5",), "objective.label_smoothing is 1.5"),
         (("objective.z_loss=-1",), "objective.z_loss is -1"),
         (("objective.chunk_size=0",), "objective.chunk_size is 0"),
-        (("objective.chunk_size=8", "objective.total_chunk_size=8"), "in section objective, chunk_size and total"),
+        (
+            ("objective.chunk_size=8", "objective.total_chunk_size=8"),
+            "chunk_size and objective.total_chunk_size are both set",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
@@ -73,3 +78,75 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(make_config(), overrides)
+
+
+@pytest.fixture(scope="module")
+def experts_model(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's folder with a config of experts."""
+    folder = tmp_path_factory.mktemp("experts")
+    for path in (small_demo / "model").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    hf = json.loads((folder / "config.json").read_text())
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.25}
+    text = {**hf["text_config"], **experts, "output_router_logits": True}
+    hf |= {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": text}
+    (folder / "config.json").write_text(json.dumps(hf))
+    return folder
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(None, 0.25), (2.0, 2.0), (0.0, 0.0)])
+def test_the_weight_of_the_router_balance(
+    make_config: MakeConfig, experts_model: Path, weight: float | None, expected: float
+) -> None:
+    """The loss is the cross entropy and so many times the balancing loss, and the log says the weight."""
+    said: list[str] = []
+    settings = {"model.path": str(experts_model), "train.steps": 1, "data.check": "first", "data.eval": None}
+    chosen = {} if weight is None else {"objective.router_aux_coef": weight}
+    run = prepare(load_config(make_config({**settings, **chosen})), said.append)
+    found: list[dict[str, Any]] = []
+    loop.train(run, found.append)
+    (record,) = found
+    if expected:
+        assert record["aux_loss"] > 1
+        assert record["loss"] == pytest.approx(record["ce"] + expected * record["aux_loss"], rel=1e-6)
+    else:
+        assert not {"ce", "aux_loss"} & record.keys()
+    source = "config.json" if weight is None else "objective.router_aux_coef"
+    assert f"router balance: weight {expected:g}, of {source}" in said
+
+
+def test_a_model_without_experts_has_no_router_balance(make_config: MakeConfig) -> None:
+    said: list[str] = []
+    prepare(load_config(make_config({"data.check": "first"})), said.append)
+    assert not any("router" in line for line in said)
+    with pytest.raises(ValueError, match=r"objective.router_aux_coef has no effect, the model has no experts; remove"):
+        prepare(load_config(make_config({"objective.router_aux_coef": 0.1})), said.append)
+
+
+def test_the_reference_table_trains_and_evaluates_the_same(make_config: MakeConfig) -> None:
+    """`model.kernels` chooses the table of training, of evaluation and of a plan."""
+    settings = {"train.steps": 2, "data.check": "first"}
+    found = {}
+    for name in ("portable", "reference"):
+        run = prepare(load_config(make_config(settings), [f"model.kernels={name}"]), lambda text: None)
+        records: list[dict[str, Any]] = []
+        loop.train(run, records.append)
+        found[name] = [record["loss"] for record in records]
+    assert found["reference"] == pytest.approx(found["portable"], rel=1e-5)
+    assert found["reference"] != found["portable"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "npu"])
+def test_a_table_that_there_is_not_is_refused_by_every_command(
+    make_config: MakeConfig, small_demo: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, choice = str(make_config()), f"model.kernels={name}"
+    commands = (
+        ["train", config, choice],
+        ["eval", config, choice],
+        ["plan", config, choice],
+        ["generate", str(small_demo / "model"), "hello", "--kernels", name],
+    )
+    for command in commands:
+        assert cli.main(command) == 2
+        assert re.search(rf"'{name}' has no table of ops yet; use one of .*portable", capsys.readouterr().err)

@@ -17,6 +17,7 @@ def leaves(seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) ->
     return {p: (torch.randn(s, generator=g, dtype=torch.float64) * scale).to(dtype) for p, s in SHAPES.items()}
 
 
+CLIP = optim.clip_by_global_norm(1.0)
 FACTS = {p: Facts(shape=s) for p, s in SHAPES.items()}
 
 
@@ -212,11 +213,30 @@ def test_lr_scales_and_masked() -> None:
         (lambda: optim.adamw(weight_decay=-0.1), "weight_decay must not be negative"),
         (lambda: optim.clip_by_global_norm(0.0), "max_norm must be positive"),
         (lambda: optim.chain(), "at least one"),
+        (lambda: optim.chain(optim.sgd(), CLIP), "what is to scale gradients behind what is to update parameters"),
+        (lambda: optim.chain(optim.chain(CLIP, optim.adamw()), CLIP), "what is to scale gradients behind"),
+        (lambda: optim.chain(by_path(optim.master(optim.adamw())), CLIP), "what is to scale gradients behind"),
+        (lambda: optim.chain(optim.on_host(optim.adamw()), CLIP), "what is to scale gradients behind"),
+        (lambda: optim.chain(optim.masked(optim.muon(), [".*"]), CLIP), "what is to scale gradients behind"),
+        (lambda: optim.chain(optim.ema(0.9), optim.adamw()), "to update parameters behind what is to read updated"),
+        (lambda: optim.chain(optim.ema(0.9), CLIP), "what is to scale gradients behind what is to read updated"),
     ],
 )
 def test_errors(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_a_chain_takes_what_stands_in_order() -> None:
+    """A clip of each part, averages last, and a transform of one's own anywhere."""
+    a, rest = [r"a/.*"], [r"[bc]/.*"]
+    parts = [optim.masked(optim.chain(CLIP, optim.sgd()), a), optim.masked(optim.chain(CLIP, optim.adamw()), rest)]
+    plain = Transform(init=lambda params: {}, update=lambda facts: lambda u, state: (u, state))
+    tx = optim.chain(plain, CLIP, *parts, plain, optim.ema(0.9), plain)
+    params = leaves(0)
+    before = {p: x.clone() for p, x in params.items()}
+    run(tx, params, leaves(1), tx.init(params))
+    assert all(not torch.equal(before[p], x) for p, x in params.items())
 
 
 def test_global_norm_is_accurate_for_large_and_narrow_leaves() -> None:

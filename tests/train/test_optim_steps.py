@@ -15,11 +15,12 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.weights.sharding import shard_params, whole_params
 from mmfn.train import optim
-from mmfn.train.build import setup
+from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.guard import Guard
-from mmfn.train.planning import step_plan as planning
+from mmfn.train.planning import step_trace
 from mmfn.train.run import loop
+from mmfn.train.run.training import run_training
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
 from tests.parallel.conformance import Cell, batch_of, model_of
@@ -102,9 +103,9 @@ def test_donation_changes_no_number(make: Callable[[Any], optim.Transform]) -> N
 # ---- from a config
 
 
-def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], State, setup.Run]:
+def trained(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], State, Run]:
     records: list[dict[str, Any]] = []
-    run = setup.prepare(load_config(config, overrides), say=lambda text: None)
+    run = prepare(load_config(config, overrides), say=lambda text: None)
     return records, loop.train(run, records.append), run
 
 
@@ -132,7 +133,7 @@ def test_small_steps_of_bfloat16_parameters_are_kept_unless_it_is_said_otherwise
 ) -> None:
     config = make_config({"train.steps": 3})
     given = ("model.dtype=bfloat16", "optimizer.lr=1e-6")
-    before = dict(tree.items(setup.prepare(load_config(config, given), say=lambda text: None).model.params))
+    before = dict(tree.items(prepare(load_config(config, given), say=lambda text: None).model.params))
     _, kept, _ = trained(config, *given)
     _, lost, _ = trained(config, *given, "optimizer.master=false")
     assert "master" not in lost["opt"][1]
@@ -144,7 +145,7 @@ def test_small_steps_of_bfloat16_parameters_are_kept_unless_it_is_said_otherwise
 
 def test_rules_of_a_config_reach_single_parameters(make_config: Callable[..., Path]) -> None:
     config = make_config({"train.steps": 1, "optimizer.kind": "muon"})
-    before = dict(tree.items(setup.prepare(load_config(config), say=lambda text: None).model.params))
+    before = dict(tree.items(prepare(load_config(config), say=lambda text: None).model.params))
     _, plain, _ = trained(config)
     rules = (
         "optimizer.lr_scales={'text/embed/.*': 0, '.*norm/weight': 0.5}",
@@ -186,7 +187,7 @@ def test_rules_of_a_config_reach_single_parameters(make_config: Callable[..., Pa
         ),
         (
             ("schedule.groups={'.*': {lr: 1e-3, warmup_steps: 9}}",),
-            r"schedule.groups '\.\*' has warmup_steps 9, which must be below train.steps 4; shorten it",
+            r"schedule.groups '\.\*'.warmup_steps 9 must be below train.steps 4; shorten it",
         ),
     ],
 )
@@ -194,7 +195,7 @@ def test_settings_that_do_not_fit_are_one_sentence(
     make_config: Callable[..., Path], overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        setup.prepare(load_config(make_config(), overrides), say=lambda text: None)
+        prepare(load_config(make_config(), overrides), say=lambda text: None)
 
 
 def test_averages_are_what_is_saved_when_asked(make_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -206,8 +207,8 @@ def test_averages_are_what_is_saved_when_asked(make_config: Callable[..., Path],
     changes = {"train.steps": 2, "data.eval": None, "optimizer.ema_decay": 0.5, "output.weights": "ema"}
     config = make_config(changes)
     _, state, _ = trained(config)
-    run = setup.prepare(load_config(config), say=lambda text: None)
-    loop.run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
+    run = prepare(load_config(config), say=lambda text: None)
+    run_training(run, Progress(num_steps=2, log_every=2, stream=io.StringIO()))
     saved = mmfn.load_hf(tmp_path / "run" / "checkpoint").params
     assert distance(saved, optim.ema_params(state)) == 0
     assert distance(saved, state["params"]) > 0
@@ -219,7 +220,7 @@ def test_an_update_copies_no_gradients(layout: tuple[int, int, int]) -> None:
     dp, cp, ep = layout
     setup, mesh_layout = make(moe=True, dp=dp, cp=cp, ep=ep)
     for rank in range(mesh_layout.world):
-        trace = planning.trace_step(setup, mesh_layout, 2, rank=rank)
+        trace = step_trace.trace_step(setup, mesh_layout, 2, rank=rank)
         (update,) = [peak for mark, peak in trace.peaks.items() if mark[0] == "update"]
         assert update.parts["gradients"] > 10_000
         assert update.parts.get("temporaries", 0) < 4096, "norms and single numbers"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from mmfn import cli
+from mmfn.train.planning import request
 from mmfn.train.planning import search as plan_search
 from tests.parallel.plan_cases import hf_config
 
@@ -49,12 +51,13 @@ def test_settings_of_several_ranks_are_checked_with_them(call: Call) -> None:
     assert out.startswith("1.7/config.json: dp 2 (2 ranks)")
     assert "vocabulary_parallel: 500 of 1000 rows" in out
     alone = call("1.7/config.json", *SMALL, "layout.dp=2", "layout.head=sharded", "--world", "1")
-    assert "1.7/config.json: in section layout, head has no effect with dp 1 and cp 1" in sentence(alone)
+    assert alone[::2] == (0, "")
+    assert alone[1].startswith("note: layout.head has no effect with dp 1 and cp 1; remove it or change that\n1.7/")
     assert "layout.cp is 'x' but" in sentence(call("1.7/config.json", *SMALL, "layout.cp=x", "--world", "2"))
 
 
 def test_candidates_are_checked_with_what_is_given(call: Call) -> None:
-    settings = plan_search.read("1.7/config.json", ["layout.kind=ring", "layout.head=sharded"])
+    settings = request.read("1.7/config.json", ["layout.kind=ring", "layout.head=sharded"])
     layouts = [config.layout for config in plan_search.candidates(settings, 2)]
     assert [(n.dp, n.cp, n.kind, n.head, n.remat) for n in layouts] == [
         (1, 2, "ring", "sharded", "none"),
@@ -65,6 +68,53 @@ def test_candidates_are_checked_with_what_is_given(call: Call) -> None:
     assert "capacity has no effect with ep 1" in none
     wrong = sentence(call("1.7/config.json", *SMALL, "--search", "--world", "2", "optimizer.lr=0"))
     assert "optimizer.lr is 0 but" in wrong
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "cp"),
+    [
+        (2, [1, 2], [1, 2]),
+        (4, [1, 2, 4], [1, 2, 4]),
+        (6, [1, 2, 3, 6], [1, 2, 3, 6]),
+        (12, [1, 2, 3, 4, 6, 12], [1, 2, 3, 4, 6, 12]),
+    ],
+)
+def test_every_divisor_is_tried(tmp_path: Path, world: int, ep: list[int], cp: list[int]) -> None:
+    """Of a model of 24 experts, whose 8 heads ulysses must divide: so many layouts are refused, and said."""
+    hf = hf_config(moe=True)
+    hf["text_config"]["num_experts"] = 24
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    said: list[str] = []
+    settings = request.read(str(tmp_path / "config.json"), [])
+    layouts = [config.layout for config in plan_search.candidates(settings, world, said.append)]
+    assert sorted({layout.ep for layout in layouts}) == ep
+    assert sorted({layout.cp for layout in layouts}) == cp
+    assert {layout.world for layout in layouts} == {world}
+    spreads = [layout.cp * layout.ep for layout in layouts]
+    assert spreads == sorted(spreads)
+    assert all(8 % layout.cp == 0 for layout in layouts if layout.kind == "ulysses")
+    refused = [line for line in said if re.match(r"left out \d+ layouts that are refused, the first because ", line)]
+    assert said == refused
+    assert bool(refused) == (world % 3 == 0)
+
+
+def test_a_search_says_what_is_beyond_its_reach(tmp_path: Path) -> None:
+    hf = hf_config(moe=True)
+    hf["text_config"] |= {"num_experts": 128, "num_attention_heads": 64, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    settings = request.read(str(tmp_path / "config.json"), [])
+    said: list[str] = []
+    layouts = [config.layout for config in plan_search.candidates(settings, 256, said.append)]
+    assert 300 < len(layouts) <= plan_search.MOST
+    most = max(layout.cp * layout.ep for layout in layouts)
+    (line,) = said
+    assert re.fullmatch(
+        rf"left out \d+ layouts with cp \* ep of {2 * most} and more: a search plans at most 480; .*", line
+    )
+    some = request.read(str(tmp_path / "config.json"), ["layout.cp=1", "layout.replicate=1"])
+    said.clear()
+    assert [c.layout.ep for c in plan_search.candidates(some, 256, said.append)][::2] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert said == []
 
 
 def test_a_layout_that_fails_is_left_out(call: Call) -> None:
@@ -158,7 +208,7 @@ def test_an_interrupt_of_a_search_is_quiet(tmp_path: Path) -> None:
         command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=env, start_new_session=True
     ) as search:
         assert search.stdout is not None
-        assert search.stdout.readline().startswith("planning ")
+        assert any(line.startswith("planning ") for line in search.stdout)  # reads until the work begins
         os.killpg(search.pid, signal.SIGINT)
         out, err = search.communicate(timeout=60)
     assert (search.returncode, out, err) == (130, "", "mmfn: error: interrupted\n")

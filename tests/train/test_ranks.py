@@ -14,23 +14,32 @@ from typing import Any
 import pytest
 import torch
 
+import mmfn
 from mmfn import batch as packing
 from mmfn import tree
+from mmfn.interop.checkpoint import read_config
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.weights.sharding import shard_params, whole_params
-from mmfn.train.build import setup
+from mmfn.train.build.data import build_loader, load_model_processor, open_dataset
+from mmfn.train.build.model import load_model
+from mmfn.train.build.program import build_program
+from mmfn.train.build.run import Run, prepare
+from mmfn.train.build.step import build_step
 from mmfn.train.config.load import Loaded, load_config
 from mmfn.train.data import agree
 from mmfn.train.run import loop
 from mmfn.train.run.evaluate import evaluate
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.result import Result
+from mmfn.train.run.training import run_training
 
 ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., Path]
 CPU = torch.device("cpu")
-SMALL = ("data.token_buckets=[64, 128]", "data.patch_buckets=[64]")  # several micro-batches, unevenly many per rank
+# several micro-batches, unevenly many per rank
+SMALL = ("data.token_buckets=[64, 128]", "data.tower_buckets={vision: [64]}")
 LAYOUTS = {
     "dp": ("layout.dp=2",),
     "dp-uneven": ("layout.dp=3", *SMALL),
@@ -42,17 +51,17 @@ LAYOUTS = {
 NUMBERS = ("loss", "grad_norm", "samples", "tokens", "supervised", "image_tokens")
 
 
-def on_ranks(loaded: Loaded, work: Callable[[setup.Run], Any]) -> list[Any]:
+def on_ranks(loaded: Loaded, work: Callable[[Run], Any]) -> list[Any]:
     """`work(run)` on all ranks of a config's layout, in one process."""
 
     def rank(mesh: Mesh) -> Any:
         place = Place(device=CPU, mesh=mesh, host=mesh)
-        return work(setup.prepare(loaded, lambda text: None, place))
+        return work(prepare(loaded, lambda text: None, place))
 
-    return virtual(setup.layout_of(loaded.config.layout), rank)
+    return virtual(loaded.config.layout.sizes, rank)
 
 
-def train(run: setup.Run) -> list[dict[str, Any]]:
+def train(run: Run) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     loop.train(run, records.append)
     return records
@@ -61,7 +70,7 @@ def train(run: setup.Run) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ["dp", "hsdp", "dp-gather"])
 def test_training_on_a_mesh_is_training_on_one_device(make_config: MakeConfig, name: str) -> None:
     path = make_config({"train.steps": 3, "data.check": "first", "data.eval": None})
-    expected = train(setup.prepare(load_config(path), lambda text: None))
+    expected = train(prepare(load_config(path), lambda text: None))
     ranks = on_ranks(load_config(path, LAYOUTS[name]), train)
     for records in ranks:
         for own, first, one in zip(records, ranks[0], expected, strict=True):
@@ -79,14 +88,14 @@ def test_steps_through_the_loader_in_float64(make_config: MakeConfig, name: str)
 
     def run(mesh: Mesh, loaded: Loaded) -> tuple[list[dict[str, float]], list[torch.Tensor]]:
         config = loaded.config
-        model = setup.load_model(config.model, seed=0)
+        model = load_model(config.model, seed=0)
         specs = model.family.specs(model.cfg)
         params = tree.map(torch.Tensor.double, model.params)
         model = replace(model, params=params if mesh.layout.world == 1 else shard_params(params, specs, mesh))
-        program = setup.build_program(config, model.family, model.cfg, mesh)
-        processor = setup.load_model_processor(config.model.path)
-        loader = setup.build_loader(config, setup.open_dataset(config, config.data.train, processor), model, program)
-        step, state = setup.build_step(config, model, program)
+        program = build_program(config, model.family, model.cfg, mesh)
+        processor = load_model_processor(config.model.path)
+        loader = build_loader(config, open_dataset(config, config.data.train, processor), model, program)
+        step, state = build_step(config, model, program)
         empty, found = loader.empty(), []
         for number in range(2):
             share = agree(loader.share(number), mesh["batch"], empty)
@@ -99,7 +108,7 @@ def test_steps_through_the_loader_in_float64(make_config: MakeConfig, name: str)
 
     expected, leaves = run(single_mesh(), load_config(path, ["data.token_buckets=[512]"]))
     loaded = load_config(path, LAYOUTS[name])
-    world = run_virtual(setup.layout_of(loaded.config.layout), lambda mesh: run(mesh, loaded))
+    world = run_virtual(loaded.config.layout.sizes, lambda mesh: run(mesh, loaded))
     kinds = [[(c.axis, c.name, c.site) for c in calls] for calls in world.calls]
     assert all(calls == kinds[0] for calls in kinds)
     for metrics, own in world.results:
@@ -111,7 +120,7 @@ def test_steps_through_the_loader_in_float64(make_config: MakeConfig, name: str)
 
 def test_ranks_divide_the_samples_of_every_step(make_config: MakeConfig) -> None:
     path = make_config({"data.batch_samples": 7, "data.check": "first"})
-    one = setup.prepare(load_config(path), lambda text: None).loader
+    one = prepare(load_config(path), lambda text: None).loader
     ranks = on_ranks(load_config(path, ("layout.dp=3",)), lambda run: [run.loader.own(step) for step in range(20)])
     for step in range(20):
         parts = [rank[step] for rank in ranks]
@@ -122,7 +131,7 @@ def test_ranks_divide_the_samples_of_every_step(make_config: MakeConfig) -> None
 def test_ranks_agree_on_the_number_of_microbatches(make_config: MakeConfig) -> None:
     loaded = load_config(make_config({"data.batch_samples": 7, "data.check": "first"}), ("layout.dp=3", *SMALL))
 
-    def work(run: setup.Run) -> Any:
+    def work(run: Run) -> Any:
         own, empty = run.loader.share(0), run.loader.empty()
         return own, agree(own, run.place.host["batch"], empty), empty
 
@@ -142,7 +151,7 @@ def test_ranks_agree_on_the_number_of_microbatches(make_config: MakeConfig) -> N
 
 
 def test_evaluation_is_divided_and_complete_everywhere(make_config: MakeConfig) -> None:
-    run = setup.prepare(load_config(make_config()), lambda text: None)
+    run = prepare(load_config(make_config()), lambda text: None)
     settings: Any = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
     alone = evaluate(run.model, run.held_out, batch_samples=24, **settings)
     done: list[int] = []
@@ -161,12 +170,12 @@ def test_the_first_rank_writes_what_one_device_writes(make_config: MakeConfig, t
     path = make_config({"train.steps": 2, "data.check": "first"})
     streams = []
 
-    def work(run: setup.Run) -> loop.Result:
+    def work(run: Run) -> Result:
         streams.append(stream := io.StringIO())
-        return loop.run_training(run, Progress(num_steps=2, log_every=1, stream=stream))
+        return run_training(run, Progress(num_steps=2, log_every=1, stream=stream))
 
-    loop.run_training(
-        setup.prepare(load_config(path), lambda text: None), Progress(num_steps=2, log_every=1, stream=io.StringIO())
+    run_training(
+        prepare(load_config(path), lambda text: None), Progress(num_steps=2, log_every=1, stream=io.StringIO())
     )
     results = on_ranks(load_config(path, ("layout.dp=2", f"output.path={tmp_path / 'ranks'}")), work)
     assert sorted(bool(stream.getvalue()) for stream in streams) == [False, True]
@@ -203,19 +212,21 @@ def start(num: int, *args: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    common |= {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "mmfn", *args],
-            cwd=ROOT,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num)
-    ]
+    return [start_rank(rank, num, port, *args) for rank in range(num)]
+
+
+def start_rank(rank: int, num: int, port: int, *args: str) -> subprocess.Popen[str]:
+    """One of `num` ranks, which meet at a port of this machine."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmfn", *args],
+        cwd=ROOT,
+        env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(ranks: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
@@ -231,7 +242,7 @@ def finish(ranks: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]
 @pytest.mark.dist
 def test_torchrun_trains_and_evaluates(make_config: MakeConfig, tmp_path: Path) -> None:
     path = make_config()
-    expected = train(setup.prepare(load_config(path), lambda text: None))
+    expected = train(prepare(load_config(path), lambda text: None))
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mmfn"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -265,6 +276,61 @@ def test_a_wrong_layout_is_one_sentence_and_exit_code_2_on_all_ranks(make_config
     assert not (tmp_path / "run").exists()
 
 
+def two_ranks(*settings: Sequence[str], command: str = "train") -> list[tuple[int, str, str]]:
+    """Two agents of one rank each, which were started with different arguments."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return finish([start_rank(rank, 2, port, command, *own) for rank, own in enumerate(settings)])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ("optimizer.lr=3e-3", "rank 1 has optimizer.lr 0.003 but rank 0 has 0.002; start all ranks with the same"),
+        ("train.seed=1", "rank 1 has train.seed 1 but rank 0 has 0; start all ranks with the same"),
+        ("data.train=", "rank 1 has data.train with the content '"),
+        ("model.path=", "rank 1 has weights (model.path, model.adapter) with the content '"),
+    ],
+    ids=["settings", "order", "data", "weights"],
+)
+def test_ranks_that_differ_are_refused(
+    make_config: MakeConfig, small_demo: Path, tmp_path: Path, changed: str, expected: str
+) -> None:
+    """Everything that decides a number is the same on all ranks, or nothing is trained."""
+    path = make_config({"data.eval": None, "data.check": "first"})
+    common = [str(path), "layout.dp=2"]
+    if changed == "data.train=":
+        entries = json.loads((small_demo / "train.json").read_text())
+        (tmp_path / "train.json").write_text(json.dumps(entries[1:] + entries[:1]))
+        changed += str(tmp_path / "train.json")
+    if changed == "model.path=":
+        base = mmfn.init(read_config(small_demo / "model"), seed=0)
+        for name, model in (("a", base), ("b", replace(base, params=tree.map(lambda x: 1.01 * x, base.params)))):
+            mmfn.save_hf(tmp_path / name, model, assets=small_demo / "model")
+        common += ["model.init=load", f"model.path={tmp_path / 'a'}"]
+        changed += str(tmp_path / "b")
+    ranks = two_ranks(common, [*common, changed])
+    assert [code for code, _, _ in ranks] == [2, 2]
+    said = "".join(errors for _, _, errors in ranks)
+    assert said.count("\n") == 1
+    assert said.startswith("mmfn: error: " + expected)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.dist
+def test_ranks_may_differ_in_paths_and_workers(make_config: MakeConfig, small_demo: Path, tmp_path: Path) -> None:
+    path = make_config({"data.eval": None, "data.check": "first", "train.steps": 1})
+    copy = tmp_path / "copy.json"
+    copy.write_bytes((small_demo / "train.json").read_bytes())
+    common = [str(path), "layout.dp=2"]
+    own = [*common, f"data.train={copy}", "data.workers=0", "train.log_every=7", f"output.path={tmp_path / 'other'}"]
+    assert [(code, errors) for code, _, errors in two_ranks(common, own)] == [(0, ""), (0, "")]
+    assert (tmp_path / "run" / "checkpoint").is_dir()
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.dist
 def test_an_error_of_one_rank_ends_all(make_config: MakeConfig, tmp_path: Path) -> None:
     """Only one of the two ranks prepares the broken sample; the other waits for it before it makes the run folder."""
@@ -295,14 +361,3 @@ def test_a_killed_rank_ends_the_others(make_config: MakeConfig) -> None:
     assert code == 2
     assert errors.startswith("mmfn: error: another rank ended or does not answer (")
     assert errors.count("\n") == 1
-
-
-def test_attention_without_a_kernel_is_refused_before_any_work(make_config: MakeConfig) -> None:
-    config = load_config(make_config(), ["layout.cp=2"]).config
-    setup.check_attention(config, CPU)
-    with pytest.raises(ValueError, match=r"layout.kind 'gather' needs .* not on cuda; use layout.kind=ulysses"):
-        setup.check_attention(config, torch.device("cuda"))
-    config = load_config(make_config(), ["train.compile=layer"]).config
-    setup.check_attention(config, CPU)
-    with pytest.raises(ValueError, match=r"train.compile 'layer' needs .* not on cuda; use train.compile=none"):
-        setup.check_attention(config, torch.device("cuda"))

@@ -10,7 +10,7 @@ from mmfn.train.run import folder as run_folder
 
 CONFIG = """\
 model: {path: m}
-data: {train: train.json, token_buckets: [64], patch_buckets: [32]}
+data: {train: train.json, token_buckets: [64], tower_buckets: {vision: [32]}}
 optimizer: {lr: 1e-3}
 train: {steps: 10}
 output: {overwrite: true}

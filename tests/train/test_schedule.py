@@ -40,6 +40,13 @@ def test_against_transformers(warmup: int) -> None:
     check("constant", lambda o: tf.get_constant_schedule_with_warmup(o, warmup))
 
 
+def test_the_last_step_runs_above_the_final_scale() -> None:
+    """What the texts say: the scale is reached behind the last step."""
+    rate = schedule("cosine", peak=1.0, num_steps=10, final_scale=0.1)
+    assert rate(torch.tensor(9)).item() == pytest.approx(0.122, abs=5e-4)
+    assert rate(torch.tensor(10)).item() == pytest.approx(0.1)
+
+
 def test_final_scale_against_torch() -> None:
     cosine = scheduler_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 59, eta_min=0.02), 0.2)
     assert ours("cosine", peak=0.2, num_steps=59, final_scale=0.1) == pytest.approx(cosine, rel=1e-9)

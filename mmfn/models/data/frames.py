@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import Media
+from mmfn.errors import UserError
 from mmfn.models.data.pixels import ImageSpec, normalize, patchify, resize, target_size
 
 
@@ -22,12 +23,12 @@ class VideoSpec:
 
     def __post_init__(self) -> None:
         if type(self.fps) not in (int, float) or not 0 < self.fps < float("inf"):
-            raise ValueError(f"fps of a video processor must be a positive number, got {self.fps!r}")
+            raise UserError(f"fps of a video processor must be a positive number, got {self.fps!r}")
         for name in ("min_frames", "max_frames"):
             if type(getattr(self, name)) is not int:
-                raise ValueError(f"{name} of a video processor must be an integer, got {getattr(self, name)!r}")
+                raise UserError(f"{name} of a video processor must be an integer, got {getattr(self, name)!r}")
         if not self.pixels.temporal_patch_size <= self.min_frames <= self.max_frames:
-            raise ValueError(
+            raise UserError(
                 f"a video processor needs temporal_patch_size <= min_frames <= max_frames, got "
                 f"{self.pixels.temporal_patch_size}, {self.min_frames}, {self.max_frames}"
             )
@@ -41,7 +42,7 @@ class VideoSpec:
         """
         for name, neutral in (("num_frames", None), ("cap_pixels_per_frame", False), ("do_sample_frames", True)):
             if config.get(name) not in (None, neutral):
-                raise ValueError(f"video processor option {name!r} is {config[name]!r}, only {neutral!r} is supported")
+                raise UserError(f"video processor option {name!r} is {config[name]!r}, only {neutral!r} is supported")
         frames = {name: config.get(name) for name in ("fps", "min_frames", "max_frames")}
         return cls(
             pixels=ImageSpec.from_hf(config, defaults),
@@ -56,10 +57,10 @@ def preprocess_video(frames_u8: Tensor, spec: ImageSpec) -> Media:
     Source: Qwen3VLVideoProcessor of transformers 5.23.0 (`cap_pixels_per_frame=False`), bit-equal.
     """
     if frames_u8.ndim != 4 or frames_u8.shape[1] != 3 or frames_u8.dtype != torch.uint8:
-        raise ValueError(f"a video must be uint8[T, 3, H, W], got {frames_u8.dtype} {tuple(frames_u8.shape)}")
+        raise UserError(f"a video must be uint8[T, 3, H, W], got {frames_u8.dtype} {tuple(frames_u8.shape)}")
     num_frames, group = frames_u8.shape[0], spec.temporal_patch_size
     if num_frames < group:
-        raise ValueError(f"a video needs at least {group} frames, got {num_frames}; pass it as images instead")
+        raise UserError(f"a video needs at least {group} frames, got {num_frames}; pass it as images instead")
     size = target_size(frames_u8.shape[2], frames_u8.shape[3], spec, num_frames)
     frames = normalize(resize(frames_u8, size), spec)
     return patchify(torch.cat([frames, frames[-1:].expand(-num_frames % group, -1, -1, -1)]), spec)

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import Media
+from mmfn.errors import UserError
 
 
 def integers(key: str, tensor: Tensor) -> Tensor:
     """int64 on the CPU. Raises ValueError for numbers that are none."""
     if tensor.is_floating_point() and tensor.numel():  # an empty list is an array of floats
-        raise ValueError(f"{key} is of {tensor.dtype} but integers are needed; pass the processor's own result")
+        raise UserError(f"{key} is of {tensor.dtype} but integers are needed; pass the processor's own result")
     return tensor.to("cpu", torch.int64)
 
 
@@ -21,7 +22,7 @@ def pair(inputs: Mapping[str, Tensor], first: str, second: str) -> tuple[Tensor,
         return None
     for absent, present in ((first, second), (second, first)):
         if absent not in inputs:
-            raise ValueError(f"{absent} is missing although {present} is given; pass both")
+            raise UserError(f"{absent} is missing although {present} is given; pass both")
     return inputs[first], inputs[second]
 
 
@@ -38,12 +39,12 @@ def grids_from_hf(
         return []
     values_UF, grids_N3 = both[0], integers(grids_key, both[1])
     if grids_N3.ndim != 2 or grids_N3.shape[1] != 3 or bool((grids_N3 < 1).any()):
-        raise ValueError(f"{grids_key} of shape {list(grids_N3.shape)} must be [media, 3] with entries of at least 1")
+        raise UserError(f"{grids_key} of shape {list(grids_N3.shape)} must be [media, 3] with entries of at least 1")
     if bool((grids_N3[:, 1:] % merge_size).any()):
-        raise ValueError(f"{grids_key} holds heights or widths that are no multiple of {merge_size}; resize the media")
+        raise UserError(f"{grids_key} holds heights or widths that are no multiple of {merge_size}; resize the media")
     sizes = grids_N3.prod(1).tolist()
     if list(values_UF.shape) != [sum(sizes), num_values]:
-        raise ValueError(
+        raise UserError(
             f"{values_key} has shape {list(values_UF.shape)} but its grids and the model need "
             f"[{sum(sizes)}, {num_values}]; use the processor of this model"
         )

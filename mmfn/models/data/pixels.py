@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfn.batch import Media
+from mmfn.errors import UserError
 
 MAX_ASPECT_RATIO = 200  # the library refuses longer strips, and so does a vision tower trained with it
 BICUBIC = 3  # PIL's number of the filter, as written in preprocessor_config.json
@@ -41,17 +42,17 @@ class ImageSpec:
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} of an image processor must be a positive integer, got {value!r}")
+                raise UserError(f"{name} of an image processor must be a positive integer, got {value!r}")
         if self.min_pixels > self.max_pixels:
-            raise ValueError(
+            raise UserError(
                 f"an image processor has min_pixels {self.min_pixels} above max_pixels {self.max_pixels}; swap them"
             )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(v, float) and math.isfinite(v) for v in values):
-                raise ValueError(f"{name} of an image processor must be 3 finite floats, got {values!r}")
+                raise UserError(f"{name} of an image processor must be 3 finite floats, got {values!r}")
         if 0.0 in self.std:
-            raise ValueError(f"std of an image processor must not be zero, got {self.std!r}")
+            raise UserError(f"std of an image processor must not be zero, got {self.std!r}")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> "ImageSpec":
@@ -63,14 +64,14 @@ class ImageSpec:
         """
         for name, only in _FIXED.items():
             if config.get(name, only) != only:
-                raise ValueError(f"image processor option {name!r} is {config[name]!r}, only {only!r} is supported")
+                raise UserError(f"image processor option {name!r} is {config[name]!r}, only {only!r} is supported")
         size = config.get("size") or defaults["size"]
         if not isinstance(size, Mapping):
-            raise ValueError(f"image processor option 'size' must be a dict, got {size!r}")
+            raise UserError(f"image processor option 'size' must be a dict, got {size!r}")
         low = _first(config.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"))
         high = _first(config.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"))
         if low is None or high is None:
-            raise ValueError(f"image processor option 'size' needs shortest_edge and longest_edge, got {dict(size)!r}")
+            raise UserError(f"image processor option 'size' needs shortest_edge and longest_edge, got {dict(size)!r}")
         values = {**defaults, **config}
         return cls(
             patch_size=values["patch_size"],
@@ -105,7 +106,7 @@ def preprocess_image(image_u8: Tensor, spec: ImageSpec) -> Media:
     Source: Qwen2VLImageProcessor of transformers 5.23.0, bit-equal to its torchvision backend.
     """
     if image_u8.ndim != 3 or image_u8.shape[0] != 3 or image_u8.dtype != torch.uint8:
-        raise ValueError(f"an image must be uint8[3, H, W], got {image_u8.dtype} {tuple(image_u8.shape)}")
+        raise UserError(f"an image must be uint8[3, H, W], got {image_u8.dtype} {tuple(image_u8.shape)}")
     size = target_size(image_u8.shape[1], image_u8.shape[2], spec)
     pixels = normalize(resize(image_u8[None], size), spec)
     return patchify(pixels.expand(spec.temporal_patch_size, -1, -1, -1), spec)
@@ -126,7 +127,7 @@ def target_size(height: int, width: int, spec: ImageSpec, num_frames: int | None
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(
+        raise UserError(
             f"an image of {height} x {width} pixels is longer than {MAX_ASPECT_RATIO} times its width; crop or split it"
         )
     # Python's round: halves go to the even neighbour, here as in the library
@@ -170,7 +171,7 @@ def _channels(name: str, values: Any) -> tuple[float, float, float]:
     try:
         red, green, blue = (float(v) for v in values)
     except (TypeError, ValueError):
-        raise ValueError(f"image processor option {name!r} must be 3 numbers, got {values!r}") from None
+        raise UserError(f"image processor option {name!r} must be 3 numbers, got {values!r}") from None
     return red, green, blue
 
 

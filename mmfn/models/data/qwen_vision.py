@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfn.batch import Media
+from mmfn.errors import UserError
 from mmfn.models.data import DataSide, Fact, MediaByKind, Sampling
 from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
 from mmfn.models.data.frames import VideoSpec, group_times, preprocess_video, sample_frames
@@ -64,7 +65,7 @@ class VisionProcessor:
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             image, video = getattr(self.image_spec, name), getattr(self.video_spec.pixels, name)
             if image != video:
-                raise ValueError(
+                raise UserError(
                     f"{name} is {image} for images but {video} for videos; one vision tower needs one value"
                 )
 
@@ -91,7 +92,7 @@ class VisionProcessor:
 
     def _video_spec(self) -> VideoSpec:
         if self.video_spec is None:
-            raise ValueError("the model's folder has no video_preprocessor_config.json; add it or remove the videos")
+            raise UserError("the model's folder has no video_preprocessor_config.json; add it or remove the videos")
         return self.video_spec
 
 

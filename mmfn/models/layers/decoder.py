@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfn.batch import Segments
+from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.layers import cache, linear, norm
 from mmfn.ops import Ops
@@ -34,12 +35,12 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads is {self.num_heads} but must be a multiple of num_key_value_heads "
                 f"{self.num_kv_heads}; correct one of them"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim} but rope turns pairs of channels; make it even")
+            raise UserError(f"head_dim is {self.head_dim} but rope turns pairs of channels; make it even")
 
 
 def config_from_hf(text: ConfigReader) -> DecoderConfig:

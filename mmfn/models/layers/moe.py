@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmfn.errors import UserError
 from mmfn.models.layers import decoder, linear
 from mmfn.ops import Ops
 from mmfn.spec import normal, spec
@@ -27,7 +28,7 @@ class MoeConfig:
 
     def __post_init__(self) -> None:
         if self.num_chosen > self.num_experts:
-            raise ValueError(
+            raise UserError(
                 f"num_experts_per_tok is {self.num_chosen} of {self.num_experts} experts; correct one of them"
             )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import IMAGE, TEXT, VIDEO, Laid, Media, Sample, TowerKind
+from mmfn.errors import UserError
 from mmfn.models.layers.positions import Block
 
 NAMES = {IMAGE: "image", VIDEO: "video"}
@@ -67,7 +68,7 @@ def frame_blocks(sample: Sample, merge_size: int) -> Iterator[Block]:
             shape = (t, h // merge_size, w // merge_size)
             size = prod(shape)
             if not 0 < size <= (left := end - place):
-                raise ValueError(
+                raise UserError(
                     f"sample {sample.id!r} has a run of {length} visual placeholder tokens with {left} left where the "
                     f"next image or frame gives {size}; make the text and the media agree"
                 )
@@ -109,7 +110,7 @@ def _check_grid(sample: Sample, medium: Media, merge_size: int, num_values: int)
     t, h, w = medium.grid
     shape = list(medium.inputs_UF.shape)
     if shape != [t * h * w, num_values] or h % merge_size or w % merge_size:
-        raise ValueError(
+        raise UserError(
             f"sample {sample.id!r} has media with grid {medium.grid} and patches of shape {shape}, "
             f"not [t * h * w, {num_values}] with h and w multiples of {merge_size}; preprocess it for this model"
         )
@@ -121,7 +122,7 @@ def _check_placeholders(sample: Sample, merge_size: int) -> None:
         places = int((sample.kinds_T == kind).sum())
         features = sum(m.inputs_UF.shape[0] for m in media) // merge_size**2
         if places != features:
-            raise ValueError(
+            raise UserError(
                 f"sample {sample.id!r} has {places} {name} placeholder tokens but its {len(media)} {name}s give "
                 f"{features} features; make the text and the media agree"
             )

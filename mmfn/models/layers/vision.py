@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from mmfn.batch import Segments, Tower
+from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.layers import linear, norm, rope
 from mmfn.ops import Ops
@@ -44,12 +45,12 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.d_model % (4 * self.num_heads):
-            raise ValueError(
+            raise UserError(
                 f"vision hidden_size is {self.d_model} but must be a multiple of 4 * num_heads = {4 * self.num_heads}: "
                 "rope turns pairs of channels by row and by column; correct one of them"
             )
         if len(set(self.deepstack)) < len(self.deepstack):
-            raise ValueError(f"deepstack_visual_indexes {list(self.deepstack)} names a block twice; name each once")
+            raise UserError(f"deepstack_visual_indexes {list(self.deepstack)} names a block twice; name each once")
 
     @property
     def head_dim(self) -> int:

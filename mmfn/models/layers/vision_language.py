@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Laid, Media, Sample, TowerKind
+from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import Entry
 from mmfn.models.layers import cache as layer_cache
@@ -52,17 +53,17 @@ class VisionLanguageConfig:
 
     def __post_init__(self) -> None:
         if len(self.rope_sections) != 3 or 2 * sum(self.rope_sections) != self.decoder.head_dim:
-            raise ValueError(
+            raise UserError(
                 f"mrope_section is {list(self.rope_sections)} but must be three numbers that add up to half of "
                 f"head_dim {self.decoder.head_dim}; correct the model's config.json"
             )
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"text_config.pad_token_id is {self.pad_token_id} but must be below vocab_size {self.vocab_size}; "
                 "correct the model's config.json"
             )
         if self.vision.d_out != self.decoder.d_model:
-            raise ValueError(
+            raise UserError(
                 f"vision_config.out_hidden_size is {self.vision.d_out} but must equal text_config.hidden_size "
                 f"{self.decoder.d_model}: features replace token embeddings; correct the model's config.json"
             )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import Segments
+from mmfn.errors import UserError
 from mmfn.ops import AttentionBlock, AttentionBlockGrad
 from mmfn.ops.attention_block import merge_blocks
 from mmfn.parallel.mesh.axis import Axis, all_gather
@@ -37,7 +38,7 @@ def key_gather_attention(
     unless `is_causal`. Source: the context parallelism of Llama 3 (arXiv:2407.21783, section 3.3.2).
     """
     if not is_causal:
-        raise ValueError("attention to gathered keys is causal but got is_causal False; use kind 'ulysses'")
+        raise UserError("attention to gathered keys is causal but got is_causal False; use kind 'ulysses'")
     kv_S2KC = all_gather(torch.stack([k_TKC, v_TKC], 1), axis, SITE)
     first_W, second_W = kv_S2KC.unflatten(0, (axis.size, 2, -1)).unbind(1)  # type: ignore[no-untyped-call]
     k_SKC, v_SKC = torch.cat([first_W, second_W.flip(0)]).flatten(0, 1).unbind(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmfn.batch import Segments
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.ops import AttentionBlock, AttentionBlockGrad
 from mmfn.ops.attention_block import merge_blocks
 from mmfn.parallel.mesh.axis import Axis
@@ -40,7 +41,7 @@ def ring_attention(
     Source: Liu et al. 2023 (arXiv:2310.01889); the zig-zag order of Brandon et al. 2023 (arXiv:2311.09431).
     """
     if not is_causal:
-        raise ValueError("ring attention is causal but got is_causal False; use context_parallel kind 'ulysses'")
+        raise UserError("ring attention is causal but got is_causal False; use context_parallel kind 'ulysses'")
     o_THC: Tensor = _Ring.apply(  # type: ignore[no-untyped-call]
         q_THC, k_TKC, v_TKC, segments.offsets_N, segments.host_N, axis, block, block_grad
     )

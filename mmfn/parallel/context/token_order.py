@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import Batch, map_tokens
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Layout, Mesh
 
@@ -42,7 +43,7 @@ def token_order(offsets_N: Tensor, num_tokens: int, kind: str, mesh: Mesh) -> Te
     """
     layout, least = mesh.layout, token_multiple(kind, mesh.layout)
     if num_tokens % least:
-        raise ValueError(
+        raise UserError(
             f"the batch has {num_tokens} tokens but context_parallel({kind!r}) over {layout} needs a multiple of "
             f"{least}; round the token bucket up to {-(-num_tokens // least) * least}"
         )
@@ -67,7 +68,7 @@ def ring_order(offsets_N: Tensor, num_tokens: int, axis: Axis) -> Tensor:
     num_chunks = 2 * axis.size
     if bool((uneven_N := offsets_N.diff() % num_chunks != 0).any()):
         length = int(offsets_N.diff()[uneven_N][0])
-        raise ValueError(
+        raise UserError(
             f"a segment has {length} tokens but a ring of {axis.size} ranks needs multiples of {num_chunks}; pack with "
             f"segment_multiple={num_chunks}"
         )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from mmfn.errors import UserError
+
 if TYPE_CHECKING:
     import torch
     from torch.distributed.distributed_c10d import Store
@@ -73,7 +75,7 @@ def join() -> Ranks:
     if "LOCAL_RANK" not in os.environ:  # some clusters set the others for every process
         return Ranks()
     if missing := [name for name in VARIABLES if name not in os.environ]:
-        raise ValueError(f"LOCAL_RANK is set but {', '.join(missing)} is not; start several ranks with torchrun")
+        raise UserError(f"LOCAL_RANK is set but {', '.join(missing)} is not; start several ranks with torchrun")
     size = int(os.environ["WORLD_SIZE"])
     if size == 1:
         return Ranks()
@@ -86,7 +88,7 @@ def join() -> Ranks:
 def check_layout(layout: "Layout", ranks: Ranks, command: str) -> None:
     """Raise ValueError unless the layout has as many ranks as there are processes. `command`: what torchrun starts."""
     if ranks.size == 1 and layout.world > 1:
-        raise ValueError(
+        raise UserError(
             f"layout {layout} needs {layout.world} ranks but this is one process; start it with "
             f"torchrun --nproc-per-node {layout.world} -m {command}"
         )
@@ -113,7 +115,7 @@ def placed(ranks: Ranks, layout: "Layout", device: "torch.device", timeout_s: fl
 
     if device.type not in BACKENDS:
         known = ", ".join(BACKENDS)
-        raise ValueError(f"model.device {str(device)!r} cannot be used by several ranks; use one of {known}")
+        raise UserError(f"model.device {str(device)!r} cannot be used by several ranks; use one of {known}")
     if device.type != "cpu":
         torch.accelerator.set_device_index(ranks.local)
     timeout = timedelta(seconds=timeout_s)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mmfn import torch_private
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis, Group, Transport
 
 AXES = {
@@ -53,11 +54,11 @@ class Layout:
     def __post_init__(self) -> None:
         for field in fields(self):
             if getattr(self, field.name) < 1:
-                raise ValueError(f"layout {self}: {field.name} is {getattr(self, field.name)} but must be at least 1")
+                raise UserError(f"layout {self}: {field.name} is {getattr(self, field.name)} but must be at least 1")
         if self.cp % self.ulysses:
-            raise ValueError(f"layout {self}: ulysses {self.ulysses} must divide cp {self.cp}; change one of them")
+            raise UserError(f"layout {self}: ulysses {self.ulysses} must divide cp {self.cp}; change one of them")
         if self.shard % self.ep:
-            raise ValueError(f"layout {self}: ep {self.ep} must divide dp * cp = {self.shard}; change one of them")
+            raise UserError(f"layout {self}: ep {self.ep} must divide dp * cp = {self.shard}; change one of them")
 
     def __str__(self) -> str:
         sizes = [f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) > 1]
@@ -86,7 +87,7 @@ class Layout:
     def check_world(self, world: int) -> None:
         """Raise ValueError unless the sizes multiply to `world`."""
         if self.world != world:
-            raise ValueError(
+            raise UserError(
                 f"layout {self}: replicate * dp * cp = {self.world} but there are {world} ranks; change the layout, or "
                 f"start {self.world} ranks"
             )
@@ -119,7 +120,7 @@ class Mesh:
         for names, grid in zip(GRIDS, self.grids, strict=True):
             if set(axes) <= set(names):
                 return grid
-        raise ValueError(f"no grid of ranks has the mesh axes {', '.join(axes)} together; add it to GRIDS")
+        raise UserError(f"no grid of ranks has the mesh axes {', '.join(axes)} together; add it to GRIDS")
 
 
 def make_mesh(layout: Layout, rank: int, connect: Connect, device_type: str = "cpu", *, backend: bool = False) -> Mesh:

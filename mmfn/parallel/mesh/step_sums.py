@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import MismatchError
 from mmfn.parallel.mesh.layout import Mesh
 
@@ -21,7 +22,7 @@ def all_counts(counts_AN: Tensor, mesh: Mesh) -> tuple[Tensor, int]:
         gathered = mesh["world"].all_gather(counts_AN[None], "counts")
     except MismatchError as error:
         found = ", ".join(f"{shape[1]} of {shape[2]} on rank {rank}" for rank, shape in enumerate(error.shapes))
-        raise ValueError(
+        raise UserError(
             f"ranks are given different micro-batches: {found} (micro-batches of segments); give every rank equally "
             "many, packed for one number of segments"
         ) from error

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.layout import Layout
 
 
@@ -93,7 +94,7 @@ MODEL = (
 def device(name: str) -> Device:
     """The device of a name. Raises ValueError for an unknown one."""
     if name not in DEVICES:
-        raise ValueError(f"device {name!r} is unknown; known are {', '.join(DEVICES)}")
+        raise UserError(f"device {name!r} is unknown; known are {', '.join(DEVICES)}")
     return DEVICES[name]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.ops.flops import FORMULAS
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning import devices
@@ -197,7 +198,7 @@ def from_json(text: str, source: str = "the plan") -> Plan:
         Layout(**found.layout)
         return found
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{source} is no plan ({error}); write one with mmfn plan CONFIG --json FILE") from error
+        raise UserError(f"{source} is no plan ({error}); write one with mmfn plan CONFIG --json FILE") from error
 
 
 def read_plan(path: str) -> Plan:
@@ -205,7 +206,7 @@ def read_plan(path: str) -> Plan:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"plan {path!r} cannot be read: {error}; give a file of mmfn plan --json") from error
+        raise UserError(f"plan {path!r} cannot be read: {error}; give a file of mmfn plan --json") from error
     return from_json(text, repr(path))
 
 
@@ -257,7 +258,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
         required = {field.name for field in fields(kind) if field.default is MISSING}
         for found, how in ((required - value.keys(), "lacks"), (value.keys() - hints.keys(), "has an unknown")):
             if found:
-                raise ValueError(f"{name} {how} {min(found)!r}")
+                raise UserError(f"{name} {how} {min(found)!r}")
         made: Any = kind
         return made(**{key: _typed(hints[key], item, key) for key, item in value.items()})
     origin, inner = get_origin(kind), get_args(kind)
@@ -266,7 +267,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _typed(inner[1], item, key) for key, item in value.items()}
     if type(value) is not kind and not (kind is float and type(value) is int):
-        raise ValueError(f"{name} is {str(value)[:50]!r} but should be of type {getattr(kind, '__name__', kind)}")
+        raise UserError(f"{name} is {str(value)[:50]!r} but should be of type {getattr(kind, '__name__', kind)}")
     return value
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mmfn import torch_private
+from mmfn.errors import UserError
 from mmfn.parallel.program import Program, Transform, noted
 
 Backend = Callable[..., Any]  # (graph, example inputs) -> callable
@@ -22,9 +23,9 @@ def compiled(kind: str, backend: str | Backend = "inductor") -> Transform:
     Raises ValueError for another kind, and for "step" where this torch cannot trace `torch.autograd.grad`.
     """
     if kind not in COMPILE_KINDS:
-        raise ValueError(f"compile kind {kind!r} is unknown; use one of {', '.join(COMPILE_KINDS)}")
+        raise UserError(f"compile kind {kind!r} is unknown; use one of {', '.join(COMPILE_KINDS)}")
     if kind == "step" and not torch_private.traces_autograd():
-        raise ValueError(
+        raise UserError(
             f"compile kind 'step' needs a torch whose compiler traces autograd.grad, got {torch.__version__}; "
             "use torch 2.11 or newer, or compile kind 'layer'"
         )

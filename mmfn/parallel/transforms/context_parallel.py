@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from mmfn.batch import Batch, Segments, TowerKind
+from mmfn.errors import UserError
 from mmfn.ops import Attention, Ops
 from mmfn.ops.kernel import wrapping
 from mmfn.parallel.context.key_gather import key_gather_attention
@@ -45,13 +46,14 @@ def context_parallel(
     batch is split, for tokens or segments that cannot be divided.
     """
     if kind not in CP_KINDS:
-        raise ValueError(f"context_parallel kind {kind!r} is unknown; use one of {', '.join(CP_KINDS)}")
+        raise UserError(f"context_parallel kind {kind!r} is unknown; use one of {', '.join(CP_KINDS)}")
 
     def transform(program: Program) -> Program:
         mesh, layout = program.mesh, program.mesh.layout
         if layout.cp == 1:
             return program
-        _check(kind, layout, num_heads, num_kv_heads)
+        check_kind(kind, layout)
+        _check_heads(kind, layout, num_heads, num_kv_heads)
         ops, before = program.ops, program.split
         place = partial(spread_features, axis=mesh["cp"])
 
@@ -84,7 +86,8 @@ def _attention(ops: Ops, kind: str, mesh: Mesh) -> Attention:
     return wrapping(attention, whole, block, block_grad)
 
 
-def _check(kind: str, layout: Layout, num_heads: int, num_kv_heads: int) -> None:
+def check_kind(kind: str, layout: Layout) -> None:
+    """Raise ValueError for sizes of a layout of several cp ranks that a kind does not use."""
     allowed = {"ulysses": layout.ring == 1, "usp": layout.ulysses > 1 < layout.ring}.get(kind, layout.ulysses == 1)
     if not allowed:
         rules = {
@@ -92,14 +95,17 @@ def _check(kind: str, layout: Layout, num_heads: int, num_kv_heads: int) -> None
             "usp": "1 < ulysses < cp; change layout.ulysses, or use kind 'ulysses' or 'ring'",
         }
         rule = rules.get(kind, "ulysses = 1; set layout.ulysses to 1, or use kind 'ulysses' or 'usp'")
-        raise ValueError(f"context_parallel({kind!r}) over {layout} (ulysses {layout.ulysses}) needs {rule}")
+        raise UserError(f"context_parallel({kind!r}) over {layout} (ulysses {layout.ulysses}) needs {rule}")
+
+
+def _check_heads(kind: str, layout: Layout, num_heads: int, num_kv_heads: int) -> None:
     if num_heads % layout.ulysses:
-        raise ValueError(
+        raise UserError(
             f"context_parallel({kind!r}) over {layout}: the model has {num_heads} query heads, which ulysses "
             f"{layout.ulysses} does not divide; use an ulysses that divides them, or kind 'gather' or 'ring'"
         )
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_kv_heads} kv heads do not divide {num_heads} query heads; pass those of the text model")
+        raise UserError(f"{num_kv_heads} kv heads do not divide {num_heads} query heads; pass those of the text model")
 
 
 def _note(kind: str, layout: Layout, num_kv_heads: int) -> str:

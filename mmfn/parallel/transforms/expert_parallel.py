@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfn.errors import UserError
 from mmfn.ops.custom import Context, function, operator
 from mmfn.ops.eager import is_eager
 from mmfn.ops.kernel import wrapping
@@ -52,13 +53,13 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
     not positive, a model without experts, and ep that does not divide their number.
     """
     if kind not in EXPERT_KINDS:
-        raise ValueError(f"expert kind {kind!r} is unknown; use one of {', '.join(EXPERT_KINDS)}")
+        raise UserError(f"expert kind {kind!r} is unknown; use one of {', '.join(EXPERT_KINDS)}")
     if kind == "dropless" and capacity is not None:
-        raise ValueError(f"capacity is {capacity} but kind 'dropless' has none; leave it out or use kind 'capacity'")
+        raise UserError(f"capacity is {capacity} but kind 'dropless' has none; leave it out or use kind 'capacity'")
     if kind == "capacity" and balanced:
-        raise ValueError("balanced has no effect with kind 'capacity', whose shapes are static; leave it out")
+        raise UserError("balanced has no effect with kind 'capacity', whose shapes are static; leave it out")
     if capacity is not None and not capacity > 0:
-        raise ValueError(f"capacity is {capacity} but must be positive; 1 is the even share of each rank's rows")
+        raise UserError(f"capacity is {capacity} but must be positive; 1 is the even share of each rank's rows")
 
     def transform(program: Program) -> Program:
         axis = program.mesh["ep"]
@@ -93,11 +94,11 @@ def _num_experts(program: Program) -> int:
     ep = program.mesh.layout.ep
     found = sizes_over(program.specs, "ep")
     if not found:
-        raise ValueError(f"layout {program.mesh.layout}: ep is {ep} but the model has no experts; set ep to 1")
+        raise UserError(f"layout {program.mesh.layout}: ep is {ep} but the model has no experts; set ep to 1")
     for path, num_experts in found.items():
         if num_experts % ep:
             fitting = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
-            raise ValueError(
+            raise UserError(
                 f"layout {program.mesh.layout}: ep {ep} must divide the {num_experts} experts of {path}; use one of "
                 f"{fitting}"
             )
@@ -159,7 +160,7 @@ def _even(num_rows: int, to_WG: Tensor, from_WG: Tensor) -> list[int]:
     """Equal sizes for all ranks, checked on the device where there are values."""
     W = to_WG.shape[0]
     if num_rows % W:
-        raise ValueError(f"{num_rows} routed rows are not divisible by ep {W}, so they cannot be balanced; plan others")
+        raise UserError(f"{num_rows} routed rows are not divisible by ep {W}, so they cannot be balanced; plan others")
     is_even = (torch.stack([to_WG, from_WG]).sum(2) == num_rows // W).all()
     assert_on_device(is_even, "balanced experts got rows that are not spread evenly; use balanced=False")
     return [num_rows // W] * W

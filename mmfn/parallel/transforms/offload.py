@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.weights.gather import BlockWeights, Weight
 from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
@@ -44,7 +45,7 @@ def offload(what: str) -> Transform:
     """
     if what not in OFFLOAD_KINDS:
         kinds = " or ".join(map(repr, OFFLOAD_KINDS))
-        raise ValueError(f"offload({what!r}) is unknown; use {kinds}, and on_host for an optimizer's state")
+        raise UserError(f"offload({what!r}) is unknown; use {kinds}, and on_host for an optimizer's state")
 
     def transform(program: Program) -> Program:
         if what == "parameters":

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.spec import EXPERTS
 from mmfn.tree import Tree
@@ -45,7 +46,7 @@ def precision(
     chosen = {"compute": compute, "reduce": reduce, **{f"rules[{name!r}]": d for name, d in (rules or {}).items()}}
     for name, dtype in chosen.items():
         if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"precision got {name}={dtype} but it must be floating-point, such as torch.bfloat16")
+            raise UserError(f"precision got {name}={dtype} but it must be floating-point, such as torch.bfloat16")
     is_narrow = compute is not None and compute.itemsize < torch.float32.itemsize
 
     def transform(program: Program) -> Program:
@@ -71,7 +72,7 @@ def _check_uncast(specs: Tree, rules: list[tuple[str, torch.dtype]], compute: to
         same = [path for path in dtypes if dtypes[path] == dtype and re.fullmatch(pattern, path)]
         others = [path for path in dtypes if dtypes[path] != dtype]
         if same and others:
-            raise ValueError(
+            raise UserError(
                 f"precision's rule {pattern!r} computes {same[0]!r} in {dtype} but {others[0]!r} is computed in "
                 f"{dtypes[others[0]]} and nothing casts between embedding and experts; give all of them one dtype"
             )

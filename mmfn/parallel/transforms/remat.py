@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mmfn.errors import UserError
 from mmfn.ops import Ops, kernels
 from mmfn.ops.flops import packet
 from mmfn.ops.kernel import Kernel, declaration
@@ -50,9 +51,7 @@ def remat(kind: str, *, save: Sequence[str] = (), every: int = 1, num_layers: in
             return program
         if where != "all" and where not in (program.specs or {}):
             stacks = ", ".join(name for name, part in (program.specs or {}).items() if "layers" in part)
-            raise ValueError(
-                f"remat got where={where!r} but the model has stacks {stacks or 'none'}; use one, or 'all'"
-            )
+            raise UserError(f"remat got where={where!r} but the model has stacks {stacks or 'none'}; use one, or 'all'")
         inner, policy = program.ops.stack, _policy_of(save, program, where) if save else None
 
         def stack(run: Any, block: Any, layers: Sequence[Any], *xs: Any, name: str = "", **kwargs: Any) -> Any:
@@ -134,9 +133,9 @@ def _policy_of(save: Sequence[str], program: Program, where: str) -> Callable[..
     names, ep = [operator for name in save for operator in _results(name, program.ops)], program.mesh["ep"]
     if "exchange" in save:
         if ep.transport is None:
-            raise ValueError("remat got save 'exchange' but ep is 1, so that no rows are exchanged; leave it out")
+            raise UserError("remat got save 'exchange' but ep is 1, so that no rows are exchanged; leave it out")
         if where != "all" and not has_experts(program.specs[where]):
-            raise ValueError(f"remat got save 'exchange' but the stack {where!r} has no experts; leave it out")
+            raise UserError(f"remat got save 'exchange' but the stack {where!r} has no experts; leave it out")
     exchange = ep.transport.name if ep.transport is not None else ""
     return partial(_policy, _overloads(names), _overloads(ALL_TO_ALL), exchange)
 
@@ -149,7 +148,7 @@ def _results(name: str, ops: Ops) -> tuple[str, ...]:
     declared = [declaration(part, getattr(ops, part)).results for part in PARTS.get(name, (name,))]
     if not any(declared):
         can = [n for n, op in kernels(ops).items() if isinstance(op, Kernel) and op.results]
-        raise ValueError(
+        raise UserError(
             f"remat cannot save {name!r}: the table's op declares no results (Kernel.results); it can save "
             f"{', '.join((*can, *BESIDE_OPS))}"
         )
@@ -172,18 +171,18 @@ def _overloads(operators: Sequence[str]) -> frozenset[Any]:
 
 def _check(kind: str, save: Sequence[str], every: int, num_layers: int) -> None:
     if kind not in REMAT_KINDS:
-        raise ValueError(f"remat kind {kind!r} is unknown; use one of {', '.join(REMAT_KINDS)}")
+        raise UserError(f"remat kind {kind!r} is unknown; use one of {', '.join(REMAT_KINDS)}")
     names = [f.name for f in fields(Ops)]
     if unknown := [name for name in save if name not in (*names, *BESIDE_OPS)]:
         near = get_close_matches(unknown[0], (*names, *BESIDE_OPS), n=1, cutoff=0.0)[0]
-        raise ValueError(f"remat cannot save {unknown[0]!r}, which is no op of the table; nearest is {near!r}")
+        raise UserError(f"remat cannot save {unknown[0]!r}, which is no op of the table; nearest is {near!r}")
     if (kind == "selective") != bool(save):
-        raise ValueError(f"remat kind {kind!r} got save={list(save)}; name what to save, and only for 'selective'")
+        raise UserError(f"remat kind {kind!r} got save={list(save)}; name what to save, and only for 'selective'")
     for name, value, kinds in (
         ("every", every, ("full", "selective")),
         ("num_layers", num_layers, ("uniform", "block")),
     ):
         if value < 1 or (kind not in kinds and value > 1):
-            raise ValueError(
+            raise UserError(
                 f"remat kind {kind!r} got {name}={value}; it must be at least 1, and is for {' or '.join(kinds)} only"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.ops import logit_chunks
 from mmfn.ops.cross_entropy import add_to_all_, check_head, check_settings, chunk_rows, narrow, needed
 from mmfn.ops.kernel import wrapping
@@ -45,7 +46,7 @@ def vocabulary_parallel() -> Transform:
         num_vocabulary = _num_vocabulary(program)
         start, stop = rows_of_rank(num_vocabulary, axis.size, axis.index)
         if rows_of_rank(num_vocabulary, axis.size, axis.size - 1)[0] == num_vocabulary:
-            raise ValueError(
+            raise UserError(
                 f"layout {program.mesh.layout}: a vocabulary of {num_vocabulary} leaves one of {axis.size} ranks "
                 "without a row of the head; use fewer ranks, or leave vocabulary_parallel() out"
             )

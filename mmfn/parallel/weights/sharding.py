@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.spec import EXPERTS, ParamSpec
@@ -77,7 +78,7 @@ def dims_by_axis(spec: ParamSpec, path: str = "a parameter", rules: Rules = RULE
     """The dims that `rules` cut, by mesh axis. Raises ValueError for a logical axis without a rule."""
     for name in spec.axes:
         if name not in rules:
-            raise ValueError(
+            raise UserError(
                 f"{path} has axes {' '.join(spec.axes)!r} but {name!r} is no logical axis; use one of "
                 f"{', '.join(rules)}, or add it to RULES in mmfn/parallel/weights/sharding.py"
             )
@@ -95,7 +96,7 @@ def sharding_of(spec: ParamSpec, mesh: Mesh, path: str = "a parameter", rules: R
     _, parts, *_ = names = grid.mesh_dim_names or ()
     rest = [dim for dim in range(len(spec.shape)) if dim not in dim_of.values()]
     if not rest:
-        raise ValueError(
+        raise UserError(
             f"{path} of shape {spec.shape} and axes {' '.join(spec.axes)!r} has no dim to cut over {parts}; give it "
             "one without a mesh axis"
         )
@@ -138,14 +139,14 @@ def check_shards(params: Tree, expected: Mapping[str, Sharding | None]) -> None:
     for (path, sharding), leaf in zip(expected.items(), tree.leaves(params), strict=True):
         if not isinstance(leaf, DTensor):
             if sharding is not None:
-                raise ValueError(
+                raise UserError(
                     f"{path} is a whole tensor but the program's mesh cuts it by {sharding}; cut all parameters with "
                     "shard_params(params, program.specs, mesh), behind add_adapters"
                 )
             continue
         if sharding is None or (leaf.device_mesh, tuple(leaf.placements)) != (sharding.mesh, sharding.placements):
             there = Sharding(mesh=leaf.device_mesh, placements=tuple(leaf.placements))
-            raise ValueError(
+            raise UserError(
                 f"{path} was cut for another mesh: by {there} of {tuple(leaf.device_mesh.shape)} ranks, where the "
                 f"program's has {'one device' if sharding is None else f'{sharding} of {tuple(sharding.mesh.shape)}'}; "
                 "cut the whole parameters for this mesh with shard_params"
@@ -156,7 +157,7 @@ def check_alike(params: Tree) -> None:
     """Raise ValueError where some parameters are shards and others whole."""
     paths = {isinstance(leaf, DTensor): path for path, leaf in reversed(tree.items(params))}
     if len(paths) == 2:
-        raise ValueError(
+        raise UserError(
             f"{paths[False]} is a whole tensor but {paths[True]} a shard; cut all parameters with "
             "shard_params(params, program.specs, mesh), behind add_adapters"
         )

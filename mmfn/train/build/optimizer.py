@@ -3,8 +3,10 @@
 import torch
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.train import optim
-from mmfn.train.config.schema import Config, OptimizerSection, ScheduleGroup, ScheduleShape
+from mmfn.train.config.learning import OptimizerSection, ScheduleShape
+from mmfn.train.config.schema import Config
 from mmfn.train.guard import Guard
 from mmfn.train.schedule import Schedule, schedule
 from mmfn.tree import Tree
@@ -15,18 +17,18 @@ def build_optimizer(config: Config, specs: Tree, device: torch.device | None = N
 
     Raises ValueError for values that do not fit together.
     """
-    chosen = config.optimizer
+    section = config.optimizer
     _check_patterns(config, specs)
-    average = [] if chosen.ema_decay is None else [optim.ema(chosen.ema_decay)]
+    average = [] if section.ema_decay is None else [optim.ema(section.ema_decay)]
     optimizer = optim.by_path(
-        optim.chain(_writer(chosen, specs), *average),
-        no_decay=chosen.no_decay,
-        lr_scales=list(chosen.lr_scales.items()),
-        schedules=[(pattern, _group_rate(config, pattern, group)) for pattern, group in config.schedule.groups.items()],
-        layer_decay=chosen.layer_decay,
+        optim.chain(_writer(section, specs), *average),
+        no_decay=section.no_decay,
+        lr_scales=list(section.lr_scales.items()),
+        schedules=[(pattern, _rate(config, group, group.lr)) for pattern, group in config.schedule.groups.items()],
+        layer_decay=section.layer_decay,
     )
-    clip = [] if chosen.clip_norm is None else [optim.clip_by_global_norm(chosen.clip_norm)]
-    if config.model.dtype == "bfloat16" and chosen.master is not False:
+    clip = [] if section.clip_norm is None else [optim.clip_by_global_norm(section.clip_norm)]
+    if config.model.dtype == "bfloat16" and section.master is not False:
         optimizer = optim.master(optimizer)
     if what := set(config.layout.offload) & set(optim.HOST_KINDS):
         optimizer = optim.on_host(optimizer, what=what, device=device)
@@ -43,21 +45,21 @@ def build_guard(config: Config) -> Guard:
     return Guard(window=config.train.spike_window, factor=config.train.spike_factor)
 
 
-def _writer(chosen: OptimizerSection, specs: Tree) -> optim.Transform:
+def _writer(section: OptimizerSection, specs: Tree) -> optim.Transform:
     """What updates parameters."""
-    momentum, nesterov, decay = chosen.momentum, chosen.nesterov, chosen.weight_decay
-    if chosen.kind == "sgd":
+    momentum, nesterov, decay = section.momentum, section.nesterov, section.weight_decay
+    if section.kind == "sgd":
         return optim.sgd(momentum=momentum, nesterov=nesterov, weight_decay=decay)
-    dtype = torch.bfloat16 if chosen.moments_dtype == "bfloat16" else None
-    adamw = optim.adamw(betas=chosen.betas, eps=chosen.eps, weight_decay=decay, moments_dtype=dtype)
-    if chosen.kind == "adamw":
+    dtype = torch.bfloat16 if section.moments_dtype == "bfloat16" else None
+    adamw = optim.adamw(betas=section.betas, eps=section.eps, weight_decay=decay, moments_dtype=dtype)
+    if section.kind == "adamw":
         return adamw
     muon = optim.muon(
         momentum=momentum,
         nesterov=nesterov,
         weight_decay=decay,
-        adjust_lr=chosen.adjust_lr,
-        compute=getattr(torch, chosen.muon_dtype),
+        adjust_lr=section.adjust_lr,
+        compute=getattr(torch, section.muon_dtype),
     )
     return optim.with_others(muon, adamw, specs)
 
@@ -73,24 +75,14 @@ def _check_patterns(config: Config, specs: Tree) -> None:
         for pattern in patterns:
             is_matched = tree.leaves(tree.mask(specs, [(pattern, True)], False))
             if all(leaf.is_frozen for leaf, yes in zip(tree.leaves(specs), is_matched, strict=True) if yes):
-                raise ValueError(f"pattern {pattern!r} matches only frozen parameters; remove it from {setting}")
+                raise UserError(f"pattern {pattern!r} matches only frozen parameters; remove it from {setting}")
 
 
-def _group_rate(config: Config, pattern: str, group: ScheduleGroup) -> Schedule:
-    """The learning rate of the parameters that match a pattern of `schedule.groups`."""
-    if group.warmup_steps >= config.train.steps:
-        raise ValueError(
-            f"schedule.groups {pattern!r} has warmup_steps {group.warmup_steps}, which must be below train.steps "
-            f"{config.train.steps}; shorten it"
-        )
-    return _rate(config, group, group.lr)
-
-
-def _rate(config: Config, chosen: ScheduleShape, peak: float) -> Schedule:
+def _rate(config: Config, section: ScheduleShape, peak: float) -> Schedule:
     return schedule(
-        chosen.kind,
+        section.kind,
         peak=peak,
         num_steps=config.train.steps,
-        warmup_steps=chosen.warmup_steps,
-        final_scale=chosen.final_scale,
+        warmup_steps=section.warmup_steps,
+        final_scale=section.final_scale,
     )

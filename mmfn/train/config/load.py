@@ -14,7 +14,11 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from mmfn.train.config.schema import Config, Section
+from mmfn.errors import UserError
+from mmfn.train.config.rule import Subject
+from mmfn.train.config.rules import breaches
+from mmfn.train.config.schema import Config
+from mmfn.train.config.section import ConfigSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +40,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A checked config, the file it is from, and where every dotted key that was set is: "FILE:LINE" or "override"."""
+    """A checked config, the file it is from, and where every dotted key that was set is: "FILE:LINE" or "override".
+
+    `notes`: settings that this layout idles.
+    """
 
     config: Config
     path: Path
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 # What PyYAML raises, besides its own errors, for values that do not fit their tag (`!!int x`) and for deep nesting.
@@ -58,12 +66,14 @@ class _YamlLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Raises yaml.YAMLError for a repeated key; what is merged by `<<` may be set again."""
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        key_nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         mapping = super().construct_mapping(node, deep)
-        keys = [self.construct_object(key, deep=True) for key in own]
+        keys = [self.construct_object(key, deep=True) for key in key_nodes]
         for i, key in enumerate(keys):
             if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is set twice", own[i].start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is set twice", key_nodes[i].start_mark
+                )
         return mapping
 
 
@@ -78,7 +88,7 @@ def known_keys() -> dict[str, str]:
     return {
         f"{name}.{key}": field.description or ""
         for name, section in sections.items()
-        if isinstance(section, type) and issubclass(section, Section)
+        if isinstance(section, type) and issubclass(section, ConfigSection)
         for key, field in section.model_fields.items()
     }
 
@@ -98,19 +108,28 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise ValueError(f"cannot read config {str(path)!r}: {reason}; give the path of a YAML file") from error
+        raise UserError(f"cannot read config {str(path)!r}: {reason}; give the path of a YAML file") from error
     nested: dict[str, dict[str, Any]] = {name: {} for name in ("model", "data", "optimizer", "train", "output")}
     settings = _with(Settings(values=nested, path=path, origins={}), _read_file(text, str(path)))
     return settings.overridden(overrides)
 
 
-def check(settings: Settings) -> Loaded:
-    """The second half of `load_config`. Raises ValueError for a missing or wrong value."""
+def check(settings: Settings, *, is_plan: bool = False) -> Loaded:
+    """The second half of `load_config`. Raises ValueError for a missing or wrong value, or a rule that is broken.
+
+    `is_plan`: nothing will be run (see `rules.Subject`).
+    """
     values, path, origins = settings.values, settings.path, settings.origins
     try:
-        return Loaded(config=Config.model_validate(values), path=path, origins=origins)
+        config = Config.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_sentence(error, str(path), values, origins)) from error
+        raise UserError(_sentence(error, str(path), values, origins)) from error
+    notes = []
+    for breach in breaches(Subject(config=config, is_plan=is_plan)):
+        if not breach.warns:
+            raise UserError(f"{origins.get(breach.setting, path)}: {breach.sentence}")
+        notes.append(breach.sentence)
+    return Loaded(config=config, path=path, origins=origins, notes=tuple(notes))
 
 
 def describe(loaded: Loaded) -> str:
@@ -126,8 +145,8 @@ def describe(loaded: Loaded) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _with(settings: Settings, found: Iterable[_Setting]) -> Settings:
-    for key, value, origin in found:
+def _with(settings: Settings, entries: Iterable[_Setting]) -> Settings:
+    for key, value, origin in entries:
         section, name = key.split(".")
         settings = replace(settings.having(section, **{name: value}), origins={**settings.origins, key: origin})
     return settings
@@ -140,22 +159,22 @@ def _read_file(text: str, source: str) -> list[_Setting]:
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise ValueError(f"{where} is no valid YAML: {_reason(error)}; correct it") from error
+        raise UserError(f"{where} is no valid YAML: {_reason(error)}; correct it") from error
     if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"config {source!r} must be a mapping of sections such as 'model:', got something else")
+        raise UserError(f"config {source!r} must be a mapping of sections such as 'model:', got something else")
     settings: list[_Setting] = []
     for name, section, where in _entries(root, source):
         if name not in Config.model_fields:
-            raise ValueError(_unknown(name, where))
+            raise UserError(_unknown(name, where))
         if not isinstance(section, yaml.MappingNode):
-            raise ValueError(f"{where}: section {name!r} must be a mapping of settings, got {section.value!r}")
+            raise UserError(f"{where}: section {name!r} must be a mapping of settings, got {section.value!r}")
         for key, node, line in _entries(section, source, prefix=f"{name}."):
             if key not in known_keys():
-                raise ValueError(_unknown(key, line))
+                raise UserError(_unknown(key, line))
             try:
                 settings.append(_Setting(key, loader.construct_object(node, deep=True), line))
             except _YAML_ERRORS as error:
-                raise ValueError(
+                raise UserError(
                     f"{line}: {key} is no valid YAML: {_reason(error)}; correct it, or quote it if it is text"
                 ) from error
     return settings
@@ -163,25 +182,25 @@ def _read_file(text: str, source: str) -> list[_Setting]:
 
 def _entries(mapping: yaml.MappingNode, source: str, prefix: str = "") -> list[tuple[str, yaml.Node, str]]:
     """`(key, value node, "FILE:LINE")` of a YAML mapping. A repeated key is an error, not a silent last wins."""
-    found: dict[str, tuple[str, yaml.Node, str]] = {}
+    entries: dict[str, tuple[str, yaml.Node, str]] = {}
     for key_node, value_node in mapping.value:
         key, where = f"{prefix}{key_node.value}", f"{source}:{key_node.start_mark.line + 1}"
-        if key in found:
-            raise ValueError(f"{where}: key {key!r} was already set at {found[key][2]}; keep one of them")
-        found[key] = (key, value_node, where)
-    return list(found.values())
+        if key in entries:
+            raise UserError(f"{where}: key {key!r} was already set at {entries[key][2]}; keep one of them")
+        entries[key] = (key, value_node, where)
+    return list(entries.values())
 
 
 def _read_override(text: str) -> _Setting:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"override {text!r} has no '='; write it as key=value, for instance train.steps=100")
+        raise UserError(f"override {text!r} has no '='; write it as key=value, for instance train.steps=100")
     if key not in known_keys():
-        raise ValueError(_unknown(key, "override"))
+        raise UserError(_unknown(key, "override"))
     try:
         return _Setting(key, yaml.load(value, Loader=_YamlLoader), "override")
     except _YAML_ERRORS as error:
-        raise ValueError(
+        raise UserError(
             f"override: {key} is {value[:100]!r} but the value is no valid YAML: {_reason(error)}; "
             "correct it, or quote it if it is text"
         ) from error
@@ -212,8 +231,6 @@ def _sentence(
     if first["type"] == "missing" and key not in origins:
         return f"{source}: {key} is required ({known_keys()[key]}); set it in the file or as {key}=VALUE"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{source}: {f'in section {key}, ' if key else ''}{message}"
     if first["type"] == "missing":
         message = "it has too few entries"
     where = origins.get(key, source)

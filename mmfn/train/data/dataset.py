@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from mmfn.batch import Media, Sample
+from mmfn.errors import UserError
 from mmfn.models.data import MediaByKind
 from mmfn.train.data.image import decode_image
 from mmfn.train.data.processor import Processor, encode_sample
@@ -44,7 +45,7 @@ class Dataset:
         for index, record in enumerate(self.records):
             for name in _paths(record):
                 if Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise ValueError(f"dataset {str(path)!r}, entry {index}: {self._outside(name)}")
+                    raise UserError(f"dataset {str(path)!r}, entry {index}: {self._outside(name)}")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -69,7 +70,7 @@ class Dataset:
         record = self.records[index]
         turns = [place for place, message in enumerate(record.messages) if message["role"] == "assistant"]
         if not turns or turns[-1] == 0:
-            raise ValueError(
+            raise UserError(
                 f"sample {record.id!r} of {str(self.path)!r} has no assistant turn after a prompt; give it one to "
                 "compare with"
             )
@@ -87,12 +88,12 @@ class Dataset:
                 "image": [self._image(name) for name in record.images],
                 "video": [self._video(name) for name in record.videos],
             }
-        except ValueError as error:
-            raise ValueError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
+        except UserError as error:
+            raise UserError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
         sample = self._encode(record, record.messages, media)
         num_tokens = sample.tokens_T.numel()
         if self.max_tokens is not None and num_tokens > self.max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"sample {record.id!r} of {str(self.path)!r} has {num_tokens} tokens but max_tokens is "
                 f"{self.max_tokens}; raise max_tokens, shorten the sample or lower the pixel budget of the processor"
             )
@@ -104,15 +105,15 @@ class Dataset:
         tools = record.tools
         try:
             return encode_sample(messages, self.processor, media, tools=tools, is_prompt=is_prompt, id=record.id)
-        except ValueError as error:
-            raise ValueError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
+        except UserError as error:
+            raise UserError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
 
     def _image(self, name: str) -> Media:
         image_u8 = decode_image(self._resolve(name))
         try:
             return self.processor.media.image(image_u8)
-        except ValueError as error:
-            raise ValueError(f"image {name!r}: {error}") from error
+        except UserError as error:
+            raise UserError(f"image {name!r}: {error}") from error
 
     def _video(self, name: str | tuple[str, ...]) -> Media:
         sampling = self.processor.media.sampling()
@@ -126,9 +127,9 @@ class Dataset:
         try:
             path = (self.media_root / name).resolve()  # follows links, so that a link cannot lead outside either
         except (RuntimeError, OSError) as error:  # a loop of links: RuntimeError up to Python 3.12, then OSError
-            raise ValueError(f"media path {name!r} leads nowhere ({error}); replace the link") from error
+            raise UserError(f"media path {name!r} leads nowhere ({error}); replace the link") from error
         if not path.is_relative_to(self.media_root):
-            raise ValueError(self._outside(name))
+            raise UserError(self._outside(name))
         return path
 
     def _outside(self, name: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmfn import rng
 from mmfn.batch import IGNORE, Batch, Sample, Tower, TowerKind
+from mmfn.errors import UserError
 from mmfn.packing import Sizes, num_units
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.program import whole_batch
@@ -94,13 +95,13 @@ class Loader:
         positive and strictly increasing, or not made of whole units.
         """
         if len(dataset) == 0:
-            raise ValueError("the dataset is empty; it must hold at least one sample")
+            raise UserError("the dataset is empty; it must hold at least one sample")
         if batch_samples < axis.size:
-            raise ValueError(
+            raise UserError(
                 f"batch_samples must be at least {axis.size}, one for each rank with its own data, got {batch_samples}"
             )
         if odd := sorted(tower_buckets.keys() ^ towers.keys()):
-            raise ValueError(
+            raise UserError(
                 f"tower_buckets has sizes for {', '.join(tower_buckets) or 'nothing'} but the model's towers are "
                 f"{', '.join(towers) or 'none'}; {'add' if odd[0] in towers else 'remove'} {odd[0]!r}"
             )
@@ -128,7 +129,7 @@ class Loader:
     def _places(self, step: int) -> range:
         """Places of a step's samples, of all ranks, in the order of data."""
         if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
+            raise UserError(f"step must not be negative, got {step}")
         return range(step * self.batch_samples, (step + 1) * self.batch_samples)
 
     def microbatches(self, step: int) -> list[Batch]:
@@ -201,7 +202,7 @@ class Loader:
             inputs = self.towers[name].inputs if name in self.towers else 1
             what = f"inputs of {name}" if name in self.towers else name
             if size > (largest := self.buckets[name][-1]):
-                raise ValueError(
+                raise UserError(
                     f"sample {sample.id!r} has {size * inputs} {what} but the largest bucket holds {largest * inputs}; "
                     f"add a larger bucket for {what} or remove the sample"
                 )
@@ -283,7 +284,7 @@ def prefetch(make: Callable[[int], T], start: int, stop: int, *, workers: int = 
     when that step is due. Closing the iterator (or leaving the loop) waits for the running steps and drops the rest.
     """
     if workers < 0 or ahead < 1:
-        raise ValueError(f"prefetch needs workers >= 0 and ahead >= 1, got {workers} and {ahead}")
+        raise UserError(f"prefetch needs workers >= 0 and ahead >= 1, got {workers} and {ahead}")
     return _threaded(make, start, stop, workers, ahead) if workers else map(make, range(start, stop))
 
 
@@ -322,7 +323,7 @@ def _num_inputs(tower: Tower) -> int:
 def _check_buckets(name: str, buckets: Sequence[int], multiple: int) -> None:
     positive = bool(buckets) and all(bucket > 0 for bucket in buckets)
     if not positive or any(b <= a for a, b in pairwise(buckets)):
-        raise ValueError(f"{name} must be positive and strictly increasing, got {list(buckets)}")
+        raise UserError(f"{name} must be positive and strictly increasing, got {list(buckets)}")
     for bucket in buckets:
         if bucket % multiple:
-            raise ValueError(f"{name} must be multiples of {multiple}, what makes a feature, got {bucket}")
+            raise UserError(f"{name} must be multiples of {multiple}, what makes a feature, got {bucket}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmfn.batch import IGNORE, Sample
+from mmfn.errors import UserError
 from mmfn.models import family
 from mmfn.models.data import MediaByKind, MediaProcessor
 from mmfn.train.data.records import Message
@@ -42,7 +43,7 @@ def load_processor(path: str | PathLike[str], template: str = "") -> Processor:
     sections = {name: section for name, file in FILES.items() if (section := _section(folder, name, file)) is not None}
     for name in model.data.sections:
         if name not in sections:
-            raise ValueError(f"folder {str(path)!r} has no {FILES[name]}; copy it from the original checkpoint")
+            raise UserError(f"folder {str(path)!r} has no {FILES[name]}; copy it from the original checkpoint")
     cfg = model.config_from_hf(config)
     return Processor(
         chat=make_chat(load_tokenizer(folder), model.data.chat, lambda tokens_T: model.kinds(tokens_T, cfg), template),
@@ -82,5 +83,5 @@ def _section(folder: Path, name: str, file: str) -> dict[str, Any] | None:
     both = folder / "processor_config.json"
     section = read_json(both).get(name) if both.exists() else None
     if section is not None and not isinstance(section, dict):
-        raise ValueError(f"{name!r} in {str(both)!r} must be an object, got {section!r}")
+        raise UserError(f"{name!r} in {str(both)!r} must be an object, got {section!r}")
     return read_json(folder / file) if section is None and (folder / file).exists() else section

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from mmfn.errors import UserError
+
 ROLES = ("system", "user", "assistant", "tool")
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name")
@@ -45,25 +47,25 @@ def read_records(path: Path) -> list[Record]:
     for index, entry in enumerate(_entries(path)):
         try:
             records.append(parse_record(entry, str(index)))
-        except ValueError as error:
-            raise ValueError(f"dataset {str(path)!r}, entry {index}: {error}") from None
+        except UserError as error:
+            raise UserError(f"dataset {str(path)!r}, entry {index}: {error}") from None
     if not records:
-        raise ValueError(f"dataset {str(path)!r} is empty; it must hold at least one conversation")
+        raise UserError(f"dataset {str(path)!r} is empty; it must hold at least one conversation")
     return records
 
 
 def parse_record(entry: Any, default_id: str) -> Record:
     """One decoded entry -> `Record`. Raises ValueError with one sentence (the caller adds the file and index)."""
     if not isinstance(entry, dict):
-        raise ValueError(f"an entry must be an object, got {type(entry).__name__}")
+        raise UserError(f"an entry must be an object, got {type(entry).__name__}")
     _check_text(entry)
     if ("messages" in entry) == ("conversations" in entry):
-        raise ValueError("an entry needs exactly one of 'messages' and 'conversations'")
+        raise UserError("an entry needs exactly one of 'messages' and 'conversations'")
     if entry.get("audios"):
-        raise ValueError("'audios' are not supported; remove them from the entry")
+        raise UserError("'audios' are not supported; remove them from the entry")
     identity = entry.get("id", default_id)
     if not isinstance(identity, str | int) or isinstance(identity, bool):
-        raise ValueError(f"'id' must be a string or an integer, got {identity!r}")
+        raise UserError(f"'id' must be a string or an integer, got {identity!r}")
     listed: dict[str, list[Any]] = {kind: _media_list(entry, kind) for kind in MEDIA}
     media: dict[str, list[Any]] = {kind: [] for kind in MEDIA}
     num_marked = dict.fromkeys(MEDIA, 0)
@@ -71,8 +73,8 @@ def parse_record(entry: Any, default_id: str) -> Record:
     for place, message in enumerate(_raw_messages(entry)):
         try:
             parsed = _parse_message(message, place)
-        except ValueError as error:
-            raise ValueError(f"message {place}: {error}") from None
+        except UserError as error:
+            raise UserError(f"message {place}: {error}") from None
         messages.append(parsed)
         for part in parsed["content"] if isinstance(parsed["content"], list) else ():
             kind = part["type"]
@@ -81,7 +83,7 @@ def parse_record(entry: Any, default_id: str) -> Record:
                 media[kind].append(part.get(kind) or next(iter(listed[kind][num_marked[kind] - 1 :]), None))
     for kind in MEDIA:
         if num_marked[kind] != len(listed[kind]):
-            raise ValueError(
+            raise UserError(
                 f"sample {str(identity)!r} has {num_marked[kind]} {kind} placeholders for {len(listed[kind])} {kind}s; "
                 f"write one <{kind}> for each"
             )
@@ -110,19 +112,19 @@ def _entries(path: Path) -> Iterator[Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ValueError(f"dataset {str(path)!r} cannot be read ({error}); give a JSON or JSONL file") from error
+        raise UserError(f"dataset {str(path)!r} cannot be read ({error}); give a JSON or JSONL file") from error
     if text.lstrip()[:1] == "[":
         try:
             yield from json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"dataset {str(path)!r} is not valid JSON ({error}); repair the file") from None
+            raise UserError(f"dataset {str(path)!r} is not valid JSON ({error}); repair the file") from None
         return
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold U+2028
         if line.strip():
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"dataset {str(path)!r}, line {number}: not valid JSON ({error}); repair it") from None
+                raise UserError(f"dataset {str(path)!r}, line {number}: not valid JSON ({error}); repair it") from None
 
 
 def _check_text(entry: Mapping[str, Any]) -> None:
@@ -131,40 +133,40 @@ def _check_text(entry: Mapping[str, Any]) -> None:
         json.dumps(entry, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start : error.end]
-        raise ValueError(f"the text holds {half!r}, which is half a character; remove it or write it whole") from None
+        raise UserError(f"the text holds {half!r}, which is half a character; remove it or write it whole") from None
     except RecursionError:
-        raise ValueError("the entry is nested too deeply; flatten it") from None
+        raise UserError("the entry is nested too deeply; flatten it") from None
 
 
 def _raw_messages(entry: Mapping[str, Any]) -> list[Any]:
     name = "messages" if "messages" in entry else "conversations"
     raw = entry[name]
     if not isinstance(raw, list) or not raw:
-        raise ValueError(f"{name!r} must be a list of at least one message, got {raw!r}")
+        raise UserError(f"{name!r} must be a list of at least one message, got {raw!r}")
     return raw if name == "messages" else [_from_llava(place, turn) for place, turn in enumerate(raw)]
 
 
 def _from_llava(place: int, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-        raise ValueError(f"message {place}: a turn of 'conversations' needs 'from' and 'value', got {turn!r}")
+        raise UserError(f"message {place}: a turn of 'conversations' needs 'from' and 'value', got {turn!r}")
     speaker = turn["from"]
     if not isinstance(speaker, str) or speaker not in LLAVA_ROLES:
-        raise ValueError(f"message {place}: 'from' must be one of {sorted(LLAVA_ROLES)}, got {speaker!r}")
+        raise UserError(f"message {place}: 'from' must be one of {sorted(LLAVA_ROLES)}, got {speaker!r}")
     return {"role": LLAVA_ROLES[speaker], "content": turn["value"]}
 
 
 def _parse_message(message: Any, place: int) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise ValueError(f"a message must be an object, got {type(message).__name__}")
+        raise UserError(f"a message must be an object, got {type(message).__name__}")
     for key in message:
         if key not in MESSAGE_KEYS:
             near = get_close_matches(key, MESSAGE_KEYS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown key {key!r}, nearest is {near!r}")
+            raise UserError(f"unknown key {key!r}, nearest is {near!r}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise ValueError(f"'role' must be one of {list(ROLES)}, got {role!r}")
+        raise UserError(f"'role' must be one of {list(ROLES)}, got {role!r}")
     if role == "system" and place > 0:
-        raise ValueError("the 'system' message must come first; chat templates drop a later one")
+        raise UserError("the 'system' message must come first; chat templates drop a later one")
     if content is None and message.get("tool_calls"):
         content = ""
     if isinstance(content, str):
@@ -173,9 +175,9 @@ def _parse_message(message: Any, place: int) -> dict[str, Any]:
     elif isinstance(content, list):
         content = [_parse_part(part) for part in content]
     else:
-        raise ValueError(f"'content' must be a string or a list of parts, got {content!r}")
+        raise UserError(f"'content' must be a string or a list of parts, got {content!r}")
     if role in ("system", "assistant") and isinstance(content, list) and any(p["type"] in MEDIA for p in content):
-        raise ValueError(f"media cannot stand in a message of the {role}; move them to the user's")
+        raise UserError(f"media cannot stand in a message of the {role}; move them to the user's")
     return {**message, "content": content}
 
 
@@ -186,10 +188,10 @@ def _from_marker(piece: str) -> dict[str, Any]:
 def _parse_part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", *MEDIA):
-        raise ValueError(f"a part needs a 'type' of text, image or video, got {part!r}")
+        raise UserError(f"a part needs a 'type' of text, image or video, got {part!r}")
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise ValueError(f"a text part needs a string 'text', got {part!r}")
+            raise UserError(f"a text part needs a string 'text', got {part!r}")
         return {"type": "text", "text": part["text"]}
     path = part.get(kind)
     return {"type": kind} if path is None else {"type": kind, kind: _media_path(path, kind)}
@@ -198,11 +200,11 @@ def _parse_part(part: Any) -> dict[str, Any]:
 def _media_list(entry: Mapping[str, Any], kind: str) -> list[Any]:
     """`images` (or LLaVA's `image`, one path or a list) as a checked list."""
     if entry.get(kind) is not None and entry.get(f"{kind}s") is not None:
-        raise ValueError(f"an entry needs one of '{kind}' and '{kind}s', not both")
+        raise UserError(f"an entry needs one of '{kind}' and '{kind}s', not both")
     raw = entry.get(f"{kind}s", entry.get(kind))
     raw = [] if raw is None else [raw] if isinstance(raw, str) else raw
     if not isinstance(raw, list):
-        raise ValueError(f"'{kind}s' must be a list of paths, got {raw!r}")
+        raise UserError(f"'{kind}s' must be a list of paths, got {raw!r}")
     return [_media_path(path, kind) for path in raw]
 
 
@@ -210,7 +212,7 @@ def _media_path(path: Any, kind: str) -> str | tuple[str, ...]:
     frames = path if kind == "video" and isinstance(path, list) else [path]
     if frames and all(isinstance(frame, str) and frame and "\0" not in frame for frame in frames):
         return tuple(frames) if frames is path else frames[0]
-    raise ValueError(f"a path of '{kind}s' must be a non-empty string without null characters, got {path!r}")
+    raise UserError(f"a path of '{kind}s' must be a non-empty string without null characters, got {path!r}")
 
 
 def _tools(raw: Any) -> tuple[Mapping[str, Any], ...]:
@@ -218,9 +220,9 @@ def _tools(raw: Any) -> tuple[Mapping[str, Any], ...]:
         try:
             raw = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"'tools' is a string but not JSON ({error})") from None
+            raise UserError(f"'tools' is a string but not JSON ({error})") from None
     if not raw:
         return ()
     if not isinstance(raw, list) or not all(isinstance(tool, dict) for tool in raw):
-        raise ValueError(f"'tools' must be a list of JSON schemas, got {raw!r}")
+        raise UserError(f"'tools' must be a list of JSON schemas, got {raw!r}")
     return tuple(raw)

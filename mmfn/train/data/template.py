@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfn.batch import TEXT
+from mmfn.errors import UserError
 from mmfn.models.data.chat import ChatFormat, TextsByKind, read_template
 from mmfn.train.data.tokenizer import Tokenizer, token_id
 
@@ -57,11 +58,9 @@ def make_chat(tokenizer: Tokenizer, format: ChatFormat, kinds: Callable[[Tensor]
     """
     original = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     if template and not _GENERATION.search(template):
-        raise ValueError(
-            "the chat template given has no {% generation %} block; put one around the assistant's content"
-        )
+        raise UserError("the chat template given has no {% generation %} block; put one around the assistant's content")
     if not template and not original:
-        raise ValueError("the tokenizer has no chat template; give one with {% generation %} blocks")
+        raise UserError("the tokenizer has no chat template; give one with {% generation %} blocks")
     source = template or (original if _GENERATION.search(original) else "")
     for token in format.tokens.values():
         token_id(tokenizer, token)
@@ -99,7 +98,7 @@ def encode(
     kinds_T = chat.kinds(tokens_T)
     is_media_T = kinds_T != TEXT
     if int(is_media_T.sum()) != len(counts):
-        raise ValueError(
+        raise UserError(
             f"the media are written with {len(counts)} media tokens but config.json has the ids of "
             f"{int(is_media_T.sum())} of the text's tokens; use the tokenizer of the model"
         )
@@ -119,11 +118,13 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the character spans the assistant wrote. Raises as `encode` does."""
     expected = _render(messages, chat, chat.original, tools, is_prompt)[0] if chat.original else None
+    if expected is not None and is_prompt:  # nothing of a prompt is supervised, so its own template is all it takes
+        return expected, []
     for template in chat.templates:
         text, spans = _render(messages, chat, template, tools, is_prompt)
         if expected is None or text == expected:
             return text, spans
-    raise ValueError(
+    raise UserError(
         "the checkpoint's chat template has no {% generation %} block and renders these messages unlike the training "
         f"templates of mmfn ({', '.join(chat.format.templates)}); give a template with generation blocks"
     )
@@ -150,7 +151,7 @@ def _render(
                 **chat.tokenizer.special_tokens_map,
             )
     except Exception as error:  # a template is a program: it may divide by zero, recurse, miss a key
-        raise ValueError(
+        raise UserError(
             f"the chat template rejects these messages ({error}); correct their roles and order, or the template"
         ) from error
     return texts[0], [(start, end) for start, end in spans[0]] if has_blocks else []
@@ -164,7 +165,7 @@ def _insert_media(
     for kind in dict.fromkeys((*chat.format.placeholders, *texts)):
         num_places, num_media = sum(match.lastgroup == kind for match in matches), len(texts.get(kind, ()))
         if num_places != num_media:
-            raise ValueError(
+            raise UserError(
                 f"the rendered text holds {num_places} {kind} placeholders for {num_media} {kind}s; mark each {kind} "
                 "once, in a turn of the user, and keep the placeholder token itself out of the text"
             )

@@ -5,6 +5,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mmfn.errors import UserError
+
 Tokenizer = Any  # a transformers PreTrainedTokenizerFast; the library ships no types
 
 
@@ -18,16 +20,16 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
 
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"tokenizer folder {str(path)!r} does not exist; give the folder that holds tokenizer.json")
+        raise UserError(f"tokenizer folder {str(path)!r} does not exist; give the folder that holds tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # depending on what is broken the library raises OSError, KeyError, TypeError, ...
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
+        raise UserError(
             f"folder {str(path)!r} holds no tokenizer that loads ({first}); add its tokenizer.json"
         ) from error
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer in {str(path)!r} has no fast implementation; convert it to tokenizer.json")
+        raise UserError(f"the tokenizer in {str(path)!r} has no fast implementation; convert it to tokenizer.json")
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
         tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
     return tokenizer
@@ -37,11 +39,9 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a single special token. Raises ValueError when the tokenizer does not know it or splits it."""
     number = tokenizer.get_vocab().get(token)
     if number is None:
-        raise ValueError(
-            f"the tokenizer has no token {token!r}, which stands for media; use the tokenizer of the model"
-        )
+        raise UserError(f"the tokenizer has no token {token!r}, which stands for media; use the tokenizer of the model")
     if tokenizer(token, add_special_tokens=False)["input_ids"] != [number]:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer splits {token!r}, which stands for media; list it in added_tokens of tokenizer.json"
         )
     return int(number)
@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not readable JSON ({error}); repair the file") from error
+        raise UserError(f"{str(path)!r} is not readable JSON ({error}); repair the file") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}")
+        raise UserError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}")
     return value

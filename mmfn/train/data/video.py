@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfn.errors import UserError
 from mmfn.models.data import Sampling
 from mmfn.train.data.image import check_regular, decode_image
 
@@ -22,7 +23,7 @@ def decode_video(source: str | PathLike[str], sampling: Sampling) -> tuple[Tenso
     try:
         av = importlib.import_module("av")
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"video {str(source)!r} needs PyAV to be decoded; install it (pip install av) or give the video as a list "
             "of frame images"
         ) from error
@@ -33,7 +34,7 @@ def decode_video(source: str | PathLike[str], sampling: Sampling) -> tuple[Tenso
             arrays = _decode_frames(container, stream, sampling)
             rate = float(stream.average_rate)
     except Exception as error:  # PyAV raises its own FFmpeg errors, IndexError without a video stream, and others
-        raise ValueError(f"video {str(source)!r} could not be decoded ({error}); replace the file") from error
+        raise UserError(f"video {str(source)!r} could not be decoded ({error}); replace the file") from error
     frames = torch.from_numpy(np.stack([array for _, array in arrays])).permute(0, 3, 1, 2)
     return frames, [index / rate for index, _ in arrays]
 
@@ -46,7 +47,7 @@ def decode_frames(sources: Sequence[str | PathLike[str] | bytes], fps: float) ->
     frames = [decode_image(source) for source in sources]
     shapes = sorted({tuple(frame.shape[1:]) for frame in frames})
     if len(shapes) > 1:
-        raise ValueError(f"the frames of a video must have one size, got {shapes} (height, width); resize them")
+        raise UserError(f"the frames of a video must have one size, got {shapes} (height, width); resize them")
     return torch.stack(frames), [i / fps for i in range(len(frames))]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmfn import torch_private
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.train.optim.rounding import round_
 from mmfn.train.optim.transform import Facts, Leaves, Rate, Transform, Update, UpdateFn, own, zeros_like
 from mmfn.tree import Tree
@@ -64,7 +65,7 @@ def adamw(
 
         return run
 
-    return Transform(init=init, update=update)
+    return Transform(init=init, update=update, stage="write")
 
 
 def _apply_(u: Update, state: Tree, paths: Sequence[str], lr: Tensor, *numbers: float) -> None:
@@ -183,10 +184,10 @@ def _correction(beta: float, count: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check(betas: tuple[float, float], eps: float, weight_decay: float, moments_dtype: torch.dtype | None) -> None:
     if not all(0.0 <= b < 1.0 for b in betas):
-        raise ValueError(f"betas must lie in [0, 1), got {betas}; the usual choice is (0.9, 0.999)")
+        raise UserError(f"betas must lie in [0, 1), got {betas}; the usual choice is (0.9, 0.999)")
     if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}; the usual choice is 1e-8")
+        raise UserError(f"eps must be positive, got {eps}; the usual choice is 1e-8")
     if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}; use 0 for none")
+        raise UserError(f"weight_decay must not be negative, got {weight_decay}; use 0 for none")
     if moments_dtype not in (None, torch.bfloat16):
-        raise ValueError(f"moments_dtype must be bfloat16 or None, for float32 or wider, got {moments_dtype}; use one")
+        raise UserError(f"moments_dtype must be bfloat16 or None, for float32 or wider, got {moments_dtype}; use one")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from mmfn.errors import UserError
 from mmfn.train.optim.transform import Facts, Rate, Rules, Transform, UpdateFn, values
 from mmfn.train.schedule import Schedule
 
@@ -26,7 +27,7 @@ def by_path(
     >>> by_path(adamw(weight_decay=0.1), no_decay=[r".*bias"], lr_scales=[(r"vision/.*", 0.1)])
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}; 1 gives all layers one learning rate")
+        raise UserError(f"layer_decay must lie in (0, 1], got {layer_decay}; 1 gives all layers one learning rate")
 
     def update(facts: Mapping[str, Facts]) -> UpdateFn:
         plain = values(facts, [(pattern, False) for pattern in no_decay], True)

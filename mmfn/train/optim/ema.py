@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.parallel.weights.sharding import like, local
 from mmfn.train.optim.transform import Facts, Leaves, Transform, Update, UpdateFn
 from mmfn.tree import Tree
@@ -20,7 +21,7 @@ def ema(decay: float) -> Transform:
     skipped. Raises ValueError when `decay` is outside of [0, 1).
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"decay of the average must lie in [0, 1), got {decay}; the usual choice is 0.999")
+        raise UserError(f"decay of the average must lie in [0, 1), got {decay}; the usual choice is 0.999")
 
     def init(params: Leaves) -> Tree:
         return {"ema": {p: x.to(wide(x.dtype), copy=True) for p, x in params.items()}}
@@ -34,7 +35,7 @@ def ema(decay: float) -> Transform:
 
         return run
 
-    return Transform(init=init, update=update)
+    return Transform(init=init, update=update, stage="read")
 
 
 def ema_params(state: Mapping[str, Any]) -> Tree:
@@ -44,7 +45,7 @@ def ema_params(state: Mapping[str, Any]) -> Tree:
     """
     found = _find(state["opt"])
     if found is None:
-        raise ValueError("the optimizer's state has no averages of parameters; train with optimizer.ema_decay")
+        raise UserError("the optimizer's state has no averages of parameters; train with optimizer.ema_decay")
 
     def average(path: str, leaf: Tensor) -> Tensor:
         if path not in found:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.weights.matrix_owners import on_owners
 from mmfn.spec import ParamSpec, has_experts
@@ -47,18 +48,18 @@ def muon(
     is no matrix. Source: Jordan et al. 2024; Liu et al. 2025 (arXiv:2502.16982), equation 4; `torch.optim.Muon`.
     """
     if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must lie in [0, 1), got {momentum}; the usual choice is 0.95")
+        raise UserError(f"momentum must lie in [0, 1), got {momentum}; the usual choice is 0.95")
     if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}; use 0 for none")
+        raise UserError(f"weight_decay must not be negative, got {weight_decay}; use 0 for none")
     if num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}; the usual choice is 5")
+        raise UserError(f"num_iterations must be at least 1, got {num_iterations}; the usual choice is 5")
     if adjust_lr not in FACTORS:
-        raise ValueError(f"adjust_lr {adjust_lr!r} is unknown; use one of {', '.join(FACTORS)}")
+        raise UserError(f"adjust_lr {adjust_lr!r} is unknown; use one of {', '.join(FACTORS)}")
 
     def update(facts: Mapping[str, Facts]) -> UpdateFn:
         for path, known in facts.items():
             if len(known.shape) not in (2, 3):
-                raise ValueError(f"muon got {path} of shape {known.shape} but takes matrices only; use with_others")
+                raise UserError(f"muon got {path} of shape {known.shape} but takes matrices only; use with_others")
         chunks = _chunks(facts)
 
         def run(u: Update, state: Tree) -> tuple[Update, Tree]:
@@ -79,7 +80,7 @@ def muon(
 
         return run
 
-    return Transform(init=lambda params: {"momentum": zeros_like(params)}, update=update)
+    return Transform(init=lambda params: {"momentum": zeros_like(params)}, update=update, stage="write")
 
 
 FACTORS: dict[str, Callable[[int, int], float]] = {

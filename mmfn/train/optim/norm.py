@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.torch_private import foreach_norm
 from mmfn.train.optim.transform import Leaves, Transform, Update
 from mmfn.tree import Tree
@@ -19,13 +20,13 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     Raises ValueError when `max_norm` is not positive. Source: `torch.nn.utils.clip_grad_norm_` (torch 2.13).
     """
     if not max_norm > 0:
-        raise ValueError(f"max_norm must be positive, got {max_norm}; leave clip_by_global_norm out for no clipping")
+        raise UserError(f"max_norm must be positive, got {max_norm}; leave clip_by_global_norm out for no clipping")
 
     def run(u: Update, state: Tree) -> tuple[Update, Tree]:
         factor = (max_norm / (u.norm + 1e-6)).clamp(max=1.0)
         return replace(u, scale=factor if u.scale is None else u.scale * factor), state
 
-    return Transform(init=lambda params: {}, update=lambda facts: run)
+    return Transform(init=lambda params: {}, update=lambda facts: run, stage="scale")
 
 
 def global_norm(grads: Leaves) -> Tensor:

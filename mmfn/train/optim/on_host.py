@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.parallel.weights.host_memory import HOST_DEVICE, Arrival, HostMemory, counted_empty
 from mmfn.train.optim.transform import Facts, Leaves, Transform, Update, UpdateFn
 from mmfn.tree import Tree
@@ -37,7 +38,7 @@ def on_host(
     wraps all that reads or writes them. Raises ValueError where `what` names nothing, or something else.
     """
     if not what or not set(what) <= set(HOST_KINDS):
-        raise ValueError(f"on_host got what={list(what)} but moves optimizer and parameters; name one of them or both")
+        raise UserError(f"on_host got what={list(what)} but moves optimizer and parameters; name one of them or both")
     memory, kinds = HostMemory(), frozenset(what)
 
     def init(params: Leaves) -> Tree:
@@ -73,7 +74,8 @@ def on_host(
 
         return run
 
-    return Transform(init=init, update=update, is_traceable=False, on_host=transform.on_host | kinds)
+    moved = transform.on_host | kinds
+    return Transform(init=init, update=update, is_traceable=False, on_host=moved, stage=transform.stage)
 
 
 class _Kept(NamedTuple):

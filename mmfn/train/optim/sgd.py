@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmfn import torch_private
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.train.optim.transform import Facts, Leaves, Rate, Transform, Update, UpdateFn, own, zeros_like
 from mmfn.tree import Tree
 
@@ -20,11 +21,11 @@ def sgd(*, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 
     Raises ValueError for values out of range. Source: Sutskever et al. 2013; `torch.optim.SGD` (torch 2.13).
     """
     if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must lie in [0, 1), got {momentum}; the usual choice is 0.9")
+        raise UserError(f"momentum must lie in [0, 1), got {momentum}; the usual choice is 0.9")
     if nesterov and momentum == 0:
-        raise ValueError("nesterov needs momentum, got 0; the usual choice is 0.9")
+        raise UserError("nesterov needs momentum, got 0; the usual choice is 0.9")
     if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}; use 0 for none")
+        raise UserError(f"weight_decay must not be negative, got {weight_decay}; use 0 for none")
 
     def init(params: Leaves) -> Tree:
         return {"momentum": zeros_like(params)} if momentum else {}
@@ -46,7 +47,7 @@ def sgd(*, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 
 
         return run
 
-    return Transform(init=init, update=update)
+    return Transform(init=init, update=update, stage="write")
 
 
 def _fused_(

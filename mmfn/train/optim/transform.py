@@ -16,6 +16,7 @@ tensors are given away.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.dtypes import wide
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.weights.sharding import cuts
@@ -99,13 +101,19 @@ UpdateFn = Callable[[Update, Tree], tuple[Update, Tree]]  # (update, state) -> (
 class Transform:
     """`init(params: Leaves) -> state`; `update(facts by path) -> UpdateFn`.
 
-    `is_traceable`: it may be compiled. `on_host`: what it moves from the host and back (see `on_host`).
+    `is_traceable`: it may be compiled. `on_host`: what it moves from the host and back (see `on_host`). `stage`: one of
+    `STAGES`, or "" for one that may stand anywhere in a chain.
     """
 
     init: Callable[[Leaves], Tree]
     update: Callable[[Mapping[str, Facts]], UpdateFn]
     is_traceable: bool = True
     on_host: frozenset[str] = frozenset()
+    stage: str = ""
+
+
+WORK = {"scale": "scale gradients", "write": "update parameters", "read": "read updated parameters"}
+STAGES = tuple(WORK)  # in the order of a chain
 
 
 def facts_of(specs: Tree, mesh: Mesh) -> dict[str, Facts]:
@@ -145,9 +153,20 @@ def distances(paths: Sequence[str]) -> dict[str, int]:
 
 
 def chain(*transforms: Transform) -> Transform:
-    """Apply transforms left to right; the state is the list of their states. Raises ValueError when there are none."""
+    """Apply transforms left to right; the state is the list of their states.
+
+    Raises ValueError when there are none, and for one behind what it should come before: a clip behind adamw clips
+    nothing.
+    """
     if not transforms:
-        raise ValueError("chain() received no transform; give at least one, such as adamw()")
+        raise UserError("chain() received no transform; give at least one, such as adamw()")
+    stages = [t.stage for t in transforms if t.stage]
+    for before, stage in pairwise(stages):
+        if STAGES.index(stage) < STAGES.index(before):
+            raise UserError(
+                f"chain() got what is to {WORK[stage]} behind what is to {WORK[before]}, where it changes nothing or "
+                "comes a step late; put it before: chain(clip_by_global_norm(1.0), adamw(), ema(0.999))"
+            )
 
     def update(facts: Mapping[str, Facts]) -> UpdateFn:
         fns = [t.update(facts) for t in transforms]
@@ -166,6 +185,7 @@ def chain(*transforms: Transform) -> Transform:
         update=update,
         is_traceable=all(t.is_traceable for t in transforms),
         on_host=frozenset().union(*(t.on_host for t in transforms)),
+        stage="write" if "write" in stages else (stages or [""])[-1],
     )
 
 

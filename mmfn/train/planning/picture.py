@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from mmfn.errors import UserError
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.planning import devices
 from mmfn.parallel.planning.plan import Plan, size
@@ -18,7 +19,7 @@ WIDTH, HEIGHT, MARGIN = 640, 320, 48
 def render(plans: Sequence[Plan]) -> str:
     """The page as text; everything in it is escaped. Raises ValueError when there is no plan."""
     if not plans:
-        raise ValueError("a report needs at least one plan; plan a layout that the model can take")
+        raise UserError("a report needs at least one plan; plan a layout that the model can take")
     template = resources.files("mmfn.train.planning").joinpath("picture.html.jinja").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     first = plans[0]
@@ -55,10 +56,10 @@ def _row(plan: Plan, scale: float) -> dict[str, Any]:
 
 
 def _wires(plan: Plan) -> tuple[str, dict[str, int]]:
-    found: Counter[str] = Counter()
+    bytes_by_axis: Counter[str] = Counter()
     for c in plan.collectives:
-        found[f"{c.axis} ({'node' if c.is_inside_node else 'network'})"] += c.wire_bytes
-    return _name(plan), dict(found)
+        bytes_by_axis[f"{c.axis} ({'node' if c.is_inside_node else 'network'})"] += c.wire_bytes
+    return _name(plan), dict(bytes_by_axis)
 
 
 def _bars(tables: Sequence[tuple[str, dict[str, int]]]) -> list[dict[str, Any]]:

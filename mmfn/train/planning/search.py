@@ -1,4 +1,4 @@
-"""`mmfn plan`: from a config to a plan, or to the plans of all layouts that a model can take on so many ranks."""
+"""`mmfn plan --search`: the plans of all layouts that a model can take on so many ranks."""
 
 import multiprocessing
 import os
@@ -6,116 +6,28 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import gcd
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmfn.interop.checkpoint import read_config
-from mmfn.models import Family, family
-from mmfn.parallel.context.token_order import segment_multiple
-from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn import tree
+from mmfn.errors import UserError
+from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.planning.trace import Recorder, recording_mesh
-from mmfn.parallel.program import Program
-from mmfn.train.build import setup as training
-from mmfn.train.build.optimizer import build_optimizer
-from mmfn.train.config.effects import check_effects
-from mmfn.train.config.load import Settings, check, read_settings
-from mmfn.train.config.schema import Config, LayoutSection
-from mmfn.train.planning.step_plan import Setup, Workload, plan
+from mmfn.train.build.model import find_family
+from mmfn.train.build.program import build_program
+from mmfn.train.config.layout import LayoutSection
+from mmfn.train.config.load import Settings, check
+from mmfn.train.config.schema import Config
+from mmfn.train.planning.request import Request, plan_config, planned_step
 
 SHARDS = (1, 2, 4, 8, 16)  # of a search: parameters are whole on a world's 1, 1/2, 1/4, ... of the ranks
-CP_SIZES = (1, 2, 4, 8)
-BARE: Mapping[str, Mapping[str, Any]] = {
-    "data": {"train": "", "token_buckets": [1], "patch_buckets": [1]},
-    "optimizer": {"lr": 1e-5},
-    "train": {"steps": 1},
-    "output": {"path": ""},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to plan: a config, the device, and what every rank is given in a step."""
-
-    config: Config
-    device: str
-    workload: Workload
-    title: str
-    all_layers: bool = False
-
-
-def read(path: str, overrides: Sequence[str]) -> Settings:
-    """A run's YAML file, or a bare `config.json`: then the settings that a plan does not read are filled in.
-
-    Sizes are set by `with_world` or `candidates`, which then check the whole.
-    """
-    if not path.endswith(".json"):
-        return read_settings(path, overrides)
-    if Path(path).name != "config.json":
-        raise ValueError(f"{path!r} is read as a model's config.json; give a file of that name, or a run's YAML file")
-    values = {**BARE, "model": {"path": str(Path(path).parent)}}
-    return Settings(values=values, path=Path(path), origins={}).overridden(overrides)
-
-
-def with_world(settings: Settings, world: int | None) -> Config:
-    """The checked config, with dp set so that the layout has `world` ranks. Raises ValueError where none does."""
-    given = settings.values.get("layout", {})
-    replicate, cp = (given.get(name, 1) for name in ("replicate", "cp"))
-    if world is not None and type(replicate) is type(cp) is int and min(replicate, cp) > 0:  # others `check` refuses
-        if world < 1 or world % (replicate * cp):
-            raise ValueError(f"world {world} is no multiple of replicate * cp = {replicate * cp}; change one of them")
-        settings = settings.having("layout", dp=world // (replicate * cp))
-    return check(settings).config
-
-
-def plan_config(request: Request) -> Plan:
-    """The plan of a config's layout."""
-    setup, layout = make_setup(request)
-    return plan(setup, layout, device(request.device), title=request.title, all_layers=request.all_layers)
-
-
-def make_setup(request: Request) -> tuple[Setup, Layout]:
-    """The step of a config, from its `config.json` alone."""
-    config = request.config
-    found, cfg = _model(config)
-    layout = training.layout_of(config.layout)
-    eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
-
-    specs = training.model_specs(config, found, cfg)
-    check_effects(config, cfg, specs)
-    build_optimizer(config, specs)  # refuses the rules that training refuses; the one below has none
-
-    def build(shallow: Any, mesh: Mesh) -> Program:
-        blocks = specs["text"]["layers"][: shallow.num_layers]
-        own = {**specs, "text": {**specs["text"], "layers": blocks}}
-        return training.build_program(eager, found, shallow, mesh, own)
-
-    setup = Setup(
-        family=found,
-        cfg=cfg,
-        build=build,
-        optimizer=build_optimizer(without_rules(config), specs),
-        workload=replace(request.workload, segment_multiple=segment_multiple(config.layout.kind, layout)),
-        dtype=getattr(torch, config.model.dtype),
-        objective=training.build_objective(config.objective),
-    )
-    return setup, layout
-
-
-def without_rules(config: Config) -> Config:
-    """The config without rules for single parameters: they change no shape, and a plan traces a few layers only."""
-    plain = {"no_decay": (), "lr_scales": {}, "layer_decay": 1.0}
-    return config.model_copy(
-        update={
-            "optimizer": config.optimizer.model_copy(update=plain),
-            "schedule": config.schedule.model_copy(update={"groups": {}}),
-        }
-    )
+MOST = 480  # layouts of a search: minutes to an hour
 
 
 def search(
@@ -128,9 +40,9 @@ def search(
     ValueError where that is all of them. An interrupt ends the processes.
     """
     if not requests:
-        raise ValueError("a search got no layout to plan; give it those of candidates(settings, world)")
+        raise UserError("a search got no layout to plan; give it those of candidates(settings, world)")
     device(requests[0].device)  # this and the next: what is wrong with any layout is found before work begins
-    make_setup(requests[0])
+    planned_step(requests[0])
     jobs = min(jobs or os.cpu_count() or 1, len(requests))
     say(f"planning {len(requests)} layouts in {jobs} processes; layout settings that are given are kept")
     context, before = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
@@ -138,47 +50,65 @@ def search(
         try:
             with _interrupts_later():  # the processes start here
                 futures = [pool.submit(_plan_or_reason, request) for request in requests]
-            found = [future.result() for future in futures]
+            results = [future.result() for future in futures]
         except BaseException:
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise
-    reasons = [(r.config.layout, x) for r, x in zip(requests, found, strict=True) if isinstance(x, str)]
+    reasons = [(r.config.layout, x) for r, x in zip(requests, results, strict=True) if isinstance(x, str)]
     for layout, reason in reasons:
-        say(f"left out {training.layout_of(layout)}, remat {layout.remat}: {reason}")
-    plans = [x for x in found if isinstance(x, Plan)]
+        say(f"left out {layout.sizes}, remat {layout.remat}: {reason}")
+    plans = [x for x in results if isinstance(x, Plan)]
     if not plans:
-        raise ValueError(f"no layout can be planned: {reasons[0][1]}")
+        raise UserError(f"no layout can be planned: {reasons[0][1]}")
     return sorted(plans, key=lambda p: (not p.fits, p.time.total_s))
 
 
-def candidates(settings: Settings, world: int) -> Iterator[Config]:
-    """Configs that differ in their layout only, each one that the program accepts.
+def candidates(settings: Settings, world: int, say: Callable[[str], None] = lambda line: None) -> Iterator[Config]:
+    """Configs that differ in their layout only, each one that the program accepts; those with small cp * ep first.
 
-    A layout setting that is given is kept, but for dp, which makes the world. Raises ValueError where there is none.
+    A layout setting that is given is kept, but for dp, which makes the world. `say` is told what is left out: layouts
+    that are refused, and those with the largest cp * ep where there are more than `MOST`. Raises ValueError where there
+    is none.
     """
-    given = {name: value for name, value in settings.values.get("layout", {}).items() if name != "dp"}
-    family_, cfg = _model(check(replace(settings, values={**settings.values, "layout": {}})).config)
+    fixed = {name: value for name, value in settings.values.get("layout", {}).items() if name != "dp"}
+    bare = check(replace(settings, values={**settings.values, "layout": {}}), is_plan=True).config
+    model_family, cfg = find_family(bare.model)
     seen: list[LayoutSection] = []
-    reason = ""
-    for values in _layouts(world, getattr(cfg, "moe", None)):
-        try:
-            chosen = check(settings.having("layout", **{**values, **given})).config
-            if chosen.layout in seen or chosen.layout.world != world:
-                continue
-            layout = training.layout_of(chosen.layout)
-            training.build_program(chosen, family_, cfg, recording_mesh(layout, 0, Recorder(is_fake=True)))
-        except ValueError as error:
-            reason = reason or str(error)
-            continue  # what a layout or a model refuses is no candidate
-        seen.append(chosen.layout)
-        yield chosen
+    refusals: list[str] = []
+    experts = [leaf.shape[0] for leaf in tree.leaves(model_family.specs(cfg)) if leaf.axes[0] == "experts"]
+    groups = _by_spread(world, gcd(*experts) or 1, fixed)
+    for i, (spread, group) in enumerate(groups):
+        if len(seen) + len(group) > MOST and seen:
+            rest = sum(len(layouts) for _, layouts in groups[i:])
+            say(
+                f"left out {rest} layouts with cp * ep of {spread} and more: a search plans at most {MOST}; set "
+                "layout.cp, layout.ep or layout.replicate to look at them"
+            )
+            break
+        for values in group:
+            try:
+                loaded = check(settings.having("layout", **values), is_plan=True)
+                if loaded.notes:  # what is given has no effect there
+                    raise UserError(loaded.notes[0])
+                config = loaded.config
+                if config.layout in seen or config.layout.world != world:
+                    continue
+                mesh = recording_mesh(config.layout.sizes, 0, Recorder(is_fake=True))
+                build_program(config, model_family, cfg, mesh)
+            except UserError as error:
+                refusals.append(str(error))
+                continue  # what a layout or a model refuses is no candidate
+            seen.append(config.layout)
+            yield config
+    because = f", the first because {refusals[0]}" if refusals else ""
     if not seen:
-        because = f", the first because {reason}" if reason else ""
-        raise ValueError(
+        raise UserError(
             f"no layout of {world} ranks fits this model and the layout settings that are given{because}; change one "
             "of them"
         )
+    if refusals:
+        say(f"left out {len(refusals)} layouts that are refused{because}")
 
 
 def summary(plans: Sequence[Plan]) -> str:
@@ -192,26 +122,43 @@ def summary(plans: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
-def _layouts(world: int, moe: Any) -> Iterator[dict[str, Any]]:
-    for part in SHARDS:
-        shard, rest = divmod(world, part)
-        if rest:
-            continue
-        for cp in (n for n in CP_SIZES if shard % n == 0):
+def _by_spread(world: int, num_experts: int, fixed: Mapping[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:
+    """All layouts with what is given, in groups of one cp * ep, the smallest first."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    every = list(_layouts(world, num_experts))
+    fixed_sizes = [(name, fixed[name]) for name in ("replicate", "cp", "ep", "kind") if name in fixed]
+    fitting = [values for values in every if all(values.get(name, size) == size for name, size in fixed_sizes)]
+    for values in fitting or every:  # none: then each is refused with what is given, and says why
+        layout = {**values, **fixed}
+        sizes = (layout["cp"], layout["ep"])
+        group = groups.setdefault(sizes[0] * sizes[1] if all(type(n) is int for n in sizes) else 0, [])
+        if layout not in group:
+            group.append(layout)
+    return sorted(groups.items())
+
+
+def _layouts(world: int, num_experts: int) -> Iterator[dict[str, Any]]:
+    """Every cp that divides the ranks of a share, and every ep that divides them and the experts."""
+    for part in (n for n in SHARDS if world % n == 0):
+        shard = world // part
+        for cp in _divisors(shard):
             kinds: list[dict[str, Any]] = [{"kind": k} for k in ("gather", "ulysses", "ring")] if cp > 1 else [{}]
-            kinds += [{"kind": "usp", "ulysses": 2}] if cp > 2 else []
-            experts = [n for n in (1, 8, 16, 32) if moe is not None and moe.num_experts % n == 0] or [1]
+            kinds += [{"kind": "usp", "ulysses": 2}] if cp > 2 and cp % 2 == 0 else []
             for kind in kinds:
-                for ep in (n for n in experts if shard % n == 0):
+                for ep in (n for n in _divisors(shard) if num_experts % n == 0):
                     for remat in ("none", "full"):
                         yield {"replicate": part, "dp": shard // cp, "cp": cp, "ep": ep, "remat": remat, **kind}
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _plan_or_reason(request: Request) -> Plan | str:
     """The plan, or why there is none."""
     try:
         return plan_config(request)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
 
 
@@ -224,12 +171,6 @@ def _interrupts_later() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _model(config: Config) -> tuple[Family, Any]:
-    hf = read_config(Path(config.model.path))
-    found = family(str(hf.get("model_type")))
-    return found, found.config_from_hf(hf)
 
 
 def _one_thread() -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from mmfn.errors import UserError
+
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 34  # room for tick labels
 MAX_POINTS = 1500  # more cannot be seen; keeps a report of a long run small
@@ -30,7 +32,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, is_log: boo
     kept = [[p for p in line.points if _drawable(p, is_log)] for line in lines]
     flat = [p for points in kept for p in points]
     if not flat:
-        raise ValueError(f"chart {y_label!r} has no finite point to draw; give at least one")
+        raise UserError(f"chart {y_label!r} has no finite point to draw; give at least one")
     x_range = _widen(min(x for x, _ in flat), max(x for x, _ in flat))
     ys = [math.log10(y) if is_log else y for _, y in flat]
     y_range = _widen(min(ys), max(ys))

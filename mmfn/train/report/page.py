@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from mmfn.errors import UserError
 from mmfn.train.report.chart import Line, line_chart, smooth
 from mmfn.train.run.evaluate import Answer, Evaluation
 
@@ -102,7 +103,7 @@ def _embed(path: str) -> _Image:
             is_tiny = max(image.size) <= TINY_PIXELS
             data = Path(path).read_bytes() if is_tiny and image.format == "PNG" else _thumbnail(image)
     except OSError as error:
-        raise ValueError(f"image {str(path)!r} cannot be shown in the report: {error}; restore the file") from error
+        raise UserError(f"image {str(path)!r} cannot be shown in the report: {error}; restore the file") from error
     return _Image(url="data:image/png;base64," + base64.b64encode(data).decode("ascii"), is_tiny=is_tiny)
 
 

@@ -6,6 +6,8 @@ Kept, the steps of a CPU run are faster and the process stays at its peak size.
 
 import ctypes
 
+from mmfn.errors import UserError
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # numbers of mallopt(3)
 
 
@@ -14,6 +16,6 @@ def retain_freed_memory() -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError) as error:
-        raise ValueError("train.allocator 'retained' needs glibc; set train.allocator=default") from error
+        raise UserError("train.allocator 'retained' needs glibc; set train.allocator=default") from error
     if not (mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1)):
-        raise ValueError("train.allocator 'retained' was refused by this glibc; set train.allocator=default")
+        raise UserError("train.allocator 'retained' was refused by this glibc; set train.allocator=default")

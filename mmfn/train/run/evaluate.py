@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from mmfn import tree
-from mmfn.batch import Batch, Sample, to
+from mmfn.batch import IGNORE, Batch, Sample, to
+from mmfn.errors import UserError
 from mmfn.model import Model
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.host_values import gather_values
 from mmfn.train.data import Dataset, Processor, decode_image, encode_sample
 from mmfn.train.data.records import Record, parse_record, plain_text
+from mmfn.train.data.tokenizer import Tokenizer
 from mmfn.train.generate import generate
 from mmfn.train.objective import loss_fn
 
@@ -25,7 +27,11 @@ ALONE = Axis(name="world")
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One held-out sample: the last `question`, the model's greedy `prediction`, the `truth`, the images in between."""
+    """One held-out sample: the last `question`, the model's greedy `prediction`, the `truth`, the images in between.
+
+    Both answers are tokens decoded the same way, special tokens included, without the mark that ends them: the tokens
+    that a model was trained on are right, whatever the template, the tokenizer or a tool call makes of the text.
+    """
 
     id: str
     question: str
@@ -66,7 +72,7 @@ class Evaluation:
     def check_finite(self) -> None:
         """Raise ValueError when the loss is not finite: then the answers mean nothing either."""
         if not math.isfinite(self.loss_sum):
-            raise ValueError(f"the held-out loss is {self.loss_sum}; the model's weights are damaged or diverged")
+            raise UserError(f"the held-out loss is {self.loss_sum}; the model's weights are damaged or diverged")
 
 
 def evaluate(
@@ -82,30 +88,58 @@ def evaluate(
 ) -> Evaluation:
     """Answer every entry of `dataset` and compare with its last assistant turn, `batch_samples` entries at once.
 
-    Predictions are decoded without special tokens. `axis`: ranks, on the CPU and with the same whole parameters, that
-    divide the entries; all of them get all answers. `on_batch(num_done)` is called behind every batch of this rank.
-    Raises ValueError as `Dataset.prompt` does, naming the sample. `ops` defaults to `ops.portable()`.
+    The truth is what training supervises of that turn, behind the prompt: `truth_tokens`. `axis`: ranks, on the CPU and
+    with the same whole parameters, that divide the entries; all of them get all answers. `on_batch(num_done)` is called
+    behind every batch of this rank. Raises ValueError as `Dataset.prompt` does, naming the sample. `ops` defaults to
+    `ops.portable()`.
     """
-    table = ops or portable()
+    table, tokenizer = ops or portable(), dataset.processor.chat.tokenizer
     start = time.perf_counter()
     answers: list[Answer] = []
     loss_sum, num_tokens = 0.0, 0
-    own = range(axis.index, len(dataset), axis.size)
-    for first in range(0, len(own), batch_samples):
-        indices = own[first : first + batch_samples]
-        prompts, truths = zip(*(dataset.prompt(i) for i in indices), strict=True)
+    share = range(axis.index, len(dataset), axis.size)
+    for first in range(0, len(share), batch_samples):
+        indices = share[first : first + batch_samples]
+        prompts = [dataset.prompt(i)[0] for i in indices]
+        samples = [dataset.sample(i) for i in indices]
         batch = _pack(prompts, model)
         rows = generate(model, batch, max_new_tokens, eos_token_ids=eos_token_ids, ops=table, check_finite=False)
-        texts = dataset.processor.chat.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        for index, prompt, text, truth in zip(indices, prompts, texts, truths, strict=True):
-            answers.append(_answer(dataset, dataset.records[index], prompt, text, truth))
-        value, weight = loss_pair(model, [dataset.sample(i) for i in indices], table)
+        for index, prompt, sample, row in zip(indices, prompts, samples, rows, strict=True):
+            both = [text_of(tokens, tokenizer, eos_token_ids) for tokens in (row, truth_tokens(sample, prompt))]
+            answers.append(_answer(dataset, dataset.records[index], prompt, *both))
+        value, weight = loss_pair(model, samples, table)
         loss_sum, num_tokens = loss_sum + value, num_tokens + weight
         on_batch(len(answers))
     answers, loss_sum, num_tokens = _gathered(answers, loss_sum, num_tokens, len(dataset), axis)
     return Evaluation(
         answers=tuple(answers), loss_sum=loss_sum, num_tokens=num_tokens, time_s=time.perf_counter() - start
     )
+
+
+def truth_tokens(sample: Sample, prompt: Sample) -> list[int]:
+    """The supervised tokens of a sample's last answer that stand behind its prompt.
+
+    A prompt may already hold what the answer begins with, such as an opened think block: then the rest is the truth.
+    Where it ends in what the sample does not have there, all of the last answer is.
+
+    >>> sample: <user> hi <assistant> <think> a </think> b     prompt: <user> hi <assistant> <think>
+    the truth: a </think> b
+    """
+    start, length = prompt.tokens_T.numel(), sample.tokens_T.numel()
+    is_label_T = sample.labels_T != IGNORE
+    if start > length or not torch.equal(sample.tokens_T[:start], prompt.tokens_T):
+        places_N = is_label_T.nonzero()[:, 0]
+        breaks_N = (places_N.diff() > 1).nonzero()[:, 0]  # the last answer is the last run of labels
+        start = int(places_N[int(breaks_N[-1]) + 1 if breaks_N.numel() else 0]) if places_N.numel() else length
+    tokens: list[int] = sample.labels_T[start:][is_label_T[start:]].tolist()
+    return tokens
+
+
+def text_of(tokens: Sequence[int], tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> str:
+    """The text of an answer: its tokens up to the first that ends it, special tokens included."""
+    end = next((i for i, token in enumerate(tokens) if token in eos_token_ids), len(tokens))
+    text: str = tokenizer.decode(list(tokens[:end]), skip_special_tokens=False)
+    return text
 
 
 @torch.no_grad()
@@ -123,20 +157,21 @@ def answer(
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
+    ops: Ops | None = None,
 ) -> str:
-    """The greedy answer to one user message, decoded without special tokens.
+    """The greedy answer to one user message, as `evaluate` decodes it, without white space at both ends.
 
     `images`: paths, in the order of the `<image>` marks in `prompt`; without marks they stand in front of it. Raises
-    ValueError when their numbers differ, an image does not decode or the logits are not finite.
+    ValueError when their numbers differ, an image does not decode or the logits are not finite. `ops` defaults to
+    `ops.portable()`.
     """
     text = prompt if "<image>" in prompt else "<image>" * len(images) + prompt
     entry = {"messages": [{"role": "user", "content": text}], "images": list(images)}
     record = parse_record(entry, "prompt")
     media = {"image": [processor.media.image(decode_image(path)) for path in record.images]}
     sample = encode_sample(record.messages, processor, media, is_prompt=True, id=record.id)
-    (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids)
-    decoded: str = processor.chat.tokenizer.decode(row, skip_special_tokens=True)
-    return decoded.strip()
+    (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids, ops=ops)
+    return text_of(row, processor.chat.tokenizer, eos_token_ids).strip()
 
 
 def to_json(evaluation: Evaluation) -> str:

@@ -5,8 +5,10 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
+from mmfn.errors import UserError
 from mmfn.train.config.load import Loaded, Settings
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "eval.json", "report.html", "adapter", "checkpoint")
@@ -32,21 +34,21 @@ def check_output(loaded: Loaded) -> None:
     existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not existing.is_dir():
         what = "file" if existing.exists() else "link that leads nowhere"
-        raise ValueError(f"output.path {settings.path!r} cannot be made: {str(existing)!r} is a {what}; give a folder")
+        raise UserError(f"output.path {settings.path!r} cannot be made: {str(existing)!r} is a {what}; give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output.path {settings.path!r} cannot be made: {str(existing)!r} may not be written")
+        raise UserError(f"output.path {settings.path!r} cannot be made: {str(existing)!r} may not be written")
     entries = sorted(os.listdir(folder)) if folder.is_dir() else []
     if not entries:
         return
     if not settings.overwrite:
-        raise ValueError(f"output.path {str(folder)!r} is not empty; choose another or set output.overwrite=true")
+        raise UserError(f"output.path {str(folder)!r} is not empty; choose another or set output.overwrite=true")
     if strange := [name for name in entries if not _is_ours(name)]:
-        raise ValueError(
+        raise UserError(
             f"output.path {str(folder)!r} holds {strange[0]!r}, which no run wrote; choose another folder or move it"
         )
-    for name, path in _inputs(loaded).items():
+    for name, path in input_paths(loaded).items():
         if any(place in spelt.parents for place in _spellings(folder) for spelt in _spellings(path)):
-            raise ValueError(
+            raise UserError(
                 f"{name} {path!r} lies in output.path {str(folder)!r}, whose earlier run would be overwritten; choose "
                 "another output.path"
             )
@@ -56,14 +58,14 @@ def check_file(name: str, path: str, loaded: Loaded | Settings) -> None:
     """Raise ValueError unless a file can be written at `path`, replacing nothing the command reads."""
     _check_name(name, path)
     if not Path(path).parent.is_dir():
-        raise ValueError(f"{name} {path!r} lies in a folder that does not exist; make the folder first")
+        raise UserError(f"{name} {path!r} lies in a folder that does not exist; make the folder first")
     if Path(path).is_dir():
-        raise ValueError(f"{name} {path!r} is a folder; give the path of a file")
+        raise UserError(f"{name} {path!r} is a folder; give the path of a file")
     if not os.access(Path(path).parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} {path!r} lies in a folder that may not be written; choose another")
-    for read, source in _inputs(loaded).items():
+        raise UserError(f"{name} {path!r} lies in a folder that may not be written; choose another")
+    for read, source in input_paths(loaded).items():
         if os.path.realpath(path) == os.path.realpath(source):
-            raise ValueError(f"{name} {path!r} is {read} itself; choose another file")
+            raise UserError(f"{name} {path!r} is {read} itself; choose another file")
 
 
 def make_room(folder: Path) -> bool:
@@ -92,6 +94,21 @@ def drop_previous(folder: Path) -> None:
         _remove(folder / PREVIOUS)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it appears complete or not at all: beside its place, then moved there."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.chmod(file.name, 0o644)  # temporary files are private
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
 def _check_name(name: str, path: str) -> None:
     """Raise ValueError for a path no file system takes: too long, a null character, links in a circle."""
     known = Path(path)
@@ -102,26 +119,26 @@ def _check_name(name: str, path: str) -> None:
             continue
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"{name} {path!r} is no usable path ({reason}); choose another") from error
+            raise UserError(f"{name} {path!r} is no usable path ({reason}); choose another") from error
 
 
 def _is_ours(name: str) -> bool:
     return name in (*RUN_FILES, PREVIOUS, _MOVING) or name.startswith(_SCRATCH)
 
 
-def _inputs(given: Loaded | Settings) -> dict[str, str]:
+def input_paths(source: Loaded | Settings) -> dict[str, str]:
     """Every path a run reads, by the setting that names it."""
-    values = given.values if isinstance(given, Settings) else given.config.model_dump()
+    values = source.values if isinstance(source, Settings) else source.config.model_dump()
     model, data = values["model"], values["data"]
     paths = {
-        "the config file": str(given.path),
+        "the config file": str(source.path),
         **{f"model.{name}": model.get(name) for name in ("path", "adapter")},
         **{f"data.{name}": data.get(name) for name in ("train", "eval", "root", "template")},
     }
-    found = {name: path for name, path in paths.items() if isinstance(path, str)}
-    if "model.path" in found:
-        found["the model's config.json"] = os.path.join(found["model.path"], "config.json")
-    return found
+    named = {name: path for name, path in paths.items() if isinstance(path, str)}
+    if "model.path" in named:
+        named["the model's config.json"] = os.path.join(named["model.path"], "config.json")
+    return named
 
 
 def _spellings(path: str | Path) -> set[Path]:

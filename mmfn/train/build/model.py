@@ -1,0 +1,157 @@
+"""From a config to a model: its device, its weights, what of it is trained, and this rank's shards."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfn import tree
+from mmfn.errors import UserError
+from mmfn.interop import adapter
+from mmfn.interop.checkpoint import read_config
+from mmfn.interop.hf import init, load_hf
+from mmfn.lora import add_adapters, lora
+from mmfn.model import Model
+from mmfn.models import Family, family
+from mmfn.parallel.mesh.launch import Place, Ranks
+from mmfn.parallel.weights.host_memory import HOST_DEVICE
+from mmfn.parallel.weights.hosted import to_host
+from mmfn.parallel.weights.sharding import shard_params
+from mmfn.spec import freeze, has_experts, num_params, num_trained, trained_paths
+from mmfn.train.build.agreement import check_same, weights_in_common
+from mmfn.train.config.rule import Stack, Subject
+from mmfn.train.config.rules import breaches
+from mmfn.train.config.schema import Config, ModelSection
+from mmfn.tree import Tree
+
+
+def find_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """The device of a name, tried out; of several ranks each takes that with its number on its machine.
+
+    Raises ValueError for a device that torch does not have, and for one device for several ranks.
+    """
+    try:
+        device = torch.device(name)
+        if ranks is not None and ranks.size > 1 and device.type != "cpu":
+            if device.index is not None:
+                raise UserError(
+                    f"model.device {name!r} is one device but there are {ranks.size} ranks; set it to {device.type!r}"
+                )
+            device = torch.device(device.type, ranks.local)
+        torch.zeros(1, device=device).item()  # also refuses meta, which holds no values
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"model.device {name!r} cannot be used by this torch {torch.__version__}; try 'cpu'") from error
+    return device
+
+
+def find_family(section: ModelSection) -> tuple[Family, Any]:
+    """The family of a model's folder and its config, from `config.json` alone."""
+    hf = read_config(Path(section.path))
+    model_family = family(str(hf.get("model_type")))
+    return model_family, model_family.config_from_hf(hf)
+
+
+def load_model(section: ModelSection, seed: int, device: torch.device | None = None) -> Model:
+    """The whole model, loaded or random, on `device` (default: that of the section), with its adapter if it has one."""
+    device, dtype = device or find_device(section.device), getattr(torch, section.dtype)
+    if section.init == "load":
+        model = load_hf(section.path, dtype=dtype, device=device)
+    else:
+        model = init(read_config(Path(section.path)), seed, dtype)
+        model = replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
+    return model if section.adapter is None else adapter.load(section.adapter, model)
+
+
+def with_router_weight(model: Model, weight: float | None) -> Model:
+    """The model with another weight of the load-balancing loss; None: as its config has it."""
+    return model if weight is None else replace(model, cfg=replace(model.cfg, router_aux_coef=weight))
+
+
+def router_note(model: Model, weight: float | None) -> tuple[str, ...]:
+    """What is said of a model with routers."""
+    if not has_experts(model.family.specs(model.cfg)):
+        return ()
+    source = "config.json" if weight is None else "objective.router_aux_coef"
+    return (f"router balance: weight {model.cfg.router_aux_coef:g}, of {source}",)
+
+
+def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
+    """The parameters of a run's model: those of the family, adapters, and what is frozen.
+
+    Raises ValueError for a part the family does not have, for patterns that match nothing, and for freezing adapters.
+    """
+    specs, lora_section = family.specs(cfg), config.lora
+    if config.model.adapter is not None:
+        specs = adapter.read(config.model.adapter, specs, family.key_map(cfg))
+    elif lora_section.rank is not None:
+        specs = lora(
+            specs,
+            rank=lora_section.rank,
+            alpha=lora_section.alpha,
+            targets=lora_section.targets,
+            is_rs=lora_section.rslora,
+            dropout=lora_section.dropout,
+            keep=lora_section.keep,
+        )
+    parts = family.parts(cfg)
+    if absent := [name for name in config.freeze.parts if name not in parts]:
+        raise UserError(f"freeze.parts has {absent[0]!r} but this model's parts are {', '.join(parts)}; use these")
+    patterns = [*(parts[name] for name in config.freeze.parts), *config.freeze.patterns]
+    frozen = freeze(specs, patterns) if patterns else specs
+    lost = set(trained_paths(specs)) - set(trained_paths(frozen))
+    if patterns and not lost:
+        raise UserError("freeze has no effect: LoRA already freezes all that it covers; remove it")
+    if adapters := [path for path in lost if "/lora/" in path]:
+        raise UserError(
+            f"freeze covers the adapter {min(adapters)!r} but LoRA already freezes the weights; leave the part out of "
+            "freeze, or out of lora.targets"
+        )
+    if config.model.adapter is not None and lost:
+        raise UserError(
+            f"freeze covers {min(lost)!r}, which model.adapter holds in full and the adapter of this run would lack; "
+            "leave it out of freeze"
+        )
+    return frozen
+
+
+def stacks_of(specs: Tree) -> dict[str, Stack]:
+    """The stacks of blocks of a model by name."""
+    return {
+        name: Stack(depth=len(part["layers"]), has_experts=has_experts(part))
+        for name, part in specs.items()
+        if "layers" in part
+    }
+
+
+def check_model(config: Config, family: Family, cfg: Any, *, is_plan: bool = False) -> None:
+    """Raise ValueError for settings that do not fit a model: its stacks, towers, experts."""
+    stacks, towers = stacks_of(family.specs(cfg)), tuple(family.towers(cfg))
+    for breach in breaches(Subject(config=config, stacks=stacks, towers=towers, is_plan=is_plan)):
+        if not breach.warns:
+            raise UserError(breach.sentence)
+
+
+def trained_note(specs: Tree) -> tuple[str, ...]:
+    """How much is trained, where it is not all."""
+    trained, total = num_trained(specs), num_params(specs)
+    return () if trained == total else (f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})",)
+
+
+def load_shards(config: Config, place: Place) -> Model:
+    """The model with this rank's shards. Every rank has the whole model in the host's memory while it cuts them.
+
+    With `layout.offload` of parameters they stay in the host's memory, pinned for the device. Raises ValueError where
+    ranks have read different weights.
+    """
+    is_alone, seed = place.mesh.layout.world == 1, config.train.seed
+    device = HOST_DEVICE if "parameters" in config.layout.offload else place.device
+    model = load_model(config.model, seed, device if is_alone else HOST_DEVICE)
+    if not is_alone:
+        check_same(weights_in_common(model.params), place.host["world"])
+    specs = model_specs(config, model.family, model.cfg)
+    params = add_adapters(model.params, specs, seed)
+    if not is_alone:
+        params = shard_params(params, specs, place.mesh, device)
+    params = to_host(params, place.device) if device != place.device else params
+    return with_router_weight(replace(model, params=params), config.objective.router_aux_coef)
