@@ -6,8 +6,8 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,30 +15,26 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.batch import Batch
-from mmfn.dtypes import wide
 from mmfn.errors import UserError
-from mmfn.grad import value_and_grad
-from mmfn.lora import salts_of
+from mmfn.lora import Salts, salts_of
 from mmfn.models import Family
 from mmfn.parallel.mesh.layout import Mesh
-from mmfn.parallel.mesh.step_sums import all_counts, norm_and_sums
+from mmfn.parallel.mesh.step_sums import all_counts
 from mmfn.parallel.program import Program, lower
 from mmfn.parallel.weights.host_memory import complete
-from mmfn.parallel.weights.hosted import copy_of, handles, to_host
-from mmfn.parallel.weights.sharding import check_alike, check_shards, like, local, place_state, shardings
+from mmfn.parallel.weights.hosted import copy_of, to_host
+from mmfn.parallel.weights.sharding import Sharding, check_alike, check_shards, like, local, place_state, shardings
 from mmfn.spec import trained_paths
-from mmfn.train import optim
+from mmfn.train.gradients import Gradients, Metrics, gradients_of, scan_gradients
 from mmfn.train.guard import PLAIN, Guard
-from mmfn.train.objective import Named, Objective, loss_fn, resolve, weigh
-from mmfn.train.optim import Leaves, Transform, Update, UpdateFn, facts_of
-from mmfn.train.rule_updates import RuleUpdate, rule_updates
+from mmfn.train.objective import Named, Objective, resolve, weigh
+from mmfn.train.optim import Leaves, Transform, own
 from mmfn.train.schedule import Schedule
+from mmfn.train.update import Apply, update_of
 from mmfn.tree import Tree
 
 State = dict[str, Any]
-Metrics = dict[str, Tensor]
 Step = Callable[[State, Sequence[Batch]], tuple[State, Metrics]]
-Gradients = Callable[[Tree, Batch], tuple[Leaves, Metrics]]
 
 
 def init_state(
@@ -110,63 +106,93 @@ def make_step(
     """
     program = lower(program)
     _check_hosted(program, optimizer)
-    paths = trained_paths(program.specs)
-    places = [i for i, leaf in enumerate(tree.leaves(program.specs)) if not leaf.is_frozen]
-    expected = shardings(program.specs, program.mesh)
-    exchange, salts = partial(all_counts, mesh=program.mesh), salts_of(program.specs, seed)
     chosen = resolve(objective)
-    gradients = _gradients(paths, places, family, cfg, program, chosen)
-    is_compiled = program.compile != "none" and optimizer.is_traceable
-    if program.compile == "step" and not optimizer.is_traceable:
-        raise UserError("compiled('step') has no place for an optimizer on_host; use compiled('layer')")
-    kernel = "traced" if is_compiled else "fused"
-    ruled, update_ruled = rule_updates(family, cfg, program.specs, program.mesh)
-    ruled_places = [i for i, path in enumerate(tree.paths(program.specs)) if path in ruled]
-    optimize = optimizer.update(facts_of(program.specs, program.mesh))
-    apply_ = _apply(optimize, update_ruled, schedule, guard, kernel, program.mesh)
+    gradients = gradients_of(family, cfg, program, chosen)
+    kernel = "traced" if program.compile != "none" and optimizer.is_traceable else "fused"
+    leaves, apply_ = update_of(family, cfg, program, optimizer, schedule, guard, kernel)
+    return _Step(
+        program=program,
+        prepare=partial(prepare, objective=chosen, mesh=program.mesh, salts=salts_of(program.specs, seed)),
+        gradients=gradients,
+        leaves=leaves,
+        apply_=apply_,
+        donate=donate,
+        has_copies=bool(optimizer.on_host),
+    )
 
-    def ready(state: State, microbatches: Sequence[Batch]) -> list[Batch]:
-        """The micro-batches with the weights of their tokens, and what they drop in this step."""
-        is_weighed = bool(microbatches) and all(batch.is_weighed for batch in microbatches)
-        weighed = list(microbatches) if is_weighed else weigh(microbatches, chosen, exchange)
-        if salts is None:
-            return weighed
-        own = salts(state["step"], weighed[0].tokens_T.device)
-        return [replace(batch, salts=own) for batch in weighed]
 
-    def one(state: State, batch: Batch) -> tuple[State, Metrics]:
-        (given,) = ready(state, [batch])
-        return update(state, apply_, *gradients(state["params"], given))
+def prepare(
+    microbatches: Sequence[Batch], step: Tensor, *, objective: Objective, mesh: Mesh, salts: Salts | None
+) -> list[Batch]:
+    """Micro-batches with the weights of their tokens, and what is dropped of them in this step."""
+    is_weighed = bool(microbatches) and all(batch.is_weighed for batch in microbatches)
+    weighed = list(microbatches) if is_weighed else weigh(microbatches, objective, partial(all_counts, mesh=mesh))
+    if salts is None:
+        return weighed
+    of_step = salts(step, weighed[0].tokens_T.device)
+    return [replace(batch, salts=of_step) for batch in weighed]
 
-    def update(state: State, run: Callable[..., Any], grads: Leaves, sums: Metrics) -> tuple[State, Metrics]:
-        written = zip((*paths, *ruled), _select(state["params"], (*places, *ruled_places)), strict=True)
-        leaves = {path: local(leaf) for path, leaf in written}
-        kept = {"opt": tree.map(local, state["opt"]), "guard": state["guard"]}
-        new, metrics = run(leaves, grads, kept, state["step"], sums)
-        return new, metrics
 
-    run_one = program.jit(one) if program.compile == "step" else one
-    run_gradients = program.jit(gradients) if program.compile == "step" else gradients
-    run_apply = program.jit(apply_) if is_compiled else apply_
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Step:
+    """What `make_step` returns: the pieces of a step, and how they follow each other, eager or as graphs."""
+
+    program: Program
+    prepare: Callable[[Sequence[Batch], Tensor], list[Batch]]
+    gradients: Gradients
+    leaves: Callable[[Tree], Leaves]
+    apply_: Apply
+    donate: bool
+    has_copies: bool  # the optimizer's copies to and from the host may be under way
+
+    def __post_init__(self) -> None:
+        if self.program.compile == "step" and self.has_copies:
+            raise UserError("compiled('step') has no place for an optimizer on_host; use compiled('layer')")
 
     @torch.no_grad()
-    def step(state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
-        check_shards(state["params"], expected)
-        if not donate:
-            if optimizer.on_host and microbatches:
-                complete(microbatches[0].tokens_T.device)  # copies to the host may be under way
+    def __call__(self, state: State, microbatches: Sequence[Batch]) -> tuple[State, Metrics]:
+        """`(state, metrics)` behind the step; see `make_step`."""
+        check_shards(state["params"], self._shardings)
+        if not self.donate:
+            if self.has_copies and microbatches:
+                complete(microbatches[0].tokens_T.device)
             state = tree.map(copy_of, state)
-        with program.compiling():
-            if program.compile == "step" and len(microbatches) == 1:
-                new, metrics = run_one(state, microbatches[0])
+        with self.program.compiling():
+            if self.program.compile == "step" and len(microbatches) == 1:
+                memory, metrics = self._whole_graph(state, microbatches[0])
             else:
-                grads, sums = scan_gradients(run_gradients, state["params"], ready(state, microbatches))
-                owned = dict(zip(grads, optim.own(list(grads.values())), strict=True))
-                new, metrics = update(state, run_apply, owned, sums)
-        opt = tree.map(like, new["opt"], state["opt"])  # outside of any graph: it looks at memory
-        return {"params": state["params"], "opt": opt, "guard": new["guard"], "step": state["step"] + 1}, metrics
+                batches = self.prepare(microbatches, state["step"])
+                grads, sums = scan_gradients(self._gradients_graph, state["params"], batches)
+                owned = dict(zip(grads, own(list(grads.values())), strict=True))
+                memory, metrics = self._update(self._apply_graph, state, owned, sums)
+        opt = tree.map(like, memory["opt"], state["opt"])  # outside of any graph: it looks at memory
+        return {"params": state["params"], "opt": opt, "guard": memory["guard"], "step": state["step"] + 1}, metrics
 
-    return step
+    def _update(self, apply_: Apply, state: State, grads: Leaves, sums: Metrics) -> tuple[State, Metrics]:
+        memory = {"opt": tree.map(local, state["opt"]), "guard": state["guard"]}
+        return apply_(self.leaves(state["params"]), grads, memory, state["step"], sums)
+
+    def _whole(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """A step of one micro-batch."""
+        (ready,) = self.prepare([batch], state["step"])
+        return self._update(self.apply_, state, *self.gradients(state["params"], ready))
+
+    @cached_property
+    def _shardings(self) -> dict[str, Sharding | None]:
+        return shardings(self.program.specs, self.program.mesh)
+
+    @cached_property
+    def _whole_graph(self) -> Callable[..., tuple[State, Metrics]]:
+        return self.program.jit(self._whole)
+
+    @cached_property
+    def _gradients_graph(self) -> Gradients:
+        return self.program.jit(self.gradients) if self.program.compile == "step" else self.gradients
+
+    @cached_property
+    def _apply_graph(self) -> Apply:
+        is_graph = self.program.compile != "none" and not self.has_copies
+        return self.program.jit(self.apply_) if is_graph else self.apply_
 
 
 def _check_hosted(program: Program, optimizer: Transform) -> None:
@@ -181,69 +207,3 @@ def _check_hosted(program: Program, optimizer: Transform) -> None:
             "the optimizer is on_host(..., what=('parameters', ...)) but the program has its parameters on the device; "
             "add offload('parameters') to it"
         )
-
-
-def _select(params: Tree, places: Sequence[int]) -> list[Any]:
-    leaves = tree.leaves(params)
-    return [leaves[i] for i in places]
-
-
-def _gradients(
-    paths: Sequence[str], places: Sequence[int], family: Family, cfg: Any, program: Program, objective: Objective
-) -> Gradients:
-    """Gradients of the leaves at `places`: autograd knows of no others, and keeps nothing for what lies before them."""
-
-    def loss(trained: Sequence[Tensor], params: Tree, values: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
-        leaves, structure = tree.flatten(params)
-        for i, leaf in zip(places, trained, strict=True):
-            leaves[i] = leaf
-        given = program.enter(tree.unflatten(structure, leaves), values)
-        return loss_fn(given, batch, family, cfg, program.ops, objective)
-
-    differentiate = value_and_grad(loss, has_aux=True)
-
-    def gradients(params: Tree, batch: Batch) -> tuple[Leaves, Metrics]:
-        stands = handles(params, batch.tokens_T.device) if program.weights.is_hosted else params
-        (_, metrics), grads = differentiate(_select(stands, places), stands, params, batch)
-        return {path: local(grad) for path, grad in zip(paths, grads, strict=True)}, metrics
-
-    return gradients
-
-
-def _apply(
-    update: UpdateFn, update_ruled: RuleUpdate, schedule: Schedule, guard: Guard, kernel: str, mesh: Mesh
-) -> Callable[..., tuple[State, Metrics]]:
-    """`apply_(params, grads, kept, step, sums) -> (kept, metrics)`: one update of this rank's shards.
-
-    Parameters, those that a gradient and those that a rule updates, are written in place. `kept`: "opt" and "guard" of
-    the state. `sums`: this rank's shares of metrics and counts, summed here along with the norm.
-    """
-
-    def apply_(params: Leaves, grads: Leaves, kept: State, step: Tensor, sums: Metrics) -> tuple[State, Metrics]:
-        lr = schedule(step)
-        norm, sums = norm_and_sums(optim.global_norm(grads), sums, mesh)
-        is_taken, counters = guard.judge(kept["guard"], sums["loss"], norm)
-        sums = update_ruled(params, sums, is_taken)
-        trained = {path: params[path] for path in grads}
-        given = Update(params=trained, grads=grads, norm=norm, finite=is_taken, lr=lr, step=step, kernel=kernel)
-        _, opt = update(given, kept["opt"])
-        skips = {"skipped": (~is_taken).to(torch.int64), "in_a_row": counters["in_a_row"]}
-        return {"opt": opt, "guard": counters}, {**sums, "grad_norm": norm, "lr": lr, **skips}
-
-    return apply_
-
-
-def scan_gradients(gradients: Gradients, params: Tree, microbatches: Sequence[Batch]) -> tuple[Leaves, Metrics]:
-    """Sum `gradients(params, batch) -> (leaves, metrics)` over micro-batches, in float32 or wider if there are several.
-
-    The running sum is built leaf by leaf, freeing each gradient behind it; out of place, since autograd may return one
-    tensor for two leaves.
-    """
-    total, sums = gradients(params, microbatches[0])
-    for batch in microbatches[1:]:
-        more, metrics = gradients(params, batch)
-        for path, grad in total.items():
-            dtype = wide(grad.dtype)
-            total[path] = grad.to(dtype) + more.pop(path).to(dtype)
-        sums = {name: value + metrics[name] for name, value in sums.items()}
-    return total, sums

@@ -10,9 +10,9 @@ from mmfn.dtypes import wide
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.train import optim
+from mmfn.train.gradients import scan_gradients
 from mmfn.train.optim import KERNELS, Leaves
 from mmfn.train.optim.rounding import round_
-from mmfn.train.step import scan_gradients
 from mmfn.tree import Tree
 from tests.train.optim_cases import CLIP, DECAY, adamw, composed, draw, groups, set_rates, train
 

@@ -15,8 +15,9 @@ from mmfn.errors import UserError
 from mmfn.train.build.run import Run
 from mmfn.train.config.schema import TrainSection
 from mmfn.train.data import Agreed, agree, prefetch
+from mmfn.train.gradients import Metrics
 from mmfn.train.objective import weigh_by
-from mmfn.train.step import Metrics, State
+from mmfn.train.step import State
 
 RATE_STEPS = 20  # tokens per second are measured over so many steps
 StepRecord = dict[str, Any]  # what `train` says of a step
