@@ -11,6 +11,7 @@ Legend: T tokens, X experts per token, R = T * X routed rows, D width, E experts
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmfn.dtypes import wide
@@ -88,16 +89,8 @@ def _take_rows(x_TD: Tensor, tokens_R: Tensor, place_TX: Tensor) -> Tensor:
 
 
 def _sum_rows(x_RD: Tensor, place_TX: Tensor, weights_TX: Tensor | None) -> Tensor:
-    """The sum over i of rows `place_TX[:, i]`, times weights where there are any; one [T, D] is made at a time."""
-    dtype = wide(x_RD.dtype)
-    sum_TD = x_RD.new_zeros(place_TX.shape[0], x_RD.shape[1], dtype=dtype)
-    for i in range(place_TX.shape[1]):
-        row_TD = x_RD.index_select(0, place_TX[:, i]).to(dtype)
-        if weights_TX is None:
-            sum_TD += row_TD
-        else:
-            sum_TD.addcmul_(row_TD, weights_TX[:, i, None].to(dtype))
-    return sum_TD.to(x_RD.dtype)
+    """The sum over i of rows `place_TX[:, i]`, times weights where there are any; rows are read where they lie."""
+    return F.embedding_bag(place_TX, x_RD, mode="sum", per_sample_weights=weights_TX)
 
 
 def _weigh_rows(dy_TD: Tensor, place_TX: Tensor, weights_TX: Tensor) -> Tensor:

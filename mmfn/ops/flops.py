@@ -6,10 +6,11 @@ nothing. Each segment of packed attention counts by its own length, whether it i
 are one.
 
 There is one registry, torch's (`torch.utils.flop_counter`): operators of this package register there, so that
-`FlopCounterMode` counts them too. Torch lacks a few operators, and counts causal squares whole: `OWN` has those.
+`FlopCounterMode` counts them too. `OWN` stands before it: operators that torch lacks, causal squares, which torch
+counts whole, and products, whose formula there takes longer than a plan takes for the product.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -40,23 +41,21 @@ def packet(name: str) -> Any:
     return getattr(getattr(torch.ops, space), operator, None)
 
 
-def count(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, declared: Mapping[Any, Formula | None]
-) -> int:
-    """Of one call of the operator `func`, whose result is `out`. `declared`: what a table declares (`of_table`).
+def formula_of(func: Any, declared: Mapping[Any, Formula | None]) -> Formula | None:
+    """The formula of an operator, None where it counts nothing. `declared`: what a table declares (`of_table`).
 
-    Raises ValueError for an operator that neither torch nor this package brings and no op declares.
+    It is called with the operator's arguments and, as `out_val`, its result. Raises ValueError for an operator that
+    neither torch nor this package brings and no op declares.
     """
     key = func.overloadpacket
-    formula = declared[key] if key in declared else OWN.get(key) or flop_registry.get(key)
-    if formula is not None:
-        return formula(*args, **kwargs, out_val=out)
-    if key not in declared and func.namespace not in SPACES and not func.namespace.startswith("_"):
+    formula: Formula | None = declared[key] if key in declared else OWN.get(key) or flop_registry.get(key)
+    is_known = formula is not None or key in declared or func.namespace in SPACES or func.namespace.startswith("_")
+    if not is_known:
         raise ValueError(
             f"no op of the table declares the operator {func.name()}, so its FLOPs are unknown; add it to the "
             "operators of the Kernel that runs it, with None if it multiplies no matrices"
         )
-    return 0
+    return formula
 
 
 def of_table(kernels: Mapping[str, Callable[..., Any]]) -> dict[Any, Formula | None]:
@@ -117,10 +116,22 @@ def grouped_grad(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor, **_: Any) -> int
     return 2 * int(counts_E.sum()) * dy_RF.shape[1] * x_RD.shape[1]
 
 
+def _product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * prod(a.shape) * b.shape[-1]
+
+
+def _added_product(_: Tensor, a: Tensor, b: Tensor, **__: Any) -> int:
+    return _product(a, b)
+
+
 _aten = torch.ops.aten
 OWN: dict[Any, Callable[..., int]] = {
     _aten.mv: lambda a, b, **_: 2 * prod(a.shape),
-    _aten.addmm_: lambda total, a, b, **_: 2 * prod(a.shape) * b.shape[-1],
+    _aten.mm: _product,
+    _aten.bmm: _product,
+    _aten.addmm: _added_product,
+    _aten.addmm_: _added_product,
+    _aten.baddbmm: _added_product,
     _aten._scaled_dot_product_flash_attention_for_cpu: attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_grad,
 }

@@ -130,7 +130,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count: Counter[Key] = Counter()
         self.sent_bytes: Counter[Key] = Counter()
         self.flops: Counter[tuple[str, str]] = Counter()
-        self._formulas: dict[Any, Formula | None] = {}
+        self._declared: dict[Any, Formula | None] = {}
+        self._formulas: dict[int, Formula | None] = {}  # by the id of an operator, whose hash is slow
         self._collects = False
         self._events = 0
         self._marks: list[tuple[int, Mark]] = []
@@ -160,7 +161,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._turn()
         is_shaped = self.is_fake and func is not _MOVED
         out = shapes.run(func, types, args, kwargs) if is_shaped else func(*args, **kwargs)
-        if not types and (work := flops.count(func, args, kwargs, out, self._formulas)):
+        if not types and (formula := self._formula(func)) is not None:
+            work = formula(*args, **kwargs, out_val=out)
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor):
@@ -212,7 +214,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Raises ValueError for an op that is not declared: its operators could not be counted.
         """
-        self._formulas = flops.of_table(kernels(ops))
+        self._declared, self._formulas = flops.of_table(kernels(ops)), {}
         named: dict[str, Any] = {
             f.name: self._labelled(getattr(ops, f.name), _NAMES.get(f.name, f.name))
             for f in fields(ops)
@@ -267,6 +269,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def trace(self) -> Trace:
         """Everything so far."""
         return Trace(count=self.count, sent_bytes=self.sent_bytes, flops=self.flops, peaks=self._peaks())
+
+    def _formula(self, func: Any) -> Formula | None:
+        if id(func) not in self._formulas:
+            self._formulas[id(func)] = flops.formula_of(func, self._declared)
+        return self._formulas[id(func)]
 
     def _labelled(self, fn: Callable[..., Any], site: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
