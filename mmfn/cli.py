@@ -9,6 +9,7 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -22,7 +23,7 @@ from mmfn.parallel.mesh import launch
 COMMANDS = {"train": "train", "eval": "evaluate", "plan": "plan", "generate": "generate"}  # and its module
 KERNELS = ("portable", "reference", "cuda", "npu")
 ON_RANKS = ("train", "eval")
-USAGE_ERROR, INTERRUPTED = 2, 130
+FAULT, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # disks and tables of open files
 # What torch and Python say in a RuntimeError when the machine, not the program, is at its limit.
 LIMITS = ("can't allocate memory", "out of memory", "can't start new thread")
@@ -50,12 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Exception) as error:
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else USAGE_ERROR
         if not ranks.fail():  # a consequence of what happened on another rank, which says it
-            return code
+            return ranks.leave(code)
         sentence = None if args.debug and isinstance(error, Exception) else _sentence(error, args)
         if sentence is None:
-            raise
+            if ranks.size == 1:
+                raise
+            traceback.print_exception(error)
+            return ranks.leave(FAULT)
         _complain(sentence)
-        return code
+        return ranks.leave(code)
     return 0
 
 

@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.tiny import FIRST_WORD, vision_language
+
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
@@ -20,7 +22,7 @@ CLASSES = {
     "qwen3_vl_moe": (transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration),
 }
 OWN = {"qwen3_vl": {}, "qwen3_vl_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 22}}
-PAD_ID, IMAGE_ID, VIDEO_ID, START_ID, END_ID, FIRST_WORD = range(6)
+PAD_ID, IMAGE_ID, VIDEO_ID, START_ID, END_ID = range(FIRST_WORD)
 RTOL, ATOL = 1e-4, 2e-5  # float32 against float32 in another order of summation
 
 
@@ -32,44 +34,29 @@ def config(
     vision: dict[str, Any] | None = None,
     **outer: Any,
 ) -> Any:
-    """A tiny config of a family; `text`, `vision` and keywords override its values."""
-    hidden = (text or {}).get("hidden_size", 36)
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections), "mrope_interleaved": True}
+    """A tiny config of a family (`tiny.vision_language`); `text`, `vision` and keywords override its values."""
     text_values = {
         "vocab_size": 97,
-        "hidden_size": hidden,
+        "hidden_size": 36,
         "intermediate_size": 50,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 2 * sum(sections),
-        "rope_parameters": rope,
         "bos_token_id": None,
         "eos_token_id": None,
-    } | OWN[family]
-    vision_values = {
-        "depth": 2,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_heads": 2,
-        "patch_size": 3,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": hidden,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
+        **OWN[family],
+        **(text or {}),
     }
-    ids = {
-        "image_token_id": IMAGE_ID,
-        "video_token_id": VIDEO_ID,
-        "vision_start_token_id": START_ID,
-        "vision_end_token_id": END_ID,
-    }
-    return CLASSES[family][0](
-        text_config=text_values | (text or {}),
-        vision_config=vision_values | (vision or {}),
+    vision_values = {"hidden_size": 24, "intermediate_size": 40, "patch_size": 3, "temporal_patch_size": 2}
+    ids = {"vision_start_token_id": START_ID, "vision_end_token_id": END_ID}
+    values = vision_language(
+        family,
+        text=text_values,
+        vision=vision_values | (vision or {}),
+        sections=sections,
         **({"tie_word_embeddings": True} | ids | outer),
     )
+    del values["model_type"]
+    return CLASSES[family][0](**values)
 
 
 def random_config(seed: int, family: str = "qwen3_vl") -> Any:

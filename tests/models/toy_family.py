@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as matmul
 
+from mmfn import tree
 from mmfn.batch import AUDIO, IGNORE, IMAGE, TEXT, Batch, Laid, Media, Sample, Tower, TowerKind
 from mmfn.models import Further, Output
 from mmfn.models.keymap import Entry, KeyMap
@@ -31,11 +31,10 @@ from mmfn.tree import Tree
 from tests.models import toy_data
 
 D, WINDOW, VALUES = 16, 2, {"vision": 3, "audio": 5}
+SAME = {"inputs": 2, "matmul_rows": 40}
 KINDS = {
-    "vision": TowerKind(
-        media=(IMAGE,), inputs=2, rows=2, features=1, values=3, segments_per_unit=(1, 1), matmul_rows=40
-    ),
-    "audio": TowerKind(media=(AUDIO,), inputs=2, rows=3, features=2, values=5, segments_per_unit=(2,), matmul_rows=40),
+    "vision": TowerKind(media=(IMAGE,), rows=2, features=1, values=VALUES["vision"], segments_per_unit=(1, 1), **SAME),
+    "audio": TowerKind(media=(AUDIO,), rows=3, features=2, values=VALUES["audio"], segments_per_unit=(2,), **SAME),
 }
 RATE = 0.01
 data = toy_data.SIDE
@@ -90,16 +89,8 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.
         features[name] = _encode(params[name], tower, name, ops)
         x_TD = text.replace_by_features(x_TD, features[name], tower.index_T, ops)
     angles = rope.interleaved(batch.positions_3T, (1, 1, 0), 100.0)
-    x_TD, routers, cache = text.decode(
-        params["text"]["layers"],
-        x_TD,
-        angles,
-        batch,
-        cfg.decoder,
-        ops,
-        feed_forward=partial(moe.mixed, cfg=cfg.moe, ops=ops),
-        cache=cache,
-    )
+    layers, feed = params["text"]["layers"], partial(moe.mixed, cfg=cfg.moe, ops=ops)
+    x_TD, routers, cache = text.decode(layers, x_TD, angles, batch, cfg.decoder, ops, feed_forward=feed, cache=cache)
     hidden_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, 1e-6, ops)
     further, own = [], ops.gather(params["ahead"])
     for ahead in batch.ahead:
@@ -108,9 +99,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.
             next_TD = text.replace_by_features(next_TD, features[name], index_T, ops)
         joined_TD = linear.apply(own["join"], torch.cat([next_TD, hidden_TD], 1), ops)
         further.append(Further(norm.rms(own["norm"], joined_TD, 1e-6, ops), 0.3))
-    counts = {
-        f"text/layers/{i}/moe/router/bias": router["counts_E"] for i, router in enumerate(routers) if router is not None
-    }
+    counts = {f"text/layers/{i}/moe/router/bias": r["counts_E"] for i, r in enumerate(routers) if r is not None}
     losses, stats = balance.router_losses(routers, 0.1, ops), balance.router_stats(routers)
     return Output(hidden_TD=hidden_TD, ahead=tuple(further), losses=losses, stats=stats, counts=counts, cache=cache)
 
@@ -120,7 +109,7 @@ def _encode(params: Tree, tower: Tower, name: str, ops: Ops) -> Tensor:
     entry, kind = ops.gather(params["entry"]), KINDS[name]
     units_UF = tower.inputs_UF.unflatten(0, (-1, kind.inputs))
     rows = units_UF if name == "vision" else torch.cat([units_UF, units_UF[:, :1]], 1)
-    x_PD = matmul(rows.flatten(0, 1).to(entry["weight"].dtype), entry["weight"], entry["bias"])
+    x_PD = linear.apply(entry, rows.flatten(0, 1).to(entry["weight"].dtype), ops)
     lists = [tower.segments[min(i, len(tower.segments) - 1)] for i in range(len(params["layers"]))]
     x_PD, _, _ = ops.stack(ops.layer, partial(_block, ops=ops), params["layers"], x_PD, name=name, each=lists)
     units_ND = x_PD.unflatten(0, (-1, kind.rows))
@@ -163,29 +152,25 @@ def towers(cfg: Config) -> dict[str, TowerKind]:
 
 
 def lay(sample: Sample, cfg: Config) -> dict[str, Laid]:
-    """Units of an image in the order of their windows, last window first; a clip of n units is one item each."""
+    """Units of an image in the order of their windows, last window first; a clip of n units is n items."""
     found = {}
     for name, kind in KINDS.items():
-        media = sample.media(*kind.media)
-        units = [m.inputs_UF.shape[0] // kind.inputs for m in media]
-        orders = [torch.arange(n) if name == "audio" else torch.arange(n).flip(0) for n in units]
-        inputs = [
-            m.inputs_UF.unflatten(0, (-1, kind.inputs))[o].flatten(0, 1) for m, o in zip(media, orders, strict=True)
-        ]
-        starts = [sum(units[:i]) for i in range(len(units))]
-        places = [(o.argsort()[:, None] * kind.features + torch.arange(kind.features)).flatten() for o in orders]
-        places = [p + s * kind.features for p, s in zip(places, starts, strict=True)]
-        is_own_T = sample.kinds_T == kind.media[0]
+        inputs, places, lengths, start = [], [torch.arange(0)], [], 0
+        for medium in sample.media(*kind.media):
+            units_UF = medium.inputs_UF.unflatten(0, (-1, kind.inputs))
+            n = units_UF.shape[0]
+            order_N = torch.arange(n) if name == "audio" else torch.arange(n).flip(0)
+            inputs.append(units_UF[order_N].flatten(0, 1))
+            places.append(
+                ((start + order_N.argsort())[:, None] * kind.features + torch.arange(kind.features)).flatten()
+            )
+            lengths, start = [*lengths, n], start + n
         index_T = torch.full_like(sample.tokens_T, -1)
-        index_T[is_own_T] = torch.cat([torch.arange(0), *places])
-        if name == "vision":
-            windows = [w for n in units for w in (2 * WINDOW,) * (n // WINDOW) + (2 * (n % WINDOW),) * (n % WINDOW > 0)]
-            segments: tuple[tuple[int, ...], ...] = (tuple(windows), tuple(2 * n for n in units))
-            items = tuple(units)
-        else:
-            segments, items = ((2, 1) * sum(units),), (1,) * sum(units)
-        rows = sum(units) * kind.rows
-        coords_P4 = torch.zeros(rows, 4, dtype=torch.int32)
+        index_T[sample.kinds_T == kind.media[0]] = torch.cat(places)
+        windows = [2 * min(WINDOW, n - i) for n in lengths for i in range(0, n, WINDOW)]
+        segments = ((2, 1) * start,) if name == "audio" else (tuple(windows), tuple(2 * n for n in lengths))
+        items = (1,) * start if name == "audio" else tuple(lengths)
+        coords_P4 = torch.zeros(start * kind.rows, 4, dtype=torch.int32)
         found[name] = Laid(inputs=tuple(inputs), coords_P4=coords_P4, segments=segments, items=items, index_T=index_T)
     return found
 
@@ -207,7 +192,7 @@ def example(num_tokens: int, side: int, cfg: Config) -> Sample:
 
 
 def row_ids(batch: Batch, cfg: Config) -> list[tuple[str, Tensor]]:
-    """Text alone has adapters here."""
+    """Text alone has adapters that drop."""
     return [("text/", batch.token_ids_T)]
 
 
@@ -226,9 +211,7 @@ def taps(cfg: Config) -> int:
     return 1
 
 
-def num_ahead(cfg: Config) -> int:
-    """One."""
-    return 1
+num_ahead = taps
 
 
 def rules(cfg: Config) -> dict[str, Any]:
@@ -253,17 +236,13 @@ def key_map(cfg: Config) -> KeyMap:
         Entry(path="text/layers/{i}/moe/experts/gate_up", name=(f"{one}.gate.weight", f"{one}.up.weight"), join=1),
         Entry(path="text/layers/{i}/moe/experts/down", name=f"{one}.down.weight"),
     )
-    plain = [("text/layers/{i}", "model.blocks.{i}"), ("text", "model"), ("", "")]
-    names = [(f"{a}/{x}".strip("/"), f"{b}.{y}".strip(".")) for a, b in plain for x, y in _rest(a)]
+    names = {
+        path: path.replace("text/layers", "model.blocks").replace("text", "model") for path in tree.paths(specs(cfg))
+    }
+    others = [Entry(path=path, name=name.replace("/", ".")) for path, name in names.items() if "/experts/" not in path]
     return KeyMap(
-        entries=(*experts, *(Entry(path=path, name=name) for path, name in names)),
+        entries=(*experts, *others),
         architecture="ToyForEverything",
         ignore=(r".*\.inv_freq",),
         verbatim=(r"talker\..*",),
     )
-
-
-def _rest(prefix: str) -> list[tuple[str, str]]:
-    depth = {"text/layers/{i}": (2, 3), "text": (2,), "": (2, 3, 4, 5)}[prefix]
-    holes = [[f"{{{'abcde'[j]}}}" for j in range(n)] for n in reversed((1, *depth))]
-    return [("/".join(parts), ".".join(parts)) for parts in holes]

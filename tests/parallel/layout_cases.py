@@ -6,7 +6,10 @@ A case is settings of the config's section `layout`, so that the same line makes
 from itertools import cycle
 from typing import Any
 
+import pytest
+
 from tests.parallel.conformance import BATCHES
+from tests.tiny import WITH_EXPERTS, model_of
 
 Case = dict[str, Any]
 """Settings of the section `layout`; "batch": a name in BATCHES; "moe": a model with experts; "trained": in TRAINED."""
@@ -107,8 +110,8 @@ PARTLY: list[Case] = [
     },
     {"replicate": 2, "dp": 2, "ep": 2, "trained": "lora", "batch": "first half unsupervised"},
     {"dp": 2, "cp": 2, "kind": "gather", "ep": 4, "capacity": 4.0, "trained": "lora", "batch": "mixed"},
-    {"dp": 2, "cp": 4, "kind": "usp", "ulysses": 2, "remat": "full", "trained": "lora of both", "batch": "video"},
-    {"dp": 8, "trained": "lora of both", "batch": "mixed"},
+    {"dp": 2, "cp": 4, "kind": "usp", "ulysses": 2, "remat": "full", "trained": "lora of all", "batch": "video"},
+    {"dp": 8, "trained": "lora of all", "batch": "mixed"},
     {"dp": 2, "cp": 2, "kind": "gather", "head": "sharded", "trained": "decoder", "batch": "mixed"},
     {"cp": 2, "kind": "ring", "remat": "uniform", "remat_layers": 2, "trained": "second block", "batch": "mixed"},
     {"dp": 2, "remat": "full", "offload": ["activations"], "trained": "second block", "batch": "mixed"},
@@ -120,7 +123,7 @@ PARTLY: list[Case] = [
         "cp": 2,
         "kind": "ulysses",
         "remat_stacks": {"vision": {"kind": "full"}},
-        "trained": "lora of both",
+        "trained": "lora of all",
         "batch": "mixed",
     },
     {"dp": 2, "cp": 2, "kind": "ring", "remat": "full", "trained": "lora of the tower", "batch": "mixed"},
@@ -156,3 +159,17 @@ def settings_of(case: Case) -> dict[str, Any]:
 def has_experts(case: Case) -> bool:
     """Whether the model of a case is one of experts."""
     return bool(case.get("moe", "ep" in case))
+
+
+def families_of(case: Case) -> list[str]:
+    """The tiny models a case is for: of experts or not, with as many heads as Ulysses needs."""
+    ranks = {"ulysses": case.get("cp", 1), "usp": case.get("ulysses", 1)}.get(case.get("kind", ""), 1)
+    names = WITH_EXPERTS if has_experts(case) else ("dense", *(name for name in WITH_EXPERTS if name != "moe"))
+    return [name for name in names if model_of(name).cfg.decoder.num_heads % ranks == 0]
+
+
+CELLS = [  # (case, family): all layouts with all models they are for
+    pytest.param(case, family, id=f"{family}, {name_of(case)}", marks=() if case in FAST else pytest.mark.slow)
+    for case in LAYOUTS
+    for family in families_of(case)
+]

@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mmfn import models
 from mmfn.ops.kernel import wrapping
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
@@ -15,49 +14,35 @@ from mmfn.train.config.schema import Config
 from mmfn.train.optim import HOST_KINDS, adamw, chain, clip_by_global_norm, on_host
 from mmfn.train.planning.step_trace import PlannedStep
 from mmfn.train.planning.workload import Workload
-from tests.parallel.conformance import TRAINED
+from tests.tiny import TRAINED, family, vision_language
 
-TEXT = {
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 1e4,
-        "mrope_section": [4, 2, 2],
-        "mrope_interleaved": True,
-    },
-}
-VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "patch_size": 4,
-    "out_hidden_size": 64,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0],
-}
-IDS = {"image_token_id": 1, "video_token_id": 2, "tie_word_embeddings": False}
+TEXT = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "patch_size": 4}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
-def hf_config(*, moe: bool = False, layers: int = 2) -> dict[str, Any]:
-    """A config.json."""
-    text = TEXT | {"num_hidden_layers": layers} | (EXPERTS if moe else {})
-    return {"model_type": "qwen3_vl_moe" if moe else "qwen3_vl", "text_config": text, "vision_config": VISION, **IDS}
+def hf_config(*, moe: bool = False, layers: int = 2, toy: bool = False) -> dict[str, Any]:
+    """A config.json, of a model in which products weigh more than in those of `tiny.TINY`; or the toy's."""
+    if toy:
+        return {"model_type": "toy", "num_layers": layers, "vocab_size": 1000}
+    text = {**TEXT, "num_hidden_layers": layers, **(EXPERTS if moe else {})}
+    name = "qwen3_vl_moe" if moe else "qwen3_vl"
+    return vision_language(name, text=text, vision=VISION, sections=(4, 2, 2), tie_word_embeddings=False)
 
 
 def make(
-    *, moe: bool = False, layers: int = 2, micro_batches: int = 1, side: int = 4, trained: str = "all", **chosen: Any
+    *,
+    moe: bool = False,
+    toy: bool = False,
+    layers: int = 2,
+    micro_batches: int = 1,
+    side: int = 4,
+    trained: str = "all",
+    **chosen: Any,
 ) -> tuple[PlannedStep, Layout]:
     """A step and its layout; `trained`: a name in `TRAINED`, `chosen`: settings of the config's section `layout`."""
-    hf, section = hf_config(moe=moe, layers=layers), LayoutSection(**chosen)
-    found = models.family(hf["model_type"])
+    hf, section = hf_config(moe=moe, layers=layers, toy=toy), LayoutSection(**chosen)
+    found = family(hf["model_type"])
     layout = section.sizes
     config = Config.model_validate(
         {
@@ -70,7 +55,7 @@ def make(
     ).model_copy(update={"layout": section})
 
     def build(cfg: Any, mesh: Mesh) -> Program:
-        program = build_program(config, found, cfg, mesh, TRAINED[trained](found.specs(cfg)))
+        program = build_program(config, found, cfg, mesh, TRAINED[trained](found, cfg))
         if section.compute_dtype != "bfloat16" or program.weights.is_head_sharded:
             return program
         # a plan is one of accelerators, whose loss goes through logits; a CPU's does not in bfloat16
@@ -108,7 +93,7 @@ CASES: dict[str, dict[str, Any]] = {
     "offload, remat, dp": {"offload": ["activations"], "remat": "full", "dp": 2, "layers": 4},
     "frozen tower": {"trained": "decoder"},
     "lora": {"trained": "lora", "moe": True, "micro_batches": 2},
-    "lora, remat": {"trained": "lora of both", "remat": "full"},
+    "lora, remat": {"trained": "lora of all", "remat": "full"},
     "lora, dp, cp": {"trained": "lora", "moe": True, "dp": 2, "cp": 2, "ep": 2, "remat": "full"},
     "dropout": {"trained": "lora with dropout", "micro_batches": 2},
     "dropout, dp, cp, remat": {"trained": "lora with dropout", "dp": 2, "cp": 2, "remat": "full"},
@@ -148,5 +133,14 @@ CASES: dict[str, dict[str, Any]] = {
     "ep, cp": {"moe": True, "dp": 2, "cp": 2, "ep": 4},
     "ep, exchange kept": {"moe": True, "dp": 2, "ep": 2, "remat": "selective", "remat_save": ["exchange"]},
     "capacity": {"moe": True, "dp": 2, "ep": 2, "capacity": 1.5},
+    "toy": {"toy": True},
+    "toy, text only": {"toy": True, "side": 0, "micro_batches": 2},
+    "toy, hsdp": {"toy": True, "replicate": 2, "dp": 2, "remat": "full"},
+    "toy, ring, ep": {"toy": True, "dp": 2, "cp": 2, "ep": 4, "kind": "ring", "remat": "selective"},
+    "toy, ulysses, offload": {"toy": True, "cp": 2, "kind": "ulysses", "offload": ["activations"], "layers": 4},
+    "toy, offload parameters": {"toy": True, "dp": 2, "offload": ["parameters", "optimizer"], "remat": "full"},
+    "toy, dropout": {"toy": True, "trained": "lora with dropout", "remat": "uniform", "remat_layers": 2, "layers": 4},
+    "toy, lora, dp": {"toy": True, "trained": "lora", "dp": 3, "micro_batches": 2},
+    "toy, sharded head": {"toy": True, "dp": 2, "cp": 2, "head": "sharded"},
     "capacity, exchange kept": {"moe": True, "dp": 4, "ep": 2, "capacity": 1.5, "micro_batches": 2, **BOTH_KEPT},
 }

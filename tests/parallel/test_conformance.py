@@ -1,6 +1,7 @@
-"""The conformance matrix: every layout and transform gives the step of one device. See `conformance.py`.
+"""The conformance matrix, family x mechanism x layout x compilation: every cell gives the step of one device.
 
-Another transform is one more line. `make test` runs up to two cells of every line and `make test-full` all of them.
+See `conformance.py` for what is compared and `tests.tiny` for the families. Another transform is one more line, another
+family joins all of them. `make test` runs two or three cells of every line, `make test-full` all of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,21 +11,25 @@ from typing import Any
 import pytest
 import torch
 
-from mmfn import tree
+from mmfn import models, tree
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Transform
+from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.precision import precision
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import local
 from tests.parallel.conformance import BATCHES, Cell, check_cell, prepared
+from tests.tiny import TINY, family_of
 
 TWO, THREE, FOUR, EIGHT = (Layout(dp=n) for n in (2, 3, 4, 8))  # no width of the models is a multiple of 3
 DDP, HSDP, HSDP_8 = Layout(replicate=2), Layout(replicate=2, dp=2), Layout(replicate=2, dp=4)
 ALL = (TWO, THREE, FOUR, EIGHT, DDP, HSDP, HSDP_8)
-FAMILIES = ("dense", "moe")
+FAMILIES = tuple(name for name in TINY if name != "small")  # that one is for graphs alone
+# torch's compiler reads `.grad` of non-leaf inputs and hides the warning by a means that "error" defeats
+QUIET_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 KEPT = ("attention", "matmul", "experts")
 
 
@@ -111,17 +116,56 @@ LINES = [
 ]
 
 
+COMPILED: dict[str, tuple[tuple[Transform, ...], str]] = {  # transforms beside `compiled`, and what is trained
+    "layer": ((), "all"),
+    "layer, remat": ((remat("full"),), "lora"),
+    "layer, selective": ((remat("selective", save=KEPT),), "second block"),
+    "layer, offload": ((remat("full"), offload("activations")), "all"),
+    "layer, hosted": ((offload("parameters"),), "decoder"),
+    "layer, dropout": ((remat("full"),), "lora with dropout"),
+    "step": ((), "all"),
+    "step, remat": ((remat("full"),), "lora of all"),
+    "step, dropout": ((), "lora with dropout"),
+}
+GRAPHS = [  # one device: virtual ranks cannot compile, real ones do in `test_ranks`
+    line(name, *transforms, compiled(name.split(",")[0], backend="aot_eager"), layouts=(Layout(),), trained=trained)
+    for name, (transforms, trained) in COMPILED.items()
+]
+
+
 def _matrix() -> Iterator[Any]:
-    """All cells; of every line the first and another, which differs from line to line, are fast."""
+    """All cells; of every line the first and others, which differ from line to line, are fast."""
     for i, cells in enumerate(LINES):
-        fast = {0, (i + 1) % len(cells)}
+        fast = {0, (i + 1) % len(cells), (3 * i + 2) % len(cells)}
         for j, cell in enumerate(cells):
             yield pytest.param(cell, id=str(cell), marks=() if j in fast else pytest.mark.slow)
+
+
+def _graphs() -> Iterator[Any]:
+    """A graph takes seconds to make: of each kind one cell is fast."""
+    for cells in GRAPHS:
+        for cell in cells:
+            is_fast = cell.name in ("layer", "step") and cell.family == "toy"
+            yield pytest.param(cell, id=str(cell), marks=() if is_fast else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("cell", list(_matrix()))
 def test_cell(cell: Cell) -> None:
     check_cell(cell)
+
+
+@QUIET_DYNAMO
+@pytest.mark.parametrize("cell", list(_graphs()))
+def test_compiled_cell(cell: Cell) -> None:
+    check_cell(cell)
+
+
+def test_every_family_is_there() -> None:
+    """A family of `models.FAMILIES` has a tiny model, and a tiny model has a column."""
+    assert {family_of(name).name for name in TINY} == {*models.FAMILIES, "toy"}
+    columns = {(name, cell.family) for cells in (*LINES, *GRAPHS) for cell in cells for name in [cell.name]}
+    for cells in (*LINES, *GRAPHS):
+        assert {family for name, family in columns if name == cells[0].name} == set(FAMILIES), cells[0].name
 
 
 def test_the_same_step_twice_is_bitwise_equal() -> None:

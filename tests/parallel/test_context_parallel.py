@@ -19,7 +19,7 @@ from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.context_parallel import context_parallel
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.remat import remat
-from tests.parallel.conformance import TOWERS, Cell, check_cell
+from tests.parallel.conformance import Cell, check_cell, spread
 from tests.parallel.cp_cases import REAL_CASES, Case, on_real_rank, random_case, ulysses
 from tests.parallel.ranks import run_ranks
 
@@ -112,9 +112,12 @@ def test_collectives_of_one_attention() -> None:
 
 def cell(kind: str, layout: Layout, *others: Any, **fields: Any) -> Cell:
     """Any order of transforms will do: here context_parallel comes last."""
-    spread = context_parallel(kind, num_heads=8, num_kv_heads=2, towers=TOWERS)
     given = {"name": kind, "pack": {"segment_multiple": segment_multiple(kind, layout)}}
-    return Cell(layout=layout, transforms=(data_parallel(), *others, spread), **(given | fields))
+    return Cell(
+        layout=layout,
+        transforms=(data_parallel(), *others, spread(kind, fields.get("family", "dense"))),
+        **(given | fields),
+    )
 
 
 SELECTIVE = remat("selective", save=("attention",))

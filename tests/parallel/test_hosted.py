@@ -28,6 +28,7 @@ from mmfn.train import optim
 from mmfn.train.planning import step_trace
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
+from tests import tiny
 from tests.parallel import conformance
 from tests.parallel.allocated import allocated_peak
 from tests.parallel.conformance import Cell
@@ -232,7 +233,7 @@ def any_order() -> Any:
 def test_on_a_gpu(policy: str) -> None:
     """The same numbers from pinned memory, and a peak lower by all parameters but those of a few blocks."""
     device = torch.device("cuda")
-    model = conformance.model_of("dense", 12)
+    model = tiny.model_of("dense", 12)
     params = tree.map(Tensor.float, model.params)
     cell = Cell(layout=Layout(), name="gpu", transforms=(), num_layers=12)
     batch = to(conformance.batch_of(cell), device, torch.float32)

@@ -1,5 +1,7 @@
 """Joining ranks, where they compute, and who speaks when one fails; plain values between ranks."""
 
+import subprocess
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -83,6 +85,24 @@ def test_only_the_first_failing_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> 
 
     gone: Any = Gone()
     assert not Ranks(index=1, size=2, store=gone).fail()
+
+
+LEAVE = """
+import atexit, os, sys
+from torch.distributed import HashStore
+from mmfn.parallel.mesh.launch import Ranks
+
+atexit.register(os.abort)
+sys.stdout.write("said")
+Ranks(size=2, store=HashStore()).leave(2)
+"""
+
+
+def test_a_rank_that_failed_ends_at_once() -> None:
+    """What Python does last is left out, so that no thread of a process group meets it; what was said is written."""
+    done = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "said", "")
+    assert Ranks().leave(2) == 2
 
 
 def test_lost_ranks_are_recognised_by_what_torch_says() -> None:

@@ -22,7 +22,7 @@ from mmfn.train.planning.picture import render
 from mmfn.train.schedule import schedule
 from mmfn.train.step import make_step
 from tests.parallel.allocated import allocated_peak, start
-from tests.parallel.layout_cases import LAYOUTS, has_experts, name_of, settings_of
+from tests.parallel.layout_cases import LAYOUTS, families_of, name_of, settings_of
 from tests.parallel.plan_cases import CASES, EXPERTS, TEXT, hf_config, make
 
 SAMPLE = (
@@ -30,7 +30,7 @@ SAMPLE = (
     *("offload optimizer", "offload both, dp"),
     *("offload parameters, remat", "offload parameters, dp", "offload parameters, lora", "offload all"),
     *("frozen tower", "lora", "micro-batches", "experts", "dp, remat", "hsdp", "gather", "ring, dp", "ep"),
-    *("ep, exchange kept", "capacity, exchange kept"),
+    *("ep, exchange kept", "capacity, exchange kept", "toy", "toy, hsdp", "toy, offload parameters", "toy, dropout"),
 )
 
 
@@ -104,11 +104,17 @@ def test_the_peak_is_that_of_the_allocator(name: str) -> None:
         *(pytest.param(chosen, id=name) for name, chosen in CASES.items() if make(**chosen)[1].world > 1),
         *(
             pytest.param(
-                {"moe": has_experts(case), "trained": case.get("trained", "all"), **settings_of(case)},
-                id=name_of(case),
+                {
+                    "moe": family == "moe",
+                    "toy": family == "toy",
+                    "trained": case.get("trained", "all"),
+                    **settings_of(case),
+                },
+                id=f"{family}, {name_of(case)}",
                 marks=pytest.mark.slow,
             )
             for case in LAYOUTS
+            for family in families_of(case)
         ),
     ],
 )
@@ -145,7 +151,7 @@ def _by_call(table: Counter[Key]) -> Counter[Any]:
 EXTENDED = (
     *("one device", "dp, remat", "experts", "ring, dp", "micro-batches", "uniform remat", "block remat", "every 2"),
     *("remat of the tower", "offload", "offload both, dp", "ep, exchange kept"),
-    *("offload parameters, remat", "offload parameters, dp"),
+    *("offload parameters, remat", "offload parameters, dp", "toy", "toy, ring, ep"),
 )
 
 

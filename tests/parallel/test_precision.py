@@ -20,8 +20,9 @@ from mmfn.parallel.weights.gather import Weight
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import ZEROS, init_params, spec
 from mmfn.train.planning import step_trace
-from tests.parallel.conformance import Cell, model_of, one_device, outcome, run_cell
+from tests.parallel.conformance import Cell, one_device, outcome, run_cell
 from tests.parallel.plan_cases import make
+from tests.tiny import model_of
 
 MOE = moe.MoeConfig(d_model=64, d_ff=8, num_experts=64, num_chosen=4, init_std=1.0)
 TABLES = {"reference": op_tables.reference(), "portable": op_tables.portable()}

@@ -12,13 +12,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from mmfn.parallel.mesh.layout import Layout, distributed_mesh
 from mmfn.parallel.program import Transform
 from mmfn.parallel.transforms.compiled import compiled
-from mmfn.parallel.transforms.context_parallel import context_parallel
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
-from tests.parallel.conformance import TOWERS, Cell, check_outcome, outcome, run_cell
+from tests.parallel.conformance import Cell, check_outcome, outcome, run_cell, spread
 from tests.parallel.ranks import run_ranks
 
 CELLS = {
@@ -40,7 +39,7 @@ CELLS = {
             name="exchange kept",
             transforms=(
                 data_parallel(),
-                context_parallel("ulysses", num_heads=8, num_kv_heads=2, towers=TOWERS),
+                spread("ulysses"),
                 expert_parallel(),
                 remat("selective", save=("exchange",)),
             ),

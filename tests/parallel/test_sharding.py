@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 import mmfn
-from mmfn import models, tree
+from mmfn import tree
 from mmfn.lora import add_adapters, lora
 from mmfn.parallel.mesh.layout import AXES, GRIDS, Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import virtual
@@ -22,7 +22,8 @@ from mmfn.spec import EXPERTS, ZEROS, has_experts, spec
 from mmfn.train.optim import adamw
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
-from tests.parallel.conformance import FAMILIES, TRAINED, Cell, batch_of, model_of
+from tests.parallel.conformance import Cell, batch_of
+from tests.tiny import TINY, TRAINED, model_of
 
 TOY = {**RULES, "toy": "ep"}  # the axis of a model whose rows are cut over ep as experts are, but not in front
 LAYOUT = Layout(replicate=2, dp=4, ep=2)
@@ -31,9 +32,9 @@ LAYOUT = Layout(replicate=2, dp=4, ep=2)
 def test_the_table_names_axes_of_meshes_and_every_logical_axis_of_models() -> None:
     assert {axis for axis in RULES.values() if axis} <= {name for grid in GRIDS for name in grid[2:]} <= set(AXES)
     used = set()
-    for config in FAMILIES.values():
-        family = models.family(str(config["model_type"]))
-        specs = family.specs(family.config_from_hf(config))
+    for name in TINY:
+        model = model_of(name)
+        specs = model.family.specs(model.cfg)
         adapters = lora(specs, rank=2, alpha=1.0, targets=[r".*/attention/.*"])
         used |= {name for leaf in tree.leaves([specs, adapters]) for name in leaf.axes}
     assert used == set(RULES)
@@ -108,13 +109,13 @@ def test_whole_parameters_on_a_mesh_are_refused(layout: Layout) -> None:
 
 def test_adapters_that_are_added_behind_the_cut_are_refused() -> None:
     model = model_of("dense", 2)
-    specs = TRAINED["lora of both"](model.family.specs(model.cfg))
+    specs = TRAINED["lora of all"](model.family, model.cfg)
 
     def run(mesh: Mesh) -> None:
         params = add_adapters(shard_params(model.params, model.family.specs(model.cfg), mesh), specs, 0)
         take_step(mesh, params, specs)
 
-    message = r"attention/o/lora/weight/a is a whole tensor but text/embed/weight a shard; .* behind add_adapters"
+    message = r"attention/k/lora/weight/a is a whole tensor but text/embed/weight a shard; .* behind add_adapters"
     with pytest.raises(ValueError, match=message):
         virtual(Layout(dp=2), run)
 

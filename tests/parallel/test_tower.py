@@ -18,7 +18,8 @@ from mmfn.parallel.context.tower_split import (
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.mesh.virtual import run_virtual
-from tests.parallel.conformance import BATCHES, TOWERS, Cell, batch_of
+from tests.parallel.conformance import BATCHES, Cell, batch_of
+from tests.tiny import model_of
 
 MATMUL = 56
 
@@ -62,6 +63,8 @@ def test_few_static_sizes_that_hold_what_is_needed() -> None:
 def test_features_come_back_to_their_tokens(name: str, num_ranks: int) -> None:
     """Each feature is the sum of its patches; on one device and spread, with the gradient of the patches."""
     batch = batch_of(Cell(layout=Layout(), name="", transforms=(), batch=name))
+    model = model_of("dense")
+    towers = model.family.towers(model.cfg)
 
     def features(inputs_UF: torch.Tensor) -> torch.Tensor:
         return inputs_UF.unflatten(0, (-1, 4)).sum(1)
@@ -73,7 +76,7 @@ def test_features_come_back_to_their_tokens(name: str, num_ranks: int) -> None:
         return own, x_TD.detach(), torch.autograd.grad(share, leaf)[0]
 
     def on_rank(mesh):
-        return placed(split_towers(batch, TOWERS, mesh).towers["vision"], mesh["cp"])
+        return placed(split_towers(batch, towers, mesh).towers["vision"], mesh["cp"])
 
     world = run_virtual(Layout(cp=num_ranks), on_rank)
     whole = batch.towers["vision"]

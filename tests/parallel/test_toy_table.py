@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from mmfn.ops.kernel import Kernel, wrapping
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.compiled import compiled
-from mmfn.parallel.transforms.context_parallel import context_parallel
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.offload import offload
@@ -20,13 +18,12 @@ from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
 from mmfn.train.planning import step_trace
 from tests.parallel import toy_table
-from tests.parallel.conformance import TOWERS, Cell, check_cell, check_outcome, outcome
+from tests.parallel.conformance import Cell, check_cell, check_outcome, outcome, spread
 from tests.parallel.plan_cases import make
 from tests.parallel.toy_table import bare, toy
 
 ONE, BLOCKS, TEXT = Layout(), 4, 2  # blocks of the tiny model
 KEEP = remat("selective", save=("attention", "experts"))
-cp = partial(context_parallel, num_heads=8, num_kv_heads=2, towers=TOWERS)
 
 
 def cell(layout: Layout, *transforms: Transform, **fields: Any) -> Cell:
@@ -42,9 +39,9 @@ CELLS = {
     "offload": cell(ONE, offload("activations"), remat("full")),
     "dp, sharded head": cell(Layout(dp=2), data_parallel(), vocabulary_parallel()),
     "hsdp": cell(Layout(replicate=2, dp=2), data_parallel(), KEEP),
-    "ulysses": cell(Layout(cp=2, ulysses=2), cp("ulysses"), data_parallel(), KEEP),
-    "ring": cell(Layout(cp=2), KEEP, cp("ring"), data_parallel(), pack={"segment_multiple": 4}),
-    "gather": cell(Layout(cp=2), cp("gather"), data_parallel(), KEEP),
+    "ulysses": cell(Layout(cp=2, ulysses=2), spread("ulysses"), data_parallel(), KEEP),
+    "ring": cell(Layout(cp=2), KEEP, spread("ring"), data_parallel(), pack={"segment_multiple": 4}),
+    "gather": cell(Layout(cp=2), spread("gather"), data_parallel(), KEEP),
     "dropless": cell(Layout(dp=2, ep=2), expert_parallel(), data_parallel(), KEEP),
     "capacity": cell(Layout(dp=2, ep=2), KEEP, expert_parallel("capacity"), data_parallel(), pack={"tokens": 192}),
 }
@@ -82,7 +79,7 @@ def test_remat_keeps_what_is_declared(kind: str, save: tuple[str, ...], attentio
 def test_remat_keeps_blocks_of_attention_whichever_transform_comes_first(is_first: bool) -> None:
     found = {}
     for name, policy in (("none", ()), ("kept", (remat("selective", save=("attention",)),))):
-        transforms = (*policy, cp("ring")) if is_first else (cp("ring"), *policy)
+        transforms = (*policy, spread("ring")) if is_first else (spread("ring"), *policy)
         toy_table.calls.clear()
         check_cell(cell(Layout(cp=2), *transforms, data_parallel(), pack={"segment_multiple": 4}))
         found[name] = toy_table.calls["attention"]

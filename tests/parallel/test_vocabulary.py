@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.batch import IGNORE
-from mmfn.models import family
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.program import Program, lower, pipe
@@ -22,7 +21,8 @@ from mmfn.parallel.transforms.precision import precision
 from mmfn.parallel.transforms.vocabulary_parallel import Slice, sliced_cross_entropy, vocabulary_parallel
 from mmfn.parallel.weights.sharding import rows, shard_params, whole
 from mmfn.spec import normal, spec
-from tests.parallel.conformance import CONFIG, Cell, check_cell, check_outcome, run_cell
+from tests.parallel.conformance import Cell, check_cell, check_outcome, run_cell
+from tests.tiny import model_of
 
 D = 6
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -232,8 +232,8 @@ def test_the_identity_on_one_device() -> None:
 
 
 def test_refusals() -> None:
-    found = family(CONFIG["model_type"])
-    specs = found.specs(found.config_from_hf(CONFIG))
+    model = model_of("dense")
+    specs = model.family.specs(model.cfg)
 
     def small(mesh: Mesh) -> None:
         vocabulary_parallel()(Program.of({"head": spec((4, 2), "vocab embed", normal(1.0))}, mesh=mesh))

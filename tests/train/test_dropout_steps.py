@@ -86,7 +86,7 @@ def gradients(model: Any, microbatches: Sequence[Batch], *transforms: Transform,
 
 def numbered(model: Any, num: int) -> list[Sample]:
     """Samples in an order of data, from somewhere in it."""
-    rows = [replace(s, number=100 + i) for i, s in enumerate(samples(3, num, model.cfg))]
+    rows = [replace(s, number=100 + i) for i, s in enumerate(samples(3, num, model))]
     assert sum(bool(s.images) for s in rows) >= 2
     return rows
 

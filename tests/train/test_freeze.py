@@ -152,16 +152,16 @@ def test_a_frozen_tower_keeps_nothing_and_has_no_backward() -> None:
 def test_the_plan_of_adapters() -> None:
     """Gradients and optimizer state are of the adapters alone, and so is what is reduced over ranks."""
     sent = {}
-    for trained in ("all", "lora of both"):
+    for trained in ("all", "lora of all"):
         setup, layout = make(trained=trained, dp=2)
         trace = step_trace.trace_step(setup, layout, 2)
         sent[trained] = sum(n for key, n in trace.sent_bytes.items() if key.site == "gradients")
-    setup, layout = make(trained="lora of both", dp=2)
+    setup, layout = make(trained="lora of all", dp=2)
     found = step_plan.plan(setup, layout, devices.device("cpu"), all_layers=True)
     trained = [leaf for leaf in found.leaves if "/lora/" in leaf.path or leaf.path == "text/norm/weight"]
     assert all(leaf.optimizer_bytes == 2 * leaf.gradient_bytes == 2 * leaf.parameter_bytes for leaf in trained)
     assert not any(leaf.gradient_bytes or leaf.optimizer_bytes for leaf in found.leaves if leaf not in trained)
-    assert sent["lora of both"] == 2 * sum(leaf.gradient_bytes for leaf in trained) < 0.1 * sent["all"]
+    assert sent["lora of all"] == 2 * sum(leaf.gradient_bytes for leaf in trained) < 0.1 * sent["all"]
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ from mmfn.train.run.training import run_training
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, init_state, make_step
 from tests.batches import with_inputs
-from tests.parallel.conformance import Cell, batch_of, model_of
+from tests.parallel.conformance import Cell, batch_of
 from tests.parallel.ranks import run_ranks
+from tests.tiny import model_of
 
 
 def judged(guard: Guard, norms: list[float], loss: float = 1.0) -> tuple[list[bool], Any]:

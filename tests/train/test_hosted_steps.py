@@ -19,7 +19,6 @@ from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.compiled import compiled
-from mmfn.parallel.transforms.context_parallel import context_parallel
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.offload import offload
@@ -34,9 +33,10 @@ from mmfn.train import optim
 from mmfn.train.guard import Guard
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
+from tests import tiny
 from tests.batches import with_inputs
-from tests.parallel import conformance
-from tests.parallel.conformance import TOWERS, TRAINED, Cell, batch_of, model_of
+from tests.parallel.conformance import Cell, batch_of, spread
+from tests.tiny import TRAINED, model_of
 
 # torch's compiler reads `.grad` of non-leaf inputs and hides the warning by a means that "error" defeats
 QUIET_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -81,7 +81,7 @@ ONE: dict[str, Case] = {
     "frozen tower": Case(trained="decoder", transforms=(FULL,)),
     "frozen blocks": Case(trained="second block", transforms=(FULL,), num_layers=2),
     "lora": Case(trained="lora", family="moe", transforms=(FULL,)),
-    "lora of both": Case(trained="lora of both"),
+    "lora of all": Case(trained="lora of all"),
     "muon": Case(optimizer="muon"),
     "ema": Case(optimizer="ema", what=ALL),
     "master": Case(optimizer="master", dtype=torch.bfloat16),
@@ -102,7 +102,7 @@ SEVERAL: dict[str, Case] = {
     "cp": Case(
         layout=Layout(cp=2),
         kind="ring",
-        transforms=(*MESH, FULL, context_parallel("ring", num_heads=8, num_kv_heads=2, towers=TOWERS)),
+        transforms=(*MESH, FULL, spread("ring")),
     ),
     "all, frozen": Case(
         layout=Layout(dp=2), trained="decoder", transforms=(*MESH, FULL, offload("activations")), what=ALL
@@ -158,9 +158,9 @@ def build_optimizer(name: str, specs: Any) -> optim.Transform:
 def take_steps(case: Case, mesh: Mesh, *, is_hosted: bool, is_watched: bool) -> list[Any]:
     """After each step: metrics and copies of the state's leaves."""
     model = model_of(case.family, case.num_layers)
-    specs = TRAINED[case.trained](model.family.specs(model.cfg))
+    specs = TRAINED[case.trained](model.family, model.cfg)
     program = pipe(Program.of(specs, mesh=mesh), *case.transforms, *([offload("parameters")] if is_hosted else []))
-    params = tree.map(lambda x: x.to(case.dtype), conformance._with_adapters(model.params, specs))
+    params = tree.map(lambda x: x.to(case.dtype), tiny.with_adapters(model.params, specs))
     params = shard_params(params, program.specs, mesh) if mesh.layout.world > 1 else params
     writer = build_optimizer(case.optimizer, specs)
     writer = optim.on_host(writer, 700, what=case.what) if is_hosted else writer

@@ -19,6 +19,7 @@ from mmfn.train.optim import Leaves, Transform, Update, facts_of
 from mmfn.train.optim.on_host import _groups
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
+from tests import tiny
 from tests.parallel import conformance
 from tests.parallel.conformance import Cell
 
@@ -183,7 +184,7 @@ def test_a_shard_stays_on_the_host_of_a_mesh_of_accelerators() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch's compiler itself
 def test_compiled_layers_leave_the_update_eager() -> None:
     cell = Cell(layout=Layout(), name="compiled", transforms=(compiled("layer", backend="eager"),))
-    model = conformance.model_of(cell.family, cell.num_layers)
+    model = tiny.model_of(cell.family, cell.num_layers)
     program = pipe(Program.of(model.family.specs(model.cfg)), *cell.transforms)
     rate = schedule("constant", peak=1e-2, num_steps=1)
     results = []

@@ -23,8 +23,9 @@ from mmfn.train.run import loop
 from mmfn.train.run.training import run_training
 from mmfn.train.schedule import schedule
 from mmfn.train.step import State, Step, init_state, make_step
-from tests.parallel.conformance import Cell, batch_of, model_of
+from tests.parallel.conformance import Cell, batch_of
 from tests.parallel.plan_cases import make
+from tests.tiny import model_of
 
 RATE = schedule("cosine", peak=1e-2, num_steps=20, warmup_steps=2)
 GUARD = Guard(window=3, factor=50.0)

@@ -344,7 +344,7 @@ def test_an_error_of_one_rank_ends_all(make_config: MakeConfig, tmp_path: Path) 
     (tmp_path / "train.json").write_text(json.dumps(entries))
     changes = ["layout.dp=2", f"data.train={tmp_path / 'train.json'}", f"data.root={tmp_path}"]
     ranks = finish(start(2, "train", str(path), *changes))
-    assert [code for code, _, _ in ranks] == [2, 2]
+    assert [code for code, _, _ in ranks] == [2, 2], ranks
     assert [bool(errors) for _, _, errors in ranks].count(True) == 1
     assert "broken.png" in "".join(errors for _, _, errors in ranks)
     assert not (tmp_path / "run").exists()

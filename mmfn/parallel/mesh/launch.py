@@ -5,6 +5,7 @@ so that a command line may ask before it loads torch.
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,19 @@ class Ranks:
         except RuntimeError:  # the process that holds the store is gone: it failed before
             return False
         return place == 1
+
+    def leave(self, code: int) -> int:
+        """What a rank that failed does last: `code` of one process; one of several ends at once, with it.
+
+        Threads of a process group wait for ranks that may never answer. One that wakes up while Python takes itself
+        down cannot have the interpreter's lock and is unwound in the middle of a destructor, which ends the process
+        with SIGABRT ("terminate called without an active exception") in place of the code.
+        """
+        if self.store is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,242 @@
+"""The one list of tiny models, at least one of every family, and the one generator of samples for any of them.
+
+A family joins all matrices by its line in `TINY`. What a sample holds follows from what the family declares: its towers
+say which media there are, its `kinds` which token stands for them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mmfn
+from mmfn import lora, models, rng, spec, tree
+from mmfn.batch import AUDIO, IGNORE, IMAGE, TEXT, VIDEO, Media, Sample
+from mmfn.models import Family
+from mmfn.tree import Tree
+from tests.models import toy_family
+
+FIRST_WORD = 5  # tokens below stand for media, or are special
+MODULES = {"toy": toy_family}  # families that only tests have
+
+
+def vision_language(
+    model_type: str, *, text: Mapping[str, Any], vision: Mapping[str, Any], sections: Sequence[int], **outer: Any
+) -> dict[str, Any]:
+    """The config.json of a tiny model of text and merged patches; what is not said is the same for all."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections), "mrope_interleaved": True}
+    return {
+        "model_type": model_type,
+        "image_token_id": 1,
+        "video_token_id": 2,
+        **outer,
+        "text_config": {"num_key_value_heads": 2, "head_dim": 2 * sum(sections), "rope_parameters": rope, **text},
+        "vision_config": {
+            "depth": 2,
+            "num_heads": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": text["hidden_size"],
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+            **vision,
+        },
+    }
+
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "router_aux_loss_coef": 0.1}
+SMALL_TOWER = {"depth": 1, "deepstack_visual_indexes": []}
+
+
+def _qwen3_vl(num_layers: int, experts: Mapping[str, Any] | None = None, **vision: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": 61, "hidden_size": 20, "intermediate_size": 28, "num_attention_heads": 8}
+    tower = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 2, "temporal_patch_size": 1}
+    return vision_language(
+        "qwen3_vl_moe" if experts else "qwen3_vl",
+        text={**sizes, "num_hidden_layers": num_layers, **(experts or {})},
+        vision={**tower, "num_position_embeddings": 9, **vision},
+        sections=(2, 1, 1),
+        tie_word_embeddings=True,
+    )
+
+
+TINY: dict[str, Callable[[int], dict[str, Any]]] = {  # text blocks -> config.json
+    "dense": _qwen3_vl,
+    "small": lambda num_layers: _qwen3_vl(num_layers, **SMALL_TOWER),
+    "moe": lambda num_layers: _qwen3_vl(num_layers, EXPERTS),
+    "toy": lambda num_layers: {"model_type": "toy", "num_layers": num_layers},
+}
+WITH_EXPERTS = ("moe", "toy")
+
+
+def family(model_type: str) -> Family:
+    """A family of mmfn, or of tests alone."""
+    if model_type in MODULES:
+        return models.family_of(MODULES[model_type], model_type)
+    return models.family(model_type)
+
+
+def family_of(name: str) -> Family:
+    """The family of a tiny model."""
+    return family(TINY[name](2)["model_type"])
+
+
+@cache
+def model_of(name: str, num_layers: int = 2) -> mmfn.Model:
+    """A model whose weights, biases and norms all matter, in float64 but for what declares a dtype; not to change."""
+    hf_config = TINY[name](num_layers)
+    family_ = family(hf_config["model_type"])
+    cfg = family_.config_from_hf(hf_config)
+    g = torch.Generator().manual_seed(1)
+
+    def draw(leaf: Tensor, declared: spec.ParamSpec) -> Tensor:
+        noise = torch.randn(leaf.shape, generator=g, dtype=torch.float64)
+        value = leaf + 0.1 * noise if leaf.ndim == 1 else noise * leaf.shape[-1] ** -0.5
+        return value.to(declared.dtype or torch.float64)
+
+    specs = family_.specs(cfg)
+    params = tree.map(draw, spec.init_params(specs, 0), specs)
+    return mmfn.Model(family=family_, cfg=cfg, params=params, hf_config=hf_config)
+
+
+# ---- what is trained
+
+
+def _towers(family: Family, cfg: Any) -> list[str]:
+    *towers, _ = family.stacks(cfg)
+    return [rf"{name}/.*" for name in towers]
+
+
+def _linear(family: Family, cfg: Any, beginnings: Iterable[str]) -> list[str]:
+    """Layers whose path begins so, but for stacks of experts and their routers."""
+    paths = [path for path in lora.layers(family.specs(cfg)) if "experts" not in path and "router" not in path]
+    return [path for path in paths if path.startswith(tuple(beginnings))]
+
+
+def _decoder(family: Family, cfg: Any) -> Tree:
+    *_, text = family.stacks(cfg)
+    return spec.freeze(family.specs(cfg), [*_towers(family, cfg), f"{text}/embed/.*"])
+
+
+def _second_block(family: Family, cfg: Any) -> Tree:
+    *_, text = family.stacks(cfg)
+    return spec.freeze(family.specs(cfg), [*_towers(family, cfg), f"{text}/(embed|norm|layers/0)/.*"])
+
+
+def _lora(family: Family, cfg: Any) -> Tree:
+    experts = [path for path, leaf in tree.items(family.specs(cfg)) if leaf.axes[0] == "experts"]
+    return lora.lora(family.specs(cfg), rank=3, alpha=2.0, targets=[*family.lora_targets, *experts])
+
+
+def _lora_of_all(family: Family, cfg: Any) -> Tree:
+    *_, text = stacks = list(family.stacks(cfg))
+    targets = _linear(family, cfg, [f"{name}/layers/" for name in stacks])
+    return lora.lora(family.specs(cfg), rank=2, alpha=2.0, targets=targets, is_rs=True, keep=[f"{text}/norm/weight"])
+
+
+def _lora_of_the_tower(family: Family, cfg: Any) -> Tree:
+    """One layer of each of its blocks."""
+    tower = next(iter(family.stacks(cfg)))
+    first = f"{tower}/layers/0/"
+    *_, layer = _linear(family, cfg, [first])
+    target = rf"{tower}/layers/\d+/{layer.removeprefix(first)}"
+    return lora.lora(family.specs(cfg), rank=4, alpha=16.0, targets=[target])
+
+
+def _lora_with_dropout(family: Family, cfg: Any) -> Tree:
+    """Adapters wherever the family says which rows are computed with."""
+    batch = family.pack([family.example(8, 2, cfg)], cfg)
+    targets = _linear(family, cfg, [beginning for beginning, _ in family.row_ids(batch, cfg)])
+    return lora.lora(family.specs(cfg), rank=3, alpha=4.0, targets=targets, dropout=0.3)
+
+
+TRAINED: dict[str, Callable[[Family, Any], Tree]] = {  # (family, cfg) -> specs that say what is trained
+    "all": lambda family, cfg: family.specs(cfg),
+    "decoder": _decoder,
+    "second block": _second_block,
+    "lora": _lora,
+    "lora of all": _lora_of_all,
+    "lora of the tower": _lora_of_the_tower,
+    "lora with dropout": _lora_with_dropout,
+}
+
+
+def with_adapters(params: Tree, specs: Tree) -> Tree:
+    """Copies of the parameters, and adapters that matter: none of their leaves is zero."""
+
+    def draw(path: str, leaf: Tensor) -> Tensor:
+        if "/lora/" not in path:
+            return leaf.clone()
+        return torch.randn(leaf.shape, generator=rng.generator(2, path), dtype=leaf.dtype) * leaf.shape[-1] ** -0.5
+
+    return tree.map_with_path(draw, lora.add_adapters(params, specs, 0))
+
+
+# ---- samples
+
+Draw = Callable[[int, int], int]
+GRIDS: dict[int, Callable[[Draw], tuple[int, int, int]]] = {  # (least, most) -> a number: (time, height, width)
+    IMAGE: lambda draw: (1, 2 * draw(1, 2), 2 * draw(1, 2)),
+    VIDEO: lambda draw: (draw(2, 3), 2 * draw(1, 2), 2 * draw(1, 2)),
+    AUDIO: lambda draw: (2 * draw(1, 3), 1, 1),
+}
+
+
+def media_kinds(family: Family, cfg: Any) -> tuple[int, ...]:
+    """The kinds of media a model reads."""
+    return tuple(kind for tower in family.towers(cfg).values() for kind in tower.media)
+
+
+def sample(family: Family, cfg: Any, number: int, kinds: Sequence[int], *, is_supervised: bool = True) -> Sample:
+    """Words, then media of the given kinds, each followed by words; about half the words are supervised.
+
+    `number` is the seed.
+    """
+    g = torch.Generator().manual_seed(number)
+    kinds_V = family.kinds(torch.arange(cfg.vocab_size), cfg)
+    towers = {kind: tower for tower in family.towers(cfg).values() for kind in tower.media}
+    media: dict[int, list[Media]] = {kind: [] for kind in GRIDS}
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=g))
+
+    def text() -> tuple[int, Tensor]:
+        return TEXT, torch.randint(FIRST_WORD, cfg.vocab_size, (draw(2, 9),), generator=g)
+
+    parts = [text()]
+    for kind in kinds:
+        grid, tower = GRIDS[kind](draw), towers[kind]
+        inputs_UF = torch.randn(prod(grid), tower.values, generator=g)
+        media[kind].append(Media(inputs_UF=inputs_UF, grid=grid))
+        token = (kinds_V == kind).nonzero()[0]
+        parts += [(kind, token.expand(prod(grid) // tower.inputs * tower.features)), text()]
+    tokens_T = torch.cat([tokens for _, tokens in parts])
+    kinds_T = torch.cat([torch.full_like(tokens, kind) for kind, tokens in parts])
+    is_label_T = (kinds_T == TEXT) & (torch.rand(tokens_T.shape, generator=g) < 0.5) & is_supervised
+    return Sample(
+        tokens_T=tokens_T,
+        labels_T=torch.where(is_label_T, tokens_T, IGNORE),
+        kinds_T=kinds_T,
+        images=tuple(media[IMAGE]),
+        videos=tuple(media[VIDEO]),
+        audios=tuple(media[AUDIO]),
+        id=str(number),
+        number=number,
+    )
+
+
+def random_samples(
+    model: mmfn.Model, seed: int, num: int, *, kinds: Sequence[int] | None = None, is_numbered: bool = True
+) -> list[Sample]:
+    """Conversations with up to two media each, of any of `kinds` (default: all that the model reads)."""
+    g = torch.Generator().manual_seed(seed)
+    kinds = kinds or media_kinds(model.family, model.cfg)
+    found = []
+    for i in range(num):
+        media = torch.randint(len(kinds), (int(torch.randint(3, (), generator=g)),), generator=g)
+        one = sample(model.family, model.cfg, 100 * seed + i, [kinds[k] for k in media])
+        found.append(one if is_numbered else replace(one, number=None))
+    return found
