@@ -33,12 +33,13 @@ positions, towers, lay, kinds, example = shared.positions, shared.towers, shared
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """The dict of a `config.json`; absent keys take the defaults of transformers 5.23.
 
-    The load-balancing loss counts with `router_aux_loss_coef`. Raises ValueError for values out of range and for
-    settings mmfn does not implement.
+    As in transformers the load-balancing loss counts only with `output_router_logits`, by `router_aux_loss_coef`.
+    Raises ValueError for values out of range and for settings mmfn does not implement.
     """
     text = shared.text_section(hf, DEFAULTS)
     text.only("norm_topk_prob", True, "this family divides the weights of the chosen experts by their sum")
     dense = Config(**shared.fields_from_hf(hf, text))
+    coef, is_balanced = text.number("router_aux_loss_coef", 0.001), text.boolean("output_router_logits", False)
     every, without = text.integer("decoder_sparse_step", 1), text.integers("mlp_only_layers", ())
     return replace(
         dense,
@@ -50,7 +51,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
             init_std=dense.decoder.init_std,
         ),
         moe_layers=frozenset(i for i in range(dense.num_layers) if (i + 1) % every == 0 and i not in without),
-        router_aux_coef=text.number("router_aux_loss_coef", 0.001),
+        router_aux_coef=coef if is_balanced else 0.0,
     )
 
 
