@@ -151,7 +151,7 @@ def _by_call(table: Counter[Key]) -> Counter[Any]:
 EXTENDED = (
     *("one device", "dp, remat", "experts", "ring, dp", "micro-batches", "uniform remat", "block remat", "every 2"),
     *("remat of the tower", "offload", "offload both, dp", "ep, exchange kept"),
-    *("offload parameters, remat", "offload parameters, dp", "toy", "toy, ring, ep"),
+    *("offload parameters, remat", "offload parameters, dp", "toy, hsdp", "toy, ring, ep"),
 )
 
 
