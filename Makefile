@@ -4,6 +4,7 @@
 #   make demo-lora  teach the demo's model another question by LoRA, after `make demo` (a minute)
 #   make test     the fast test suite          make test-full   with the slow tests
 #   make check    format, lint, types, tests   make format      rewrite files in the project's format
+#   make house    draw which package imports which into docs/architecture.md
 #
 # A machine with an accelerator: give its torch, for instance  make demo TORCH="torch==2.13.0 --index-url URL".
 
@@ -18,7 +19,7 @@ STAMP := .venv/installed
 # Test processes share the cores: one thread each is faster than several that compete.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo demo-lora test test-full check format clean
+.PHONY: demo demo-lora test test-full check format house clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -55,6 +56,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+house: $(STAMP)
+	$(BIN)/python docs/house.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
-"""Draws which package of mmfn imports which, into docs/architecture.md: `make house`.
+"""Draws which package of mmfn imports which into docs/architecture.md: `make house`.
 
 `ROOMS` names every package, from the ground up, and what each may import: the drawing shows what they do import, and
-tests/test_imports.py holds both against each other. A file belongs to the room with the longest name that fits.
+tests/test_imports.py holds the two against each other. A file belongs to the room with the longest name that fits it.
 """
 
 import ast
@@ -9,61 +9,49 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE, BEGIN, END = ROOT / "docs" / "architecture.md", "<!-- house: made by `make house` -->", "<!-- end of house -->"
+PAGE, BEGIN, END = ROOT / "docs" / "architecture.md", "<!-- drawn by make house -->", "<!-- end of the drawing -->"
 
 CORE = ("core", "ops")
-PARALLEL = ("parallel.mesh", "parallel.weights", "parallel.context", "parallel.program", "parallel.transforms")
-TRAIN = ("train", "train.optim", "train.data")
+PROGRAMS = ("parallel.mesh", "parallel.weights", "parallel.context", "parallel.program", "parallel.transforms")
+STEP = ("train", "train.optim", "train.data")
+RUNS = ("train.config", "train.build", "train.run")
 ROOMS: dict[str, tuple[str, ...]] = {
     "core": ("ops",),
     "ops": ("core",),
     "models": CORE,
-    "interop": (*CORE, "models"),
+    "model": (*CORE, "models"),
+    "interop": (*CORE, "models", "model"),
     "parallel.mesh": CORE,
     "parallel.weights": (*CORE, "parallel.mesh"),
     "parallel.context": (*CORE, "parallel.mesh"),
     "parallel.program": (*CORE, "parallel.mesh", "parallel.weights"),
     "parallel.transforms": (*CORE, "parallel.mesh", "parallel.weights", "parallel.context", "parallel.program"),
-    "parallel.planning": (*CORE, *PARALLEL),
-    "train": (*CORE, "models", *PARALLEL, "train.optim"),
+    "parallel.planning": (*CORE, *PROGRAMS),
+    "train": (*CORE, "models", "model", *PROGRAMS, "train.optim"),
     "train.optim": (*CORE, "parallel.mesh", "parallel.weights", "train"),
-    "train.data": (*CORE, "models", *PARALLEL, "train"),
-    "train.config": (*CORE, "models", "train"),
-    "train.build": (*CORE, "models", "interop", *PARALLEL, *TRAIN, "train.config", "train.run"),
-    "train.run": (*CORE, "models", "interop", *PARALLEL, *TRAIN, "train.config", "train.build", "train.report"),
-    "train.planning": (
-        *CORE,
-        "models",
-        "interop",
-        *PARALLEL,
-        "parallel.planning",
-        *TRAIN,
-        "train.config",
-        "train.build",
-    ),
-    "train.report": (*CORE, "train", "train.run"),
+    "train.data": (*CORE, "models", "model", *PROGRAMS, "train"),
+    "train.config": (*CORE, "models", *PROGRAMS, "train"),
+    "train.build": (*CORE, "models", "model", "interop", *PROGRAMS, *STEP, "train.config", "train.run"),
+    "train.run": (*CORE, "models", "model", "interop", *PROGRAMS, *STEP, *RUNS, "train.report"),
+    "train.planning": (*CORE, "models", "model", "interop", *PROGRAMS, "parallel.planning", *STEP, *RUNS),
+    "train.report": (*CORE, "train", *RUNS),
+    "train.commands": (*CORE, "model", "interop", *PROGRAMS, "parallel.planning", *STEP, *RUNS, "train.planning"),
 }
-"""Room -> the rooms it may import. "core": mmfn's own modules; "train": the modules that lie in it alone."""
+"""Room -> the rooms it may import. "core": the modules of mmfn itself; "train": those that lie in it alone."""
+EXCEPTIONS = {"mmfn.interop.module": ("train",)}  # the nn.Module view of a model can return its loss
+SURFACE = ("mmfn", "mmfn.__main__", "mmfn.cli")  # these import everything, lazily
 
 
-def files() -> list[Path]:
-    """The modules of the package, but the lazy surface (`mmfn`, its command line), which may import everything."""
-    surface = {"__init__", "__main__", "cli"}
-    found = sorted((ROOT / "mmfn").rglob("*.py"))
-    return [path for path in found if path.parent.name != "mmfn" or path.stem not in surface]
-
-
-def module_name(path: Path) -> str:
-    """`mmfn.ops.norm` of its file."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def modules() -> dict[str, Path]:
+    """The files of the package by the name of their module, but the lazy surface."""
+    found = {_module_name(path): path for path in sorted((ROOT / "mmfn").rglob("*.py"))}
+    return {name: path for name, path in found.items() if name not in SURFACE}
 
 
 def room_of(module: str) -> str:
     """The room of a module, or of a name in one."""
     inner = module.removeprefix("mmfn").removeprefix(".")
-    fitting = [room for room in ROOMS if inner == room or inner.startswith(room + ".")]
-    return max(fitting, key=len, default="core")
+    return max((room for room in ROOMS if inner == room or inner.startswith(room + ".")), key=len, default="core")
 
 
 def imports(path: Path) -> set[str]:
@@ -78,35 +66,33 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def arrows() -> dict[tuple[str, str], int]:
-    """`(from, to)` -> how many files of a room import something of another."""
-    found: dict[tuple[str, str], int] = {}
-    for path in files():
-        room = room_of(module_name(path))
-        for other in {room_of(name) for name in imports(path) if name.split(".")[0] == "mmfn"} - {room}:
-            found[room, other] = found.get((room, other), 0) + 1
+def arrows() -> dict[tuple[str, str], list[str]]:
+    """(room, another it imports) -> the modules that do; without `EXCEPTIONS`."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, path in modules().items():
+        others = {room_of(other) for other in imports(path) if other.split(".")[0] == "mmfn"}
+        for other in others - {room_of(name), *EXCEPTIONS.get(name, ())}:
+            found.setdefault((room_of(name), other), []).append(name)
     return found
 
 
-def drawing() -> str:
-    """A table of rooms and a Mermaid graph without the arrows to the core, which everything has."""
-    counts = {room: [p for p in files() if room_of(module_name(p)) == room] for room in ROOMS}
-    lines = ["| room | files | lines | imports |", "|---|---|---|---|"]
-    for room, paths in counts.items():
-        lines_of = sum(path.read_text(encoding="utf-8").count("\n") for path in paths)
-        targets = ", ".join(b for a, b in sorted(arrows()) if a == room)
-        lines.append(f"| `{room}` | {len(paths)} | {lines_of:,} | {targets} |")
-    graph = [f"    {a} --> {b}" for a, b in sorted(arrows()) if b not in CORE and a not in CORE]
-    return "\n".join([*lines, "", "```mermaid", "graph TD", *graph, "```"])
+def page() -> str:
+    """The page with the drawing of today between its marks: a table, and a graph of packages without the core."""
+    drawn = arrows()
+    rows = ["| room | imports |", "|---|---|"]
+    rows += [f"| `{room}` | {', '.join(b for a, b in sorted(drawn) if a == room)} |" for room in ROOMS]
+    tops = {(a.split(".")[0], b.split(".")[0]) for a, b in drawn}
+    graph = [f"    {a} --> {b}" for a, b in sorted(tops) if a != b and b not in CORE]
+    text = "\n".join([*rows, "", "```mermaid", "graph TD", *graph, "```"])
+    head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    return f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
 
 
-def page(text: str) -> str:
-    """The page with the drawing of today between its marks."""
-    head, rest = text.split(BEGIN)
-    return head + BEGIN + "\n\n" + drawing() + "\n\n" + END + rest.split(END)[1]
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 if __name__ == "__main__":
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(page(text), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
     sys.stdout.write(f"{len(arrows())} arrows between {len(ROOMS)} rooms\n")

@@ -67,8 +67,8 @@ class Segments:
 class Media:
     """What an encoder reads of one image, video or clip.
 
-    `inputs_UF`: float32[U, F], the inputs in the encoder's order (vision: flattened patches, merge block by merge
-    block; sound: chunks of frames). `grid`: how they lie, (time, height, width). `times`: when each of the `grid[0]`
+    `inputs_UF`: float32[U, F], the inputs in the encoder's order (pieces of an image, chunks of
+    sound). `grid`: how they lie, (time, height, width). `times`: when each of the `grid[0]`
     steps in time is, in seconds, as the family tells it, and `seconds_per_grid`: how long one lasts; () and 0 where the
     family does not ask.
     """

@@ -105,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="910b", help="910b, a3, h100, h200 or cpu (default 910b)")
     sub.add_argument("--tokens", type=int, default=16_384, metavar="N", help="per rank and micro-batch (default 16384)")
     sub.add_argument("--sample-tokens", type=int, default=4096, metavar="N", help="of one sample (default 4096)")
-    sub.add_argument("--image-side", type=int, default=32, metavar="N", help="patches; 0: no images (default 32)")
+    sub.add_argument(
+        "--image-side", type=int, default=32, metavar="N", help="in inputs of the encoder; 0: no images (default 32)"
+    )
     sub.add_argument("--micro-batches", type=int, default=1, metavar="N", help="in a step (default 1)")
     sub.add_argument("--search", action="store_true", help="plan and rank all layouts that keep the given settings")
     sub.add_argument("--all-layers", action="store_true", help="trace every layer, also where extending is exact")

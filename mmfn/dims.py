@@ -8,7 +8,7 @@ DIMS = {
     "T": "packed tokens (queries)",
     "S": "packed tokens (keys); columns of a cache",
     "U": "inputs or units of an encoder; ranks that split heads",
-    "P": "rows an encoder computes with (vision patches)",
+    "P": "rows an encoder computes with",
     "I": "items of an encoder, which may lie on any rank",
     "M": "features of all ranks; tokens of a block",
     "N": "segments, features, images or clips; supervised tokens",

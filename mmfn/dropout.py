@@ -1,7 +1,7 @@
 """Dropout whose mask depends on what it masks, not on where that lies: any layout, packing or recomputation agrees.
 
 Whether an element is kept is a hash of (salt, id of its row, column), worked out in integers that every device computes
-alike. A salt is one mask of one step; an id says which token or patch a row is, wherever it lies.
+alike. A salt is one mask of one step; an id says which token or input a row is, wherever it lies.
 
 Legend: T rows, C input features, R output features, A masks.
 """

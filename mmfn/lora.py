@@ -82,8 +82,8 @@ def lora(
 ) -> Tree:
     """The specs with an adapter beside every targeted weight, and everything else frozen.
 
-    `targets`: regexes over linear layers (`text/layers/0/attention/q`) and stacks of experts
-    (`text/layers/0/moe/experts/gate_up`). `keep`: regexes over paths of parameters that are trained as well. `a` is
+    `targets`: regexes over linear layers (`.../layers/0/attention/q`) and stacks of experts
+    (`.../layers/0/moe/experts/gate_up`). `keep`: regexes over paths of parameters that are trained as well. `a` is
     drawn as `torch.nn.Linear` draws its weight and `b` is zero: at first the model computes what it did. Ranks that are
     multiples of 8 let experts use the grouped kernel of a GPU (see `mmfn.ops.experts`). `dropout`: the share of an
     adapter's inputs that a training step zeroes, the others divided by what is left (`mmfn.dropout`).
@@ -101,7 +101,7 @@ def lora(
     chosen = tree.mask(dict.fromkeys(found, 0), [(pattern, True) for pattern in targets], default=False)
     weights = [found[layer] for layer, is_chosen in chosen.items() if is_chosen]
     if not weights:
-        raise UserError(r"LoRA got no targets; name layers, such as text/layers/\d+/attention/(q|v)")
+        raise UserError(r"LoRA got no targets; name layers, such as .*/layers/\d+/attention/(q|v)")
     kept = tree.mask(specs, [(pattern, True) for pattern in keep], default=False)
     trained = [path for path, is_kept in tree.items(kept) if is_kept]
     if clash := set(trained) & set(weights):

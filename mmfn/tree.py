@@ -1,6 +1,6 @@
 """Pytrees: nested dicts, lists and registered dataclasses of tensors, over optree.
 
-A leaf's path is a slash path, `text/layers/0/attention/q/weight`. Dict keys are visited sorted. Masks are ordered
+A leaf's path is a slash path, `layers/0/attention/q/weight`. Dict keys are visited sorted. Masks are ordered
 `(regex, value)` rules over paths; the first full match wins and a rule that matches nothing is an error.
 """
 

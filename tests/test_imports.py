@@ -1,88 +1,85 @@
-"""Who may import whom, and what importing costs."""
+"""Who may import whom, how large files may be, and what importing costs. The rooms are those of docs/house.py."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = (
-    "errors",
-    "tree",
-    "spec",
-    "rng",
-    "grad",
-    "batch",
-    "packing",
-    "dims",
-    "dtypes",
-    "serialize",
-    "lora",
-    "dropout",
-    "ops",
-    "torch_private",
-)
-FILES = sorted((ROOT / "mmfn").rglob("*.py"))
-
-# Package -> what it may import of mmfn besides the core. A name stands for itself and everything below it.
-MAY_IMPORT = {
-    **dict.fromkeys(CORE, ()),
-    "models": ("models",),  # key maps and config readers are theirs: interop reads them, never the other way round
-    "parallel": ("parallel",),
-    "model": ("models",),
-    "interop": ("interop", "models", "model"),
-    "train": ("train", "parallel", "interop", "models", "model"),
-}
-EXCEPTIONS = {"mmfn.interop.module": ("train.objective",)}  # the nn.Module view of a model can return its loss
-SURFACE = ("mmfn", "mmfn.__main__", "mmfn.cli")  # these import everything, lazily
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def load_house() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("house", ROOT / "docs" / "house.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def imports(path: Path) -> set[str]:
-    """Every module or name imported anywhere in a file, as full dotted names."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import; write the full name"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+HOUSE = load_house()
+MODULES: dict[str, Path] = HOUSE.modules()
 
 
-def below(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
+def test_every_arrow_is_one_that_is_allowed() -> None:
+    wrong = {arrow: names for arrow, names in HOUSE.arrows().items() if arrow[1] not in HOUSE.ROOMS[arrow[0]]}
+    assert wrong == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: module_name(p))
-def test_direction_of_imports(path: Path) -> None:
-    name = module_name(path)
-    if name in SURFACE:
-        return
-    (own,) = [may for package, may in MAY_IMPORT.items() if below(name, f"mmfn.{package}")]
-    allowed = [f"mmfn.{package}" for package in (*CORE, *own, *EXCEPTIONS.get(name, ()))]
-    for imported in imports(path):
-        if below(imported, "mmfn"):
-            assert any(below(imported, package) for package in allowed), f"{name} must not import {imported}"
-        if below(imported, "torch.distributed"):
-            assert below(name, "mmfn.parallel") or below(name, "mmfn.train.checkpoint"), f"{name} imports {imported}"
+def test_rooms_do_not_allow_what_nobody_draws_upwards() -> None:
+    """Models know neither interop nor programs nor runs; programs know no models; nobody but runs knows runs."""
+    for room, targets in HOUSE.ROOMS.items():
+        tops = {target.split(".")[0] for target in targets}
+        if room in ("core", "ops", "models"):
+            assert tops <= {"core", "ops"}, room
+        if room.startswith("parallel"):
+            assert tops <= {"core", "ops", "parallel"}, room
+        if not room.startswith("train"):
+            assert "train" not in tops, room
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: module_name(p))
-def test_core_needs_torch_and_optree_only(path: Path) -> None:
-    name = module_name(path)
-    if not any(below(name, p) for p in ("mmfn.models", "mmfn.parallel", *(f"mmfn.{n}" for n in CORE))):
+def test_the_drawing_on_the_page_is_that_of_today() -> None:
+    assert HOUSE.PAGE.read_text(encoding="utf-8") == HOUSE.page(), "run make house"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_foreign_packages_stay_where_they_belong(name: str) -> None:
+    """The core, models and programs need torch and optree alone; torch.distributed is for programs."""
+    room, imported = HOUSE.room_of(name), HOUSE.imports(MODULES[name])
+    if not room.startswith("parallel"):
+        assert not any(other.startswith("torch.distributed") for other in imported)
+    if room.startswith(("interop", "train")):
         return
     allowed = {"mmfn", "torch", "optree", *sys.stdlib_module_names}
     if name == "mmfn.serialize":
         allowed.add("msgpack")
-    assert {i.split(".")[0] for i in imports(path)} <= allowed
+    assert {other.split(".")[0] for other in imported} <= allowed
+
+
+def test_files_are_small_and_functions_short() -> None:
+    """What a reader holds in mind at once: at most 450 lines, half of them 180, functions of 60, 25 imports."""
+    lengths, long_functions, many_imports = {}, [], []
+    for name, path in {**MODULES, "mmfn.cli": ROOT / "mmfn" / "cli.py"}.items():
+        text = path.read_text(encoding="utf-8")
+        lengths[name], parsed = text.count("\n"), ast.parse(text)
+        for node in ast.walk(parsed):
+            if (
+                isinstance(node, ast.FunctionDef)
+                and node.end_lineno is not None
+                and node.end_lineno - node.lineno >= 60
+            ):
+                long_functions.append(f"{name}.{node.name}: {node.end_lineno - node.lineno + 1}")
+        count = sum(isinstance(node, ast.Import | ast.ImportFrom) for node in parsed.body)
+        many_imports += [f"{name}: {count}"] if count > 25 else []
+    assert {name: lines for name, lines in lengths.items() if lines > 450} == {}
+    assert median(lengths.values()) <= 180
+    assert long_functions == []
+    assert many_imports == []
 
 
 def loaded_by(code: str) -> set[str]:
@@ -104,7 +101,7 @@ def test_import_mmfn_does_no_work() -> None:
 
 
 def test_importing_every_module_needs_nothing_optional() -> None:
-    names = [module_name(p) for p in FILES if not p.name.startswith("__main__")]
+    names = [*MODULES, "mmfn", "mmfn.cli"]
     loaded = loaded_by("\n".join(f"import {n}" for n in names))
     assert set(names) <= loaded
     assert not loaded & {"torch_npu", "sklearn", "transformers", "torchvision", "triton"}

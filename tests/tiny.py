@@ -47,7 +47,13 @@ def vision_language(
     }
 
 
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "router_aux_loss_coef": 0.1, "output_router_logits": True}
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 6,
+    "router_aux_loss_coef": 0.1,
+    "output_router_logits": True,
+}
 SMALL_TOWER = {"depth": 1, "deepstack_visual_indexes": []}
 
 

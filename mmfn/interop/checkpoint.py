@@ -47,7 +47,7 @@ class Weights:
     def read_slice(self, path: str, ranges: Ranges | None = None) -> Tensor:
         """The leaf `path`, or its elements in `ranges` (one per dim of the leaf): contiguous, a copy.
 
-        >>> weights.read_slice("text/layers/0/moe/experts/gate_up", ((0, 2), (0, 8), (0, 3)))  # 2 of E, 3 of D
+        >>> weights.read_slice("layers/0/experts/gate_up", ((0, 2), (0, 8), (0, 3)))  # 2 of E, 3 of D
 
         Reads of the files what lies in `ranges`; where a dim of the leaf is stored as several, all along that dim.
         Raises ValueError where a copy of the leaf (a tied head) differs from it there.

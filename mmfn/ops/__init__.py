@@ -103,7 +103,7 @@ def run_stack(
 
     `run` is `ops.layer`. `xs` go to every layer; `each[i]`, if given, to layer i alone, last. `between[i](x)`, where
     there is one, runs outside the block behind layer i and gives the next layer's x, and what comes back under i as a
-    tap. `name` tells transforms which stack it is: that of the parameters' path ("text", "vision").
+    tap. `name` tells transforms which stack it is: that of the parameters' path.
     """
     outs, taps, between = [], {}, between or {}
     for i, params in enumerate(layers):

@@ -25,7 +25,7 @@ def experts(x_RD: Tensor, counts_E: Tensor, weights: Tree) -> Tensor:
     `weights`: `gate_up` [E, 2F, D] (rows 0..F-1 the gate) and `down` [E, D, F] of x's dtype, each with an adapter or
     without (`mmfn.lora`: then `scale * b_e(a_e(x))` is added). Rows behind the last expert's give zeros and add nothing
     to any gradient, whatever they hold; an expert without rows gets a gradient of exact zeros.
-    Raises ValueError for shapes, dtypes or counts that do not fit. Source: `Qwen3VLMoeTextExperts` in transformers
+    Raises ValueError for shapes, dtypes or counts that do not fit. Source: experts with fused weights in transformers
     5.23; oracle `experts_reference`.
     """
     gate_RF, up_RF = _adapted(x_RD, counts_E, weights, "gate_up").chunk(2, dim=-1)

@@ -19,7 +19,7 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     `x_D`: floating[..., D]. `weight_D`: floating[D]. Returns x's shape and dtype. A weight wider than x is multiplied
     with before the cast. Raises ValueError when the weight is not [D]. Source: Zhang and Sennrich 2019
-    (arXiv:1910.07467), with the casts of `Qwen3RMSNorm` in transformers 5.23, whose weight is never wider than x.
+    (arXiv:1910.07467), with the casts of text models in transformers 5.23, whose weight is never wider than x.
     """
     _check(x_D, weight_D)
     if is_eager(x_D):

@@ -13,7 +13,7 @@ def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
     `logits_TE`: floating[T, E]. `num_chosen`: X in [1, E]. `probs_TE`: float32 or wider; the chosen ones are divided by
     their sum and cast to the dtype of the logits. `experts_TX`: int64, likeliest first; of equal logits the lower
     expert comes first, so that every layout and device sends a token to the same.
-    Raises ValueError for other shapes and dtypes. Source: `Qwen3VLMoeTextTopKRouter` in transformers 5.23.
+    Raises ValueError for other shapes and dtypes. Source: softmax routers in transformers 5.23.
     """
     _check(logits_TE, num_chosen)
     probs_TE = logits_TE.softmax(-1, dtype=wide(logits_TE.dtype))

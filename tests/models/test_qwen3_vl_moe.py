@@ -102,7 +102,11 @@ def assert_named_close(got, want):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    oracle = oracles.build(oracles.config(family=FAMILY, text={"num_hidden_layers": 3, "router_aux_loss_coef": 0.2, "output_router_logits": True}))
+    oracle = oracles.build(
+        oracles.config(
+            family=FAMILY, text={"num_hidden_layers": 3, "router_aux_loss_coef": 0.2, "output_router_logits": True}
+        )
+    )
     return oracle, mmfn.load_hf(oracles.save(oracle, tmp_path_factory.mktemp("pair")))
 
 

@@ -16,12 +16,12 @@ from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.transforms.offload import offload
-from mmfn.parallel.transforms.recompute import Recomputed
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.gather import Gather, enter
 from mmfn.parallel.weights.host_memory import Arrival, HostMemory
 from mmfn.parallel.weights.hosted import copy_of, fetch_in_graph, handles, host_copy, to_device, to_host
 from mmfn.parallel.weights.prefetch import wrap_stack_with_gather, wrap_stack_with_prefetch
+from mmfn.parallel.weights.recompute import Recomputed
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import ONES, num_params, spec
 from mmfn.train import optim

@@ -16,7 +16,7 @@ from mmfn.ops import Ops, kernels
 from mmfn.ops.flops import packet
 from mmfn.ops.kernel import Kernel, declaration
 from mmfn.parallel.program import Program, Transform, noted
-from mmfn.parallel.transforms.recompute import Recomputed
+from mmfn.parallel.weights.recompute import Recomputed
 from mmfn.spec import has_experts
 
 REMAT_KINDS = ("none", "full", "selective", "uniform", "block")
@@ -32,12 +32,12 @@ def remat(kind: str, *, save: Sequence[str] = (), every: int = 1, num_layers: in
 
     Kinds: "full", all blocks, each from its own input; "selective", the same but for the results of ops named in
     `save`; "uniform", groups of `num_layers` blocks, each from the input of its first (groups end where something
-    happens between two blocks, as deepstack features); "block", only the first `num_layers` blocks; "none".
+    happens between two blocks, as features that are added); "block", only the first `num_layers` blocks; "none".
     `save` names ops of the table that declare results (`mmfn.ops.kernel`), such as "attention" and "experts"; "matmul"
     is every product of two matrices; "exchange" is what arrives by the all-to-alls of ep, and the host's read of how
     many rows: so none of them is repeated. "experts" beside it spares the products whose results are sent back.
     `every`: of so many blocks only the first is computed again ("full" and "selective"). `where`: the stack it is for,
-    such as "vision" or "text"; "all" for every one. Transforms for different stacks go side by side.
+    by the path of its parameters; "all" for every one. Transforms for different stacks go side by side.
 
     Placements do not change. A block gathers its weights in its first line, so they are gathered again as well and
     never kept (`data_parallel(keep_gathered=True)` keeps them); the gradient is reduced once, as without.

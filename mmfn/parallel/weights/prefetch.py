@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfn.parallel.transforms.recompute import Recomputed
 from mmfn.parallel.weights.gather import BlockWeights, Gather
+from mmfn.parallel.weights.recompute import Recomputed
 from mmfn.tree import Tree
 
 Run = Callable[..., tuple[Tensor, Any]]

@@ -89,7 +89,7 @@ def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
             specs,
             rank=lora_section.rank,
             alpha=lora_section.alpha,
-            targets=lora_section.targets,
+            targets=family.lora_targets if lora_section.targets is None else lora_section.targets,
             is_rs=lora_section.rslora,
             dropout=lora_section.dropout,
             keep=lora_section.keep,

@@ -83,9 +83,8 @@ class LoraSection(ConfigSection):
 
     rank: PositiveInt | None = Field(default=None, description="rank of the adapters; null: no LoRA")
     alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="adapters are scaled by alpha / rank")
-    targets: Patterns = Field(
-        default=(r"text/layers/\d+/attention/(q|k|v|o)",),
-        description="regexes over layers that get adapters; others: mlp/(gate|up|down), moe/experts/(gate_up|down)",
+    targets: Patterns | None = Field(
+        default=None, description="regexes over layers that get adapters; null: those of the family, its text attention"
     )
     rslora: bool = Field(default=False, description="rank-stabilised: scale by alpha / sqrt(rank)")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -47,7 +47,7 @@ class DataSection(ConfigSection):
     batch_samples: PositiveInt = Field(default=8, description="samples per step, over all micro-batches and ranks")
     token_buckets: Buckets = Field(description="sizes in tokens a packed micro-batch is padded to")
     tower_buckets: dict[str, Buckets] = Field(
-        description="the same in what an encoder reads, by tower: {vision: [8192]} of patches"
+        description="the same in what an encoder reads, by tower of the model: {NAME: [8192]}"
     )
     max_tokens: PositiveInt | None = Field(
         default=None, description="refuse longer samples; null: the largest token bucket"

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from mmfn import tree
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.weights.sharding import sizes_over
 from mmfn.train.build.model import find_family
 from mmfn.train.build.program import build_program
 from mmfn.train.config.layout import LayoutSection
@@ -76,8 +76,8 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
     model_family, cfg = find_family(bare.model)
     seen: list[LayoutSection] = []
     refusals: list[str] = []
-    experts = [leaf.shape[0] for leaf in tree.leaves(model_family.specs(cfg)) if leaf.axes[0] == "experts"]
-    groups = _by_spread(world, gcd(*experts) or 1, fixed)
+    experts = sizes_over(model_family.specs(cfg), "ep")
+    groups = _by_spread(world, gcd(*experts.values()) or 1, fixed)
     for i, (spread, group) in enumerate(groups):
         if len(seen) + len(group) > MOST and seen:
             rest = sum(len(layouts) for _, layouts in groups[i:])

@@ -83,7 +83,7 @@ def trace_step(
 def make_shares(setup: PlannedStep, program: Program, *, is_fake: bool = True) -> tuple[Batch, list[Batch]]:
     """The batch of the ranks that share one, and the micro-batches of the program's rank: its share and copies of it.
 
-    With `is_fake` patches are on the meta device.
+    With `is_fake` what encoders read is on the meta device.
     """
     with Recorder(is_fake=is_fake):
         whole = make_batch(setup.family, setup.cfg, setup.workload, program.mesh["cp"].size)

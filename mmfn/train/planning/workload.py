@@ -32,7 +32,7 @@ class Workload:
 
 
 def make_batch(family: Family, cfg: Any, workload: Workload, num_ranks: int) -> Batch:
-    """The batch of `num_ranks` ranks that share one. Patches are on the meta device where a recorder runs."""
+    """The batch of `num_ranks` ranks that share one. What encoders read is meta where a recorder runs."""
     samples = [family.example(n, workload.image_side, cfg) for n in lengths_of(workload, num_ranks)]
     return family.pack(samples, cfg, Sizes(segment_multiple=workload.segment_multiple))
 
