@@ -63,10 +63,17 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None
         for i, tapped_ND in enumerate(deepstack):
             between[i] = partial(text.add_features, features_ND=tapped_ND, index_T=tower.index_T, ops=ops)
     angles = rope.interleaved(batch.positions_3T, cfg.rope_sections, cfg.rope_theta)
-    feed_forward = partial(moe.mixed, cfg=cfg.moe, ops=ops)
-    layers = params["text"]["layers"]
     x_TD, routers, cache = text.decode(
-        layers, x_TD, angles, batch, cfg.decoder, ops, feed_forward=feed_forward, between=between, cache=cache
+        params["text"]["layers"],
+        x_TD,
+        angles,
+        batch,
+        cfg.decoder,
+        ops,
+        mixer=partial(decoder.attend, cfg=cfg.decoder, ops=ops),
+        feed_forward=partial(moe.mixed, cfg=cfg.moe, ops=ops),
+        between=between,
+        cache=cache,
     )
     x_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, cfg.decoder.norm_eps, ops)
     return Output(

@@ -256,7 +256,7 @@ def test_the_published_model_parses_and_counts():
 
 def test_fake_parameters_run_shapes_alone():
     """Forward and backward of the published widths, cut to two layers, without memory for its 6 billion parameters."""
-    text = PUBLISHED["text_config"] | {"num_hidden_layers": 2}
+    text = PUBLISHED["text_config"] | {"num_hidden_layers": 2, "output_router_logits": True}
     vision = PUBLISHED["vision_config"] | {"depth": 1, "deepstack_visual_indexes": [0]}
     cfg = qwen3_vl_moe.config_from_hf(PUBLISHED | {"text_config": text, "vision_config": vision})
     sample = Sample(tokens_T=torch.arange(40), labels_T=torch.arange(40), kinds_T=torch.zeros(40, dtype=torch.int64))

@@ -90,7 +90,8 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.
         x_TD = text.replace_by_features(x_TD, features[name], tower.index_T, ops)
     angles = rope.interleaved(batch.positions_3T, (1, 1, 0), 100.0)
     layers, feed = params["text"]["layers"], partial(moe.mixed, cfg=cfg.moe, ops=ops)
-    x_TD, routers, cache = text.decode(layers, x_TD, angles, batch, cfg.decoder, ops, feed_forward=feed, cache=cache)
+    holes = {"mixer": partial(decoder.attend, cfg=cfg.decoder, ops=ops), "feed_forward": feed}
+    x_TD, routers, cache = text.decode(layers, x_TD, angles, batch, cfg.decoder, ops, **holes, cache=cache)
     hidden_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, 1e-6, ops)
     further, own = [], ops.gather(params["ahead"])
     for ahead in batch.ahead:

@@ -394,8 +394,3 @@ def test_a_head_may_be_computed_in_a_wider_dtype_than_the_blocks() -> None:
     got = torch.autograd.grad(value, [p["embed"], p["head"]])
     assert [g.dtype for g in got] == [torch.bfloat16, torch.float32]
     torch.testing.assert_close(got[1].double(), torch.autograd.grad(expected, wide["head"])[0], rtol=1e-4, atol=1e-7)
-
-
-def test_two_chunk_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="chunk_size and total_chunk_size are both set"):
-        ObjectiveSection(chunk_size=1024, total_chunk_size=4096)

@@ -1,4 +1,7 @@
-"""The text decoder: grouped-query attention with normalised queries and keys, and a feed-forward layer.
+"""The text decoder: blocks of a mixer and a feed-forward layer, here grouped-query attention and a dense layer.
+
+A block has these two holes. What fills them is a function of the block's own parameters, so one stack may hold blocks
+of several kinds (experts or none, attention or another mixer).
 
 Legend: T tokens, D width, H query heads, K kv heads, C channels of a head, R = C / 2, F feed-forward width.
 """
@@ -16,6 +19,8 @@ from mmfn.models.layers import cache, linear, norm
 from mmfn.ops import Ops
 from mmfn.tree import Tree
 
+Mixer = Callable[..., tuple[Tensor, Tree]]
+"""(a block's parameters, x_TD, cos_TR, sin_TR, segments, slots, the layer's cache) -> (y_TD, new cache or None)"""
 FeedForward = Callable[[Tree, Tensor, Tensor], tuple[Tensor, Tree]]
 """(a block's parameters, x_TD, is_real_T) -> (y_TD, router statistics or None)"""
 
@@ -86,16 +91,16 @@ def decoder_block(
     *,
     cfg: DecoderConfig,
     ops: Ops,
+    mixer: Mixer,
     feed_forward: FeedForward,
 ) -> tuple[Tensor, dict[str, Tree]]:
     """`(x_TD, {"cached", "router"})`: one pre-norm block, its new cache and router statistics, or None for each.
 
-    `is_real_T`: bool[T], false for padding tokens. With `slots` and `cached`, keys and values go through the cache.
+    `is_real_T`: bool[T], false for padding tokens. With `slots` and `cached`, a mixer works through the cache.
     """
     params = ops.gather(params)
     normed_TD = norm.rms(params["attention_norm"], x_TD, cfg.norm_eps, ops)
-    xs = (cos_TR, sin_TR, segments, slots, cached)
-    out_TD, cached = attention(params["attention"], normed_TD, *xs, cfg=cfg, ops=ops)
+    out_TD, cached = mixer(params, normed_TD, cos_TR, sin_TR, segments, slots, cached)
     x_TD = x_TD + out_TD
     out_TD, router = feed_forward(params, norm.rms(params["mlp_norm"], x_TD, cfg.norm_eps, ops), is_real_T)
     return x_TD + out_TD, {"cached": cached, "router": router}
@@ -141,6 +146,11 @@ def attention(
     else:
         out_THC = ops.attention_cached(q_THC, cached["k"], cached["v"], slots.lengths_B)
     return linear.apply(params["o"], out_THC.flatten(1), ops), cached
+
+
+def attend(params: Tree, *xs: Any, cfg: DecoderConfig, ops: Ops) -> tuple[Tensor, Tree]:
+    """The `attention` of a block as its `Mixer`."""
+    return attention(params["attention"], *xs, cfg=cfg, ops=ops)
 
 
 def mlp_specs(cfg: DecoderConfig) -> Tree:

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding
 from mmfn.batch import Batch
 from mmfn.models.layers import cache as layer_cache
 from mmfn.models.layers import decoder
-from mmfn.models.layers.decoder import DecoderConfig, FeedForward
+from mmfn.models.layers.decoder import DecoderConfig, FeedForward, Mixer
 from mmfn.ops import Between, Ops
 from mmfn.tree import Tree
 
@@ -43,16 +43,17 @@ def decode(
     cfg: DecoderConfig,
     ops: Ops,
     *,
+    mixer: Mixer,
     feed_forward: FeedForward,
     between: Mapping[int, Between] | None = None,
     cache: layer_cache.Cache | None = None,
 ) -> tuple[Tensor, list[Tree], layer_cache.Cache | None]:
     """`(x_TD, router statistics of every block, cache)`: all blocks, and the new cache where there is one.
 
-    `angles`: cosines and sines of `rope`. `between`: see `ops.stack`. `feed_forward`: of all blocks; what it does is
-    decided by their parameters.
+    `angles`: cosines and sines of `rope`. `between`: see `ops.stack`. `mixer`, `feed_forward`: of all blocks; what they
+    do is decided by a block's parameters.
     """
-    block = partial(decoder.decoder_block, cfg=cfg, ops=ops, feed_forward=feed_forward)
+    block = partial(decoder.decoder_block, cfg=cfg, ops=ops, mixer=mixer, feed_forward=feed_forward)
     is_real_T = batch.segment_T < batch.num_segments
     xs: tuple[Any, ...] = (*(x.to(x_TD.dtype) for x in angles), batch.segments, is_real_T)
     stack = partial(ops.stack, ops.layer, block, layers, x_TD, name="text", between=between)
