@@ -69,9 +69,10 @@ def nothing(cfg: Any) -> int:
 class Family:
     """What every family module defines, under the same names.
 
-    Code shared by the families reads these fields of a Config: `vocab_size` and `decoder`, with its `num_heads` and
-    `num_kv_heads`. Blocks of a stack lie under `NAME/layers`. A new family is one module with these functions and one
-    line in `FAMILIES`.
+    Code shared by the families reads these fields of a Config: `vocab_size`, `decoder`, with its `num_heads` and
+    `num_kv_heads`, and, of a model with experts, `router_aux_coef`. In the tree of parameters blocks of a stack lie
+    under `NAME/layers`, those of the decoder under `text/layers`, and a head of its own under `head`. A new family is
+    one module with these functions and one line in `FAMILIES`.
     """
 
     name: str

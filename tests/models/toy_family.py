@@ -49,6 +49,7 @@ class Config:
     num_layers: int
     decoder: DecoderConfig
     moe: MoeConfig
+    router_aux_coef: float = 0.1
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
@@ -101,7 +102,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.
         joined_TD = linear.apply(own["join"], torch.cat([next_TD, hidden_TD], 1), ops)
         further.append(Further(norm.rms(own["norm"], joined_TD, 1e-6, ops), 0.3))
     counts = {f"text/layers/{i}/moe/router/bias": r["counts_E"] for i, r in enumerate(routers) if r is not None}
-    losses, stats = balance.router_losses(routers, 0.1, ops), balance.router_stats(routers)
+    losses, stats = balance.router_losses(routers, cfg.router_aux_coef, ops), balance.router_stats(routers)
     return Output(hidden_TD=hidden_TD, ahead=tuple(further), losses=losses, stats=stats, counts=counts, cache=cache)
 
 

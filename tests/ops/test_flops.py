@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import mmfn.parallel.transforms.expert_parallel  # noqa: F401  (brings mmfn::host_copy)
 from mmfn.batch import Segments
 from mmfn.ops import flops
 from mmfn.ops.attention import attention
@@ -48,7 +49,9 @@ def test_attention_counts_pairs_of_every_segment(is_causal, pairs):
 
 def test_an_unknown_operator_is_refused_and_torchs_own_counts_nothing():
     assert flops.formula_of(ATEN.relu.default, {}) is None
-    assert flops.formula_of(TAKE_ROWS.traced._opoverload, {}) is None
+    assert flops.formula_of(torch.ops.mmfn.host_copy.default, {}) is None, "what programs copy multiplies nothing"
+    with pytest.raises(ValueError, match="no op of the table declares the operator mmfn::take_rows"):
+        flops.formula_of(TAKE_ROWS.traced._opoverload, {})  # of this package, but of a table without it
     unknown = torch.library.custom_op(
         "elsewhere::square", lambda x: x * x, mutates_args=(), schema="(Tensor x) -> Tensor"
     )
