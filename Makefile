@@ -19,7 +19,7 @@ STAMP := .venv/installed
 # Test processes share the cores: one thread each is faster than several that compete.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo demo-lora test test-full check format house clean
+.PHONY: demo demo-lora test test-full lint check check-full format house clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -47,11 +47,14 @@ test: $(STAMP)
 test-full: $(STAMP)
 	$(PYTEST)
 
-check: $(STAMP)
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
+
+check: lint test
+
+check-full: lint test-full
 
 format: $(STAMP)
 	$(BIN)/ruff format .
