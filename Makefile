@@ -3,7 +3,8 @@
 #   make demo     train a small vision-language model on real images (a few minutes, 2 CPU cores are enough)
 #   make demo-lora  teach the demo's model another question by LoRA, after `make demo` (a minute)
 #   make test     the fast test suite          make test-full   with the slow tests
-#   make check    format, lint, types, tests   make format      rewrite files in the project's format
+#   make check    format, lint, types, tests   make check-full   the same with the slow tests
+#   make format   rewrite files in the project's format
 #   make house    draw which package imports which into docs/architecture.md
 #
 # A machine with an accelerator: give its torch, for instance  make demo TORCH="torch==2.13.0 --index-url URL".
