@@ -3,7 +3,8 @@
 #   make demo     train a small vision-language model on real images (a few minutes, 2 CPU cores are enough)
 #   make demo-lora  teach the demo's model another question by LoRA, after `make demo` (a minute)
 #   make test     the fast test suite          make test-full   with the slow tests
-#   make check    format, lint, types, tests   make format      rewrite files in the project's format
+#   make check    format, lint, types, tests   make check-full   the same with the slow tests
+#   make format   rewrite files in the project's format
 #   make house    draw which package imports which into docs/architecture.md
 #
 # A machine with an accelerator: give its torch, for instance  make demo TORCH="torch==2.13.0 --index-url URL".
@@ -19,7 +20,7 @@ STAMP := .venv/installed
 # Test processes share the cores: one thread each is faster than several that compete.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo demo-lora test test-full check format house clean
+.PHONY: demo demo-lora test test-full lint check check-full format house clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -47,11 +48,14 @@ test: $(STAMP)
 test-full: $(STAMP)
 	$(PYTEST)
 
-check: $(STAMP)
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
+
+check: lint test
+
+check-full: lint test-full
 
 format: $(STAMP)
 	$(BIN)/ruff format .
