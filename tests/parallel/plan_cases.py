@@ -63,6 +63,7 @@ def make(
         loss = wrapping(loss, program.ops.linear_cross_entropy)
         return replace(program, ops=replace(program.ops, linear_cross_entropy=loss))
 
+    multiple = segment_multiple(section.kind, layout)
     writer, away = adamw(weight_decay=0.1), set(section.offload) & set(HOST_KINDS)
     setup = PlannedStep(
         family=found,
@@ -71,10 +72,10 @@ def make(
         optimizer=chain(clip_by_global_norm(0.5), on_host(writer, 4096, what=away) if away else writer),
         workload=Workload(
             tokens=64,
-            sample_tokens=32,
+            sample_tokens=32 - 32 % multiple,  # a plan takes all ranks of ep to have as much padding, which is not sent
             image_side=side,
             micro_batches=micro_batches,
-            segment_multiple=segment_multiple(section.kind, layout),
+            segment_multiple=multiple,
         ),
     )
     return setup, layout

@@ -199,6 +199,7 @@ def test_state_is_exact_and_a_plan_survives_json(tmp_path: Path) -> None:
     assert "rows are spread evenly" in str(found)
     page = render([found, other])
     assert page.count("<circle") == 2
+    assert "100.00%" in page, "the longest bar is as long as there is room"
     assert "http" not in page
     with pytest.raises(ValueError, match="is no plan"):
         plan.from_json("{}")

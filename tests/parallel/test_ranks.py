@@ -96,7 +96,9 @@ COMPILED: dict[str, tuple[str, tuple[Transform, ...], int]] = {
     "step remat": ("step", (data_parallel(), remat("full")), 1),
     "layer dropout": ("layer", (data_parallel(), remat("full")), 3),
     "step dropout": ("step", (data_parallel(), remat("full")), 1),
+    "layer toy": ("layer", (data_parallel(), remat("full")), 5),  # blocks of two towers, dense, of experts; the update
 }
+FAMILY = {"layer toy": "toy"}  # of a case, where it is not "small"
 TRAINED = dict.fromkeys(("layer dropout", "step dropout"), "lora with dropout")  # of a case, where it is not all
 
 
@@ -114,7 +116,9 @@ def compiled_steps(name: str, backend: str, is_first: bool) -> tuple[dict[str, T
     compile_ = compiled(kind, backend=count)
     order = (compile_, *transforms) if is_first else (*transforms, compile_)
     trained = TRAINED.get(name, "all")
-    cell = Cell(layout=TWO, name=name, transforms=order, family="small", batch="mixed", trained=trained)
+    cell = Cell(
+        layout=TWO, name=name, transforms=order, family=FAMILY.get(name, "small"), batch="mixed", trained=trained
+    )
     return outcome(cell, distributed_mesh(TWO)), graphs
 
 
@@ -136,6 +140,7 @@ CASES = [
     pytest.param("layer dropout", "aot_eager", True, marks=SLOW),
     pytest.param("layer dropout", "inductor", False, marks=SLOW),
     pytest.param("step dropout", "aot_eager", False, marks=SLOW),
+    pytest.param("layer toy", "aot_eager", False, marks=SLOW),
 ]
 
 
@@ -144,7 +149,7 @@ CASES = [
 def test_compiled_equals_one_device(name: str, backend: str, is_first: bool) -> None:
     """Whatever the order of `compiled` among the transforms."""
     trained = TRAINED.get(name, "all")
-    cell = Cell(layout=TWO, name=name, transforms=(), family="small", batch="mixed", trained=trained)
+    cell = Cell(layout=TWO, name=name, transforms=(), family=FAMILY.get(name, "small"), batch="mixed", trained=trained)
     for found, graphs in run_ranks(2, compiled_steps, name, backend, is_first):
         check_outcome(cell, found)
         assert graphs == COMPILED[name][2]
