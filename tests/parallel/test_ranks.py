@@ -34,6 +34,13 @@ CELLS = {
             transforms=(data_parallel(), remat("full")),
             trained="lora with dropout",
         ),
+        Cell(  # of several ranks, whose neighbours to either side differ
+            layout=Layout(cp=4),
+            name="ring",
+            transforms=(data_parallel(), spread("ring", "toy")),
+            family="toy",
+            pack={"segment_multiple": 8},
+        ),
         Cell(  # heads and rows are exchanged in one process group, and rows alone are kept
             layout=Layout(dp=2, cp=2, ulysses=2, ep=2),
             name="exchange kept",
@@ -96,10 +103,17 @@ COMPILED: dict[str, tuple[str, tuple[Transform, ...], int]] = {
     "step remat": ("step", (data_parallel(), remat("full")), 1),
     "layer dropout": ("layer", (data_parallel(), remat("full")), 3),
     "step dropout": ("step", (data_parallel(), remat("full")), 1),
-    "layer toy": ("layer", (data_parallel(), remat("full")), 5),  # blocks of two towers, dense, of experts; the update
+    # vision with windows and with frames, which are fewer, sound, dense, experts, the update
+    "layer toy": ("layer", (data_parallel(), remat("full")), 6),
 }
 FAMILY = {"layer toy": "toy"}  # of a case, where it is not "small"
 TRAINED = dict.fromkeys(("layer dropout", "step dropout"), "lora with dropout")  # of a case, where it is not all
+
+
+def compiled_cell(name: str, transforms: tuple[Transform, ...]) -> Cell:
+    """The cell of a case."""
+    family, trained = FAMILY.get(name, "small"), TRAINED.get(name, "all")
+    return Cell(layout=TWO, name=name, transforms=transforms, family=family, trained=trained)
 
 
 def compiled_steps(name: str, backend: str, is_first: bool) -> tuple[dict[str, Tensor], int]:
@@ -115,11 +129,7 @@ def compiled_steps(name: str, backend: str, is_first: bool) -> tuple[dict[str, T
 
     compile_ = compiled(kind, backend=count)
     order = (compile_, *transforms) if is_first else (*transforms, compile_)
-    trained = TRAINED.get(name, "all")
-    cell = Cell(
-        layout=TWO, name=name, transforms=order, family=FAMILY.get(name, "small"), batch="mixed", trained=trained
-    )
-    return outcome(cell, distributed_mesh(TWO)), graphs
+    return outcome(compiled_cell(name, order), distributed_mesh(TWO)), graphs
 
 
 SLOW = pytest.mark.slow
@@ -148,8 +158,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "backend", "is_first"), CASES)
 def test_compiled_equals_one_device(name: str, backend: str, is_first: bool) -> None:
     """Whatever the order of `compiled` among the transforms."""
-    trained = TRAINED.get(name, "all")
-    cell = Cell(layout=TWO, name=name, transforms=(), family=FAMILY.get(name, "small"), batch="mixed", trained=trained)
+    cell = compiled_cell(name, ())
     for found, graphs in run_ranks(2, compiled_steps, name, backend, is_first):
         check_outcome(cell, found)
         assert graphs == COMPILED[name][2]
