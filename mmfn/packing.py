@@ -31,7 +31,7 @@ class Sizes:
 
 
 def num_units(sample: Sample, kind: TowerKind) -> int:
-    """Units that an encoder reads of a sample."""
+    """Units that an encoder reads of a sample, as many as its family must lay."""
     return sum(medium.inputs_UF.shape[0] for medium in sample.media(*kind.media)) // kind.inputs
 
 
@@ -47,8 +47,8 @@ def pack(
 
     `positions[i]`: float32[3, T_i], the rope positions of sample i, and `laid[i]` what each of the towers `kinds` reads
     of it. `num_ahead`: further tokens that are predicted. Weights are 1 where a token is supervised. Raises ValueError
-    when the samples exceed a size, for a size of an unknown tower, for tensors whose shapes disagree, and for what is
-    laid otherwise than `Laid` and the tower's kind say.
+    when the samples exceed a size, for a size of an unknown tower, for a sample without tokens and tensors whose shapes
+    disagree, and for what is laid otherwise than `Laid` and the tower's kind say.
 
     >>> Two samples of 3 and 2 tokens, segment_multiple 4, tokens 12, give segment_T
     >>> [0, 0, 0, N, 1, 1, N, N, N, N, N, N] and offsets [0, 4, 8]
@@ -190,6 +190,8 @@ def _offsets(lengths: Sequence[int], num: int) -> Tensor:
 
 def _check_shapes(sample: Sample, positions_3T: Tensor) -> None:
     T = sample.tokens_T.numel()
+    if not T:
+        raise UserError(f"sample {sample.id!r} has no tokens; leave it out")
     for name, x, shape in (
         ("labels_T", sample.labels_T, [T]),
         ("kinds_T", sample.kinds_T, [T]),
@@ -222,6 +224,8 @@ def _laid_facts(sample: Sample, laid: Laid, kind: TowerKind) -> Iterator[tuple[b
     of = f"for its items of {units} units"
     num, most = sum(x[0] for x in shapes), units * kind.inputs
     yield num == most, f"{num} inputs", f"{most} {of}"
+    most = num_units(sample, kind)
+    yield units == most, f"{units} units", f"{most}, those of its media, by which batches are sized"
     rows, features = units * kind.rows, units * kind.features
     coords, index = _kind_of(laid.coords_P4), _kind_of(laid.index_T)
     yield coords == (torch.int32, [rows, 4]), "coords_P4 of {}, {}".format(*coords), f"torch.int32, {[rows, 4]} {of}"

@@ -255,6 +255,7 @@ def test_what_is_laid_right_is_taken():
         ({"items": (4, -1)}, "an item of -1 units but"),
         ({"items": (1, 1)}, r"6 inputs but must give 4 for its items of 2 units"),
         ({"inputs": (torch.zeros(5, F),)}, "5 inputs but must give 6 for its items of 3 units"),
+        ({"items": (1, 1), "inputs": (torch.zeros(4, F),)}, "2 units but must give 3, those of its media, by which"),
         ({"inputs": (torch.zeros(6, 4),)}, r"inputs of shape \[6, 4\] but must give shape \[., 5\]"),
         ({"inputs": (torch.zeros(6),)}, r"inputs of shape \[6\] but"),
         (
