@@ -3,7 +3,8 @@
 Legend: T tokens, N segments, U inputs of an encoder, P its rows, F values of an input, I items.
 """
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +31,7 @@ class Sizes:
 
 
 def num_units(sample: Sample, kind: TowerKind) -> int:
-    """Units that an encoder reads of a sample."""
+    """Units that an encoder reads of a sample, as many as its family must lay."""
     return sum(medium.inputs_UF.shape[0] for medium in sample.media(*kind.media)) // kind.inputs
 
 
@@ -46,13 +47,15 @@ def pack(
 
     `positions[i]`: float32[3, T_i], the rope positions of sample i, and `laid[i]` what each of the towers `kinds` reads
     of it. `num_ahead`: further tokens that are predicted. Weights are 1 where a token is supervised. Raises ValueError
-    when the samples exceed a size, for a size of an unknown tower, and for tensors whose shapes disagree.
+    when the samples exceed a size, for a size of an unknown tower, for a sample without tokens and tensors whose shapes
+    disagree, and for what is laid otherwise than `Laid` and the tower's kind say.
 
     >>> Two samples of 3 and 2 tokens, segment_multiple 4, tokens 12, give segment_T
     >>> [0, 0, 0, N, 1, 1, N, N, N, N, N, N] and offsets [0, 4, 8]
     """
-    for sample, own in zip(samples, positions, strict=True):
+    for sample, own, towers in zip(samples, positions, laid, strict=True):
         _check_shapes(sample, own)
+        _check_laid(sample, towers, kinds)
     if odd := sorted(sizes.units.keys() - kinds.keys()):
         raise UserError(f"there is a size for tower {odd[0]!r} but the model has {', '.join(kinds) or 'none'}; drop it")
     places = _Places.of([s.tokens_T.numel() for s in samples], sizes)
@@ -187,6 +190,8 @@ def _offsets(lengths: Sequence[int], num: int) -> Tensor:
 
 def _check_shapes(sample: Sample, positions_3T: Tensor) -> None:
     T = sample.tokens_T.numel()
+    if not T:
+        raise UserError(f"sample {sample.id!r} has no tokens; leave it out")
     for name, x, shape in (
         ("labels_T", sample.labels_T, [T]),
         ("kinds_T", sample.kinds_T, [T]),
@@ -194,3 +199,59 @@ def _check_shapes(sample: Sample, positions_3T: Tensor) -> None:
     ):
         if list(x.shape) != shape:
             raise UserError(f"sample {sample.id!r} has {T} tokens but {name} of shape {list(x.shape)}; make it {shape}")
+
+
+def _check_laid(sample: Sample, laid: Mapping[str, Laid], kinds: Mapping[str, TowerKind]) -> None:
+    """Raise ValueError for what is not laid as `Laid` and the kinds of the towers say."""
+    say = f"sample {sample.id!r}: its family's `lay` gives"
+    if laid.keys() != kinds.keys():
+        raise UserError(f"{say} towers {sorted(laid)} but the model's are {sorted(kinds)}; lay these")
+    for name, kind in kinds.items():
+        for is_right, received, expected in _laid_facts(sample, laid[name], kind):
+            if not is_right:
+                raise UserError(f"{say} tower {name!r} {received} but must give {expected}")
+
+
+def _laid_facts(sample: Sample, laid: Laid, kind: TowerKind) -> Iterator[tuple[bool, str, str]]:
+    """(whether it is so, what is there, what must be), in an order in which a fact relies on those before it."""
+    items_I = _tensor_of(laid.items)
+    least = int(items_I.min()) if laid.items else 1
+    yield least > 0, f"an item of {least} units", "items of at least 1"
+    units, T = int(items_I.sum()), sample.tokens_T.numel()
+    shapes = [list(x.shape) for x in laid.inputs]
+    odd = next((x for x in shapes if x[1:] != [kind.values]), None)
+    yield odd is None, f"inputs of shape {odd}", f"shape [., {kind.values}]"
+    of = f"for its items of {units} units"
+    num, most = sum(x[0] for x in shapes), units * kind.inputs
+    yield num == most, f"{num} inputs", f"{most} {of}"
+    most = num_units(sample, kind)
+    yield units == most, f"{units} units", f"{most}, those of its media, by which batches are sized"
+    rows, features = units * kind.rows, units * kind.features
+    coords, index = _kind_of(laid.coords_P4), _kind_of(laid.index_T)
+    yield coords == (torch.int32, [rows, 4]), "coords_P4 of {}, {}".format(*coords), f"torch.int32, {[rows, 4]} {of}"
+    yield index == (torch.int64, [T]), "index_T of {}, {}".format(*index), f"torch.int64, {[T]} for its tokens"
+    low, high = (int(x) for x in laid.index_T.aminmax()) if T else (-1, -1)
+    yield low >= -1 and high < features, f"index_T from {low} to {high}", f"-1 to {features - 1} {of}"
+    num, most = len(laid.segments), len(kind.segments_per_unit)
+    yield num == most, f"{num} lists of segments", f"{most}, as its kind says"
+    for k, per_unit in enumerate(kind.segments_per_unit):
+        lengths_N, here = _tensor_of(laid.segments[k]), f"segments[{k}]"
+        num, most = lengths_N.numel(), units * per_unit
+        least = int(lengths_N.min()) if num else 1
+        yield least > 0, f"{here} with one of {least} rows", "segments of at least 1"
+        yield num <= most, f"{here} with {num} segments", f"at most {most} {of}"
+        num = int(lengths_N.sum())
+        yield num == rows, f"{here} of {num} rows in all", f"{rows} {of}"
+        is_inside_P = torch.ones(rows + 1, dtype=torch.bool).index_fill_(0, lengths_N.cumsum(0), False)
+        crossed_I = is_inside_P[items_I.cumsum(0) * kind.rows]
+        item = int(crossed_I.byte().argmax()) if units else 0
+        yield not crossed_I.any(), f"{here} with one that crosses the end of item {item}", "segments within items"
+
+
+def _kind_of(x: Tensor) -> tuple[torch.dtype, list[int]]:
+    return x.dtype, list(x.shape)
+
+
+def _tensor_of(lengths: Sequence[int]) -> Tensor:
+    """int64; ten times as fast as `torch.tensor` of thousands of numbers."""
+    return torch.frombuffer(array("q", lengths), dtype=torch.int64) if lengths else EMPTY

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmfn import tree
-from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Media, Sample, Segments, to
+from mmfn.batch import AUDIO, IGNORE, IMAGE, TEXT, VIDEO, Laid, Media, Sample, Segments, TowerKind, to
 from mmfn.models.layers.patches import lay_frames, tower_kind
 from mmfn.packing import Sizes, num_units, pack
 
@@ -224,3 +224,69 @@ def test_host_copies_stay_where_they_are(two):
 def test_a_size_of_an_unknown_tower_is_refused(two):
     with pytest.raises(ValueError, match="there is a size for tower 'audio' but the model has vision; drop it"):
         pack([], [], [], KINDS, Sizes(units={"audio": 3}))
+
+
+SOUND = TowerKind(media=(AUDIO,), inputs=2, rows=3, features=2, values=F, segments_per_unit=(2, 1), matmul_rows=1)
+
+
+def pack_sound(**changes):
+    """Three units in items of 1 and 2, segments of one and two rows, and whole units; five tokens."""
+    laid = Laid(
+        inputs=(torch.zeros(2, F), torch.zeros(4, F)),
+        coords_P4=torch.zeros(9, 4, dtype=torch.int32),
+        segments=((1, 2, 2, 1, 1, 2), (3, 6)),
+        items=(1, 2),
+        index_T=torch.tensor([-1, 0, 5, 3, -1]),
+    )
+    heard = replace(sample([AUDIO] * 5), audios=(media(1, 1, 2), media(1, 2, 2)))
+    return pack([heard], positions_of([heard]), [{"sound": replace(laid, **changes)}], {"sound": SOUND}, Sizes())
+
+
+def test_what_is_laid_right_is_taken():
+    tower = pack_sound().towers["sound"]
+    assert tower.items_I.tolist() == [1, 2]
+    assert tower.segments[0].offsets_N.tolist() == [0, 1, 3, 5, 6, 7, 9]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"items": (1, 0, 2)}, "an item of 0 units but must give items of at least 1"),
+        ({"items": (4, -1)}, "an item of -1 units but"),
+        ({"items": (1, 1)}, r"6 inputs but must give 4 for its items of 2 units"),
+        ({"inputs": (torch.zeros(5, F),)}, "5 inputs but must give 6 for its items of 3 units"),
+        ({"items": (1, 1), "inputs": (torch.zeros(4, F),)}, "2 units but must give 3, those of its media, by which"),
+        ({"inputs": (torch.zeros(6, 4),)}, r"inputs of shape \[6, 4\] but must give shape \[., 5\]"),
+        ({"inputs": (torch.zeros(6),)}, r"inputs of shape \[6\] but"),
+        (
+            {"coords_P4": torch.zeros(8, 4, dtype=torch.int32)},
+            r"coords_P4 of torch.int32, \[8, 4\] but must give torch.int32, \[9, 4\] for",
+        ),
+        ({"coords_P4": torch.zeros(9, 4)}, r"coords_P4 of torch.float32, \[9, 4\] but"),
+        ({"index_T": torch.tensor([-1, 0, 6, 3, -1])}, "index_T from -1 to 6 but must give -1 to 5 for"),
+        ({"index_T": torch.tensor([-2, 0, 5, 3, -1])}, "index_T from -2 to 5 but"),
+        (
+            {"index_T": torch.tensor([-1, 0, 5, 3])},
+            r"index_T of torch.int64, \[4\] but must give torch.int64, \[5\] for its tokens",
+        ),
+        ({"index_T": torch.zeros(5, dtype=torch.int32)}, r"index_T of torch.int32, \[5\] but"),
+        ({"segments": ((1, 2) * 3,)}, "1 lists of segments but must give 2, as its kind says"),
+        (
+            {"segments": ((1, 2) * 3, (3, 0, 6))},
+            r"segments\[1\] with one of 0 rows but must give segments of at least 1",
+        ),
+        ({"segments": ((1, 2) * 3, (3, 1, 1, 4))}, r"segments\[1\] with 4 segments but must give at most 3 for"),
+        ({"segments": ((1, 2) * 3, (3, 3))}, r"segments\[1\] of 6 rows in all but must give 9 for"),
+        ({"segments": ((1, 2) * 3, ())}, r"segments\[1\] of 0 rows in all but"),
+        ({"segments": ((1, 2) * 3, (4, 5))}, r"segments\[1\] with one that crosses the end of item 0 but"),
+    ],
+)
+def test_what_is_laid_otherwise_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"sample 's': its family's `lay` gives tower 'sound' {message}"):
+        pack_sound(**changes)
+
+
+def test_all_towers_are_laid_and_no_others(two):
+    for laid in ({}, {"vision": lay_frames(two[0], 2, F), "sound": lay_frames(two[0], 2, F)}):
+        with pytest.raises(ValueError, match=r"`lay` gives towers \[.*\] but the model's are \['vision'\]; lay these"):
+            pack(two[:1], positions_of(two[:1]), [laid], KINDS, Sizes())

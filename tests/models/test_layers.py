@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionRotaryEmbedding
 
 from mmfn import ops as op_tables
-from mmfn.batch import Media, Sample
+from mmfn.batch import TEXT, VIDEO, Media, Sample
 from mmfn.models.layers import cache, patches, rope, vision
 from mmfn.models.layers.decoder import DecoderConfig
+from mmfn.models.layers.positions import mrope
 from mmfn.models.qwen3_vl import config_from_hf
 from tests import oracles
 
@@ -86,3 +88,58 @@ def test_odd_heads_are_refused():
     sizes = {"d_model": 8, "d_ff": 8, "num_heads": 2, "num_kv_heads": 2, "norm_eps": 1e-6, "init_std": 0.02}
     with pytest.raises(ValueError, match="head_dim is 3 but rope turns pairs of channels; make it even"):
         DecoderConfig(head_dim=3, **sizes)
+
+
+def positions_by_blocks(num_tokens, blocks):
+    """`mrope` token by token: the next position is the largest so far plus 1."""
+    positions_3T, place_of = torch.zeros(3, num_tokens), {}
+    for tokens_M, places_3M in blocks:
+        place_of[int(tokens_M[0])] = places_3M
+    token, start = 0, 0.0
+    while token < num_tokens:
+        places_3M = place_of.get(token, torch.zeros(3, 1))
+        positions_3T[:, token : token + places_3M.shape[1]] = places_3M + start
+        start += float(places_3M.max()) + 1
+        token += places_3M.shape[1]
+    return positions_3T
+
+
+@pytest.mark.parametrize("step", [1.0, 0.5, 0.125])
+def test_a_block_begins_behind_everything_before_it(step):
+    """Blocks at the start and the end, side by side and apart, of integer and of fractional places; or none."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    for num_blocks in [0, *range(8)] * 5:
+        blocks, place = [], draw(0, 2)
+        for _ in range(num_blocks):
+            size = draw(1, 9)
+            blocks.append(
+                (torch.arange(place, place + size), step * torch.randint(0, 9, (3, size), generator=generator))
+            )
+            place += size + draw(0, 4)
+        num_tokens = place + draw(0, 5)
+        got_3T = mrope(num_tokens, iter(blocks))
+        assert got_3T.dtype == torch.float32
+        assert torch.equal(got_3T, positions_by_blocks(num_tokens, blocks))
+
+
+def test_positions_of_a_long_video_take_few_operations():
+    """Less than two for each group of frames: loader threads share one interpreter."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    kinds_T = torch.tensor([TEXT, *[VIDEO] * 4] * 100)
+    media = Media(inputs_UF=torch.zeros(1600, 1), grid=(100, 4, 4))
+    sample = Sample(tokens_T=kinds_T, labels_T=kinds_T, kinds_T=kinds_T, videos=(media,))
+    with Count() as count:
+        positions_3T = mrope(500, patches.frame_blocks(sample, 2))
+    assert positions_3T[:, -4:].tolist() == [[298.0] * 4, [298.0, 298, 299, 299], [298.0, 299] * 2]
+    assert count.calls < 200

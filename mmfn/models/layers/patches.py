@@ -59,7 +59,7 @@ def frame_blocks(sample: Sample, merge_size: int) -> Iterator[Block]:
     """
     grids = {IMAGE: _grids(sample.images, is_video=False), VIDEO: _grids(sample.videos, is_video=True)}
     kinds, lengths = torch.unique_consecutive(sample.kinds_T, return_counts=True)
-    first = 0
+    tokens_T, first = torch.arange(sample.kinds_T.numel()), 0
     for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
         first, end = first + length, first + length
         place = end - length
@@ -72,7 +72,7 @@ def frame_blocks(sample: Sample, merge_size: int) -> Iterator[Block]:
                     f"sample {sample.id!r} has a run of {length} visual placeholder tokens with {left} left where the "
                     f"next image or frame gives {size}; make the text and the media agree"
                 )
-            yield torch.arange(place, place + size), torch.cartesian_prod(*map(torch.arange, shape)).T.float()
+            yield tokens_T[place : place + size], _cells(shape)
             place += size
 
 
@@ -88,6 +88,12 @@ def grid_coords(grid: tuple[int, int, int], merge_size: int) -> Tensor:
     row, col = (x.reshape(blocks).transpose(1, 2).flatten() for x in (row, col))
     size = torch.tensor([h, w]).expand(h * w, 2)
     return torch.cat([row[:, None], col[:, None], size], dim=1).repeat(t, 1).to(torch.int32)
+
+
+@lru_cache(maxsize=256)
+def _cells(shape: tuple[int, int, int]) -> Tensor:
+    """float32[3, M]: the place of every cell of a shape, row by row. Shared between calls: never written."""
+    return torch.cartesian_prod(*map(torch.arange, shape)).T.float()
 
 
 def _grids(media: Sequence[Media], *, is_video: bool) -> Iterator[tuple[int, int, int]]:

@@ -1,9 +1,13 @@
-"""Multimodal rope positions, on the host, by the one rule of all families. Legend: T tokens, M tokens of a block."""
+"""Multimodal rope positions, on the host, by the one rule of all families.
+
+Legend: T tokens, B blocks, M tokens of a block, or of all of them.
+"""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Block = tuple[Tensor, Tensor]
 """(tokens_M: int64[M], which tokens of the sample are in it, increasing; places_3M: float32[3, M], their places)."""
@@ -22,19 +26,20 @@ def mrope(num_tokens: int, blocks: Iterable[Block]) -> Tensor:
 
     Source: the positions of every family's `get_rope_index` in transformers 5.23 follow from it.
     """
-    positions_3T = torch.zeros(3, num_tokens)
-    start, done = 0.0, 0  # of what comes next, and the tokens that have positions
-    for tokens_M, places_3M in blocks:
-        first = int(tokens_M[0])
-        start = _text_(positions_3T, done, first, start)
-        positions_3T[:, tokens_M] = places_3M + start
-        start += float(places_3M.max()) + 1
-        done = int(tokens_M[-1]) + 1
-    _text_(positions_3T, done, num_tokens, start)
+    blocks = list(blocks)
+    if not blocks:
+        return torch.arange(num_tokens).float().repeat(3, 1)
+    lengths_B = torch.tensor([tokens_M.numel() for tokens_M, _ in blocks])
+    tokens_M, places_3M = torch.cat([tokens for tokens, _ in blocks]), torch.cat([places for _, places in blocks], 1)
+    firsts_B, ends_B = tokens_M[lengths_B.cumsum(0) - lengths_B], tokens_M[lengths_B.cumsum(0) - 1] + 1
+    extents_B = torch.segment_reduce(places_3M.amax(0), "max", lengths=lengths_B)
+    start, end, starts, behind = 0.0, 0, [], [0.0]  # where blocks start, and the text before the first and behind each
+    for first, last, extent in zip(firsts_B.tolist(), ends_B.tolist(), extents_B.tolist(), strict=True):
+        starts.append(start + first - end)
+        start, end = starts[-1] + extent + 1, last
+        behind.append(start)
+    runs = torch.cat([firsts_B[:1], firsts_B.diff(), num_tokens - firsts_B[-1:]])  # text and what is ahead of it
+    ends_T, behind_T = (x.repeat_interleave(runs) for x in (pad(ends_B, (1, 0)), torch.tensor(behind)))
+    positions_3T = (torch.arange(num_tokens) - ends_T + behind_T).repeat(3, 1)
+    positions_3T[:, tokens_M] = places_3M + torch.tensor(starts).repeat_interleave(lengths_B)
     return positions_3T
-
-
-def _text_(positions_3T: Tensor, first: int, last: int, start: float) -> float:
-    """Give the tokens from `first` to `last` (exclusive) positions from `start` on; what the next one starts at."""
-    positions_3T[:, first:last] = torch.arange(last - first) + start
-    return start + (last - first)

@@ -215,6 +215,12 @@ def test_samples_larger_than_the_largest_bucket(sizes, message):
         make(sizes).microbatches(0)
 
 
+def test_a_sample_without_tokens_is_refused():
+    """Samples are counted by the segments that are not empty: the third would take the second's weights."""
+    with pytest.raises(ValueError, match="sample 's1' has no tokens; leave it out"):
+        make([(5, 0), (0, 0), (3, 0)], batch_samples=3).microbatches(0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
