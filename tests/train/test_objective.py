@@ -14,7 +14,7 @@ from torch import Tensor
 from mmfn import ops, tree
 from mmfn.batch import IGNORE, Batch, Sample
 from mmfn.grad import value_and_grad
-from mmfn.models import Output
+from mmfn.models import Output, no_losses
 from mmfn.packing import Sizes, pack
 from mmfn.parallel.context.token_order import segment_multiple, split_tokens
 from mmfn.parallel.mesh.layout import Layout, Mesh
@@ -134,6 +134,8 @@ def test_a_weighting_of_another_shape_is_refused(weighting: Callable[[Tensor], A
 
 
 FAMILY: Any = SimpleNamespace(
+    name="made up",
+    loss_weights=no_losses,
     apply=lambda params, batch, cfg, ops: Output(hidden_TD=params["embed"][batch.tokens_T].tanh()),
     head=lambda params, cfg, ops: params["head"],
 )
@@ -360,6 +362,7 @@ def test_the_loss_takes_an_objective() -> None:
         ({}, Objective()),
         ({"name": "square_loss", "z_loss": 1e-4}, Objective(weighting=OBJECTIVES["square_loss"], z_loss=1e-4)),
         ({"chunk_size": 1000, "label_smoothing": 0.1}, Objective(chunk=1000, label_smoothing=0.1)),
+        ({"router_aux_coef": 0.0}, Objective(loss_weights={"aux_loss": 0.0})),
         ({"total_chunk_size": 4096}, Objective(chunk=4096)),
         ({"total_chunk_size": 1000}, Objective(chunk=512)),
     ],
