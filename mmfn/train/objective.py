@@ -168,6 +168,8 @@ def weigh_by(microbatches: Sequence[Batch], objective: Named, counts_DAN: Tensor
 
 
 PLAIN = Objective()
+COUNTS = "counts/"  # what the names of counts begin with among the metrics of a step
+STEP_METRICS = ("loss", "tokens", "ce", "grad_norm", "lr", "skipped", "in_a_row")  # and ce_ahead_1, ...: not a family's
 
 
 def loss_weights(objective: Objective, family: Family, cfg: Any) -> dict[str, float]:
@@ -195,10 +197,12 @@ def loss_fn(
     `metrics`: tensors to be summed over micro-batches and ranks: `loss`, `tokens`, the number of supervised tokens,
     `ce`, the cross entropy alone, where the loss has other terms, `ce_ahead_1` and so on of tokens further ahead, each
     loss of the output by its name (its mean over micro-batches), its `stats`, and `counts/PATH` for each of its counts.
+    Raises ValueError for a loss or a stat with the name of another metric.
     """
     if batch.salts is not None:
         params = with_drops(params, family.row_ids(batch, cfg), batch.salts)
     out = family.apply(params, batch, cfg, ops)
+    _check_names(out, family)
     weight_VD = family.head(params, cfg, ops)
 
     def token_losses(hidden_TD: Tensor, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,7 +227,7 @@ def loss_fn(
         value, metrics[name] = value + weight * mean, mean.detach()
     if counting or out.ahead or not objective.is_plain:
         metrics["ce"] = ce
-    counts = {f"counts/{path}": values for path, values in out.counts.items()}
+    counts = {COUNTS + path: values for path, values in out.counts.items()}
     return value, {"loss": value.detach(), **metrics, **out.stats, **counts}
 
 
@@ -241,6 +245,17 @@ def loss(
     objective = resolve(objective)
     (weighed,) = weigh([batch], objective)
     return loss_fn(params, weighed, model.family, model.cfg, ops or portable(), objective)
+
+
+def _check_names(out: Output, family: Family) -> None:
+    """Raise ValueError where a loss or a stat of a family would hide another metric, of which the guard reads one."""
+    for name in (*out.losses, *out.stats):
+        is_twice = name in out.losses and name in out.stats
+        if is_twice or name in STEP_METRICS or name.startswith(("ce_ahead_", COUNTS)):
+            raise UserError(
+                f"family {family.name!r} has a loss or a stat named {name!r}, which would hide another metric of that "
+                "name; give it a name of its own"
+            )
 
 
 def _weights_of(out: Output, objective: Objective, family: Family, cfg: Any) -> dict[str, float]:

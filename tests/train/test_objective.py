@@ -22,7 +22,7 @@ from mmfn.parallel.mesh.step_sums import all_counts
 from mmfn.parallel.mesh.virtual import virtual
 from mmfn.train.build.step import build_objective
 from mmfn.train.config.learning import ObjectiveSection
-from mmfn.train.objective import OBJECTIVES, Objective, loss, loss_fn, resolve, weigh
+from mmfn.train.objective import OBJECTIVES, STEP_METRICS, Objective, loss, loss_fn, resolve, weigh
 
 V, D = 11, 4
 
@@ -369,6 +369,23 @@ def test_the_loss_takes_an_objective() -> None:
 )
 def test_the_objective_of_a_config(settings: dict[str, Any], expected: Objective) -> None:
     assert build_objective(ObjectiveSection(**settings)) == expected
+
+
+@pytest.mark.parametrize("name", [*STEP_METRICS, "ce_ahead_1", "ce_ahead_12", "counts/a", "twice"])
+@pytest.mark.parametrize("kind", ["losses", "stats"])
+def test_a_loss_or_a_stat_that_would_hide_another_metric_is_refused(kind: str, name: str) -> None:
+    """A stat named `loss` would keep what is not finite from the guard."""
+    value = torch.zeros(())
+    both = {"losses": {"twice": lambda: value}, "stats": {"twice": value}}
+    output = both if name == "twice" else {kind: {name: both[kind]["twice"]}}
+
+    def apply(p: Any, b: Batch, cfg: Any, table: ops.Ops) -> Output:
+        return replace(FAMILY.apply(p, b, cfg, table), **output)
+
+    family: Any = SimpleNamespace(name="odd", apply=apply, head=FAMILY.head, loss_weights=lambda cfg: {name: 1.0})
+    (b,) = weigh([MICROBATCHES[0]], "default")
+    with pytest.raises(ValueError, match=f"family 'odd' has a loss or a stat named '{name}', which would hide another"):
+        loss_fn(params(), b, family, None, ops.portable())
 
 
 def test_the_chunk_of_an_objective_reaches_the_op() -> None:
