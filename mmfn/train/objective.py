@@ -186,6 +186,13 @@ def loss_weights(objective: Objective, family: Family, cfg: Any) -> dict[str, fl
     return {**declared, **objective.loss_weights}
 
 
+def loss_terms(objective: Objective, family: Family, cfg: Any) -> tuple[str, ...]:
+    """Names of the metrics that make up the loss, `ce` first; none where it is the cross entropy alone."""
+    further = [f"ce_ahead_{i + 1}" for i in range(family.num_ahead(cfg))]
+    further += [name for name, weight in loss_weights(objective, family, cfg).items() if weight]
+    return ("ce", *further) if further or not objective.is_plain else ()
+
+
 def loss_fn(
     params: Tree, batch: Batch, family: Family, cfg: Any, ops: Ops, objective: Objective = PLAIN
 ) -> tuple[Tensor, dict[str, Tensor]]:

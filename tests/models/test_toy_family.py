@@ -27,7 +27,7 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params, whole_params
-from mmfn.train.objective import Objective, loss
+from mmfn.train.objective import Objective, loss, loss_terms
 from mmfn.train.optim import adamw
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
@@ -153,6 +153,7 @@ def test_the_loss_of_both_heads_is_the_formula() -> None:
     value, metrics = loss(model.params, batch, model)
     assert float(value) == pytest.approx(formula(model, rows, batch), rel=1e-12)
     assert set(metrics) >= {"ce", "ce_ahead_1", "aux_loss", "dropped"}
+    assert loss_terms(Objective(), model.family, model.cfg) == ("ce", "ce_ahead_1", "aux_loss")
     assert float(metrics["ce_ahead_1"]) > 0
 
 

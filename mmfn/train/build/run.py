@@ -28,7 +28,7 @@ from mmfn.train.build.program import build_program
 from mmfn.train.build.step import build_objective, build_step, loss_notes
 from mmfn.train.config.load import Loaded
 from mmfn.train.data import Dataset, Loader, Processor
-from mmfn.train.objective import Objective
+from mmfn.train.objective import Objective, loss_terms
 from mmfn.train.run.folder import check_output
 from mmfn.train.step import State, Step
 from mmfn.tree import Tree
@@ -52,6 +52,11 @@ class Run:
     step: Step
     state: State
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        """Names of the metrics that make up the loss, where it has several."""
+        return loss_terms(self.objective, self.model.family, self.model.cfg)
 
 
 def alone(device: torch.device) -> Place:
