@@ -19,11 +19,8 @@ if __name__ != "mmfn.models":
     raise ImportError("the folder `models` is a link to the package mmfn.models; write `import mmfn.models`")
 
 
-class Loss(NamedTuple):
-    """A loss beside cross entropy: this rank's share of its `value`, 0-D, and how much that counts."""
-
-    value: Tensor
-    weight: float
+Loss = Callable[[], Tensor]
+"""A loss beside cross entropy: computes this rank's share of its value, 0-D; called where its weight is not 0."""
 
 
 class Further(NamedTuple):
@@ -38,7 +35,8 @@ class Output:
     """What `apply` returns.
 
     `hidden_TD` before the head; `ahead[i]` the same for the tokens that `Batch.ahead[i]` names. `losses` by name, each
-    a mean over a batch: the objective adds them up, and they are metrics. `stats`: further metrics, 0-D sums over
+    a mean over a batch: the objective adds up those that count, and they are metrics; how much each counts is in
+    `Family.loss_weights`. `stats`: further metrics, 0-D sums over
     tokens. `counts`: sums over tokens that leaves trained by a rule are updated from, by path (`Family.rules`). `cache`
     in generation.
     """
@@ -60,6 +58,11 @@ def no_rules(cfg: Any) -> dict[str, Rule]:
     return {}
 
 
+def no_losses(cfg: Any) -> dict[str, float]:
+    """Of a family that learns from cross entropy alone."""
+    return {}
+
+
 def nothing(cfg: Any) -> int:
     """Of a family without it."""
     return 0
@@ -69,10 +72,10 @@ def nothing(cfg: Any) -> int:
 class Family:
     """What every family module defines, under the same names.
 
-    Code shared by the families reads these fields of a Config: `vocab_size`, `decoder`, with its `num_heads` and
-    `num_kv_heads`, and, of a model with experts, `router_aux_coef`. In the tree of parameters blocks of a stack lie
-    under `NAME/layers`, those of the decoder under `text/layers`, and a head of its own under `head`. A new family is
-    one module with these functions and one line in `FAMILIES`.
+    Code shared by the families reads these fields of a Config: `vocab_size` and `decoder`, with its `num_heads` and
+    `num_kv_heads`. In the tree of parameters blocks of a stack lie under `NAME/layers`, those of the decoder under
+    `text/layers`, and a head of its own under `head`. A new family is one module with these functions and one line in
+    `FAMILIES`.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Family:
     # what not all families have
     taps: Callable[[Any], int] = nothing  # cfg -> how many of the first text blocks are treated unlike the others
     num_ahead: Callable[[Any], int] = nothing  # cfg -> further tokens that are predicted
+    loss_weights: Callable[[Any], Mapping[str, float]] = no_losses  # cfg -> weight of each of `Output.losses` by name
     rules: Callable[[Any], Mapping[str, Rule]] = (
         no_rules  # cfg -> how leaves without a gradient are updated, by `ParamSpec.rule`
     )

@@ -78,7 +78,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None
     x_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, cfg.decoder.norm_eps, ops)
     return Output(
         hidden_TD=x_TD,
-        losses=balance.router_losses(routers, cfg.router_aux_coef, ops),
+        losses=balance.router_losses(routers, ops),
         stats=balance.router_stats(routers),
         cache=cache,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmfn.models import qwen3_vl
 from mmfn.models.keymap import Entry, KeyMap
-from mmfn.models.layers import decoder, moe
+from mmfn.models.layers import balance, decoder, moe
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.models.layers.vision_language import VisionLanguageConfig as Config
@@ -61,6 +61,11 @@ def specs(cfg: Config) -> Tree:
     dense = decoder.specs(cfg.decoder, mlp=decoder.mlp_specs(cfg.decoder))
     sparse = decoder.specs(cfg.decoder, moe=moe.specs(cfg.moe))
     return shared.specs(cfg, [sparse if i in cfg.moe_layers else dense for i in range(cfg.num_layers)])
+
+
+def loss_weights(cfg: Config) -> dict[str, float]:
+    """The weight of the load-balancing loss, of a model that has a router."""
+    return {balance.ROUTER_LOSS: cfg.router_aux_coef} if cfg.moe_layers else {}
 
 
 def key_map(cfg: Config) -> KeyMap:

@@ -7,8 +7,9 @@ mean. Legend: D ranks with their own data, A micro-batches of each, N segments (
 vocabulary. Sums below: S_dan of the losses and n_dan of the supervised tokens of sample n of micro-batch (d, a).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from mmfn.batch import IGNORE, Batch
 from mmfn.errors import UserError
 from mmfn.lora import with_drops
-from mmfn.models import Family
+from mmfn.models import Family, Output
 from mmfn.ops import Ops, portable
 from mmfn.ops.cross_entropy import check_settings
 from mmfn.tree import Tree
@@ -82,16 +83,21 @@ class Objective:
 
     `weighting`: the weight of each supervised token. `z_loss`: coefficient of logsumexp^2 beside a token's cross
     entropy, and `label_smoothing`: the share of its target spread over the vocabulary (`ops.linear_cross_entropy`).
-    `chunk`: rows of logits held at a time; None: as many as suit the head. Raises ValueError for values out of range.
+    `chunk`: rows of logits held at a time; None: as many as suit the head. `loss_weights`: weights of further losses by
+    name, in place of those of the family (`Family.loss_weights`). Raises ValueError for values out of range.
     """
 
     weighting: Weighting = per_token_loss
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     chunk: int | None = None
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_settings(self.z_loss, self.label_smoothing, self.chunk)
+        for name, weight in self.loss_weights.items():
+            if not 0 <= weight < math.inf:
+                raise UserError(f"loss_weights[{name!r}] is {weight} but must be a finite number that is not negative")
 
     @property
     def is_plain(self) -> bool:
@@ -162,6 +168,29 @@ def weigh_by(microbatches: Sequence[Batch], objective: Named, counts_DAN: Tensor
 
 
 PLAIN = Objective()
+COUNTS = "counts/"  # what the names of counts begin with among the metrics of a step
+STEP_METRICS = ("loss", "tokens", "ce", "grad_norm", "lr", "skipped", "in_a_row")  # and ce_ahead_1, ...: not a family's
+
+
+def loss_weights(objective: Objective, family: Family, cfg: Any) -> dict[str, float]:
+    """The weight of each further loss of a model by name: that of the objective, or else of the family.
+
+    Raises ValueError for a weight of a loss that the family does not have.
+    """
+    declared = family.loss_weights(cfg)
+    if absent := sorted(objective.loss_weights.keys() - declared.keys()):
+        raise UserError(
+            f"the objective has a weight for loss {absent[0]!r} but this model of family {family.name!r} has "
+            f"{', '.join(declared) or 'no further losses'}; use one of these or remove it"
+        )
+    return {**declared, **objective.loss_weights}
+
+
+def loss_terms(objective: Objective, family: Family, cfg: Any) -> tuple[str, ...]:
+    """Names of the metrics that make up the loss, `ce` first; none where it is the cross entropy alone."""
+    further = [f"ce_ahead_{i + 1}" for i in range(family.num_ahead(cfg))]
+    further += [name for name, weight in loss_weights(objective, family, cfg).items() if weight]
+    return ("ce", *further) if further or not objective.is_plain else ()
 
 
 def loss_fn(
@@ -170,14 +199,17 @@ def loss_fn(
     """`(loss, metrics)` of one weighed micro-batch: its share of the global loss, a plain weighted sum.
 
     `loss`: 0-D, float32 or wider: the losses of tokens, those of tokens further ahead and what else the family's
-    `Output` has, each times its weight. `objective`: what a token's loss is; its weighting is in the batch already.
+    `Output` has, each times its weight; one of weight 0 is not computed. `objective`: what a token's loss is and what
+    further losses weigh; its weighting of tokens is in the batch already.
     `metrics`: tensors to be summed over micro-batches and ranks: `loss`, `tokens`, the number of supervised tokens,
     `ce`, the cross entropy alone, where the loss has other terms, `ce_ahead_1` and so on of tokens further ahead, each
     loss of the output by its name (its mean over micro-batches), its `stats`, and `counts/PATH` for each of its counts.
+    Raises ValueError for a loss or a stat with the name of another metric.
     """
     if batch.salts is not None:
         params = with_drops(params, family.row_ids(batch, cfg), batch.salts)
     out = family.apply(params, batch, cfg, ops)
+    _check_names(out, family)
     weight_VD = family.head(params, cfg, ops)
 
     def token_losses(hidden_TD: Tensor, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,12 +228,13 @@ def loss_fn(
     for i, (ahead, further) in enumerate(zip(batch.ahead, out.ahead, strict=True), start=1):
         more, metrics[f"ce_ahead_{i}"] = token_losses(further.hidden_TD, ahead.labels_T, ahead.weights_T)
         value = value + further.weight * more
-    for name, (own, weight) in out.losses.items():
-        mean = batch.aux_weight * own
+    counting = {name: weight for name, weight in _weights_of(out, objective, family, cfg).items() if weight}
+    for name, weight in counting.items():
+        mean = batch.aux_weight * out.losses[name]()
         value, metrics[name] = value + weight * mean, mean.detach()
-    if out.losses or out.ahead or not objective.is_plain:
+    if counting or out.ahead or not objective.is_plain:
         metrics["ce"] = ce
-    counts = {f"counts/{path}": values for path, values in out.counts.items()}
+    counts = {COUNTS + path: values for path, values in out.counts.items()}
     return value, {"loss": value.detach(), **metrics, **out.stats, **counts}
 
 
@@ -219,6 +252,27 @@ def loss(
     objective = resolve(objective)
     (weighed,) = weigh([batch], objective)
     return loss_fn(params, weighed, model.family, model.cfg, ops or portable(), objective)
+
+
+def _check_names(out: Output, family: Family) -> None:
+    """Raise ValueError where a loss or a stat of a family would hide another metric, of which the guard reads one."""
+    for name in (*out.losses, *out.stats):
+        is_twice = name in out.losses and name in out.stats
+        if is_twice or name in STEP_METRICS or name.startswith(("ce_ahead_", COUNTS)):
+            raise UserError(
+                f"family {family.name!r} has a loss or a stat named {name!r}, which would hide another metric of that "
+                "name; give it a name of its own"
+            )
+
+
+def _weights_of(out: Output, objective: Objective, family: Family, cfg: Any) -> dict[str, float]:
+    """The weights of the losses of an output, which may lack some: the first blocks of a model have no router."""
+    weights = loss_weights(objective, family, cfg)
+    if strange := sorted(out.losses.keys() - weights.keys()):
+        raise UserError(
+            f"family {family.name!r} gives a loss {strange[0]!r} without a weight; add it to its loss_weights"
+        )
+    return {name: weights[name] for name in out.losses}
 
 
 def _reciprocal(counts: Tensor) -> Tensor:

@@ -16,10 +16,9 @@ from mmfn.models import Family
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.weights.sharding import cuts, rows
 from mmfn.spec import rules_of
+from mmfn.train.objective import COUNTS
 from mmfn.train.optim import Leaves
 from mmfn.tree import Tree
-
-COUNTS = "counts/"  # what the names of counts begin with among the sums of a step
 
 RuleUpdate = Callable[[Leaves, dict[str, Tensor], Tensor], dict[str, Tensor]]
 """(this rank's shards by path, sums of a step, 0-D bool: it is taken) -> the sums without counts; writes the shards."""

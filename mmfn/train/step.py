@@ -27,7 +27,7 @@ from mmfn.parallel.weights.sharding import Sharding, check_alike, check_shards, 
 from mmfn.spec import trained_paths
 from mmfn.train.gradients import Gradients, Metrics, gradients_of, scan_gradients
 from mmfn.train.guard import PLAIN, Guard
-from mmfn.train.objective import Named, Objective, resolve, weigh
+from mmfn.train.objective import Named, Objective, loss_weights, resolve, weigh
 from mmfn.train.optim import Leaves, Transform, own
 from mmfn.train.schedule import Schedule
 from mmfn.train.update import Apply, update_of
@@ -100,13 +100,14 @@ def make_step(
     one micro-batch is one graph, and one with several runs a graph per micro-batch and one for the update (one graph
     can recompute activations for one backward pass only).
 
-    Raises ValueError for an unknown objective, for optimizer patterns that match no parameter, where only one of
-    program and optimizer takes parameters to lie on the host, and, when called, for an empty list of micro-batches and
-    for parameters that are not cut as the program's mesh cuts them.
+    Raises ValueError for an unknown objective, for a weight of a loss that the model does not have, for optimizer
+    patterns that match no parameter, where only one of program and optimizer takes parameters to lie on the host, and,
+    when called, for an empty list of micro-batches and for parameters that are not cut as the program's mesh cuts them.
     """
     program = lower(program)
     _check_hosted(program, optimizer)
     chosen = resolve(objective)
+    loss_weights(chosen, family, cfg)  # an unknown name is found first
     gradients = gradients_of(family, cfg, program, chosen)
     kernel = "traced" if program.compile != "none" and optimizer.is_traceable else "fused"
     leaves, apply_ = update_of(family, cfg, program, optimizer, schedule, guard, kernel)

@@ -27,7 +27,7 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params, whole_params
-from mmfn.train.objective import loss
+from mmfn.train.objective import Objective, loss, loss_terms
 from mmfn.train.optim import adamw
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
@@ -143,7 +143,7 @@ def formula(model: mmfn.Model, rows: Sequence[Sample], batch: Batch) -> float:
                     sums[head] -= float(log_probs_TV[start + t, label])
                     count += head == 0
         start += row.tokens_T.numel()
-    return (sums[0] + 0.3 * sums[1]) / count + 0.1 * float(out.losses["aux_loss"].value)
+    return (sums[0] + 0.3 * sums[1]) / count + 0.1 * float(out.losses["aux_loss"]())
 
 
 def test_the_loss_of_both_heads_is_the_formula() -> None:
@@ -153,7 +153,46 @@ def test_the_loss_of_both_heads_is_the_formula() -> None:
     value, metrics = loss(model.params, batch, model)
     assert float(value) == pytest.approx(formula(model, rows, batch), rel=1e-12)
     assert set(metrics) >= {"ce", "ce_ahead_1", "aux_loss", "dropped"}
+    assert loss_terms(Objective(), model.family, model.cfg) == ("ce", "ce_ahead_1", "aux_loss")
     assert float(metrics["ce_ahead_1"]) > 0
+
+
+def test_a_further_loss_weighs_what_the_objective_says() -> None:
+    """In place of the family's 0.1; of weight 0 it is not computed: ranks sum nothing for it."""
+    model = model_of("toy")
+    batch = wide(packed(model, random_samples(model, seed=3, num=4)))
+    sums: list[Tensor] = []
+
+    def psum(x: Tensor) -> Tensor:
+        sums.append(x)
+        return x
+
+    table = replace(ops.portable(), psum=psum)
+    found = {}
+    for weight in (None, 0.0, 2.0):
+        objective = Objective(loss_weights={} if weight is None else {"aux_loss": weight})
+        found[weight] = loss(model.params, batch, model, objective=objective, ops=table)
+        assert len(sums) == (weight != 0), weight
+        sums.clear()
+    (whole, metrics), (without, others), (heavy, _) = found.values()
+    aux_loss = float(metrics["aux_loss"])
+    assert aux_loss > 1
+    assert "aux_loss" not in others
+    assert float(whole - without) == pytest.approx(0.1 * aux_loss, rel=1e-9)
+    assert float(heavy - without) == pytest.approx(2.0 * aux_loss, rel=1e-9)
+
+
+def test_a_weight_of_no_loss_is_refused_when_a_step_is_built() -> None:
+    model = model_of("toy")
+    objective = Objective(loss_weights={"aux_los": 1.0})
+    program, rate = Program.of(model.family.specs(model.cfg)), schedule("constant", peak=1e-3, num_steps=1)
+    with pytest.raises(ValueError, match=r"weight for loss 'aux_los' but this model of family 'toy' has aux_loss; use"):
+        make_step(model.family, model.cfg, program, objective, adamw(), schedule=rate)
+    silent = replace(model.family, loss_weights=models.no_losses)
+    with pytest.raises(ValueError, match="family 'toy' gives a loss 'aux_loss' without a weight; add it to its"):
+        loss(model.params, packed(model, random_samples(model, seed=3, num=1)), replace(model, family=silent))
+    with pytest.raises(ValueError, match=r"loss_weights\['aux_loss'\] is -1 but must be a finite number"):
+        Objective(loss_weights={"aux_loss": -1})
 
 
 def test_packed_is_separate() -> None:

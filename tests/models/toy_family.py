@@ -49,7 +49,6 @@ class Config:
     num_layers: int
     decoder: DecoderConfig
     moe: MoeConfig
-    router_aux_coef: float = 0.1
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
@@ -102,7 +101,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.
         joined_TD = linear.apply(own["join"], torch.cat([next_TD, hidden_TD], 1), ops)
         further.append(Further(norm.rms(own["norm"], joined_TD, 1e-6, ops), 0.3))
     counts = {f"text/layers/{i}/moe/router/bias": r["counts_E"] for i, r in enumerate(routers) if r is not None}
-    losses, stats = balance.router_losses(routers, cfg.router_aux_coef, ops), balance.router_stats(routers)
+    losses, stats = balance.router_losses(routers, ops), balance.router_stats(routers)
     return Output(hidden_TD=hidden_TD, ahead=tuple(further), losses=losses, stats=stats, counts=counts, cache=cache)
 
 
@@ -139,8 +138,7 @@ def positions(sample: Sample, cfg: Config) -> Tensor:
 def _blocks(sample: Sample) -> Any:
     media = {IMAGE: iter(sample.images), AUDIO: iter(sample.audios)}
     kinds, lengths = torch.unique_consecutive(sample.kinds_T, return_counts=True)
-    ends = lengths.cumsum(0).tolist()
-    for kind, end, length in zip(kinds.tolist(), ends, lengths.tolist(), strict=True):
+    for kind, end, length in zip(kinds.tolist(), lengths.cumsum(0).tolist(), lengths.tolist(), strict=True):
         if kind != TEXT:
             next(media[kind])
             place_M = torch.arange(length) * (0.5 if kind == AUDIO else 1.0)
@@ -163,9 +161,8 @@ def lay(sample: Sample, cfg: Config) -> dict[str, Laid]:
             n = units_UF.shape[0]
             order_N = torch.arange(n) if name == "audio" else torch.arange(n).flip(0)
             inputs.append(units_UF[order_N].flatten(0, 1))
-            places.append(
-                ((start + order_N.argsort())[:, None] * kind.features + torch.arange(kind.features)).flatten()
-            )
+            first_N1 = (start + order_N.argsort())[:, None] * kind.features
+            places.append((first_N1 + torch.arange(kind.features)).flatten())
             lengths, start = [*lengths, n], start + n
         index_T = torch.full_like(sample.tokens_T, -1)
         index_T[sample.kinds_T == kind.media[0]] = torch.cat(places)
@@ -216,6 +213,11 @@ def taps(cfg: Config) -> int:
 num_ahead = taps
 
 
+def loss_weights(cfg: Config) -> dict[str, float]:
+    """That of the load-balancing loss."""
+    return {balance.ROUTER_LOSS: 0.1}
+
+
 def rules(cfg: Config) -> dict[str, Any]:
     """A loaded expert's bias falls, an idle one's rises."""
     return {"loads": lambda counts_E: RATE * (counts_E.mean() - counts_E).sign()}
@@ -238,13 +240,9 @@ def key_map(cfg: Config) -> KeyMap:
         Entry(path="text/layers/{i}/moe/experts/gate_up", name=(f"{one}.gate.weight", f"{one}.up.weight"), join=1),
         Entry(path="text/layers/{i}/moe/experts/down", name=f"{one}.down.weight"),
     )
-    names = {
-        path: path.replace("text/layers", "model.blocks").replace("text", "model") for path in tree.paths(specs(cfg))
-    }
-    others = [Entry(path=path, name=name.replace("/", ".")) for path, name in names.items() if "/experts/" not in path]
+    paths, ignore = [path for path in tree.paths(specs(cfg)) if "/experts/" not in path], (r".*\.inv_freq",)
+    names = [path.replace("text/layers", "model.blocks").replace("text", "model").replace("/", ".") for path in paths]
+    others = [Entry(path=path, name=name) for path, name in zip(paths, names, strict=True)]
     return KeyMap(
-        entries=(*experts, *others),
-        architecture="ToyForEverything",
-        ignore=(r".*\.inv_freq",),
-        verbatim=(r"talker\..*",),
+        entries=(*experts, *others), architecture="ToyForEverything", ignore=ignore, verbatim=(r"talker\..*",)
     )

@@ -135,7 +135,7 @@ def _loss(
                 table_DN[d][n] = own
                 labels_DAN[d, a, n] = (row.labels_T[1:] != IGNORE).sum()
             sums.setdefault(weight, []).append(torch.stack([torch.stack(row) for row in table_DN]))
-        others += [weight * loss for loss, weight in out.losses.values()]
+        others += [family.loss_weights(cfg)[name] * loss() for name, loss in out.losses.items()]
         totals = {path: totals.get(path, 0) + values for path, values in out.counts.items()}
     value = sum(weight * FORMULAS[name](torch.stack(own, 1), labels_DAN) for weight, own in sums.items())
     return value + torch.stack([torch.zeros((), dtype=torch.float64), *others]).sum() / A, totals

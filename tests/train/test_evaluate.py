@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from tokenizers import normalizers
 
 import mmfn
+from mmfn import tree
+from mmfn.batch import IGNORE
 from mmfn.ops import portable
 from mmfn.train.build.data import eos_token_ids, load_model_processor
 from mmfn.train.build.run import Run, prepare
@@ -25,6 +28,8 @@ from mmfn.train.run.evaluate import (
     to_json,
     truth_tokens,
 )
+from tests.batches import packed
+from tests.tiny import model_of, random_samples
 
 
 @pytest.fixture
@@ -148,6 +153,19 @@ def test_loss_equals_cross_entropy_of_the_logits(run: Run) -> None:
         count += int((labels_T != -100).sum())
     assert value == pytest.approx(expected, rel=1e-5)
     assert weight == count
+
+
+def test_the_loss_is_that_of_next_tokens_alone() -> None:
+    """Of a model with routers and a second head, which is not computed: its weights are no numbers."""
+    model = model_of("toy")
+    samples = random_samples(model, seed=3, num=4)
+    bad = {**model.params, "ahead": tree.map(lambda x: x * torch.nan, model.params["ahead"])}
+    value, weight = loss_pair(replace(model, params=bad), samples, portable())
+    batch = packed(model, samples)
+    logits_TV = mmfn.logits(model, batch)
+    expected = torch.nn.functional.cross_entropy(logits_TV, batch.labels_T, reduction="sum")
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    assert weight == int((batch.labels_T != IGNORE).sum())
 
 
 def test_eos_ids_come_from_the_generation_config(run: Run, tmp_path: Path) -> None:

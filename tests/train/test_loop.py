@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfn
 from mmfn import cli, tree
@@ -32,7 +33,7 @@ from mmfn.train.run.training import run_training
 MakeConfig = Callable[..., Path]
 KEYS = {
     "step", "loss", "grad_norm", "lr", "skipped", "in_a_row", "samples", "microbatches", "tokens", "supervised",
-    "image_tokens", "padding", "wait_s", "step_s", "tokens_per_s", "eta_s",
+    "media_tokens", "padding", "wait_s", "step_s", "tokens_per_s", "eta_s",
 }  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def test_first_loss_is_that_of_the_initial_model(make_config: MakeConfig) -> Non
     assert records[0]["supervised"] == int((labels_T != -100).sum())
     assert records[0]["tokens"] == labels_T.numel()
     assert records[0]["padding"] == pytest.approx(1 - labels_T.numel() / 512, abs=1e-4)
-    assert records[0]["image_tokens"] == 8 * 4  # 16 x 16 pixels, patches of 4, merged 2 x 2
+    assert records[0]["media_tokens"] == 8 * 4  # 16 x 16 pixels, patches of 4, merged 2 x 2
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -124,6 +125,35 @@ def test_records_are_complete_and_in_order(make_config: MakeConfig) -> None:
         assert set(record) == KEYS
         assert all(math.isfinite(value) for value in record.values())
     assert records[-1]["eta_s"] == 0
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_metric_is_recorded_by_one_copy() -> None:
+    metrics = {
+        "loss": torch.tensor(1.1), "ce_ahead_1": torch.tensor(2.5, dtype=torch.float64), "aux_loss": torch.tensor(0.3),
+        "dropped": torch.tensor(2**40 + 1), "grad_norm": torch.tensor(math.nan), "skipped": torch.tensor(1),
+        "tokens": torch.tensor(7), "histogram": torch.ones(3),
+    }  # fmt: skip
+    with Reads() as reads:
+        record = loop._Meter(2).finish({"step": 1, "tokens": 9}, metrics)
+    assert reads.count == 0
+    numbers = {name: x.item() for name, x in metrics.items() if name not in ("histogram", "tokens", "grad_norm")}
+    assert {name: record[name] for name in numbers} == numbers
+    assert type(record["dropped"]) is type(record["skipped"]) is int
+    assert math.isnan(record["grad_norm"])
+    assert record["tokens"] == 9
+    assert "histogram" not in record
+    with pytest.raises(ValueError, match="a loss or a stat 'eta_s', which a record needs; give it another name"):
+        loop._Meter(2).finish({"step": 1, "tokens": 9}, {**metrics, "eta_s": torch.tensor(0.0)})
 
 
 def test_clipping_and_decay_reach_the_optimizer(make_config: MakeConfig) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmfn import ops, tree
 from mmfn.batch import IGNORE, Batch, Sample
 from mmfn.grad import value_and_grad
-from mmfn.models import Output
+from mmfn.models import Output, no_losses
 from mmfn.packing import Sizes, pack
 from mmfn.parallel.context.token_order import segment_multiple, split_tokens
 from mmfn.parallel.mesh.layout import Layout, Mesh
@@ -22,7 +22,7 @@ from mmfn.parallel.mesh.step_sums import all_counts
 from mmfn.parallel.mesh.virtual import virtual
 from mmfn.train.build.step import build_objective
 from mmfn.train.config.learning import ObjectiveSection
-from mmfn.train.objective import OBJECTIVES, Objective, loss, loss_fn, resolve, weigh
+from mmfn.train.objective import OBJECTIVES, STEP_METRICS, Objective, loss, loss_fn, resolve, weigh
 
 V, D = 11, 4
 
@@ -134,6 +134,8 @@ def test_a_weighting_of_another_shape_is_refused(weighting: Callable[[Tensor], A
 
 
 FAMILY: Any = SimpleNamespace(
+    name="made up",
+    loss_weights=no_losses,
     apply=lambda params, batch, cfg, ops: Output(hidden_TD=params["embed"][batch.tokens_T].tanh()),
     head=lambda params, cfg, ops: params["head"],
 )
@@ -360,12 +362,30 @@ def test_the_loss_takes_an_objective() -> None:
         ({}, Objective()),
         ({"name": "square_loss", "z_loss": 1e-4}, Objective(weighting=OBJECTIVES["square_loss"], z_loss=1e-4)),
         ({"chunk_size": 1000, "label_smoothing": 0.1}, Objective(chunk=1000, label_smoothing=0.1)),
+        ({"router_aux_coef": 0.0}, Objective(loss_weights={"aux_loss": 0.0})),
         ({"total_chunk_size": 4096}, Objective(chunk=4096)),
         ({"total_chunk_size": 1000}, Objective(chunk=512)),
     ],
 )
 def test_the_objective_of_a_config(settings: dict[str, Any], expected: Objective) -> None:
     assert build_objective(ObjectiveSection(**settings)) == expected
+
+
+@pytest.mark.parametrize("name", [*STEP_METRICS, "ce_ahead_1", "ce_ahead_12", "counts/a", "twice"])
+@pytest.mark.parametrize("kind", ["losses", "stats"])
+def test_a_loss_or_a_stat_that_would_hide_another_metric_is_refused(kind: str, name: str) -> None:
+    """A stat named `loss` would keep what is not finite from the guard."""
+    value = torch.zeros(())
+    both = {"losses": {"twice": lambda: value}, "stats": {"twice": value}}
+    output = both if name == "twice" else {kind: {name: both[kind]["twice"]}}
+
+    def apply(p: Any, b: Batch, cfg: Any, table: ops.Ops) -> Output:
+        return replace(FAMILY.apply(p, b, cfg, table), **output)
+
+    family: Any = SimpleNamespace(name="odd", apply=apply, head=FAMILY.head, loss_weights=lambda cfg: {name: 1.0})
+    (b,) = weigh([MICROBATCHES[0]], "default")
+    with pytest.raises(ValueError, match=f"family 'odd' has a loss or a stat named '{name}', which would hide another"):
+        loss_fn(params(), b, family, None, ops.portable())
 
 
 def test_the_chunk_of_an_objective_reaches_the_op() -> None:

@@ -1,5 +1,6 @@
 """The settings of sections `objective` and `layout.head` in runs from a config."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from mmfn.parallel.mesh.virtual import virtual
 from mmfn.train.build.run import prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.run import loop
+from mmfn.train.run.progress import Progress
+from mmfn.train.run.training import run_training
 
 MakeConfig = Callable[..., Path]
 SPECIAL = ("objective.name=square_loss", "objective.z_loss=1e-3", "objective.label_smoothing=0.1")
@@ -112,13 +115,27 @@ def test_the_weight_of_the_router_balance(
     else:
         assert not {"ce", "aux_loss"} & record.keys()
     source = "config.json" if weight is None else "objective.router_aux_coef"
-    assert f"router balance: weight {expected:g}, of {source}" in said
+    assert record["dropped"] == 0, "what a model counts is recorded too"
+    assert run.loss_terms == (("ce", "aux_loss") if expected else ())
+    assert f"aux_loss: weight {expected:g}, of {source}" in said
+
+
+def test_the_terms_of_a_loss_are_shown_and_reported(make_config: MakeConfig, experts_model: Path) -> None:
+    settings = {"model.path": str(experts_model), "train.steps": 2, "data.check": "first", "data.eval": None}
+    run, stream = prepare(load_config(make_config(settings)), lambda text: None), io.StringIO()
+    result = run_training(run, Progress(num_steps=2, log_every=1, stream=stream))
+    last = result.records[-1]
+    assert f" loss={last['loss']:.4f} ce={last['ce']:.4f} aux_loss={last['aux_loss']:.4f} grad" in stream.getvalue()
+    page = (result.folder / "report.html").read_text()
+    for name in ("ce", "aux_loss"):
+        assert f"training loss: {name}" in page
+        assert f"{sum(r[name] for r in result.records) / 2:.4f}" in page
 
 
 def test_a_model_without_experts_has_no_router_balance(make_config: MakeConfig) -> None:
     said: list[str] = []
     prepare(load_config(make_config({"data.check": "first"})), said.append)
-    assert not any("router" in line for line in said)
+    assert not any("weight" in line for line in said)
     with pytest.raises(ValueError, match=r"objective.router_aux_coef has no effect, the model has no experts; remove"):
         prepare(load_config(make_config({"objective.router_aux_coef": 0.1})), said.append)
 

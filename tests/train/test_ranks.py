@@ -49,7 +49,7 @@ LAYOUTS = {
     "ulysses": ("layout.cp=2", "layout.kind=ulysses", "layout.remat=full"),
     "dp-gather": ("layout.dp=2", "layout.cp=2", *SMALL),
 }
-NUMBERS = ("loss", "grad_norm", "samples", "tokens", "supervised", "image_tokens")
+NUMBERS = ("loss", "grad_norm", "samples", "tokens", "supervised", "media_tokens")
 
 
 def on_ranks(loaded: Loaded, work: Callable[[Run], Any]) -> list[Any]:

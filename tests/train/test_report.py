@@ -175,15 +175,19 @@ def test_smooth_is_an_unbiased_moving_average() -> None:
 
 RECORD = {
     "step": 20, "loss": 1.5, "grad_norm": 0.25, "lr": 1e-3, "tokens_per_s": 8000.0, "supervised": 64,
-    "image_tokens": 128, "padding": 0.125, "wait_s": 0.001, "eta_s": 61.0,
+    "media_tokens": 128, "padding": 0.125, "wait_s": 0.001, "eta_s": 61.0,
 }  # fmt: skip
 
 
 def test_progress_line_has_a_fixed_order() -> None:
     assert format_line(RECORD, 500) == (
-        "step=20/500 loss=1.5000 grad_norm=0.250 lr=1.00e-03 tokens/s=8000 supervised=64 image_tokens=128 "
+        "step=20/500 loss=1.5000 grad_norm=0.250 lr=1.00e-03 tokens/s=8000 supervised=64 media_tokens=128 "
         "padding=12.5% wait=1.0ms eta=1:01"
     )
+    terms = {"ce": 1.25, "ce_ahead_1": 2.5, "aux_loss": 1.0, "dropped": 3.0}
+    line = format_line(RECORD | terms, 500, ("ce", "ce_ahead_1", "aux_loss"))
+    assert "loss=1.5000 ce=1.2500 ce_ahead_1=2.5000 aux_loss=1.0000 grad_norm=0.250" in line
+    assert "dropped" not in line
     assert format_duration(3700) == "1:01:40"
 
 

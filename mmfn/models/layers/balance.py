@@ -1,6 +1,7 @@
 """What routers report, and the loss that balances them. Legend: E experts."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from mmfn.models.layers import moe
 from mmfn.ops import Ops
 from mmfn.tree import Tree
 
+ROUTER_LOSS = "aux_loss"  # the name of the load-balancing loss
 
-def router_losses(statistics: Sequence[Tree], coef: float, ops: Ops) -> dict[str, Loss]:
-    """The load-balancing loss of all layers with a router, `aux_loss`; nothing without routers, or where it is off."""
+
+def router_losses(statistics: Sequence[Tree], ops: Ops) -> dict[str, Loss]:
+    """The load-balancing loss of all layers with a router by its name; nothing without routers."""
     total = moe.total(statistics)
-    return {} if total is None or coef == 0 else {"aux_loss": Loss(balance(total, ops), coef)}
+    return {} if total is None else {ROUTER_LOSS: partial(balance, total, ops)}
 
 
 def router_stats(statistics: Sequence[Tree]) -> dict[str, Tensor]:

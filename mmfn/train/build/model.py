@@ -63,19 +63,6 @@ def load_model(section: ModelSection, seed: int, device: torch.device | None = N
     return model if section.adapter is None else adapter.load(section.adapter, model)
 
 
-def with_router_weight(model: Model, weight: float | None) -> Model:
-    """The model with another weight of the load-balancing loss; None: as its config has it."""
-    return model if weight is None else replace(model, cfg=replace(model.cfg, router_aux_coef=weight))
-
-
-def router_note(model: Model, weight: float | None) -> tuple[str, ...]:
-    """What is said of a model with routers."""
-    if not has_experts(model.family.specs(model.cfg)):
-        return ()
-    source = "config.json" if weight is None else "objective.router_aux_coef"
-    return (f"router balance: weight {model.cfg.router_aux_coef:g}, of {source}",)
-
-
 def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
     """The parameters of a run's model: those of the family, adapters, and what is frozen.
 
@@ -154,4 +141,4 @@ def load_shards(config: Config, place: Place) -> Model:
     if not is_alone:
         params = shard_params(params, specs, place.mesh, device)
     params = to_host(params, place.device) if device != place.device else params
-    return with_router_weight(replace(model, params=params), config.objective.router_aux_coef)
+    return replace(model, params=params)

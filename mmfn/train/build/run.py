@@ -23,12 +23,12 @@ from mmfn.train.build.data import (
     open_dataset,
 )
 from mmfn.train.build.match import check_match
-from mmfn.train.build.model import check_model, find_device, find_family, load_shards, router_note
+from mmfn.train.build.model import check_model, find_device, find_family, load_shards
 from mmfn.train.build.program import build_program
-from mmfn.train.build.step import build_objective, build_step
+from mmfn.train.build.step import build_objective, build_step, loss_notes
 from mmfn.train.config.load import Loaded
 from mmfn.train.data import Dataset, Loader, Processor
-from mmfn.train.objective import Objective
+from mmfn.train.objective import Objective, loss_terms
 from mmfn.train.run.folder import check_output
 from mmfn.train.step import State, Step
 from mmfn.tree import Tree
@@ -53,6 +53,11 @@ class Run:
     state: State
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        """Names of the metrics that make up the loss, where it has several."""
+        return loss_terms(self.objective, self.model.family, self.model.cfg)
+
 
 def alone(device: torch.device) -> Place:
     """The place of a run of one process."""
@@ -72,7 +77,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     check_same(settings_in_common(config), world)
     if place.is_first:  # the one that writes
         check_output(loaded)
-    build_objective(config.objective)  # an unknown name is found first
+    objective = build_objective(config.objective)  # an unknown name is found first
     processor = load_model_processor(config.model.path, config.data.template)
     train_set = open_dataset(config, config.data.train, processor)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
@@ -88,7 +93,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
     check_match(model, processor)
     eos = eos_token_ids(Path(config.model.path), processor, model.cfg.vocab_size)
     idle = [f"note: {note}" for note in loaded.notes]
-    for note in (*idle, *program.notes, *router_note(model, config.objective.router_aux_coef)):
+    for note in (*idle, *program.notes, *loss_notes(model, objective)):
         say(note)
     step, state = build_step(config, model, program, place.device)
     loader = build_loader(config, train_set, model, program)
@@ -102,7 +107,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
         processor=processor,
         loader=loader,
         held_out=held_out,
-        objective=build_objective(config.objective),
+        objective=objective,
         step=step,
         state=state,
         eos_token_ids=eos,

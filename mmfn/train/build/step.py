@@ -5,24 +5,36 @@ from dataclasses import replace
 import torch
 
 from mmfn.model import Model
+from mmfn.models.layers.balance import ROUTER_LOSS
 from mmfn.ops.cross_entropy import power_of_two
 from mmfn.parallel.program import Program
 from mmfn.train.build.optimizer import build_guard, build_optimizer, build_schedule
 from mmfn.train.config.learning import ObjectiveSection
 from mmfn.train.config.schema import Config
-from mmfn.train.objective import Objective, resolve
+from mmfn.train.objective import Objective, loss_weights, resolve
 from mmfn.train.step import State, Step, init_state, make_step
+
+LOSS_SETTINGS = {ROUTER_LOSS: "router_aux_coef"}  # name of a loss -> the setting of its weight; null: the model's own
 
 
 def build_objective(section: ObjectiveSection) -> Objective:
     """The objective of a config. Raises ValueError for an unknown name."""
     total = section.total_chunk_size
+    weights = {name: getattr(section, setting) for name, setting in LOSS_SETTINGS.items()}
     return replace(
         resolve(section.name),
         z_loss=section.z_loss,
         label_smoothing=section.label_smoothing,
         chunk=section.chunk_size if total is None else power_of_two(total),
+        loss_weights={name: weight for name, weight in weights.items() if weight is not None},
     )
+
+
+def loss_notes(model: Model, objective: Objective) -> tuple[str, ...]:
+    """What is said of losses beside cross entropy: their weights and where these are from."""
+    weights = loss_weights(objective, model.family, model.cfg)
+    sources = {name: f"objective.{LOSS_SETTINGS[name]}" for name in objective.loss_weights}
+    return tuple(f"{name}: weight {weights[name]:g}, of {sources.get(name, 'config.json')}" for name in weights)
 
 
 def build_step(

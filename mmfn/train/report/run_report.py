@@ -17,11 +17,10 @@ def render_run(run: Run, result: Result) -> str:
     config = run.loaded.config
     tokens = sum(r["tokens"] for r in result.records)
     num_params = sum(leaf.numel() for leaf in tree.leaves(result.model.params))
-    last = result.records[-RATE_STEPS:]
     tiles = [
         ("training time", format_duration(result.train_s)),
         ("tokens per second", f"{tokens / result.train_s:,.0f}"),
-        ("training loss", f"{sum(r['loss'] for r in last) / len(last):.4f}"),
+        ("training loss", _last_mean(result, "loss")),
     ]
     if result.evaluation is not None:
         tiles = [
@@ -41,16 +40,23 @@ def render_run(run: Run, result: Result) -> str:
     )
 
 
+def _last_mean(result: Result, name: str) -> str:
+    """A metric over the last steps."""
+    last = result.records[-RATE_STEPS:]
+    return f"{sum(r[name] for r in last) / len(last):.4f}"
+
+
 def _report_facts(run: Run, result: Result, tokens: int, num_params: int) -> Sequence[tuple[str, str]]:
     records = result.records
     padding = sum(r["padding"] for r in records) / len(records)
     facts = [
         ("model", f"{run.loaded.config.model.path} ({result.model.family.name}, {run.loaded.config.model.init})"),
         ("parameters", f"{num_params:,}, of these {num_trained(run.specs):,} are trained"),
-        ("tokens seen", f"{tokens:,}, of these {sum(r['image_tokens'] for r in records):,} from images"),
+        ("tokens seen", f"{tokens:,}, of these {sum(r['media_tokens'] for r in records):,} from media"),
         ("supervised tokens", f"{sum(r['supervised'] for r in records):,}"),
         ("samples seen", f"{sum(r['samples'] for r in records):,} of {len(run.loader.dataset):,} different ones"),
         ("padding", f"{100 * padding:.1f} % of packed tokens"),
+        *((f"training loss: {name}", _last_mean(result, name)) for name in run.loss_terms if name in records[-1]),
         ("time waiting for data", format_duration(sum(r["wait_s"] for r in records))),
         ("steps skipped (not finite, or spikes)", f"{sum(r['skipped'] for r in records)}"),
         *((name, str(path)) for name, path in result.saved.items()),

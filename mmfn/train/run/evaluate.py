@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -144,9 +144,13 @@ def text_of(tokens: Sequence[int], tokenizer: Tokenizer, eos_token_ids: Sequence
 
 @torch.no_grad()
 def loss_pair(model: Model, samples: Sequence[Sample], ops: Ops) -> tuple[float, int]:
-    """(cross entropy summed over the supervised tokens of `samples`, their number): pairs of parts add up."""
-    value, metrics = loss_fn(model.params, _pack(samples, model), model.family, model.cfg, ops)
-    return value.item(), int(metrics["tokens"])
+    """(cross entropy summed over the supervised tokens of `samples`, their number): pairs of parts add up.
+
+    Of next tokens alone: what predicts tokens further ahead is not computed, and further losses do not count.
+    """
+    batch = replace(_pack(samples, model), ahead=())
+    value, metrics = loss_fn(model.params, batch, model.family, model.cfg, ops)
+    return metrics.get("ce", value).item(), int(metrics["tokens"])
 
 
 def answer(

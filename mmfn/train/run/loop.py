@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from mmfn import batch as packing
 from mmfn.errors import UserError
 from mmfn.train.build.run import Run
@@ -26,13 +28,14 @@ StepRecord = dict[str, Any]  # what `train` says of a step
 def train(run: Run, emit: Callable[[StepRecord], None]) -> State:
     """Take all steps and return the last state; the run's own is consumed. `emit(record)` is called once per step.
 
-    A record holds `step` (from 1), `loss`, `ce` if the loss has other terms, with routers `aux_loss` and `dropped` (see
-    `objective.loss_fn`), `grad_norm`, `lr`, `skipped` (1: loss or gradients were not finite or a spike, nothing
-    changed), `in_a_row` (skipped steps up to this one), the counts of its data (`tokens`, `supervised`, `image_tokens`,
-    `samples`, `microbatches`, `padding` as a share), `wait_s` (time it waited for data), `step_s`, `tokens_per_s` (no
-    padding, over the last steps) and `eta_s`.
+    A record holds `step` (from 1), every 0-D metric of the step: `loss`, its terms if it has several and what else a
+    model counts (see `objective.loss_fn`), `grad_norm`, `lr`, `skipped` (1: loss or gradients were not finite or a
+    spike, nothing changed), `in_a_row` (skipped steps up to this one); the counts of its data (`tokens`, `supervised`,
+    `media_tokens`, `samples`, `microbatches`, `padding` as a share), `wait_s` (time it waited for data), `step_s`,
+    `tokens_per_s` (no padding, over the last steps) and `eta_s`.
     On a mesh counts are those of all ranks, `microbatches` the number each of them computes, and times this rank's.
-    Raises ValueError on all ranks, one step late, when `train.max_skips` steps in a row were skipped.
+    Raises ValueError on all ranks, one step late, when `train.max_skips` steps in a row were skipped, and for a metric
+    that has the name of something else in a record.
     """
     config = run.loaded.config
     num_steps = config.train.steps
@@ -71,8 +74,7 @@ class _Meter:
 
     def finish(self, facts: StepRecord, metrics: Metrics) -> StepRecord:
         """The complete record of a step that was started earlier."""
-        names = ("loss", "ce", "aux_loss", "dropped", "grad_norm", "lr", "skipped", "in_a_row")
-        numbers = {name: metrics[name].item() for name in names if name in metrics}
+        numbers = numbers_of({name: x for name, x in metrics.items() if name != "tokens"})  # `supervised` says that
         now = time.perf_counter()
         step_s, self.last = now - self.last, now
         self.first = self.first or now
@@ -80,14 +82,29 @@ class _Meter:
         tokens, seconds = map(sum, zip(*self.window, strict=True))
         done = facts["step"] - 1
         per_step_s = (now - self.first) / done if done else step_s
-        return {
-            "step": facts["step"],
-            **numbers,
-            **facts,
+        times = {
             "step_s": round(step_s, 6),
             "tokens_per_s": round(tokens / seconds, 1),
             "eta_s": round((self.num_steps - facts["step"]) * per_step_s, 1),
         }
+        others = {**facts, **times}
+        if clash := sorted(numbers.keys() & others.keys()):
+            raise UserError(f"the model has a loss or a stat {clash[0]!r}, which a record needs; give it another name")
+        return {"step": facts["step"], **numbers, **others}
+
+
+def numbers_of(metrics: Metrics) -> dict[str, float]:
+    """The 0-D metrics as numbers, whole ones of whole dtypes, by one copy from each device that some lie on."""
+    devices: dict[torch.device, list[str]] = {}
+    for name, x in metrics.items():
+        if x.ndim == 0:
+            devices.setdefault(x.device, []).append(name)
+    found: dict[str, float] = {}
+    for names in devices.values():
+        found |= zip(names, torch.stack([metrics[name].to(torch.float64) for name in names]).tolist(), strict=True)
+    return {
+        name: found[name] if x.is_floating_point() else int(found[name]) for name, x in metrics.items() if x.ndim == 0
+    }
 
 
 def _facts(step: int, share: Agreed, wait_s: float) -> StepRecord:
@@ -98,7 +115,7 @@ def _facts(step: int, share: Agreed, wait_s: float) -> StepRecord:
         "microbatches": len(share.microbatches),
         "tokens": counts.tokens,
         "supervised": counts.supervised_tokens,
-        "image_tokens": counts.media_tokens,
+        "media_tokens": counts.media_tokens,
         "padding": round(counts.padding_share, 4),
         "wait_s": round(wait_s, 6),
     }

@@ -2,23 +2,25 @@
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 
-def format_line(record: Mapping[str, Any], num_steps: int) -> str:
+def format_line(record: Mapping[str, Any], num_steps: int, terms: Sequence[str] = ()) -> str:
     """One grep-able line from a record of metrics.jsonl: always the same keys in the same order.
 
-    `step=20/500 loss=1.5000 grad_norm=0.250 lr=1.00e-03 tokens/s=8000 supervised=64 image_tokens=128 padding=12.5%
-    wait=1.0ms eta=1:01`, on one line. `wait` is the time the step waited for data.
+    `step=20/500 loss=1.5000 grad_norm=0.250 lr=1.00e-03 tokens/s=8000 supervised=64 media_tokens=128 padding=12.5%
+    wait=1.0ms eta=1:01`, on one line. `wait` is the time the step waited for data. `terms`: metrics that make up the
+    loss (`objective.loss_terms`), shown behind it: `loss=1.5000 ce=1.4000 aux_loss=1.0000`.
     """
+    losses = " ".join(f"{name}={record[name]:.4f}" for name in ("loss", *terms) if name in record)
     return (
-        f"step={record['step']}/{num_steps} loss={record['loss']:.4f} grad_norm={record['grad_norm']:.3f} "
+        f"step={record['step']}/{num_steps} {losses} grad_norm={record['grad_norm']:.3f} "
         f"lr={record['lr']:.2e} tokens/s={record['tokens_per_s']:.0f} supervised={record['supervised']} "
-        f"image_tokens={record['image_tokens']} padding={100 * record['padding']:.1f}% "
+        f"media_tokens={record['media_tokens']} padding={100 * record['padding']:.1f}% "
         f"wait={1000 * record['wait_s']:.1f}ms eta={format_duration(record['eta_s'])}"
     )
 
@@ -57,15 +59,15 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def show(self, record: Mapping[str, Any]) -> None:
-        """Advance by one step."""
+    def show(self, record: Mapping[str, Any], terms: Sequence[str] = ()) -> None:
+        """Advance by one step; `terms` as in `format_line`."""
         step = record["step"]
         if self.bar is not None:
             text = f"loss={record['loss']:.4f} lr={record['lr']:.1e} {record['tokens_per_s']:.0f} tokens/s"
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
         elif step % self.log_every == 0 or step == self.num_steps:
-            self.say(format_line(record, self.num_steps))
+            self.say(format_line(record, self.num_steps, terms))
 
     def say(self, text: str) -> None:
         """Write one line without breaking the bar."""

@@ -71,7 +71,7 @@ def _train_recorded(run: Run, folder: Path, progress: Progress, records: list[St
             numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}
             log.write(json.dumps(numbers) + "\n")  # JSON has no NaN
             log.flush()
-            progress.show(record)
+            progress.show(record, run.loss_terms)
             records.append(record)
 
         if has_previous:
