@@ -63,6 +63,14 @@ class AttentionBlockGrad(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+class Route(Protocol):
+    """Experts of every token and their weights; see `mmfn.ops.route.route`."""
+
+    def __call__(
+        self, logits_TE: Tensor, cfg: route.RouteConfig, bias_E: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class CrossEntropy(Protocol):
     """Weighted sums of token losses of a linear head; see `mmfn.ops.cross_entropy.linear_cross_entropy`."""
 
@@ -146,7 +154,7 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
-    route: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    route: Route
     dispatch: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     experts: Callable[[Tensor, Tensor, Tree], Tensor]
     combine: Callable[[Tensor, Tensor, Tensor], Tensor]

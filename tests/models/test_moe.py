@@ -236,3 +236,24 @@ def test_no_token():
 def test_more_chosen_experts_than_there_are_is_refused():
     with pytest.raises(ValueError, match="num_experts_per_tok is 6 of 5 experts; correct one of them"):
         replace(CFG, num_chosen=6)
+    with pytest.raises(ValueError, match="num_experts_per_tok is 4 of 3 experts in topk_group 1 of n_group 2; correct"):
+        replace(CFG, num_experts=6, num_chosen=4, num_groups=2)
+    with pytest.raises(ValueError, match="n_group is 2 but must divide 5, the number of experts"):
+        replace(CFG, num_groups=2)
+
+
+def test_a_bias_moves_the_choice_alone():
+    """As large a bias as sends all tokens to two experts, in front of a layer of these two."""
+    cfg = replace(CFG, scores="sigmoid", scale=1.5)
+    params, x_TD, dy_TD = draw(cfg)
+    params["router"]["choice_bias"] = torch.tensor([0, 9, 0, 0, 9], dtype=torch.float32)
+    y_TD, stats = run(params, x_TD, all_real(x_TD), cfg)
+    T = x_TD.shape[0]
+    assert stats["counts_E"].tolist() == [0, T, 0, 0, T]
+    two = {"router": {"weight": params["router"]["weight"][[1, 4]]}}
+    two["experts"] = {name: x[[1, 4]] for name, x in params["experts"].items()}
+    want_TD, _ = run(two, x_TD, all_real(x_TD), replace(cfg, num_experts=2), TABLES["reference"])
+    torch.testing.assert_close(y_TD, want_TD, rtol=1e-12, atol=1e-12)
+    (dweight_ED,) = torch.autograd.grad(y_TD, params["router"]["weight"], dy_TD)
+    assert dweight_ED[[1, 4]].abs().min() > 0
+    assert not dweight_ED[[0, 2, 3]].any()

@@ -19,6 +19,7 @@ import mmfn
 from mmfn import lora, models, ops, tree
 from mmfn.batch import IGNORE, Batch, Sample
 from mmfn.interop.checkpoint import open_weights
+from mmfn.ops.route import RouteConfig
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import virtual
@@ -36,7 +37,7 @@ from tests.models import toy_family
 from tests.parallel.conformance import Cell, batch_of, spread
 from tests.tiny import model_of, random_samples
 
-BIAS = "text/layers/1/moe/router/bias"
+BIAS = "text/layers/1/moe/router/choice_bias"
 NUM_STEPS, BAD = 4, 2
 LAYOUTS: dict[str, tuple[Layout, tuple[Transform, ...], str]] = {
     "dp": (Layout(dp=3), (data_parallel(),), ""),
@@ -95,8 +96,8 @@ def test_the_bias_follows_its_rule_and_stands_still_in_a_skipped_step() -> None:
     batch, seen = batch_of(cell), []
     table = ops.portable()
 
-    def route(logits_TE: Tensor, num_chosen: int) -> Any:
-        weights_TX, experts_TX, probs_TE = table.route(logits_TE, num_chosen)
+    def route(logits_TE: Tensor, cfg: RouteConfig, bias_E: Tensor | None) -> Any:
+        weights_TX, experts_TX, probs_TE = table.route(logits_TE, cfg, bias_E)
         seen.append(experts_TX[batch.segment_T < batch.num_segments])
         return weights_TX, experts_TX, probs_TE
 
@@ -223,7 +224,7 @@ def test_a_checkpoint_has_one_tensor_an_expert_and_comes_back(tmp_path: Path) ->
         assert torch.equal(stored[f"{one}.gate.weight"], gate_up_EFD[e, :6])
         assert torch.equal(stored[f"{one}.up.weight"], gate_up_EFD[e, 6:])
         assert torch.equal(stored[f"{one}.down.weight"], leaves["text/layers/1/moe/experts/down"][e])
-    assert stored["model.blocks.1.moe.router.bias"].dtype == torch.float32
+    assert stored["model.blocks.1.moe.router.choice_bias"].dtype == torch.float32
     assert stored["model.embed.weight"].dtype == torch.bfloat16
 
     extra = {"talker.weight": torch.arange(5.0), "model.rotary.inv_freq": torch.ones(2)}

@@ -2,8 +2,8 @@
 
 Two towers: "vision", whose blocks attend within windows and within frames by turns, laid window by window; and "audio",
 2 inputs and 3 rows a unit, of which the last row is junk that nobody reads. Positions of sound are fractions. A block
-of experts has a bias in its router that no gradient trains, kept in float32, updated from loads. A second head predicts
-one token further ahead. Experts are stored one by one, gate and up apart.
+of experts routes by sigmoids, within groups, with a bias of the choice that no gradient trains, kept in float32 and
+updated from loads. A second head predicts one token further ahead. Experts are stored one by one, gate and up apart.
 
 Legend: T tokens, U inputs, P rows, N features, D width, E experts.
 """
@@ -55,7 +55,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """Sizes that fit 8 experts and any layout of up to 4 ranks."""
     sizes = {"d_model": D, "d_ff": 20, "init_std": 0.3}
     text = DecoderConfig(**sizes, num_heads=4, num_kv_heads=2, head_dim=4, norm_eps=1e-6)
-    moe = MoeConfig(**{**sizes, "d_ff": 6}, num_experts=8, num_chosen=2)
+    chosen = {"num_chosen": 2, "scores": "sigmoid", "num_groups": 4, "num_chosen_groups": 2, "scale": 1.5}
+    moe = MoeConfig(**{**sizes, "d_ff": 6}, num_experts=8, **chosen)
     return Config(vocab_size=hf.get("vocab_size", 61), num_layers=hf.get("num_layers", 2), decoder=text, moe=moe)
 
 
@@ -63,7 +64,7 @@ def specs(cfg: Config) -> Tree:
     """The first text block is dense, the others have experts."""
     sparse = moe.specs(cfg.moe)
     bias = spec((cfg.moe.num_experts,), "router", normal(0.1))
-    sparse["router"]["bias"] = replace(bias, dtype=torch.float32, is_frozen=True, rule="loads")
+    sparse["router"]["choice_bias"] = replace(bias, dtype=torch.float32, is_frozen=True, rule="loads")
     blocks = [decoder.specs(cfg.decoder, mlp=decoder.mlp_specs(cfg.decoder))]
     blocks += [decoder.specs(cfg.decoder, moe=sparse)] * (cfg.num_layers - 1)
     table = spec((cfg.vocab_size, D), "vocab embed", normal(0.3))
@@ -100,7 +101,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.
             next_TD = text.replace_by_features(next_TD, features[name], index_T, ops)
         joined_TD = linear.apply(own["join"], torch.cat([next_TD, hidden_TD], 1), ops)
         further.append(Further(norm.rms(own["norm"], joined_TD, 1e-6, ops), 0.3))
-    counts = {f"text/layers/{i}/moe/router/bias": r["counts_E"] for i, r in enumerate(routers) if r is not None}
+    counts = {f"text/layers/{i}/moe/router/choice_bias": r["counts_E"] for i, r in enumerate(routers) if r is not None}
     losses, stats = balance.router_losses(routers, ops), balance.router_stats(routers)
     return Output(hidden_TD=hidden_TD, ahead=tuple(further), losses=losses, stats=stats, counts=counts, cache=cache)
 

@@ -12,25 +12,28 @@ from torch import Tensor
 from mmfn.errors import UserError
 from mmfn.models.layers import decoder, linear
 from mmfn.ops import Ops
+from mmfn.ops.route import RouteConfig
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoeConfig:
-    """Sizes of one layer of experts; `num_chosen`: experts per token."""
+class MoeConfig(RouteConfig):
+    """Sizes of one layer of experts, and how its router chooses."""
 
     d_model: int
     d_ff: int
     num_experts: int
-    num_chosen: int
     init_std: float
 
     def __post_init__(self) -> None:
-        if self.num_chosen > self.num_experts:
-            raise UserError(
-                f"num_experts_per_tok is {self.num_chosen} of {self.num_experts} experts; correct one of them"
-            )
+        super().__post_init__()
+        if self.num_experts % self.num_groups:
+            raise UserError(f"n_group is {self.num_groups} but must divide {self.num_experts}, the number of experts")
+        most = self.num_experts // self.num_groups * self.num_chosen_groups
+        if self.num_chosen > most:
+            of = f" in topk_group {self.num_chosen_groups} of n_group {self.num_groups}" if self.num_groups > 1 else ""
+            raise UserError(f"num_experts_per_tok is {self.num_chosen} of {most} experts{of}; correct one of them")
 
 
 def specs(cfg: MoeConfig) -> Tree:
@@ -51,11 +54,12 @@ def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops:
     `is_real_T`: bool[T]. Padding goes to no expert, wherever it lies: its rows come behind the last expert's, it gets
     zeros and counts nowhere. Statistics, sums over tokens in float32 or wider: `counts_E` tokens sent to each expert (a
     constant), `probs_E` the router's probabilities, `rows` tokens, `dropped` rows that `ops.experts` leaves out. A
-    token's experts are added in a fixed order. The router computes in its weight's dtype. Source:
+    token's experts are added in a fixed order. The router computes in its weight's dtype; where it has a leaf
+    `choice_bias`, float32[E], that moves the choice of experts and not their weights. Source:
     `Qwen3VLMoeTextSparseMoeBlock` in transformers 5.23.
     """
     logits_TE = linear.apply(params["router"], x_TD.to(params["router"]["weight"].dtype), ops)
-    weights_TX, experts_TX, probs_TE = ops.route(logits_TE, cfg.num_chosen)
+    weights_TX, experts_TX, probs_TE = ops.route(logits_TE, cfg, params["router"].get("choice_bias"))
     experts_TX = torch.where(is_real_T[:, None], experts_TX, cfg.num_experts)  # of padding: none
     x_RD, counts_E, place_TX = ops.dispatch(x_TD, experts_TX, cfg.num_experts)
     y_RD = ops.experts(x_RD, counts_E, params["experts"])

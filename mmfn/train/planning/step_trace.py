@@ -18,6 +18,7 @@ from mmfn.models import Family
 from mmfn.ops import Ops
 from mmfn.ops.cross_entropy import chunk_rows
 from mmfn.ops.kernel import wrapping
+from mmfn.ops.route import RouteConfig
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning.trace import Recorder, Trace, recording_mesh
 from mmfn.parallel.program import Program
@@ -94,8 +95,8 @@ def make_shares(setup: PlannedStep, program: Program, *, is_fake: bool = True) -
 def balanced(ops: Ops) -> Ops:
     """The table with a router that deals tokens to the experts in turn: a plan does not know better."""
 
-    def route(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
-        weights_TX, experts_TX, probs_TE = ops.route(logits_TE, num_chosen)
+    def route(logits_TE: Tensor, cfg: RouteConfig, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        weights_TX, experts_TX, probs_TE = ops.route(logits_TE, cfg, bias_E)
         return weights_TX, torch.arange(experts_TX.numel()).view(experts_TX.shape) % logits_TE.shape[1], probs_TE
 
     return replace(ops, route=wrapping(route, ops.route))
