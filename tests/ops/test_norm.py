@@ -120,3 +120,12 @@ def test_a_weight_of_another_width_is_refused():
         norm.rms_norm(x, other, EPS)
     with pytest.raises(ValueError, match=r"\(4,\) but x has \(5, 8\)"):
         norm.layer_norm(x, weight, other, EPS)
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_layer_norm_of_two_dtypes_computes_in_the_wider(wide):
+    """Rules of `precision` may leave weight and bias in different dtypes."""
+    dtypes = [torch.float64 if i == wide else torch.float32 for i in range(2)]
+    x, weight, bias = draw((7, 16), torch.float32), *(draw((16,), dtype, offset=1.0) for dtype in dtypes)
+    want = F.layer_norm(x.double(), (16,), weight.double(), bias.double(), EPS).float()
+    assert torch.equal(norm.layer_norm(x, weight, bias, EPS), want)

@@ -93,6 +93,7 @@ def test_every_divisor_is_tried(tmp_path: Path, world: int, ep: list[int], cp: l
     spreads = [layout.cp * layout.ep for layout in layouts]
     assert spreads == sorted(spreads)
     assert all(8 % layout.cp == 0 for layout in layouts if layout.kind == "ulysses")
+    assert sorted({layout.cp for layout in layouts if layout.kind == "usp"}) == [n for n in cp if n > 2 and n % 2 == 0]
     refused = [line for line in said if re.match(r"left out \d+ layouts that are refused, the first because ", line)]
     assert said == refused
     assert bool(refused) == (world % 3 == 0)
