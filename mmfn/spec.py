@@ -151,6 +151,12 @@ def has_experts(specs: Tree) -> bool:
     return any(EXPERTS in leaf.axes for leaf in tree.leaves(specs))
 
 
+def stacks(specs: Tree) -> dict[str, list[Tree]]:
+    """The blocks of each stack of a model by its name, `NAME/layers` in the tree; those of the text last."""
+    found = {name: part["layers"] for name, part in specs.items() if isinstance(part, dict) and "layers" in part}
+    return dict(sorted(found.items(), key=lambda stack: stack[0] == "text"))
+
+
 def trained_paths(specs: Tree) -> list[str]:
     """Paths of the leaves that a gradient trains, in path order."""
     return [path for path, leaf in tree.items(specs) if not leaf.is_frozen]

@@ -20,6 +20,7 @@ from mmfn.spec import (
     num_params,
     num_trained,
     rules_of,
+    stacks,
     trained_paths,
     uniform,
 )
@@ -137,6 +138,13 @@ def test_a_leaf_is_trained_by_gradient_by_a_rule_or_not_at_all() -> None:
         adapted = lora(layers, rank=1, alpha=1.0, targets=["up"], keep=keep)
         assert rules_of(adapted) == rules
         assert trained_paths(adapted) == ["up/lora/weight/a", "up/lora/weight/b"]
+
+
+def test_stacks_are_those_of_the_tree_the_text_last() -> None:
+    norm = SPECS["norm"]
+    specs = {"text": {"layers": [{"norm": norm}] * 3}, "scale": norm, "head": {"weight": norm}, "eye": {"layers": []}}
+    assert {name: len(blocks) for name, blocks in stacks(specs).items()} == {"eye": 0, "text": 3}
+    assert list(stacks(specs)) == ["eye", "text"]
 
 
 def test_uniform_draws() -> None:

@@ -15,6 +15,7 @@ from mmfn.errors import UserError
 from mmfn.interop import checkpoint, export, verbatim
 from mmfn.model import Model
 from mmfn.models import Family, family
+from mmfn.models.hf_config import sections
 from mmfn.tree import Tree
 
 
@@ -139,11 +140,11 @@ def _resolve(hf_config: Mapping[str, Any]) -> tuple[Family, Any]:
 
 
 def _config_to_save(model: Model) -> dict[str, Any]:
-    """The config with the model's dtype, which transformers loads the weights as."""
+    """The config with the model's dtype, which transformers loads the weights as, in all sections that have one."""
     config: dict[str, Any] = json.loads(json.dumps(dict(model.hf_config)))
     dtype = spec.model_dtype(model.params, model.family.specs(model.cfg))
-    for section in (config, config.get("text_config"), config.get("vision_config")):
-        if isinstance(section, dict):
+    for key, section in sections(config):
+        if not key or key.endswith("_config") or "dtype" in section or "torch_dtype" in section:
             section.pop("torch_dtype", None)
             section["dtype"] = str(dtype).removeprefix("torch.")
     if not config.get("architectures"):

@@ -13,6 +13,7 @@ from mmfn.errors import UserError
 from mmfn.models.data import DataSide
 from mmfn.models.keymap import KeyMap
 from mmfn.packing import Sizes, pack
+from mmfn.spec import stacks
 from mmfn.tree import Tree
 
 if __name__ != "mmfn.models":
@@ -86,7 +87,6 @@ class Family:
     head: Callable[..., Tensor]  # (params, cfg, ops) -> weight_VD
     key_map: Callable[[Any], KeyMap]
     parts: Callable[[Any], Mapping[str, str]]  # cfg -> regexes over the paths of the parts a run can name
-    stacks: Callable[[Any], Mapping[str, int]]  # cfg -> blocks of each stack, that of the text last
     at_depth: Callable[[Any, int], Any]  # (cfg, n) -> the config with n blocks in the last stack
     empty_cache: Callable[..., Any]  # (cfg, num_rows, num_columns, dtype, device) -> a tree per layer, for generation
     lora_targets: tuple[str, ...]  # regexes over the layers that get adapters where nobody names any
@@ -105,6 +105,10 @@ class Family:
     rules: Callable[[Any], Mapping[str, Rule]] = (
         no_rules  # cfg -> how leaves without a gradient are updated, by `ParamSpec.rule`
     )
+
+    def stacks(self, cfg: Any) -> dict[str, int]:
+        """How many blocks each stack has, that of the text last: what `specs` declares."""
+        return {name: len(blocks) for name, blocks in stacks(self.specs(cfg)).items()}
 
     def pack(self, samples: Sequence[Sample], cfg: Any, sizes: Sizes | None = None) -> Batch:
         """Samples end to end in one batch (`mmfn.packing.pack`), by default exactly as large as they need.

@@ -1,13 +1,25 @@
 """Reading values out of a Hugging Face `config.json`, each checked where it is read."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mmfn.errors import UserError
 
 T = TypeVar("T")
+
+
+def sections(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every mapping of a config with its key, the config itself, as "", first, and outer ones before inner ones.
+
+    >>> [key for key, _ in sections({"thinker_config": {"text_config": {}}, "vision_config": {}})]
+    ["", "thinker_config", "vision_config", "text_config"]
+    """
+    level: list[tuple[str, Any]] = [("", values)]
+    while level:
+        yield from level
+        level = [(key, x) for _, outer in level for key, x in outer.items() if isinstance(x, Mapping)]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ DEFAULTS = {
     "head_dim": 128,
 }
 
-head, parts, stacks, at_depth, taps = shared.head, shared.parts, shared.stacks, shared.at_depth, shared.taps
+head, parts, at_depth, taps = shared.head, shared.parts, shared.at_depth, shared.taps
 empty_cache, lora_targets, row_ids = shared.empty_cache, shared.LORA_TARGETS, shared.row_ids
 positions, towers, lay, kinds, example = shared.positions, shared.towers, shared.lay, shared.kinds, shared.example
 data = qwen_vision.data_side(templates=("qwen3_vl",))

@@ -100,6 +100,23 @@ def test_dtype_is_as_stored_or_as_asked(oracle, tmp_path):
     assert type(oracle).from_pretrained(tmp_path / "again").dtype == torch.bfloat16
 
 
+def test_the_dtype_is_said_in_every_section_that_has_one(folder, tmp_path):
+    model = mmfn.load_hf(folder, dtype=torch.bfloat16)
+    inner = {"text_config": {"torch_dtype": "float16"}, "audio_config": {"depth": 2}, "decoder": {"dtype": "float16"}}
+    more = {"thinker_config": {**inner, "limits": {"frames": {"most": 3}}}}
+    mmfn.save_hf(tmp_path / "out", replace(model, hf_config={**model.hf_config, **more}))
+    config, said = json.loads((tmp_path / "out" / "config.json").read_text()), {"dtype": "bfloat16"}
+    assert config["thinker_config"] == {
+        "text_config": said,
+        "audio_config": {"depth": 2, **said},
+        "decoder": said,
+        "limits": {"frames": {"most": 3}},
+        **said,
+    }
+    assert config["dtype"] == config["text_config"]["dtype"] == config["vision_config"]["dtype"] == "bfloat16"
+    assert "dtype" not in config["text_config"]["rope_parameters"]
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "bfloat16"])
 def test_dtypes_that_are_not_floating_are_refused(dtype, folder):
     with pytest.raises(ValueError, match=rf"dtype is '?{dtype}'? but must be a floating torch.dtype of 16 bits"):

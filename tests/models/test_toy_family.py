@@ -28,6 +28,7 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params, whole_params
+from mmfn.train.build.model import stacks_of
 from mmfn.train.objective import Objective, loss, loss_terms
 from mmfn.train.optim import adamw
 from mmfn.train.schedule import schedule
@@ -61,6 +62,15 @@ def test_it_is_short_and_uses_nothing_private() -> None:
     names = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
     names += [alias.name for node in nodes if isinstance(node, ast.ImportFrom | ast.Import) for alias in node.names]
     assert [name for name in names if name.startswith("_")] == []
+
+
+def test_stacks_are_what_its_parameters_say() -> None:
+    """A family declares blocks once: planning reads from the same tree as the program that computes them again."""
+    model = model_of("toy")
+    counted = model.family.stacks(model.cfg)
+    assert counted == {"vision": 2, "audio": 2, "text": 2}
+    assert list(counted) == ["vision", "audio", "text"] == list(stacks_of(model.family.specs(model.cfg)))
+    assert model.family.stacks(model.family.at_depth(model.cfg, 1))["text"] == 1
 
 
 # ---- the bias that no gradient trains

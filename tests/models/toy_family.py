@@ -196,11 +196,6 @@ def row_ids(batch: Batch, cfg: Config) -> list[tuple[str, Tensor]]:
     return [("text/", batch.token_ids_T)]
 
 
-def stacks(cfg: Config) -> dict[str, int]:
-    """Blocks of towers and text."""
-    return {"vision": 2, "audio": 2, "text": cfg.num_layers}
-
-
 def at_depth(cfg: Config, num_layers: int) -> Config:
     """The first text blocks."""
     return replace(cfg, num_layers=num_layers)

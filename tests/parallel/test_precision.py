@@ -1,6 +1,7 @@
 """Dtypes of computation and of gradient sums; what travels in which is in `test_gather.py`."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,10 +72,23 @@ def test_routers_and_norms_stay_float32_unless_rules_say_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["A_log", "text/layers/3/linear_attention/A_log", "text/layers/0/attention/q_norm/weight"]
+    "path", ["norm/weight", "text/layers/3/moe/router/bias", "text/layers/0/attention/q_norm/weight"]
 )
 def test_sensitive_paths(path: str) -> None:
     assert re.fullmatch(SENSITIVE, path)
+
+
+@pytest.mark.parametrize("rules", [None, {}])
+@pytest.mark.parametrize("path", ["A_log", "text/layers/3/linear_attention/A_log"])
+def test_an_exponent_has_the_dtype_that_is_declared(path: str, rules: dict[str, torch.dtype] | None) -> None:
+    """Of its name nothing follows: an `A_log` is computed in float32 where its spec says so, whatever the rules."""
+    assert not re.fullmatch(SENSITIVE, path)
+    plain = spec((3,), "q_heads", ZEROS)
+    for declared, want in ((torch.float32, torch.float32), (None, torch.bfloat16)):
+        specs = {path: replace(plain, compute=declared), "norm": {"weight": plain}}
+        program = lower(pipe(Program.of(specs), precision(compute=torch.bfloat16, rules=rules)))
+        params = init_params(specs, 0)
+        assert program.ops.gather(program.enter(params, params))[path].dtype == want
 
 
 @pytest.mark.parametrize("reduce", [None, torch.bfloat16])

@@ -233,8 +233,10 @@ def test_facts_for_plans() -> None:
     program = pipe(Program.of(specs), remat("uniform", num_layers=3, where="vision"))
     assert (program.period, program.num_special) == (1, 0)
     assert program.notes == ("remat('uniform', num_layers=3, where='vision')",)
-    with pytest.raises(ValueError, match="remat got where='audio' but the model has stacks text, vision; use one"):
-        pipe(Program.of(specs), remat("full", where="audio"))
+    for name in ("audio", "head"):
+        sentence = f"remat got where='{name}' but the model has stacks vision, text; use one"
+        with pytest.raises(ValueError, match=sentence):
+            pipe(Program.of(specs), remat("full", where=name))
 
 
 def test_errors() -> None:

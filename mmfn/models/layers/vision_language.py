@@ -173,11 +173,6 @@ def example(num_tokens: int, side: int, cfg: VisionLanguageConfig) -> Sample:
     return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images)
 
 
-def stacks(cfg: VisionLanguageConfig) -> dict[str, int]:
-    """Blocks of the tower and of the text."""
-    return {"vision": cfg.vision.depth, "text": cfg.num_layers}
-
-
 def at_depth(cfg: VisionLanguageConfig, num_layers: int) -> VisionLanguageConfig:
     """The config of the model with the first `num_layers` text blocks alone."""
     return replace(cfg, num_layers=num_layers)

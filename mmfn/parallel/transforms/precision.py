@@ -12,9 +12,9 @@ from mmfn.parallel.program import Program, Transform, noted
 from mmfn.spec import EXPERTS
 from mmfn.tree import Tree
 
-SENSITIVE = r"(.*/)?((router|\w*norm)/.*|A_log)"
-"""Paths of routers, norms and `A_log`: few values, read by all tokens, of which a rounding moves discrete choices (the
-experts of a token), whole rows, or an exponent."""
+SENSITIVE = r"(.*/)?(router|\w*norm)/.*"
+"""Paths of routers and norms: few values, read by all tokens, of which a rounding moves discrete choices (the experts
+of a token) or whole rows. What else a family computes in a dtype of its own (an exponent) its specs declare."""
 UNCAST = {"vocab", EXPERTS}
 """Axes of the embedding, whose dtype what flows through the text has, and of what takes that without a cast."""
 

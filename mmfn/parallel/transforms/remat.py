@@ -17,7 +17,7 @@ from mmfn.ops.flops import packet
 from mmfn.ops.kernel import Kernel, declaration
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.weights.recompute import Recomputed
-from mmfn.spec import has_experts
+from mmfn.spec import has_experts, stacks
 
 REMAT_KINDS = ("none", "full", "selective", "uniform", "block")
 ALL_TO_ALL = ("_c10d_functional::all_to_all_single", "mmfn::all_to_all")  # of these, only the calls on ep are meant
@@ -49,9 +49,9 @@ def remat(kind: str, *, save: Sequence[str] = (), every: int = 1, num_layers: in
     def transform(program: Program) -> Program:
         if kind == "none":
             return program
-        if where != "all" and where not in (program.specs or {}):
-            stacks = ", ".join(name for name, part in (program.specs or {}).items() if "layers" in part)
-            raise UserError(f"remat got where={where!r} but the model has stacks {stacks or 'none'}; use one, or 'all'")
+        if where != "all" and where not in (names := stacks(program.specs or {})):
+            has = ", ".join(names) or "none"
+            raise UserError(f"remat got where={where!r} but the model has stacks {has}; use one, or 'all'")
         inner, policy = program.ops.stack, _policy_of(save, program, where) if save else None
 
         def stack(run: Any, block: Any, layers: Sequence[Any], *xs: Any, name: str = "", **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from mmfn.errors import UserError
 from mmfn.model import Model
+from mmfn.models.hf_config import sections
 from mmfn.train.data import Processor
 
 
@@ -20,7 +21,8 @@ def check_match(model: Model, processor: Processor) -> None:
             "tokenizer of the model"
         )
     for key, token in model.family.data.chat.tokens.items():
-        configured = getattr(model.cfg, key, model.hf_config.get(key))  # the first has the defaults of absent keys
+        stored = (section[key] for _, section in sections(model.hf_config) if section.get(key) is not None)
+        configured = getattr(model.cfg, key, next(stored, None))  # the first has the defaults of absent keys
         if configured is not None and configured != vocabulary.get(token):
             raise UserError(
                 f"{key} is {configured} in config.json but {token!r} is {vocabulary.get(token)} in the tokenizer; use "

@@ -18,7 +18,7 @@ from mmfn.parallel.mesh.launch import Place, Ranks
 from mmfn.parallel.weights.host_memory import HOST_DEVICE
 from mmfn.parallel.weights.hosted import to_host
 from mmfn.parallel.weights.sharding import shard_params
-from mmfn.spec import freeze, has_experts, num_params, num_trained, trained_paths
+from mmfn.spec import freeze, has_experts, num_params, num_trained, stacks, trained_paths
 from mmfn.train.build.agreement import check_same, weights_in_common
 from mmfn.train.config.rule import Stack, Subject
 from mmfn.train.config.rules import breaches
@@ -104,17 +104,15 @@ def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
 
 def stacks_of(specs: Tree) -> dict[str, Stack]:
     """The stacks of blocks of a model by name."""
-    return {
-        name: Stack(depth=len(part["layers"]), has_experts=has_experts(part))
-        for name, part in specs.items()
-        if "layers" in part
-    }
+    return {name: Stack(depth=len(blocks), has_experts=has_experts(blocks)) for name, blocks in stacks(specs).items()}
 
 
 def check_model(config: Config, family: Family, cfg: Any, *, is_plan: bool = False) -> None:
     """Raise ValueError for settings that do not fit a model: its stacks, towers, experts."""
-    stacks, towers = stacks_of(family.specs(cfg)), tuple(family.towers(cfg))
-    for breach in breaches(Subject(config=config, stacks=stacks, towers=towers, is_plan=is_plan)):
+    subject = Subject(
+        config=config, stacks=stacks_of(family.specs(cfg)), towers=tuple(family.towers(cfg)), is_plan=is_plan
+    )
+    for breach in breaches(subject):
         if not breach.warns:
             raise UserError(breach.sentence)
 

@@ -56,7 +56,7 @@ class LayoutSection(ConfigSection):
     )
     compute_rules: dict[str, Dtype] | None = Field(
         default=None,
-        description="dtypes by regex over paths; null: with bfloat16, routers, norms and A_log are float32",
+        description="dtypes by regex over paths; null: with bfloat16, routers and norms are float32",
     )
     reduce_dtype: Dtype | None = Field(
         default=None, description="dtype gradients are summed in over ranks; null: float32"

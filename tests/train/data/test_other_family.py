@@ -99,3 +99,13 @@ def test_what_must_agree_is_its_own(model, processor):
         check_match(model, odd)
     with pytest.raises(ValueError, match=r"sound_id is 3 in config\.json but '<sound>' is 2 in the tokenizer"):
         check_match(replace(model, hf_config={"picture_id": 1, "sound_id": 3}), processor)
+
+
+def test_ids_of_tokens_are_found_in_any_section_of_the_config(model, processor):
+    """The outermost counts, and one that is nowhere is not compared."""
+    for ids in ({"sound_id": 2}, {"sound_id": None, "audio_config": {"sound_id": 2}}, {}):
+        check_match(replace(model, hf_config={"picture_id": 1, "thinker_config": ids}), processor)
+    check_match(replace(model, hf_config={"sound_id": 2, "thinker_config": {"sound_id": 3}}), processor)
+    for ids in ({"sound_id": 3}, {"audio_config": {"sound_id": 3}}):
+        with pytest.raises(ValueError, match=r"sound_id is 3 in config\.json but '<sound>' is 2 in the tokenizer"):
+            check_match(replace(model, hf_config={"picture_id": 1, "thinker_config": ids}), processor)
