@@ -28,7 +28,8 @@ def rule_updates(family: Family, cfg: Any, specs: Tree, mesh: Mesh) -> tuple[tup
     """The paths of the leaves of `specs` that rules update, and the function that does.
 
     A rule sees whole counts and gives what is added to the whole leaf; a rank adds its rows of that. Counts of a leaf
-    that is frozen altogether are ignored. Raises ValueError for a rule that the family does not have and, when called,
+    that is frozen altogether are ignored. Parameters on the host (`offload("parameters")`) wait here for the copy of
+    their change from the device. Raises ValueError for a rule that the family does not have and, when called,
     for a leaf nothing was counted for, counts of what is no leaf, and a change that has not the shape of its leaf.
     """
     known = family.rules(cfg)
