@@ -53,7 +53,8 @@ class ParamSpec:
 
     - by its gradient, as most;
     - by a rule, where `is_frozen` is true and `rule` names one: it has no gradient and no optimizer state, and the rule
-      updates it from what a step counted (a bias that balances experts);
+      updates it from what a step counted (a bias that balances experts); it declares float32 or wider, in which small
+      changes are not lost (in bfloat16 0.5 + 0.001 is 0.5);
     - not at all, where `is_frozen` is true alone (see `freeze`).
 
     >>> ParamSpec(shape=(8,), axes=("router",), init=ZEROS, dtype=torch.float32, is_frozen=True, rule="balance")
@@ -73,6 +74,11 @@ class ParamSpec:
             raise UserError(f"shape {self.shape} has {len(self.shape)} dims but axes {self.axes} name {len(self.axes)}")
         if self.rule and not self.is_frozen:
             raise UserError(f"rule {self.rule!r} and a gradient would both update a leaf; set is_frozen=True")
+        if self.rule and self.dtype not in (torch.float32, torch.float64):
+            dtype = self.dtype or "the dtype of the model"
+            raise UserError(
+                f"rule {self.rule!r} updates a leaf of {dtype}, which may lose small changes; set dtype=torch.float32"
+            )
 
     @property
     def numel(self) -> int:

@@ -123,10 +123,18 @@ def test_errors() -> None:
         Init(kind="orthogonal")
     with pytest.raises(ValueError, match="rule 'balance' and a gradient would both update a leaf; set is_frozen=True"):
         ParamSpec(shape=(3,), axes=("router",), init=ZEROS, rule="balance")
+    for dtype, name in (
+        (torch.bfloat16, "torch.bfloat16"),
+        (None, "the dtype of the model"),
+        (torch.int64, "torch.int64"),
+    ):
+        with pytest.raises(ValueError, match=f"rule 'balance' updates a leaf of {name}, which .* dtype=torch.float32"):
+            ParamSpec(shape=(3,), axes=("router",), init=ZEROS, dtype=dtype, is_frozen=True, rule="balance")
 
 
 def test_a_leaf_is_trained_by_gradient_by_a_rule_or_not_at_all() -> None:
-    bias = ParamSpec(shape=(7,), axes=("router",), init=ZEROS, is_frozen=True, rule="balance")
+    same = {"init": ZEROS, "dtype": torch.float64}
+    bias = ParamSpec(shape=(7,), axes=("router",), **same, is_frozen=True, rule="balance")
     specs = {"bias": bias, "weight": spec.spec((7, 3), "router embed", ONES), "norm": spec.spec((3,), "embed", ONES)}
     assert trained_paths(specs) == ["norm", "weight"]
     assert rules_of(specs) == {"bias": "balance"}

@@ -27,8 +27,10 @@ RuleUpdate = Callable[[Leaves, dict[str, Tensor], Tensor], dict[str, Tensor]]
 def rule_updates(family: Family, cfg: Any, specs: Tree, mesh: Mesh) -> tuple[tuple[str, ...], RuleUpdate]:
     """The paths of the leaves of `specs` that rules update, and the function that does.
 
-    A rule sees whole counts and gives what is added to the whole leaf; a rank adds its rows of that. Raises ValueError
-    for a rule that the family does not have and, when called, for a leaf nothing was counted for.
+    A rule sees whole counts and gives what is added to the whole leaf; a rank adds its rows of that. Counts of a leaf
+    that is frozen altogether are ignored. Parameters on the host (`offload("parameters")`) wait here for the copy of
+    their change from the device. Raises ValueError for a rule that the family does not have and, when called,
+    for a leaf nothing was counted for, counts of what is no leaf, and a change that has not the shape of its leaf.
     """
     known = family.rules(cfg)
     if absent := sorted(set(rules_of(specs).values()) - set(known)):
@@ -36,13 +38,24 @@ def rule_updates(family: Family, cfg: Any, specs: Tree, mesh: Mesh) -> tuple[tup
             f"a parameter is updated by rule {absent[0]!r} but family {family.name!r} has "
             f"{', '.join(known) or 'no rules'}; add it to its rules"
         )
+    shapes = {path: leaf.shape for path, leaf in tree.items(specs)}
     leaves = {path: (known[leaf.rule], cuts(leaf, mesh)) for path, leaf in tree.items(specs) if leaf.rule}
 
     def update(params: Leaves, sums: dict[str, Tensor], is_taken: Tensor) -> dict[str, Tensor]:
+        counts = {name.removeprefix(COUNTS): x for name, x in sums.items() if name.startswith(COUNTS)}
+        if strange := sorted(counts.keys() - shapes.keys()):
+            raise UserError(
+                f"family {family.name!r} counted for {strange[0]!r}, which is no parameter; correct its Output.counts"
+            )
         for path, (rule, own_cuts) in leaves.items():
-            if COUNTS + path not in sums:
+            if path not in counts:
                 raise UserError(f"parameter {path!r} is updated by a rule but the model counted nothing for it")
-            leaf, change = params[path], rule(sums[COUNTS + path])
+            leaf, change = params[path], rule(counts[path])
+            if change.shape != shapes[path]:
+                raise UserError(
+                    f"the rule of parameter {path!r} gave a change of shape {list(change.shape)} for one of shape "
+                    f"{list(shapes[path])}; return what is added to each of its elements"
+                )
             for dim, axis in own_cuts:
                 start, stop = rows(change.shape[dim], axis.size, axis.index)
                 change = change.narrow(dim, start, stop - start)

@@ -209,9 +209,8 @@ def test_what_a_rule_updates_is_part_of_an_adapter(pairs: dict[str, Pair]) -> No
     key_map = pair.model.family.key_map(pair.model.cfg)
 
     def ruled(path: str) -> Any:
-        specs = tree.map_with_path(
-            lambda p, leaf: replace(leaf, is_frozen=True, rule="balance") if p == path else leaf, pair.plain
-        )
+        by_rule = {"dtype": torch.float32, "is_frozen": True, "rule": "balance"}
+        specs = tree.map_with_path(lambda p, leaf: replace(leaf, **by_rule) if p == path else leaf, pair.plain)
         return lora(specs, **CASES["attention"], keep=[path])
 
     norm = f"{adapter.PREFIX}model.language_model.norm.weight"

@@ -5,6 +5,7 @@ That it trains on every layout as on one device is part of the matrices, of whic
 
 import ast
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params, whole_params
+from mmfn.spec import freeze
 from mmfn.train.build.model import stacks_of
 from mmfn.train.objective import Objective, loss, loss_terms
 from mmfn.train.optim import adamw
@@ -134,6 +136,49 @@ def test_steps_on_a_layout_are_those_of_one_device(name: str) -> None:
     for found, own in virtual(layout, lambda mesh: biases(mesh, transforms, kind)):
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
         assert own == pytest.approx(losses, rel=1e-9, nan_ok=True)
+
+
+def one_step(model: mmfn.Model, specs: Any) -> Any:
+    """The bias behind a step."""
+    rate = schedule("constant", peak=1e-3, num_steps=1)
+    step = make_step(model.family, model.cfg, Program.of(specs), "per_token_loss", adamw(), schedule=rate)
+    state = init_state(tree.map(torch.clone, model.params), adamw(), specs)
+    state, _ = step(state, [wide(packed(model, random_samples(model, seed=3, num=2)))])
+    return dict(tree.items(state["params"]))[BIAS]
+
+
+def with_family(model: mmfn.Model, **fields: Any) -> mmfn.Model:
+    return replace(model, family=replace(model.family, **fields))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (), (9,), (8, 1)])
+def test_a_change_that_has_not_the_shape_of_its_leaf_is_refused(shape: tuple[int, ...]) -> None:
+    model = with_family(model_of("toy"), rules=lambda cfg: {"loads": lambda counts_E: counts_E.new_zeros(shape)})
+    message = rf"rule of parameter '{BIAS}' gave a change of shape {re.escape(str(list(shape)))} for one of shape \[8\]"
+    with pytest.raises(ValueError, match=message):
+        one_step(model, model.family.specs(model.cfg))
+
+
+def test_counts_are_of_leaves_and_those_of_a_frozen_one_are_ignored() -> None:
+    model = model_of("toy")
+    specs, before = model.family.specs(model.cfg), dict(tree.items(model.params))[BIAS]
+    assert not torch.equal(one_step(model, specs), before)
+    assert torch.equal(one_step(model, freeze(specs, [BIAS])), before)
+
+    def apply(*args: Any, **given: Any) -> models.Output:
+        out = model.family.apply(*args, **given)
+        return replace(out, counts={**out.counts, "text/layers/1/moe/router/bais": out.counts[BIAS]})
+
+    message = (
+        "family 'toy' counted for 'text/layers/1/moe/router/bais', which is no parameter; correct its Output.counts"
+    )
+    with pytest.raises(ValueError, match=message):
+        one_step(with_family(model, apply=apply), specs)
+    with pytest.raises(ValueError, match=f"parameter '{BIAS}' is updated by a rule but the model counted nothing"):
+        one_step(
+            with_family(model, apply=lambda *args, **given: replace(model.family.apply(*args, **given), counts={})),
+            specs,
+        )
 
 
 # ---- the second head
