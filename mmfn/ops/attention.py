@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,8 @@ from mmfn.ops import flops
 from mmfn.ops.custom import Context, operator
 from mmfn.ops.kernel import Kernel
 from mmfn.torch_private import FLASH_CPU, FLASH_CPU_GRAD
+
+Boundaries = npt.NDArray[np.int32]
 
 # When a segment joins a padded call: the padding and the copies it costs, in scores times channels, against one more
 # kernel call forward and backward (about 0.3 ms). Copying one token costs about as much as 16 scores.
@@ -112,10 +116,10 @@ def dense_mask(q_THC: Tensor, k_SKC: Tensor, offsets_N: Tensor, key_offsets_N: T
 
 def _per_segment(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, is_causal: bool) -> Tensor:
     """Any device: one call of the device's own kernel per segment, differentiated by autograd."""
-    offsets = _read(segments.host_N, q_THC)
+    offsets = _used(_read(segments.host_N, q_THC)).tolist()
     parts = [q_THC[:0]]
     for start, end in itertools.pairwise(offsets):
-        if start == end:  # a static batch has many that are unused
+        if start == end:
             continue
         q_1HLC, k_1KLC, v_1KLC = (x[start:end].transpose(0, 1)[None] for x in (q_THC, k_SKC, v_SKC))
         o_1HLC = F.scaled_dot_product_attention(q_1HLC, k_1KLC, v_1KLC, is_causal=is_causal, enable_gqa=True)
@@ -150,14 +154,20 @@ def check_inputs(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *segments: Segment
             )
 
 
-def _read(offsets_N: Tensor, x_T: Tensor) -> tuple[int, ...]:
-    """The offsets on the host, checked."""
-    offsets = tuple(offsets_N.tolist())
-    if offsets[0] != 0 or offsets[-1] > x_T.shape[0] or any(a > b for a, b in itertools.pairwise(offsets)):
+def _read(offsets_N: Tensor, x_T: Tensor) -> Boundaries:
+    """The offsets on the host, checked; every layer does this, so no number of them becomes one of Python."""
+    offsets: Boundaries = offsets_N.numpy().astype(np.int32, copy=False)
+    if offsets[0] != 0 or offsets[-1] > x_T.shape[0] or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(
-            f"offsets {offsets} must rise from 0 to at most the {x_T.shape[0]} tokens; correct the packing"
+            f"offsets {tuple(offsets.tolist())} must rise from 0 to at most the {x_T.shape[0]} tokens; correct the "
+            "packing"
         )
     return offsets
+
+
+def _used(offsets: Boundaries) -> Boundaries:
+    """Without the entries at the end that repeat the last one, of which a static batch has many."""
+    return offsets[: offsets.searchsorted(offsets[-1]) + 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,20 +222,22 @@ def _calls(
     """Queries and keys of all kernel calls; a segment without queries or without keys has none."""
     offsets = _read(offsets_N, q_THC)
     if key_offsets_N is None:
-        return [(rows, rows) for rows in _plan(offsets, is_causal, q_THC.shape[1] * q_THC.shape[2])]
-    spans = zip(itertools.pairwise(offsets), itertools.pairwise(_read(key_offsets_N, k_SKC)), strict=True)
+        return [(rows, rows) for rows in _plan(_used(offsets).tobytes(), is_causal, q_THC.shape[1] * q_THC.shape[2])]
+    key_offsets = _read(key_offsets_N, k_SKC)
+    is_used = (offsets[1:] > offsets[:-1]) & (key_offsets[1:] > key_offsets[:-1])
+    edges = np.stack([offsets[:-1], offsets[1:], key_offsets[:-1], key_offsets[1:]], 1)[is_used]
     return [
         (_Rows(start=q, count=1, length=q_end - q), _Rows(start=k, count=1, length=k_end - k))
-        for (q, q_end), (k, k_end) in spans
-        if q_end > q and k_end > k
+        for q, q_end, k, k_end in edges.tolist()
     ]
 
 
 @lru_cache(maxsize=64)
-def _plan(offsets: tuple[int, ...], is_causal: bool, width: int) -> tuple[_Rows, ...]:
-    """Kernel calls that cover all segments; `width` is H * C. Cached, so that every layer is spared the work."""
+def _plan(boundaries: bytes, is_causal: bool, width: int) -> tuple[_Rows, ...]:
+    """Kernel calls that cover all segments of int32 `boundaries`; `width` is H * C. Cached, so that every layer is
+    spared the work."""
     runs: list[_Rows] = []
-    for start, end in itertools.pairwise(offsets):
+    for start, end in itertools.pairwise(np.frombuffer(boundaries, np.int32).tolist()):
         last = runs[-1] if runs else None
         if last and end - start == last.length:
             runs[-1] = _Rows(start=last.start, count=last.count + 1, length=last.length)

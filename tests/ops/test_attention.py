@@ -56,6 +56,10 @@ def pack(lengths):
     return Segments.of(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32))
 
 
+def plan(lengths, is_causal, width):
+    return module._plan(pack(lengths).host_N.numpy().tobytes(), is_causal, width)
+
+
 def draw(T, H, K, C, dtype=torch.float64, seed=0):
     """q, k, v as leaves and the gradient of o."""
     generator = torch.Generator().manual_seed(seed)
@@ -100,9 +104,7 @@ def test_equals_torch_with_a_block_mask(heads, packing, is_causal, dtype):
 
 
 def test_the_matrix_covers_every_kind_of_call():
-    plans = {
-        name: module._plan(tuple(pack(lengths).offsets_N.tolist()), True, 32) for name, (lengths, _) in PACKINGS.items()
-    }
+    plans = {name: plan(lengths, True, 32) for name, (lengths, _) in PACKINGS.items()}
     assert [len(plans[name]) for name in ("one run", "padded together", "no segment", "all empty")] == [1, 1, 0, 0]
     assert plans["one run"][0].padding is None
     assert plans["padded together"][0].padding is not None
@@ -118,7 +120,7 @@ def test_plans_cover_every_token_once():
         ).tolist()
         for is_causal, width in itertools.product((True, False), (4, 4096)):
             seen = torch.zeros(sum(lengths), 1)
-            for call in module._plan(tuple(pack(lengths).offsets_N.tolist()), is_causal, width):
+            for call in plan(lengths, is_causal, width):
                 rows = call.rows(torch.ones(sum(lengths), 1), zero_pads=True)
                 assert is_causal or rows.all()  # without causality a padded key would be seen
                 part = torch.zeros_like(seen)
@@ -137,6 +139,7 @@ def test_unused_static_segments_cost_nothing(run, is_causal, monkeypatch):
     monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
     for name, unused in (("few", 0), ("static", 4092)):
         segments = pack([*lengths, *[0] * unused])
+        module._plan.cache_clear()
         with Operators() as seen:
             if run == "attention":
                 attention(*leaves, segments, is_causal=is_causal)
@@ -145,6 +148,15 @@ def test_unused_static_segments_cost_nothing(run, is_causal, monkeypatch):
         ran[name] = seen.number
     assert ran["few"] == ran["static"]
     assert len(calls) == (2 * 3 if run == "_per_segment" else 0)
+
+
+def test_unused_static_segments_need_no_plan_of_their_own():
+    """However many there are, the plan is looked up by the boundaries that are used."""
+    leaves, _ = draw(60, 4, 2, 8)
+    module._plan.cache_clear()
+    for unused in (0, 5, 4092):
+        attention(*leaves, pack([20, 0, 8, 30, *[0] * unused]), is_causal=True)
+    assert module._plan.cache_info().misses == 1
 
 
 def test_boundaries_are_read_on_the_host_alone():

@@ -100,6 +100,24 @@ def test_features_come_back_to_their_tokens(name: str, num_ranks: int) -> None:
             torch.testing.assert_close(rows[tuple(patch.tolist())], [*own, grad * num_ranks])
 
 
+def test_rooms_for_segments_are_those_of_a_rank() -> None:
+    """Of a static batch as many as a rank's units may have, on every rank; never more than the whole batch has."""
+    kind = TowerKind(media=(AUDIO,), inputs=1, rows=2, features=1, values=1, segments_per_unit=(2, 1), matmul_rows=5)
+    for items, num_units, rooms in (([1] * 6, 32, (16, 8)), ([1] * 6, 7, (4, 2)), ([4], 4, (8, 4)), ([5], 5, (10, 5))):
+        used = sum(items)
+        tower = Tower(
+            inputs_UF=torch.zeros(num_units, 1),
+            coords_P4=torch.zeros(2 * num_units, 4, dtype=torch.int32),
+            segments=(offsets([1] * 2 * used, 2 * num_units), offsets([2 * n for n in items], num_units)),
+            ids_P=torch.zeros(2 * num_units, dtype=torch.int64),
+            items_I=torch.tensor([*items, *[0] * (num_units - len(items))], dtype=torch.int32),
+            index_T=torch.zeros(0, dtype=torch.int64),
+        )
+        world = run_virtual(Layout(cp=4), lambda mesh, tower=tower: split_tower(tower, kind, mesh["cp"])[0])
+        for own in world.results:
+            assert tuple(segments.num for segments in own.segments) == rooms
+
+
 def test_items_of_several_segments_and_rows_per_unit() -> None:
     """Sound-like units of 2 rows and 3 features, items of one or two units, segments of one row each and junk."""
     kind = TowerKind(media=(AUDIO,), inputs=1, rows=2, features=3, values=1, segments_per_unit=(2, 1), matmul_rows=5)

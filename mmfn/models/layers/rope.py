@@ -19,9 +19,9 @@ def inverse_frequencies(num_pairs: int, theta: float, device: torch.device) -> T
 def interleaved(positions_3T: Tensor, sections: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
     """Interleaved multimodal rope: `(cos_TR, sin_TR)` float32, R = sum(sections).
 
-    `positions_3T`: int64, (temporal, height, width). Of every three neighbouring pairs one follows each coordinate:
-    pairs 1, 4, ... below `3 * sections[1]` the height, 2, 5, ... below `3 * sections[2]` the width, all others time.
-    Source: `Qwen3VLTextRotaryEmbedding` in transformers 5.23.
+    `positions_3T`: float32[3, T], (temporal, height, width). Of every three neighbouring pairs one follows each
+    coordinate: pairs 1, 4, ... below `3 * sections[1]` the height, 2, 5, ... below `3 * sections[2]` the width, all
+    others time. Source: `Qwen3VLTextRotaryEmbedding` in transformers 5.23.
     """
     pairs_R = torch.arange(sum(sections), device=positions_3T.device)
     is_height_R = (pairs_R % 3 == 1) & (pairs_R < 3 * sections[1])

@@ -33,9 +33,9 @@ def key_gather_attention(
 ) -> Tensor:
     """Packed attention of this rank's queries to the keys of all ranks; o_THC.
 
-    Tokens are in the order of `split.chunk_order`; `segments`: those of the whole row. One all-gather in the forward,
-    one reduce-scatter in the backward; the gathered keys and values are saved (remat drops them). Raises ValueError
-    unless `is_causal`. Source: the context parallelism of Llama 3 (arXiv:2407.21783, section 3.3.2).
+    Tokens are in the order of `token_order.chunk_order`; `segments`: those of the whole row. One all-gather in the
+    forward, one reduce-scatter in the backward; the gathered keys and values are saved (remat drops them). Raises
+    ValueError unless `is_causal`. Source: the context parallelism of Llama 3 (arXiv:2407.21783, section 3.3.2).
     """
     if not is_causal:
         raise UserError("attention to gathered keys is causal but got is_causal False; use kind 'ulysses'")

@@ -32,7 +32,7 @@ def token_multiple(kind: str, layout: Layout) -> int:
 
 
 def segment_multiple(kind: str, layout: Layout) -> int:
-    """What the length of every segment must be a multiple of: the `segment_multiple` of `mmfn.batch.pack`."""
+    """What the length of every segment must be a multiple of: the `segment_multiple` of `mmfn.packing.Sizes`."""
     return 2 * layout.ring if kind in ("ring", "usp") and layout.ring > 1 else 1
 
 

@@ -107,20 +107,23 @@ def _take(tower: Tower, kind: TowerKind, is_own_I: Tensor, is_own_U: Tensor, siz
         tower,
         inputs_UF=pad(tower.inputs_UF[inputs], (0, 0, 0, rest * kind.inputs)),
         coords_P4=torch.cat([tower.coords_P4[rows], no_place_P4]),
-        segments=tuple(_segments(own, starts, is_own_I) for own in tower.segments),
+        segments=tuple(
+            _segments(own, starts, is_own_I, min(size * most, own.num))
+            for own, most in zip(tower.segments, kind.segments_per_unit, strict=True)
+        ),
         ids_P=pad(tower.ids_P[rows], (0, rest * kind.rows), value=-1),
         items_I=pad(items, (0, tower.items_I.numel() - items.numel())),
     )
 
 
-def _segments(segments: Segments, starts_I: Tensor, is_own_I: Tensor) -> Segments:
-    """Those of some items, moved together; as many entries as before. `starts_I`: first rows of items."""
+def _segments(segments: Segments, starts_I: Tensor, is_own_I: Tensor, num: int) -> Segments:
+    """Those of some items, moved together, and unused ones up to `num`. `starts_I`: first rows of items."""
     offsets_N = segments.host_N
     lengths_N = offsets_N.diff()
     used_N = lengths_N.nonzero()[:, 0]
     item = torch.searchsorted(starts_I, offsets_N[:-1][used_N].long(), right=True) - 1
     ends = lengths_N[used_N][is_own_I[item]].cumsum(0)
-    return Segments.of(_padded(ends, offsets_N.numel()).to(offsets_N.dtype))
+    return Segments.of(_padded(ends, num + 1).to(offsets_N.dtype))
 
 
 def _padded(ends: Tensor, num: int) -> Tensor:
