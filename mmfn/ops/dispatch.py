@@ -18,6 +18,9 @@ from mmfn.dtypes import wide
 from mmfn.ops.custom import Context, operator
 from mmfn.ops.kernel import Kernel, Operators
 
+WIDE_VALUES = 2**19
+"""Values of bfloat16 rows that are cast to float32 at a time: 2 MiB, which a core's cache holds."""
+
 
 def dispatch(x_TD: Tensor, experts_TX: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(x_RD, counts_E, place_TX)`: a row of x for each of a token's experts, sorted by expert.
@@ -89,8 +92,18 @@ def _take_rows(x_TD: Tensor, tokens_R: Tensor, place_TX: Tensor) -> Tensor:
 
 
 def _sum_rows(x_RD: Tensor, place_TX: Tensor, weights_TX: Tensor | None) -> Tensor:
-    """The sum over i of rows `place_TX[:, i]`, times weights where there are any; rows are read where they lie."""
-    return F.embedding_bag(place_TX, x_RD, mode="sum", per_sample_weights=weights_TX)
+    """The sum over i of rows `place_TX[:, i]`, times weights where there are any."""
+    if x_RD.device.type != "cpu" or x_RD.dtype != torch.bfloat16:
+        return F.embedding_bag(place_TX, x_RD, mode="sum", per_sample_weights=weights_TX)
+    # on a CPU embedding_bag rounds ties away from zero where bfloat16 rows lie dense: so it adds up float32
+    y_TD = x_RD.new_empty(place_TX.shape[0], x_RD.shape[1])
+    size = max(1, WIDE_VALUES // max(1, place_TX.shape[1] * x_RD.shape[1]))
+    parts = [x.split(size) for x in (y_TD, place_TX, *(() if weights_TX is None else (weights_TX.float(),)))]
+    for y, place, *weights in zip(*parts, strict=True):
+        rows_RD = x_RD.index_select(0, place.flatten()).float()
+        slots_TX = torch.arange(place.numel(), device=place.device).view(place.shape)
+        y.copy_(F.embedding_bag(slots_TX, rows_RD, mode="sum", per_sample_weights=weights[0] if weights else None))
+    return y_TD
 
 
 def _weigh_rows(dy_TD: Tensor, place_TX: Tensor, weights_TX: Tensor) -> Tensor:

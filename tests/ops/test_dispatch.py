@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmfn.ops import dispatch as module
 from mmfn.ops.dispatch import combine, combine_reference, dispatch, dispatch_reference
 
 SIZES = [(7, 2, 5, 3), (1, 1, 1, 1), (16, 4, 4, 2), (9, 3, 8, 1), (0, 2, 3, 4)]  # T, X, E, D
@@ -77,6 +78,21 @@ def test_narrow_rows_are_added_in_float32():
     x_TD = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     x_RD, _, _ = dispatch(x_TD, torch.zeros(1, 257, dtype=torch.int64), 1)
     assert torch.autograd.grad(x_RD, x_TD, y_RD)[0].item() == 512
+
+
+@pytest.mark.parametrize("is_dense", [True, False], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("X", [1, 2, 4])
+def test_narrow_sums_are_rounded_once_and_ties_to_even(X, dtype, is_dense, monkeypatch):
+    """Bit by bit as the reference, forward and in the gradient of rows sent; in pieces of a few tokens."""
+    monkeypatch.setattr(module, "WIDE_VALUES", 1000)
+    x_TD, experts_TX, weights_TX = draw(64, X, 8, 64, dtype)
+    x_RD, _, place_TX = dispatch(x_TD, experts_TX, 8)
+    y_RD = (4 * x_RD.detach() + 1).to(dtype)
+    y_RD = y_RD if is_dense else y_RD.T.contiguous().T
+    assert torch.equal(combine(y_RD, place_TX, weights_TX), combine_reference(y_RD, place_TX, weights_TX))
+    sums_TD = torch.autograd.grad(x_RD, x_TD, y_RD)[0]
+    assert torch.equal(sums_TD, y_RD[place_TX].float().sum(1).to(dtype))
 
 
 def test_weights_that_are_not_trained_get_no_gradient():
