@@ -101,7 +101,6 @@ def random_config(seed: int, family: str = "qwen3_vl") -> Any:
             "decoder_sparse_step": r.choice([1, 1, 2]) if num_layers > 1 else 1,
             "mlp_only_layers": r.choice([[], [], [0]]) if num_layers > 1 else [],
             "router_aux_loss_coef": r.choice([0.001, 0.1]),
-            "output_router_logits": True,
         }
     return config(family=family, sections=sections, text=text, vision=vision, tie_word_embeddings=is_tied)
 
