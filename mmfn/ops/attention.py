@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +26,7 @@ from mmfn.ops.custom import Context, operator
 from mmfn.ops.kernel import Kernel
 from mmfn.torch_private import FLASH_CPU, FLASH_CPU_GRAD
 
-Boundaries = npt.NDArray[np.int32]
+Boundaries = Any  # a NumPy array, int32[N + 1], as `Tensor.numpy` gives it: small, and read without torch
 
 # When a segment joins a padded call: the padding and the copies it costs, in scores times channels, against one more
 # kernel call forward and backward (about 0.3 ms). Copying one token costs about as much as 16 scores.
@@ -156,7 +154,7 @@ def check_inputs(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *segments: Segment
 
 def _read(offsets_N: Tensor, x_T: Tensor) -> Boundaries:
     """The offsets on the host, checked; every layer does this, so no number of them becomes one of Python."""
-    offsets: Boundaries = offsets_N.numpy().astype(np.int32, copy=False)
+    offsets: Boundaries = offsets_N.numpy().astype("int32", copy=False)
     if offsets[0] != 0 or offsets[-1] > x_T.shape[0] or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(
             f"offsets {tuple(offsets.tolist())} must rise from 0 to at most the {x_T.shape[0]} tokens; correct the "
@@ -225,10 +223,10 @@ def _calls(
         return [(rows, rows) for rows in _plan(_used(offsets).tobytes(), is_causal, q_THC.shape[1] * q_THC.shape[2])]
     key_offsets = _read(key_offsets_N, k_SKC)
     is_used = (offsets[1:] > offsets[:-1]) & (key_offsets[1:] > key_offsets[:-1])
-    edges = np.stack([offsets[:-1], offsets[1:], key_offsets[:-1], key_offsets[1:]], 1)[is_used]
+    edges = (x[is_used].tolist() for x in (offsets[:-1], offsets[1:], key_offsets[:-1], key_offsets[1:]))
     return [
         (_Rows(start=q, count=1, length=q_end - q), _Rows(start=k, count=1, length=k_end - k))
-        for q, q_end, k, k_end in edges.tolist()
+        for q, q_end, k, k_end in zip(*edges, strict=True)
     ]
 
 
@@ -237,7 +235,7 @@ def _plan(boundaries: bytes, is_causal: bool, width: int) -> tuple[_Rows, ...]:
     """Kernel calls that cover all segments of int32 `boundaries`; `width` is H * C. Cached, so that every layer is
     spared the work."""
     runs: list[_Rows] = []
-    for start, end in itertools.pairwise(np.frombuffer(boundaries, np.int32).tolist()):
+    for start, end in itertools.pairwise(memoryview(boundaries).cast("i")):
         last = runs[-1] if runs else None
         if last and end - start == last.length:
             runs[-1] = _Rows(start=last.start, count=last.count + 1, length=last.length)
