@@ -34,6 +34,7 @@ _CREATE = _EMPTY | {
     _aten.new_ones,
     _aten.new_full,
 }
+_BAGS = {_aten._embedding_bag, _aten._embedding_bag_forward_only}
 _READ = {READ_ONE, _aten.nonzero, _aten.masked_select, _aten.is_nonzero, _aten.equal}
 
 
@@ -133,6 +134,9 @@ def _outputs(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 @lru_cache(maxsize=2**16)
 def _shapes_of(func: Any, args: tuple[Any, ...], names: tuple[str, ...], values: tuple[Any, ...]) -> Any:
     out = func(*_thaw(args), **dict(zip(names, _thaw(values), strict=True)))
+    if func.overloadpacket in _BAGS:  # beside the sums, kernels return a size and an index per bag, shapes alone more
+        sums, _, sizes, _ = out
+        out = (sums, sizes.new_empty(0), sizes, torch.empty_like(sizes))
     return _like(out) if isinstance(out, Tensor) else type(out)(_like(x) for x in out)
 
 
