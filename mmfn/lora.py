@@ -25,7 +25,7 @@ from mmfn.errors import UserError
 from mmfn.spec import ZEROS, ParamSpec, freeze_leaf, has_experts, init_params, model_dtype, spec, uniform
 from mmfn.tree import Tree
 
-NOT_LINEAR = {"vocab", "positions", "patch_values", "router", "lora"}
+NOT_LINEAR = {"vocab", "positions", "tower_inputs", "router", "lora"}
 """Axes of matrices without adapters: tables, the head (part of the loss), a convolution, routers, and adapters."""
 
 

@@ -25,7 +25,7 @@ BLOCK = {
 }
 SPECS = {
     "layers": [BLOCK] * LAYERS,
-    "patches": {"weight": spec((D, 24), "embed patch_values", normal(1.0))},
+    "patches": {"weight": spec((D, 24), "embed tower_inputs", normal(1.0))},
     "scale": spec((), "", ZEROS),
 }
 

@@ -78,7 +78,7 @@ def specs(cfg: Config) -> Tree:
 
 def _tower_specs(values: int) -> Tree:
     block = {"qkv": linear.specs(3 * D, D, "vision_heads vision_embed", std=0.3, parts=3)}
-    entry = linear.specs(D, values, "vision_embed patch_values", std=0.3, bias=True)
+    entry = linear.specs(D, values, "vision_embed tower_inputs", std=0.3, bias=True)
     return {"entry": entry, "layers": [block] * 2, "exit": linear.specs(D, D, "embed merged", std=0.3)}
 
 

@@ -3,6 +3,7 @@
 Every rank has tokens of its own; one device takes those of all ranks, one rank's after the other's.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -205,3 +206,18 @@ EAGER = {
         expert_parallel("capacity"),
     ),
 }
+
+
+class Reads(threading.local):
+    """What this thread's host reads of tensors, while the `with` lasts: names of methods in the order of calls."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.is_on = False
+
+    def __enter__(self) -> list[str]:
+        self.seen, self.is_on = [], True
+        return self.seen
+
+    def __exit__(self, *args: Any) -> None:
+        self.is_on = False

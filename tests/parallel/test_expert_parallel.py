@@ -1,7 +1,6 @@
 """Expert parallelism: routed rows exchanged between ranks give what one device computes with all experts."""
 
 import math
-import threading
 from dataclasses import replace
 from math import ceil
 from typing import Any
@@ -25,7 +24,7 @@ from mmfn.spec import ZEROS, spec
 from mmfn.tree import Tree
 from tests.parallel import expert_cases
 from tests.parallel.conformance import Cell, check_cell
-from tests.parallel.expert_cases import NAMES, Case, build, on_mesh
+from tests.parallel.expert_cases import NAMES, Case, Reads, build, on_mesh
 from tests.parallel.ranks import run_ranks
 
 E, D, F = 8, 5, 3
@@ -233,21 +232,6 @@ def test_ties_are_broken_alike_on_every_layout(kind: str, is_repeated: bool) -> 
     expert_cases.check(case, world.results)
     num_rows = sum(case.valid) * 2
     assert is_repeated or world.results[0]["counts_E"].tolist() == [num_rows, num_rows, *[0] * 6]
-
-
-class Reads(threading.local):
-    """What this thread's host reads of tensors, while the `with` lasts: names of methods in the order of calls."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-        self.is_on = False
-
-    def __enter__(self) -> list[str]:
-        self.seen, self.is_on = [], True
-        return self.seen
-
-    def __exit__(self, *args: Any) -> None:
-        self.is_on = False
 
 
 @pytest.fixture

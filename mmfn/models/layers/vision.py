@@ -132,7 +132,7 @@ def row_ids(tower: Tower, cfg: VisionConfig, prefix: str) -> list[tuple[str, Ten
 
 def patch_embed_specs(cfg: VisionConfig) -> Tree:
     """The convolution of non-overlapping patches as a matmul: weight [D, F]."""
-    return linear.specs(cfg.d_model, cfg.patch_values, "vision_embed patch_values", std=cfg.init_std, bias=True)
+    return linear.specs(cfg.d_model, cfg.patch_values, "vision_embed tower_inputs", std=cfg.init_std, bias=True)
 
 
 def patch_embed(params: Tree, patches_PF: Tensor, ops: Ops) -> Tensor:
