@@ -343,3 +343,16 @@ def test_processor_of_another_model_is_refused(make_config: MakeConfig) -> None:
         check_match(replace(run.model, cfg=replace(run.model.cfg, **swapped)), run.processor)
     with pytest.raises(ValueError, match=r"vision_start_token_id is 5 in config.json but '<\|vision_start\|>' is"):
         check_match(replace(run.model, hf_config={**run.model.hf_config, "vision_start_token_id": 5}), run.processor)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate"])
+def test_no_command_runs_with_the_processor_of_another_model(
+    command: str, make_config: MakeConfig, small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, overrides = tmp_path / "m", (f"model.path={tmp_path / 'm'}", "model.init=load")
+    mmfn.save_hf(model, mmfn.init(read_config(small_demo / "model"), seed=0), assets=small_demo / "model")
+    for file in model.glob("*preprocessor_config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": 8}))
+    others = [str(model), "hello"] if command == "generate" else [str(make_config()), *overrides]
+    assert cli.main([command, *others]) == 2
+    assert re.search("patch_size is 4 in config.json but 8 in preprocessor_config.json", capsys.readouterr().err)
