@@ -148,9 +148,8 @@ def test_tell_compiler():
         private.tell_compiler(used <= x.shape[0])
         return x.narrow(0, 0, used) * 2
 
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        run = torch.compile(first, fullgraph=True, dynamic=False, backend="aot_eager")
-        assert run(torch.ones(5), torch.tensor([1, 2])).tolist() == [2, 2, 2]
+    run = torch.compile(first, fullgraph=True, dynamic=False, backend="aot_eager")
+    assert run(torch.ones(5), torch.tensor([1, 2])).tolist() == [2, 2, 2]
     with pytest.raises(RuntimeError):
         private.tell_compiler(False)
 

@@ -5,7 +5,7 @@ What depends on several facts (the hooks `gather` and `psum`, the compiled block
 once, last: so the order of transforms does not matter.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -68,8 +68,8 @@ class Program:
     share of a batch. `enter(params, values)`: the parameters as a model that uses `ops` is given them, where `params`
     stand for `values` in autograd. `period` and `num_special`: blocks of the text are treated alike in periods of so
     many, behind so many that are not. `is_offloaded`: activations lie on the host. `compile` is "none", "layer" or
-    "step" and `backend` the one torch.compile is given; `compiler`: settings of torch's compiler that the program's ops
-    need. `watch` is applied to the lowered table, last: a plan labels ops by it. `notes` say what each transform did.
+    "step" and `backend` the one torch.compile is given. `watch` is applied to the lowered table, last: a plan labels
+    ops by it. `notes` say what each transform did.
     """
 
     specs: Tree
@@ -84,7 +84,6 @@ class Program:
     is_offloaded: bool = False
     compile: str = "none"
     backend: str | Callable[..., Any] = "inductor"
-    compiler: Mapping[str, bool] = field(default_factory=dict)
     watch: Callable[[Ops], Ops] = same_table
     notes: tuple[str, ...] = ()
 
@@ -94,12 +93,15 @@ class Program:
         return Program(specs=specs, ops=ops or portable(), mesh=mesh or single_mesh())
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn` as one graph with static shapes, compiled at its first call with each new set of shapes."""
+        """`fn` as one graph with static shapes, compiled at its first call with each new set of shapes.
+
+        One graph has sizes read on the host in it (torch's `fullgraph`), as those of an exchange of rows.
+        """
         return torch.compile(fn, fullgraph=True, dynamic=False, backend=self.backend)
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """The context a program's functions run in: the compiler settings they need, for the time of the call only.
+        """The context a program's functions run in: settings of torch's compiler, for the time of the call only.
 
         With "layer" a backward may compute elementwise operators again also where their result then goes to memory, as
         a factor of a product: a block keeps neither normed inputs nor swiglu's output, a fourth of what it would keep.
@@ -107,7 +109,7 @@ class Program:
         if self.compile == "none":
             yield
             return
-        settings = {"recompile_limit": MAX_GRAPHS, **self.compiler}
+        settings = {"recompile_limit": MAX_GRAPHS}
         if self.compile == "step":
             settings["trace_autograd_ops"] = True
         keeps = {"ban_recompute_materialized_backward": self.compile == "step"}

@@ -72,10 +72,9 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
         ops, program = program.ops, uses(program, "ep")
         if kind == "dropless":
             note += ", rows taken to be spread evenly" if balanced else ""
-            compiler = {**program.compiler, "capture_scalar_outputs": True}
             spread = partial(dropless, base=ops.experts, axis=axis, balanced=balanced)
             ops = replace(ops, experts=wrapping(spread, ops.experts))
-            return noted(replace(program, ops=ops, compiler=compiler), note)
+            return noted(replace(program, ops=ops), note)
         factor = min(capacity or axis.size, axis.size)
         note += f", room for {factor:g} times the even share of rows"
         note += ", nothing is dropped" if factor == axis.size else ", what is beyond it is dropped"
