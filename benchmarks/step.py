@@ -96,7 +96,7 @@ def draw_samples(size: str, shape: str, seed: int, cfg: transformers.Qwen3VLConf
     else:
         shares = torch.rand(8, generator=g).tolist()
         lengths = [round(64 * (1024 / 64) ** share) // scale for share in shares]
-    side = 14 if size == "vlm" else 0
+    side = {"vlm": 14, "tiny": 4}.get(size, 0)
     features = (side // 2) ** 2
     width = 3 * 2 * 16 * 16
     rows = []
@@ -137,7 +137,7 @@ def padded(rows: list[Sample], dtype: torch.dtype) -> dict[str, Tensor]:
     }
     images = [m for r in rows for m in r.images]
     if images:
-        out["pixel_values"] = torch.cat([m.patches_PF for m in images]).to(dtype)
+        out["pixel_values"] = torch.cat([m.inputs_UF for m in images]).to(dtype)
         out["image_grid_thw"] = torch.tensor([m.grid for m in images])
     return out
 
@@ -152,7 +152,7 @@ def transformers_step(model: Any, inputs: dict[str, Tensor], is_compiled: bool) 
 
     def step() -> Tensor:
         loss: Tensor = forward(**inputs, use_cache=False).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(params, CLIP)
         optimizer.step()
         optimizer.zero_grad()

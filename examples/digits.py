@@ -11,6 +11,7 @@ of Qwen, its chat template and its processor. Running it again writes the same b
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from transformers import PreTrainedTokenizerFast
 from mmfn import rng
 from mmfn.models.data.chat import read_template
 
-QUESTIONS = {  # end of a data file's name -> what is asked, and the answer for a digit
+QUESTIONS: dict[
+    str, tuple[str, Callable[[int], str]]
+] = {  # end of a data file's name -> what is asked, and the answer for a digit
     "": ("<image>Which digit is this?", str),
     "_parity": ("<image>Is this digit odd or even?", lambda digit: "odd" if digit % 2 else "even"),
 }

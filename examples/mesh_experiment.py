@@ -44,7 +44,7 @@ LAYOUTS = {
     "FSDP x ring": (Layout(dp=2, cp=2), "ring"),
     "ulysses x ring": (Layout(cp=4, ulysses=2), "usp"),
 }
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "qwen3_vl",
     "image_token_id": IMAGE_ID,
     "video_token_id": 2,
@@ -94,7 +94,7 @@ def main() -> float:
 
 def print_plans(model: mmfn.Model) -> None:
     """Memory and communication of a rank, side by side."""
-    rows = [("planned for a rank", "parameters", "optimizer", "peak", "on the wire")]
+    rows: list[tuple[str, ...]] = [("planned for a rank", "parameters", "optimizer", "peak", "on the wire")]
     for name, (layout, kind) in LAYOUTS.items():
         multiple = segment_multiple(kind, layout)
         setup = PlannedStep(

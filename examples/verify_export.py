@@ -10,6 +10,7 @@ on any missing or unexpected weight and on any answer that differs.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -48,7 +49,9 @@ def main(folder: Path) -> int:
 
 
 @torch.no_grad()
-def answers(entries: list[dict], root: Path, model, tokenizer, processor, new_tokens: int = NEW_TOKENS) -> list[str]:
+def answers(
+    entries: list[dict[str, Any]], root: Path, model: Any, tokenizer: Any, processor: Any, new_tokens: int = NEW_TOKENS
+) -> list[str]:
     """Greedy answers of transformers to the first user message of each entry."""
     images = [Image.open(root / entry["images"][0]).convert("RGB") for entry in entries]
     pixels = processor(images=images, return_tensors="pt")
