@@ -11,6 +11,7 @@ from typing import Any
 from mmfn.batch import Batch
 from mmfn.models import Output
 from mmfn.models.data import qwen_vision
+from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import KeyMap
 from mmfn.models.layers import balance, decoder, moe, norm, rope, text, vision
 from mmfn.models.layers import vision_language as shared
@@ -20,6 +21,7 @@ from mmfn.ops import Ops
 from mmfn.tree import Tree
 
 DEFAULTS = {
+    "vocab_size": 151_936,
     "hidden_size": 4096,
     "intermediate_size": 22_016,
     "num_hidden_layers": 32,
@@ -27,6 +29,10 @@ DEFAULTS = {
     "num_key_value_heads": 32,
     "head_dim": 128,
 }
+
+TOKENS = {"image_token_id": 151_655, "video_token_id": 151_656}
+ROPE = shared.RopeDefaults(theta=500_000.0, sections=(24, 20, 20), is_interleaved=True)
+TEXT_NAME, TOWER_NAME = "model.language_model", "model.visual"
 
 head, parts, at_depth, taps = shared.head, shared.parts, shared.at_depth, shared.taps
 empty_cache, lora_targets, row_ids = shared.empty_cache, shared.LORA_TARGETS, shared.row_ids
@@ -39,13 +45,21 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
     Raises ValueError for values out of range and for settings mmfn does not implement.
     """
-    return Config(**shared.fields_from_hf(hf, shared.text_section(hf, DEFAULTS)))
+    return dense_config(shared.with_defaults(hf, **TOKENS), shared.text_section(hf, DEFAULTS))
+
+
+def dense_config(hf: Mapping[str, Any], text: ConfigReader) -> Config:
+    """The config of everything but experts."""
+    biased = ("q", "k", "v", "o") if text.boolean("attention_bias", False) else ()
+    tower = vision.config_from_hf(ConfigReader(hf).section("vision_config"))
+    block = decoder.config_from_hf(text, biased=biased)
+    return Config(**shared.fields_from_hf(hf, text, ROPE, block=block, tower=tower))
 
 
 def specs(cfg: Config) -> Tree:
     """The parameters."""
-    block = decoder.specs(cfg.decoder, mlp=decoder.mlp_specs(cfg.decoder))
-    return shared.specs(cfg, [block] * cfg.num_layers)
+    block = decoder.dense_specs(cfg.decoder)
+    return shared.specs(cfg, [block] * cfg.num_layers, vision=vision.specs(cfg.vision))
 
 
 def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None = None) -> Output:
@@ -87,7 +101,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None
 def key_map(cfg: Config) -> KeyMap:
     """Hugging Face names of the leaves."""
     return KeyMap(
-        entries=shared.entries(cfg),
+        entries=shared.entries(cfg, TEXT_NAME, TOWER_NAME),
         architecture="Qwen3VLForConditionalGeneration",
         copies=shared.copies(cfg),
     )

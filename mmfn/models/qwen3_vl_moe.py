@@ -10,13 +10,14 @@ from typing import Any
 
 from mmfn.models import qwen3_vl
 from mmfn.models.keymap import Entry, KeyMap
-from mmfn.models.layers import balance, decoder, moe
+from mmfn.models.layers import balance, decoder, moe, vision
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.models.layers.vision_language import VisionLanguageConfig as Config
 from mmfn.tree import Tree
 
 DEFAULTS = {
+    "vocab_size": 151_936,
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_hidden_layers": 24,
@@ -38,7 +39,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """
     text = shared.text_section(hf, DEFAULTS)
     text.only("norm_topk_prob", True, "this family divides the weights of the chosen experts by their sum")
-    dense = Config(**shared.fields_from_hf(hf, text))
+    dense = qwen3_vl.dense_config(shared.with_defaults(hf, **qwen3_vl.TOKENS), text)
     coef, is_balanced = text.number("router_aux_loss_coef", 0.001), text.boolean("output_router_logits", False)
     every, without = text.integer("decoder_sparse_step", 1), text.integers("mlp_only_layers", ())
     return replace(
@@ -58,9 +59,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 def specs(cfg: Config) -> Tree:
     """The parameters."""
     assert cfg.moe is not None
-    dense = decoder.specs(cfg.decoder, mlp=decoder.mlp_specs(cfg.decoder))
-    sparse = decoder.specs(cfg.decoder, moe=moe.specs(cfg.moe))
-    return shared.specs(cfg, [sparse if i in cfg.moe_layers else dense for i in range(cfg.num_layers)])
+    dense = decoder.dense_specs(cfg.decoder)
+    sparse = decoder.specs(cfg.decoder, attention=decoder.attention_specs(cfg.decoder), moe=moe.specs(cfg.moe))
+    blocks = [sparse if i in cfg.moe_layers else dense for i in range(cfg.num_layers)]
+    return shared.specs(cfg, blocks, vision=vision.specs(cfg.vision))
 
 
 def loss_weights(cfg: Config) -> dict[str, float]:
@@ -70,13 +72,14 @@ def loss_weights(cfg: Config) -> dict[str, float]:
 
 def key_map(cfg: Config) -> KeyMap:
     """Hugging Face names of the leaves. The hub stores the experts' weights as [E, in, out]."""
+    layer = f"{qwen3_vl.TEXT_NAME}.layers.{{i}}.mlp"
     experts = [
-        ("text/layers/{i}/moe/experts/gate_up", "model.language_model.layers.{i}.mlp.experts.gate_up_proj"),
-        ("text/layers/{i}/moe/experts/down", "model.language_model.layers.{i}.mlp.experts.down_proj"),
+        ("text/layers/{i}/moe/experts/gate_up", f"{layer}.experts.gate_up_proj"),
+        ("text/layers/{i}/moe/experts/down", f"{layer}.experts.down_proj"),
     ]
-    router = Entry(path="text/layers/{i}/moe/router/weight", name="model.language_model.layers.{i}.mlp.gate.weight")
+    router = Entry(path="text/layers/{i}/moe/router/weight", name=f"{layer}.gate.weight")
     return KeyMap(
-        entries=(router, *shared.entries(cfg)),
+        entries=(router, *shared.entries(cfg, qwen3_vl.TEXT_NAME, qwen3_vl.TOWER_NAME)),
         architecture="Qwen3VLMoeForConditionalGeneration",
         layouts={
             "hub": tuple(Entry(path=path, name=name, dims=(0, 2, 1)) for path, name in experts),

@@ -65,8 +65,9 @@ def specs(cfg: Config) -> Tree:
     sparse = moe.specs(cfg.moe)
     bias = spec((cfg.moe.num_experts,), "router", normal(0.1))
     sparse["router"]["choice_bias"] = replace(bias, dtype=torch.float32, is_frozen=True, rule="loads")
-    blocks = [decoder.specs(cfg.decoder, mlp=decoder.mlp_specs(cfg.decoder))]
-    blocks += [decoder.specs(cfg.decoder, moe=sparse)] * (cfg.num_layers - 1)
+    attention = decoder.attention_specs(cfg.decoder)
+    blocks = [decoder.dense_specs(cfg.decoder)]
+    blocks += [decoder.specs(cfg.decoder, attention=attention, moe=sparse)] * (cfg.num_layers - 1)
     table = spec((cfg.vocab_size, D), "vocab embed", normal(0.3))
     return {
         "text": {"embed": {"weight": table}, "layers": blocks[: cfg.num_layers], "norm": norm.rms_specs(D, "embed")},

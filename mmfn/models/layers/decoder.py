@@ -27,7 +27,12 @@ FeedForward = Callable[[Tree, Tensor, Tensor], tuple[Tensor, Tree]]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of one decoder block. `has_bias`: the four attention projections carry a bias."""
+    """Sizes of one decoder block.
+
+    `biased`: which of the projections "q", "k", "v", "o" carry a bias. `has_qk_norm`: queries and keys are normalised
+    by head. `has_gate`: the projection of queries gives a gate for every channel as well, head by head behind its
+    queries. `has_zero_centered_norms`: norms weigh by 1 + w.
+    """
 
     d_model: int
     d_ff: int
@@ -36,7 +41,10 @@ class DecoderConfig:
     head_dim: int
     norm_eps: float
     init_std: float
-    has_bias: bool = False
+    biased: tuple[str, ...] = ()
+    has_qk_norm: bool = True
+    has_gate: bool = False
+    has_zero_centered_norms: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -48,8 +56,8 @@ class DecoderConfig:
             raise UserError(f"head_dim is {self.head_dim} but rope turns pairs of channels; make it even")
 
 
-def config_from_hf(text: ConfigReader) -> DecoderConfig:
-    """The `text_config` of a `config.json`, a family's defaults filled in.
+def config_from_hf(text: ConfigReader, **facts: Any) -> DecoderConfig:
+    """The `text_config` of a `config.json`, a family's defaults filled in. `facts`: what the file does not say.
 
     Null or absent with no default, the number of kv heads is that of query heads and a head's size what divides the
     width among them.
@@ -65,18 +73,18 @@ def config_from_hf(text: ConfigReader) -> DecoderConfig:
         head_dim=text.integer("head_dim", d_model // num_heads),
         norm_eps=text.number("rms_norm_eps", 1e-6),
         init_std=text.number("initializer_range", 0.02),
-        has_bias=text.boolean("attention_bias", False),
+        **facts,
     )
 
 
-def specs(cfg: DecoderConfig, **feed_forward: Tree) -> Tree:
-    """Parameters of one block: `specs(cfg, mlp=mlp_specs(cfg))`."""
-    return {
-        "attention": attention_specs(cfg),
-        "attention_norm": norm.rms_specs(cfg.d_model, "embed"),
-        "mlp_norm": norm.rms_specs(cfg.d_model, "embed"),
-        **feed_forward,
-    }
+def specs(cfg: DecoderConfig, **layers: Tree) -> Tree:
+    """Parameters of one block with what fills its holes: `specs(cfg, attention=attention_specs(cfg), mlp=...)`."""
+    return {"attention_norm": norm_specs(cfg), "mlp_norm": norm_specs(cfg), **layers}
+
+
+def norm_specs(cfg: DecoderConfig) -> Tree:
+    """Parameters of a norm over the width."""
+    return norm.rms_specs(cfg.d_model, "embed", is_zero_centered=cfg.has_zero_centered_norms)
 
 
 def decoder_block(
@@ -107,17 +115,19 @@ def decoder_block(
 
 
 def attention_specs(cfg: DecoderConfig) -> Tree:
-    """Projections [out, in] and the per-head norms of queries and keys."""
+    """Projections [out, in] and, where there are, the norms of queries and keys by head."""
     q, kv, D = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.d_model
-    std, bias = cfg.init_std, cfg.has_bias
-    return {
-        "q": linear.specs(q, D, "q_heads embed", std=std, bias=bias),
-        "k": linear.specs(kv, D, "kv_heads embed", std=std, bias=bias),
-        "v": linear.specs(kv, D, "kv_heads embed", std=std, bias=bias),
-        "o": linear.specs(D, q, "embed q_heads", std=std, bias=bias),
-        "q_norm": norm.rms_specs(cfg.head_dim, "head_dim"),
-        "k_norm": norm.rms_specs(cfg.head_dim, "head_dim"),
+    shapes = {
+        "q": (q * (2 if cfg.has_gate else 1), D, "q_heads embed"),
+        "k": (kv, D, "kv_heads embed"),
+        "v": (kv, D, "kv_heads embed"),
+        "o": (D, q, "embed q_heads"),
     }
+    tree = {name: linear.specs(*shape, std=cfg.init_std, bias=name in cfg.biased) for name, shape in shapes.items()}
+    if cfg.has_qk_norm:
+        head_norm = norm.rms_specs(cfg.head_dim, "head_dim", is_zero_centered=cfg.has_zero_centered_norms)
+        tree |= {"q_norm": head_norm, "k_norm": head_norm}
+    return tree
 
 
 def attention(
@@ -134,17 +144,22 @@ def attention(
 ) -> tuple[Tensor, Any]:
     """Causal self-attention within segments, or of each token against its cached row. Rotation in x's dtype."""
     T, C = x_TD.shape[0], cfg.head_dim
-    q_THC = linear.apply(params["q"], x_TD, ops).view(T, cfg.num_heads, C)
+    q_THC = linear.apply(params["q"], x_TD, ops).view(T, cfg.num_heads, -1)
     k_TKC = linear.apply(params["k"], x_TD, ops).view(T, cfg.num_kv_heads, C)
     v_TKC = linear.apply(params["v"], x_TD, ops).view(T, cfg.num_kv_heads, C)
-    q_THC = ops.rotary(norm.rms(params["q_norm"], q_THC, cfg.norm_eps, ops), cos_TR, sin_TR)
-    k_TKC = ops.rotary(norm.rms(params["k_norm"], k_TKC, cfg.norm_eps, ops), cos_TR, sin_TR)
+    q_THC, gate_THC = (q_THC[..., :C], q_THC[..., C:]) if cfg.has_gate else (q_THC, None)
+    if cfg.has_qk_norm:
+        q_THC = norm.rms(params["q_norm"], q_THC, cfg.norm_eps, ops)
+        k_TKC = norm.rms(params["k_norm"], k_TKC, cfg.norm_eps, ops)
+    q_THC, k_TKC = ops.rotary(q_THC, cos_TR, sin_TR), ops.rotary(k_TKC, cos_TR, sin_TR)
     if slots is not None:
         cached = cache.write(cached, slots, k_TKC, v_TKC)
     if slots is None or slots.is_prefill:
         out_THC = ops.attention(q_THC, k_TKC, v_TKC, segments, is_causal=True)
     else:
         out_THC = ops.attention_cached(q_THC, cached["k"], cached["v"], slots.lengths_B)
+    if gate_THC is not None:
+        out_THC = out_THC * gate_THC.sigmoid()
     return linear.apply(params["o"], out_THC.flatten(1), ops), cached
 
 
@@ -153,9 +168,14 @@ def attend(params: Tree, *xs: Any, cfg: DecoderConfig, ops: Ops) -> tuple[Tensor
     return attention(params["attention"], *xs, cfg=cfg, ops=ops)
 
 
-def mlp_specs(cfg: DecoderConfig) -> Tree:
+def dense_specs(cfg: DecoderConfig) -> Tree:
+    """Parameters of a block of attention and a dense feed-forward layer."""
+    return specs(cfg, attention=attention_specs(cfg), mlp=mlp_specs(cfg.d_model, cfg.d_ff, cfg.init_std))
+
+
+def mlp_specs(d_model: int, d_ff: int, std: float) -> Tree:
     """Gate, up and down projections."""
-    D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
+    D, F = d_model, d_ff
     return {
         "gate": linear.specs(F, D, "mlp embed", std=std),
         "up": linear.specs(F, D, "mlp embed", std=std),
@@ -174,12 +194,19 @@ def dense(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, ops: Ops) -> tuple[T
     return mlp(params["mlp"], x_TD, ops), None
 
 
-_LAYER = "model.language_model.layers.{i}"
-NAMES = (
-    ("text/layers/{i}/attention_norm/weight", f"{_LAYER}.input_layernorm.weight"),
-    ("text/layers/{i}/attention/q_norm/weight", f"{_LAYER}.self_attn.q_norm.weight"),
-    ("text/layers/{i}/attention/k_norm/weight", f"{_LAYER}.self_attn.k_norm.weight"),
-    ("text/layers/{i}/attention/{proj}/{leaf}", f"{_LAYER}.self_attn.{{proj}}_proj.{{leaf}}"),
-    ("text/layers/{i}/mlp_norm/weight", f"{_LAYER}.post_attention_layernorm.weight"),
-    ("text/layers/{i}/mlp/{proj}/{leaf}", f"{_LAYER}.mlp.{{proj}}_proj.{{leaf}}"),
-)
+def names(path: str, name: str) -> list[tuple[str, str]]:
+    """`(path, Hugging Face name)` of a block's leaves: `names("text/layers/{i}", "model.language_model.layers.{i}")`.
+
+    The weight of a norm is `weight` there, zero-centred or not.
+    """
+    norms = {
+        "attention_norm": "input_layernorm",
+        "attention/q_norm": "self_attn.q_norm",
+        "attention/k_norm": "self_attn.k_norm",
+        "mlp_norm": "post_attention_layernorm",
+    }
+    return [
+        *((f"{path}/{own}/{{weight}}", f"{name}.{their}.weight") for own, their in norms.items()),
+        (f"{path}/attention/{{proj}}/{{leaf}}", f"{name}.self_attn.{{proj}}_proj.{{leaf}}"),
+        (f"{path}/mlp/{{proj}}/{{leaf}}", f"{name}.mlp.{{proj}}_proj.{{leaf}}"),
+    ]

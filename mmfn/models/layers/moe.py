@@ -4,27 +4,38 @@ Legend: T tokens, D width, F feed-forward width of an expert, E experts, X exper
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mmfn.dtypes import wide
 from mmfn.errors import UserError
 from mmfn.models.layers import decoder, linear
 from mmfn.ops import Ops
 from mmfn.ops.route import RouteConfig
-from mmfn.spec import normal, spec
+from mmfn.spec import ZEROS, normal, spec
 from mmfn.tree import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig(RouteConfig):
-    """Sizes of one layer of experts, and how its router chooses."""
+    """Sizes of one layer of experts, and how its router chooses.
+
+    `d_shared`: width of the feed-forward layer that every token passes beside its experts (0: there is none), and
+    `has_shared_gate`: whether what it adds is weighed by a sigmoid of the token. `is_wide`: the router computes in
+    float32 whatever its weight's dtype. `bias_rule`: the rule that updates a bias of the choice (`ParamSpec.rule`; "":
+    it stays as it is), None where there is no such bias.
+    """
 
     d_model: int
     d_ff: int
     num_experts: int
     init_std: float
+    d_shared: int = 0
+    has_shared_gate: bool = False
+    is_wide: bool = False
+    bias_rule: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,14 +49,22 @@ class MoeConfig(RouteConfig):
 
 def specs(cfg: MoeConfig) -> Tree:
     """The router, whole on every rank, and the stacked weights of the experts (of `gate_up`, rows 0..F-1 the gate)."""
-    E, F, D, init = cfg.num_experts, cfg.d_ff, cfg.d_model, normal(cfg.init_std)
-    return {
-        "router": linear.specs(E, D, "router embed", std=cfg.init_std),
+    E, F, D, std = cfg.num_experts, cfg.d_ff, cfg.d_model, cfg.init_std
+    tree = {
+        "router": linear.specs(E, D, "router embed", std=std),
         "experts": {
-            "gate_up": spec((E, 2 * F, D), "experts mlp embed", init, parts=2),
-            "down": spec((E, D, F), "experts embed mlp", init),
+            "gate_up": spec((E, 2 * F, D), "experts mlp embed", normal(std), parts=2),
+            "down": spec((E, D, F), "experts embed mlp", normal(std)),
         },
     }
+    if cfg.bias_rule is not None:
+        bias = spec((E,), "router", ZEROS)
+        tree["router"]["choice_bias"] = replace(bias, dtype=torch.float32, is_frozen=True, rule=cfg.bias_rule)
+    if cfg.d_shared:
+        tree["shared"] = decoder.mlp_specs(D, cfg.d_shared, std)
+    if cfg.has_shared_gate:
+        tree["shared_gate"] = linear.specs(1, D, "gate embed", std=std)
+    return tree
 
 
 def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops: Ops) -> tuple[Tensor, Tree]:
@@ -56,14 +75,15 @@ def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops:
     constant), `probs_E` the router's probabilities, `rows` tokens, `dropped` rows that `ops.experts` leaves out. A
     token's experts are added in a fixed order. The router computes in its weight's dtype; where it has a leaf
     `choice_bias`, float32[E], that moves the choice of experts and not their weights. Source:
-    `Qwen3VLMoeTextSparseMoeBlock` in transformers 5.23.
+    `Qwen3VLMoeTextSparseMoeBlock`, `Qwen3_5MoeSparseMoeBlock` and `Glm4vMoeTextMoE` in transformers 5.23.
     """
-    logits_TE = linear.apply(params["router"], x_TD.to(params["router"]["weight"].dtype), ops)
-    weights_TX, experts_TX, probs_TE = ops.route(logits_TE, cfg, params["router"].get("choice_bias"))
+    weights_TX, experts_TX, probs_TE = ops.route(_logits(params["router"], x_TD, cfg, ops), cfg, _bias(params))
     experts_TX = torch.where(is_real_T[:, None], experts_TX, cfg.num_experts)  # of padding: none
     x_RD, counts_E, place_TX = ops.dispatch(x_TD, experts_TX, cfg.num_experts)
     y_RD = ops.experts(x_RD, counts_E, params["experts"])
     y_TD = ops.combine(y_RD, place_TX, weights_TX.to(x_TD.dtype))
+    if "shared" in params:
+        y_TD = y_TD + shared(params, x_TD, ops)
     dropped_E = counts_E - ops.kept(counts_E, x_RD.shape[0])
     real_T = is_real_T.to(probs_TE.dtype)
     statistics = {
@@ -73,6 +93,26 @@ def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops:
         "dropped": dropped_E.sum().to(probs_TE.dtype),
     }
     return y_TD, statistics
+
+
+def shared(params: Tree, x_TD: Tensor, ops: Ops) -> Tensor:
+    """What every token gets beside its experts, weighed by its gate where there is one."""
+    y_TD = decoder.mlp(params["shared"], x_TD, ops)
+    if "shared_gate" in params:
+        y_TD = linear.apply(params["shared_gate"], x_TD, ops).sigmoid() * y_TD
+    return y_TD
+
+
+def _logits(router: Tree, x_TD: Tensor, cfg: MoeConfig, ops: Ops) -> Tensor:
+    weight_ED = router["weight"]
+    if cfg.is_wide:
+        router = {**router, "weight": (weight_ED := weight_ED.to(wide(weight_ED.dtype)))}
+    return linear.apply(router, x_TD.to(weight_ED.dtype), ops)
+
+
+def _bias(params: Tree) -> Tensor | None:
+    bias_E: Tensor | None = params["router"].get("choice_bias")
+    return bias_E
 
 
 def total(statistics: Sequence[Tree]) -> Tree:

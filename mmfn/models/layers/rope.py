@@ -27,7 +27,23 @@ def interleaved(positions_3T: Tensor, sections: Sequence[int], theta: float) -> 
     is_height_R = (pairs_R % 3 == 1) & (pairs_R < 3 * sections[1])
     is_width_R = (pairs_R % 3 == 2) & (pairs_R < 3 * sections[2])
     axis_R = is_height_R + 2 * is_width_R
-    angles_TR = positions_3T.float()[axis_R].T * inverse_frequencies(sum(sections), theta, positions_3T.device)
+    return _angles(positions_3T, axis_R, theta)
+
+
+def chunked(positions_3T: Tensor, sections: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
+    """Multimodal rope in chunks: `(cos_TR, sin_TR)` float32, R = sum(sections).
+
+    The first `sections[0]` pairs follow time, the next `sections[1]` the height, the others the width. Arguments as of
+    `interleaved`. Source: `apply_multimodal_rotary_pos_emb` of Qwen2.5-VL in transformers 5.23.
+    """
+    ends_3 = torch.tensor(sections, device=positions_3T.device).cumsum(0)
+    pairs_R = torch.arange(sum(sections), device=positions_3T.device)
+    return _angles(positions_3T, torch.searchsorted(ends_3, pairs_R, right=True), theta)
+
+
+def _angles(positions_3T: Tensor, axis_R: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of pairs that follow the coordinates `axis_R`."""
+    angles_TR = positions_3T.float()[axis_R].T * inverse_frequencies(axis_R.numel(), theta, positions_3T.device)
     return angles_TR.cos(), angles_TR.sin()
 
 

@@ -1,10 +1,13 @@
-"""The vision tower: patch embedding, interpolated position embedding, blocks and patch mergers.
+"""Vision towers: patch embedding, interpolated position embedding, blocks and patch mergers.
 
-Features are merged patches. Those tapped behind earlier blocks (deepstack) pass mergers of their own.
+Features are merged patches. Those tapped behind earlier blocks (deepstack) pass mergers of their own. `specs` and
+`encode` are the tower of the Qwen3 models; the pieces serve all: which norm, biases and feed-forward layer a block has,
+its parameters say.
 
 Legend: P patches, F values of a flattened patch, D width, H heads, C channels of a head, R = C / 2, N merged features.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
@@ -16,17 +19,20 @@ from torch.nn.functional import embedding
 from mmfn.batch import Segments, Tower
 from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
-from mmfn.models.layers import linear, norm, rope
-from mmfn.ops import Ops
+from mmfn.models.layers import decoder, linear, norm, rope
+from mmfn.ops import Between, Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
-
-NORM_EPS = 1e-6  # of every layer norm in the tower; fixed in the reference implementation
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of the tower. `deepstack`: blocks behind which features are tapped; `activation`: an op's name."""
+    """Sizes of the tower.
+
+    `num_positions`: rows of the square table of learned positions, 0 where there is none. `deepstack`: blocks behind
+    which features are tapped. `activation`: an op's name; "swiglu" has a gate. `is_rms`: norms are by the root mean
+    square. `has_patch_bias`, `has_block_biases`: of the patch embedding, of all linear layers of a block.
+    """
 
     depth: int
     d_model: int
@@ -36,12 +42,16 @@ class VisionConfig:
     patch_size: int
     temporal_patch_size: int
     merge_size: int
-    num_positions: int
+    num_positions: int = 0
     num_channels: int = 3
     deepstack: tuple[int, ...] = ()
     rope_theta: float = 10_000.0
     activation: str = "gelu_tanh"
     init_std: float = 0.02
+    norm_eps: float = 1e-6  # fixed in the reference implementations of most
+    is_rms: bool = False
+    has_patch_bias: bool = True
+    has_block_biases: bool = True
 
     def __post_init__(self) -> None:
         if self.d_model % (4 * self.num_heads):
@@ -106,14 +116,32 @@ def encode(params: Tree, tower: Tower, cfg: VisionConfig, ops: Ops) -> tuple[Ten
     """`(features_ND, taps)`: merged features of all images and frames, and those tapped behind earlier blocks."""
     x_PD = patch_embed(params["patch_embed"], tower.inputs_UF, ops)
     x_PD = x_PD + position_embed(params["positions"], tower.coords_P4, cfg, ops).to(x_PD.dtype)
-    cos_PR, sin_PR = rope.axial(tower.coords_P4, cfg.head_dim // 2, cfg.rope_theta)
-    block = partial(vision_block, cfg=cfg, ops=ops)
     taps = {
         i: partial(tap, merger, cfg=cfg, ops=ops) for i, merger in zip(cfg.deepstack, params["deepstack"], strict=True)
     }
-    xs = (cos_PR, sin_PR, tower.segments[0])
-    x_PD, _, features = ops.stack(ops.layer, block, params["layers"], x_PD, *xs, name="vision", between=taps)
+    frames = [tower.segments[0]] * cfg.depth
+    x_PD, features = run_blocks(params["layers"], x_PD, tower.coords_P4, frames, cfg, ops, between=taps)
     return merge(params["merger"], x_PD, cfg, ops, norm_merged=False), [features[i] for i in sorted(features)]
+
+
+def run_blocks(
+    layers: Sequence[Tree],
+    x_PD: Tensor,
+    coords_P4: Tensor,
+    segments: Sequence[Segments],
+    cfg: VisionConfig,
+    ops: Ops,
+    *,
+    between: Mapping[int, Between] | None = None,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """`(x_PD, taps)`: all blocks; within `segments[i]` patches attend to each other in block i.
+
+    `between`, and what it taps: see `ops.stack`.
+    """
+    angles = rope.axial(coords_P4, cfg.head_dim // 2, cfg.rope_theta)
+    block = partial(vision_block, cfg=cfg, ops=ops)
+    x_PD, _, taps = ops.stack(ops.layer, block, layers, x_PD, *angles, name="vision", each=segments, between=between)
+    return x_PD, taps
 
 
 def tap(params: Tree, x_PD: Tensor, *, cfg: VisionConfig, ops: Ops) -> tuple[Tensor, Tensor]:
@@ -132,7 +160,8 @@ def row_ids(tower: Tower, cfg: VisionConfig, prefix: str) -> list[tuple[str, Ten
 
 def patch_embed_specs(cfg: VisionConfig) -> Tree:
     """The convolution of non-overlapping patches as a matmul: weight [D, F]."""
-    return linear.specs(cfg.d_model, cfg.patch_values, "vision_embed tower_inputs", std=cfg.init_std, bias=True)
+    axes, bias = "vision_embed tower_inputs", cfg.has_patch_bias
+    return linear.specs(cfg.d_model, cfg.patch_values, axes, std=cfg.init_std, bias=bias)
 
 
 def patch_embed(params: Tree, patches_PF: Tensor, ops: Ops) -> Tensor:
@@ -167,42 +196,54 @@ def position_embed(params: Tree, coords_P4: Tensor, cfg: VisionConfig, ops: Ops)
 
 def block_specs(cfg: VisionConfig) -> Tree:
     """Parameters of one block; queries, keys and values are one fused projection."""
-    D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
+    D, F, std, bias = cfg.d_model, cfg.d_ff, cfg.init_std, cfg.has_block_biases
+    into = dict.fromkeys(("gate", "up") if cfg.activation == "swiglu" else ("up",), (F, D))
     return {
         "attention": {
-            "qkv": linear.specs(3 * D, D, "vision_heads vision_embed", std=std, bias=True, parts=3),
-            "o": linear.specs(D, D, "vision_embed vision_heads", std=std, bias=True),
+            "qkv": linear.specs(3 * D, D, "vision_heads vision_embed", std=std, bias=bias, parts=3),
+            "o": linear.specs(D, D, "vision_embed vision_heads", std=std, bias=bias),
         },
-        "attention_norm": norm.layer_specs(D, "vision_embed"),
+        "attention_norm": norm_specs(cfg),
         "mlp": {
-            "up": linear.specs(F, D, "vision_mlp vision_embed", std=std, bias=True),
-            "down": linear.specs(D, F, "vision_embed vision_mlp", std=std, bias=True),
+            **{n: linear.specs(*shape, "vision_mlp vision_embed", std=std, bias=bias) for n, shape in into.items()},
+            "down": linear.specs(D, F, "vision_embed vision_mlp", std=std, bias=bias),
         },
-        "mlp_norm": norm.layer_specs(D, "vision_embed"),
+        "mlp_norm": norm_specs(cfg),
     }
+
+
+def norm_specs(cfg: VisionConfig) -> Tree:
+    """Parameters of a norm over the width."""
+    return (norm.rms_specs if cfg.is_rms else norm.layer_specs)(cfg.d_model, "vision_embed")
 
 
 def vision_block(
     params: Tree, x_PD: Tensor, cos_PR: Tensor, sin_PR: Tensor, segments: Segments, *, cfg: VisionConfig, ops: Ops
 ) -> tuple[Tensor, None]:
-    """One pre-norm block; a patch attends to its whole frame. Rotation in float32 (or wider)."""
+    """One pre-norm block; a patch attends to its whole segment. Rotation in float32 (or wider)."""
     params = ops.gather(params)
-    normed_PD = norm.layer(params["attention_norm"], x_PD, NORM_EPS, ops)
+    normed_PD = norm.either(params["attention_norm"], x_PD, cfg.norm_eps, ops)
     qkv_P3HC = linear.apply(params["attention"]["qkv"], normed_PD, ops).view(-1, 3, cfg.num_heads, cfg.head_dim)
     q_PHC, k_PHC, v_PHC = qkv_P3HC.unbind(1)
     q_PHC, k_PHC = ops.rotary(q_PHC, cos_PR, sin_PR), ops.rotary(k_PHC, cos_PR, sin_PR)
     out_PHC = ops.attention(q_PHC, k_PHC, v_PHC, segments, is_causal=False)
     x_PD = x_PD + linear.apply(params["attention"]["o"], out_PHC.flatten(1), ops)
+    normed_PD = norm.either(params["mlp_norm"], x_PD, cfg.norm_eps, ops)
+    return x_PD + _mlp(params["mlp"], normed_PD, cfg, ops), None
+
+
+def _mlp(params: Tree, x_PD: Tensor, cfg: VisionConfig, ops: Ops) -> Tensor:
+    if "gate" in params:
+        return decoder.mlp(params, x_PD, ops)
     activation = {"gelu_tanh": ops.gelu_tanh, "gelu": ops.gelu}[cfg.activation]
-    hidden_PF = activation(linear.apply(params["mlp"]["up"], norm.layer(params["mlp_norm"], x_PD, NORM_EPS, ops), ops))
-    return x_PD + linear.apply(params["mlp"]["down"], hidden_PF, ops), None
+    return linear.apply(params["down"], activation(linear.apply(params["up"], x_PD, ops)), ops)
 
 
 def merger_specs(cfg: VisionConfig, *, norm_merged: bool) -> Tree:
     """Parameters of a patch merger; its norm sees single patches or, with `norm_merged`, concatenated ones."""
-    D, merged, std = cfg.d_model, cfg.d_model * cfg.merged, cfg.init_std
+    merged, std = cfg.d_model * cfg.merged, cfg.init_std
     return {
-        "norm": norm.layer_specs(*((merged, "merged") if norm_merged else (D, "vision_embed"))),
+        "norm": norm.layer_specs(merged, "merged") if norm_merged else norm_specs(cfg),
         "up": linear.specs(merged, merged, "vision_mlp merged", std=std, bias=True),
         "down": linear.specs(cfg.d_out, merged, "embed vision_mlp", std=std, bias=True),
     }
@@ -213,27 +254,28 @@ def merge(params: Tree, x_PD: Tensor, cfg: VisionConfig, ops: Ops, *, norm_merge
     params = ops.gather(params)
     merged = (x_PD.shape[0] // cfg.merged, cfg.merged * cfg.d_model)
     if norm_merged:
-        x = norm.layer(params["norm"], x_PD.reshape(merged), NORM_EPS, ops)
+        x = norm.either(params["norm"], x_PD.reshape(merged), cfg.norm_eps, ops)
     else:
-        x = norm.layer(params["norm"], x_PD, NORM_EPS, ops).reshape(merged)
+        x = norm.either(params["norm"], x_PD, cfg.norm_eps, ops).reshape(merged)
     return linear.apply(params["down"], ops.gelu(linear.apply(params["up"], x, ops)), ops)
 
 
-_TOWER = "model.visual"
-NAMES = (
-    ("vision/patch_embed/weight", f"{_TOWER}.patch_embed.proj.weight"),
-    ("vision/patch_embed/bias", f"{_TOWER}.patch_embed.proj.bias"),
-    ("vision/positions/weight", f"{_TOWER}.pos_embed.weight"),
-    ("vision/layers/{i}/attention_norm/{leaf}", f"{_TOWER}.blocks.{{i}}.norm1.{{leaf}}"),
-    ("vision/layers/{i}/attention/qkv/{leaf}", f"{_TOWER}.blocks.{{i}}.attn.qkv.{{leaf}}"),
-    ("vision/layers/{i}/attention/o/{leaf}", f"{_TOWER}.blocks.{{i}}.attn.proj.{{leaf}}"),
-    ("vision/layers/{i}/mlp_norm/{leaf}", f"{_TOWER}.blocks.{{i}}.norm2.{{leaf}}"),
-    ("vision/layers/{i}/mlp/up/{leaf}", f"{_TOWER}.blocks.{{i}}.mlp.linear_fc1.{{leaf}}"),
-    ("vision/layers/{i}/mlp/down/{leaf}", f"{_TOWER}.blocks.{{i}}.mlp.linear_fc2.{{leaf}}"),
-    ("vision/merger/norm/{leaf}", f"{_TOWER}.merger.norm.{{leaf}}"),
-    ("vision/merger/up/{leaf}", f"{_TOWER}.merger.linear_fc1.{{leaf}}"),
-    ("vision/merger/down/{leaf}", f"{_TOWER}.merger.linear_fc2.{{leaf}}"),
-    ("vision/deepstack/{i}/norm/{leaf}", f"{_TOWER}.deepstack_merger_list.{{i}}.norm.{{leaf}}"),
-    ("vision/deepstack/{i}/up/{leaf}", f"{_TOWER}.deepstack_merger_list.{{i}}.linear_fc1.{{leaf}}"),
-    ("vision/deepstack/{i}/down/{leaf}", f"{_TOWER}.deepstack_merger_list.{{i}}.linear_fc2.{{leaf}}"),
-)
+def names(name: str) -> list[tuple[str, str]]:
+    """`(path, Hugging Face name)` of the tower of the Qwen3 models, there under `name`."""
+    pairs = {
+        "patch_embed": "patch_embed.proj",
+        "positions": "pos_embed",
+        "layers/{i}/attention_norm": "blocks.{i}.norm1",
+        "layers/{i}/attention/qkv": "blocks.{i}.attn.qkv",
+        "layers/{i}/attention/o": "blocks.{i}.attn.proj",
+        "layers/{i}/mlp_norm": "blocks.{i}.norm2",
+        "layers/{i}/mlp/up": "blocks.{i}.mlp.linear_fc1",
+        "layers/{i}/mlp/down": "blocks.{i}.mlp.linear_fc2",
+        "merger/norm": "merger.norm",
+        "merger/up": "merger.linear_fc1",
+        "merger/down": "merger.linear_fc2",
+        "deepstack/{i}/norm": "deepstack_merger_list.{i}.norm",
+        "deepstack/{i}/up": "deepstack_merger_list.{i}.linear_fc1",
+        "deepstack/{i}/down": "deepstack_merger_list.{i}.linear_fc2",
+    }
+    return [(f"vision/{own}/{{leaf}}", f"{name}.{their}.{{leaf}}") for own, their in pairs.items()]

@@ -16,7 +16,7 @@ from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import Entry
 from mmfn.models.layers import cache as layer_cache
-from mmfn.models.layers import decoder, linear, norm, patches, vision
+from mmfn.models.layers import decoder, linear, patches, vision
 from mmfn.models.layers.decoder import DecoderConfig
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.models.layers.positions import mrope
@@ -30,7 +30,10 @@ LORA_TARGETS = (r"text/layers/\d+/attention/(q|k|v|o)",)
 
 @dataclass(frozen=True, kw_only=True)
 class VisionLanguageConfig:
-    """The fields all such families have. `rope_sections`: rotated pairs that follow time, height and width.
+    """The fields all such families have.
+
+    `rope_sections`: rotated pairs of a head that follow time, height and width; `rotary_dim`: the channels of a head
+    that turn, twice their sum.
 
     `pad_token_id`: the embedding row that gets no gradient as an input (None: every row does), as in transformers.
     `moe`: experts of the blocks in `moe_layers`, None where all are dense; `router_aux_coef`: weight of their
@@ -43,6 +46,7 @@ class VisionLanguageConfig:
     vision: VisionConfig
     rope_theta: float
     rope_sections: tuple[int, ...]
+    rotary_dim: int
     is_tied: bool
     image_token_id: int
     video_token_id: int
@@ -52,10 +56,10 @@ class VisionLanguageConfig:
     router_aux_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        if len(self.rope_sections) != 3 or 2 * sum(self.rope_sections) != self.decoder.head_dim:
+        if len(self.rope_sections) != 3 or 2 * sum(self.rope_sections) != self.rotary_dim:
             raise UserError(
-                f"mrope_section is {list(self.rope_sections)} but must be three numbers that add up to half of "
-                f"head_dim {self.decoder.head_dim}; correct the model's config.json"
+                f"mrope_section is {list(self.rope_sections)} but must be three numbers that add up to half of the "
+                f"{self.rotary_dim} channels of a head that rope turns; correct the model's config.json"
             )
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise UserError(
@@ -69,14 +73,34 @@ class VisionLanguageConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RopeDefaults:
+    """Rope of a family where its config.json does not say it; `part`: the share of a head's channels that
+    turn, 1 in a family that knows no other."""
+
+    theta: float
+    sections: tuple[int, ...]
+    is_interleaved: bool
+    part: float = 1.0
+
+
+def with_defaults(hf: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """A config.json with a family's defaults for absent keys: `with_defaults(hf, image_token_id=151_655)`."""
+    return {**defaults, **hf}
+
+
 def text_section(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> ConfigReader:
     """The `text_config` of a `config.json` with a family's defaults for absent keys (a null stays null)."""
     text = ConfigReader(hf).section("text_config")
     return ConfigReader({**defaults, **text.values}, text.name)
 
 
-def fields_from_hf(hf: Mapping[str, Any], text: ConfigReader) -> dict[str, Any]:
+def fields_from_hf(
+    hf: Mapping[str, Any], text: ConfigReader, rope: RopeDefaults, *, block: DecoderConfig, tower: VisionConfig
+) -> dict[str, Any]:
     """The fields of `VisionLanguageConfig`. `text`: what `text_section` returns.
+
+    `rope`: the family's defaults; `block` and `tower`: what the family reads of its sections.
 
     Both spellings of rope are read: `rope_parameters`, and the older `rope_scaling` beside `rope_theta`. Raises
     ValueError for values out of range and for settings mmfn does not implement (rope scaling, dropout, quantization).
@@ -86,32 +110,36 @@ def fields_from_hf(hf: Mapping[str, Any], text: ConfigReader) -> dict[str, Any]:
     rotary = text.section("rope_parameters", "rope_scaling")
     rotary.only("rope_type", "default", "scaled rope is not supported")
     rotary.only("type", rotary.get("rope_type", "default"), "scaled rope is not supported")
-    rotary.only("mrope_interleaved", True, "this family interleaves its rope sections")
-    rotary.only("partial_rotary_factor", 1.0, "this family rotates whole heads")
+    how = "interleaves" if rope.is_interleaved else "does not interleave"
+    rotary.only("mrope_interleaved", rope.is_interleaved, f"this family {how} its rope sections")
+    if rope.part == 1.0:
+        rotary.only("partial_rotary_factor", 1.0, "this family rotates whole heads")
+    part = rotary.number("partial_rotary_factor", text.number("partial_rotary_factor", rope.part))
     return {
-        "vocab_size": text.integer("vocab_size", 151_936),
+        "vocab_size": text.integer("vocab_size"),
         "num_layers": text.integer("num_hidden_layers"),
-        "decoder": decoder.config_from_hf(text),
-        "vision": vision.config_from_hf(outer.section("vision_config")),
-        "rope_theta": rotary.number("rope_theta", text.number("rope_theta", 500_000.0, 1.0), 1.0),
-        "rope_sections": rotary.integers("mrope_section", (24, 20, 20)),
+        "decoder": block,
+        "vision": tower,
+        "rope_theta": rotary.number("rope_theta", text.number("rope_theta", rope.theta, 1.0), 1.0),
+        "rope_sections": rotary.integers("mrope_section", rope.sections),
+        "rotary_dim": int(block.head_dim * part),
         "is_tied": outer.boolean("tie_word_embeddings", False),
-        "image_token_id": outer.integer("image_token_id", 151_655, 0),
-        "video_token_id": outer.integer("video_token_id", 151_656, 0),
+        "image_token_id": outer.integer("image_token_id", minimum=0),
+        "video_token_id": outer.integer("video_token_id", minimum=0),
         "pad_token_id": None if text.get("pad_token_id") is None else text.integer("pad_token_id", minimum=0),
     }
 
 
-def specs(cfg: VisionLanguageConfig, layers: Sequence[Tree]) -> Tree:
+def specs(cfg: VisionLanguageConfig, layers: Sequence[Tree], **towers: Tree) -> Tree:
     """The parameters around the specs of the text blocks; without a `head` when it is tied to the embedding."""
     D, V, std = cfg.decoder.d_model, cfg.vocab_size, cfg.decoder.init_std
     tree = {
         "text": {
             "embed": {"weight": spec((V, D), "vocab embed", normal(std))},
             "layers": list(layers),
-            "norm": norm.rms_specs(D, "embed"),
+            "norm": decoder.norm_specs(cfg.decoder),
         },
-        "vision": vision.specs(cfg.vision),
+        **towers,
     }
     if not cfg.is_tied:
         tree["head"] = linear.specs(V, D, "vocab embed", std=std)
@@ -198,21 +226,29 @@ def parts(cfg: VisionLanguageConfig) -> dict[str, str]:
     return found if cfg.is_tied else {**found, "lm_head": r"head/.*"}
 
 
-def entries(cfg: VisionLanguageConfig) -> tuple[Entry, ...]:
-    """Hugging Face names of the leaves; the patch embedding is a convolution kernel there."""
-    kernel = (cfg.vision.num_channels, cfg.vision.temporal_patch_size, cfg.vision.patch_size, cfg.vision.patch_size)
-    shapes = {"vision/patch_embed/weight": (cfg.vision.d_model, *kernel)}
-    names = (*_NAMES, *decoder.NAMES, *vision.NAMES)
-    return tuple(Entry(path=path, name=name, disk_shape=shapes.get(path)) for path, name in names)
+def text_entries(name: str, head: str = "lm_head") -> tuple[Entry, ...]:
+    """Hugging Face names of the text's leaves, there under `name`, and of the `head`."""
+    pairs = [
+        ("head/weight", f"{head}.weight"),
+        ("text/embed/weight", f"{name}.embed_tokens.weight"),
+        ("text/norm/{weight}", f"{name}.norm.weight"),
+        *decoder.names("text/layers/{i}", f"{name}.layers.{{i}}"),
+    ]
+    return tuple(Entry(path=path, name=stored) for path, stored in pairs)
 
 
-def copies(cfg: VisionLanguageConfig) -> dict[str, str]:
+def patch_entry(cfg: VisionConfig, name: str) -> Entry:
+    """That of the patch embedding's weight, a convolution kernel on disk."""
+    kernel = (cfg.d_model, cfg.num_channels, cfg.temporal_patch_size, cfg.patch_size, cfg.patch_size)
+    return Entry(path="vision/patch_embed/weight", name=f"{name}.patch_embed.proj.weight", disk_shape=kernel)
+
+
+def entries(cfg: VisionLanguageConfig, text: str, tower: str) -> tuple[Entry, ...]:
+    """Hugging Face names of the leaves of a text, there under `text`, and a tower of the Qwen3 models."""
+    own = (Entry(path=path, name=name) for path, name in vision.names(tower))
+    return (patch_entry(cfg.vision, tower), *text_entries(text), *own)
+
+
+def copies(cfg: VisionLanguageConfig, head: str = "lm_head") -> dict[str, str]:
     """The stored name of a head that is tied to the embedding."""
-    return {"lm_head.weight": "text/embed/weight"} if cfg.is_tied else {}
-
-
-_NAMES = (
-    ("head/weight", "lm_head.weight"),
-    ("text/embed/weight", "model.language_model.embed_tokens.weight"),
-    ("text/norm/weight", "model.language_model.norm.weight"),
-)
+    return {f"{head}.weight": "text/embed/weight"} if cfg.is_tied else {}
