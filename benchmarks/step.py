@@ -2,15 +2,15 @@
 
     python benchmarks/step.py                                   # decoder, both shapes, 5 seeds, both allocators: long
     python benchmarks/step.py --shapes dense --seeds 1 --variants eager
-    python benchmarks/step.py --sizes vlm --dtype bfloat16 --rounds 3
+    python benchmarks/step.py --sizes vlm qwen3_omni_moe --dtype bfloat16 --rounds 3
 
-transformers: `Qwen3VLForConditionalGeneration` in train mode with its default attention, on padded rows, its own loss,
+transformers: the family's model in train mode with its default attention, on padded rows, its own loss,
 `clip_grad_norm_` and `AdamW(fused=True)`; compiled: `torch.compile(model)`. mmfn: one packed batch padded to a multiple
 of 256 tokens, `make_step` with clip and AdamW; compiled: "layer" and "step". First losses must agree.
 
 Shapes: `sft`, 8 rows with lengths log-uniform from 64 to 1,024 and the last third of each supervised; `dense`, 4 rows
-of 512, every token supervised. Sizes: `decoder`, 29 M parameters with a trivial vision tower and no images; `vlm`, the
-same decoder behind a tower of 6 blocks with one image of 224 x 224 in every row; `tiny`, to try the script.
+of 512, every token supervised. Sizes: those of `families.py`, which draws models and rows: `decoder`, 29 M parameters
+with no images; `vlm`, the same behind a tower, and so each family by its model type; `tiny`, to try the script.
 
 Every size, shape, seed and allocator gets a process of its own. A ratio is the median over rounds of time / time of
 the other side in the same round. Memory is the resident high-water mark of one step above the level before it. The
@@ -25,15 +25,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import families
 import torch
-import transformers
 from measure import in_a_process, peak_mib, seconds
 from torch import Tensor
 
 import mmfn
 from mmfn import tree
-from mmfn.batch import IGNORE, Batch, Media, Sample
+from mmfn.batch import IGNORE, Batch
 from mmfn.batch import to as batch_to
+from mmfn.interop.inputs import samples_from_hf
 from mmfn.packing import Sizes, num_units
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.transforms.compiled import compiled
@@ -42,104 +43,28 @@ from mmfn.train.run.allocator import retain_freed_memory
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 
-IMAGE_ID, FIRST_WORD = 1, 8
 BUCKET = 256  # packed tokens and patches are padded to a multiple of it
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0
 VARIANTS = ("eager", "layer", "step")
 Step = Callable[[], Tensor]  # runs one training step, returns its loss
 
 
-def config(size: str) -> transformers.Qwen3VLConfig:
-    """The model of a size; all share the decoder's shape except `tiny`."""
-    d_model, d_ff, num_layers, vocab = (64, 96, 2, 512) if size == "tiny" else (512, 1536, 4, 16_384)
-    depth, d_vision = (6, 384) if size == "vlm" else (1, 32)
-    return transformers.Qwen3VLConfig(
-        text_config={
-            "vocab_size": vocab,
-            "hidden_size": d_model,
-            "intermediate_size": d_ff,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": d_model // 64 or 1,
-            "num_key_value_heads": d_model // 128 or 1,
-            "head_dim": 64,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [12, 10, 10],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": depth,
-            "hidden_size": d_vision,
-            "intermediate_size": 4 * d_vision,
-            "num_heads": max(1, d_vision // 64),
-            "patch_size": 16,
-            "out_hidden_size": d_model,
-            "num_position_embeddings": 196,
-            "deepstack_visual_indexes": [1, 3] if size == "vlm" else [0],
-        },
-        tie_word_embeddings=False,
-        image_token_id=IMAGE_ID,
-        video_token_id=2,
-        vision_start_token_id=3,
-        vision_end_token_id=4,
-    )
-
-
-def draw_samples(size: str, shape: str, seed: int, cfg: transformers.Qwen3VLConfig) -> list[Sample]:
-    """The rows of one batch."""
-    g = torch.Generator().manual_seed(seed)
-    scale = 16 if size == "tiny" else 1
-    if shape == "dense":
-        lengths = [512 // scale] * 4
-    else:
-        shares = torch.rand(8, generator=g).tolist()
-        lengths = [round(64 * (1024 / 64) ** share) // scale for share in shares]
-    side = {"vlm": 14, "tiny": 4}.get(size, 0)
-    features = (side // 2) ** 2
-    width = 3 * 2 * 16 * 16
-    rows = []
-    for length in lengths:
-        num_tokens = max(length, features + 4)
-        tokens_T = torch.randint(FIRST_WORD, cfg.text_config.vocab_size, (num_tokens,), generator=g)
-        kinds_T = torch.zeros(num_tokens, dtype=torch.int64)
-        tokens_T[1 : 1 + features], kinds_T[1 : 1 + features] = IMAGE_ID, 1
-        first = 0 if shape == "dense" else num_tokens - num_tokens // 3
-        labels_T = torch.where((torch.arange(num_tokens) >= first) & (kinds_T == 0), tokens_T, IGNORE)
-        images = (Media(inputs_UF=torch.randn(side**2, width, generator=g), grid=(1, side, side)),) if side else ()
-        rows.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images))
-    return rows
-
-
-def packed(rows: list[Sample], model: Any, dtype: torch.dtype) -> Batch:
-    """mmfn's batch: rows end to end, padded to the bucket."""
-    cfg = model.cfg
-    num_tokens = sum(r.tokens_T.numel() for r in rows)
-    kind = model.family.towers(cfg)["vision"]
-    num_patches = sum(num_units(r, kind) for r in rows) * kind.inputs
+def packed(inputs: dict[str, Tensor], model: Any, dtype: torch.dtype) -> Batch:
+    """mmfn's batch: rows end to end, tokens and the rows of towers padded to the bucket."""
+    samples, kinds = samples_from_hf(inputs, model), model.family.towers(model.cfg)
+    units = {name: sum(num_units(s, kind) for s in samples) for name, kind in kinds.items()}
     sizes = Sizes(
-        tokens=math.ceil(num_tokens / BUCKET) * BUCKET,
-        units={"vision": math.ceil(num_patches / BUCKET) * BUCKET // kind.inputs},
+        tokens=math.ceil(sum(s.tokens_T.numel() for s in samples) / BUCKET) * BUCKET,
+        units={
+            name: math.ceil(n * kinds[name].rows / BUCKET) * BUCKET // kinds[name].rows for name, n in units.items()
+        },
     )
-    batch = model.family.pack(rows, cfg, sizes)
-    return batch_to(batch, "cpu", dtype)
+    return batch_to(model.family.pack(samples, model.cfg, sizes), "cpu", dtype)
 
 
-def padded(rows: list[Sample], dtype: torch.dtype) -> dict[str, Tensor]:
-    """transformers' batch: rows padded to the longest."""
-    pad = torch.nn.utils.rnn.pad_sequence
-    out = {
-        "input_ids": pad([r.tokens_T for r in rows], batch_first=True),
-        "attention_mask": pad([torch.ones_like(r.tokens_T) for r in rows], batch_first=True),
-        "mm_token_type_ids": pad([r.kinds_T for r in rows], batch_first=True),
-        "labels": pad([r.labels_T for r in rows], batch_first=True, padding_value=IGNORE),
-    }
-    images = [m for r in rows for m in r.images]
-    if images:
-        out["pixel_values"] = torch.cat([m.inputs_UF for m in images]).to(dtype)
-        out["image_grid_thw"] = torch.tensor([m.grid for m in images])
-    return out
+def floats(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs as transformers' model takes them."""
+    return {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
 
 
 def transformers_step(model: Any, inputs: dict[str, Tensor], is_compiled: bool) -> Step:
@@ -180,16 +105,16 @@ def mmfn_step(model: Any, params: Any, batch: Batch, kind: str) -> Step:
 def build(args: argparse.Namespace) -> tuple[dict[str, Step], dict[str, float]]:
     """Every variant from the same weights and the same batch, and facts about the batch."""
     dtype = getattr(torch, args.dtype)
-    cfg = config(args.sizes[0])
+    cfg = families.config(args.sizes[0])
     model = mmfn.init(cfg.to_dict(), seed=0, dtype=dtype)
-    rows = draw_samples(args.sizes[0], args.shapes[0], args.seed, cfg)
-    batch, inputs = packed(rows, model, dtype), padded(rows, dtype)
+    inputs = families.draw_inputs(args.sizes[0], args.shapes[0], args.seed, cfg)
+    batch, inputs = packed(inputs, model, dtype), floats(inputs, dtype)
     steps: dict[str, Step] = {}
     for variant in args.variants:
         if variant != "step":
-            theirs = transformers.Qwen3VLForConditionalGeneration._from_config(cfg, dtype=dtype).train()
-            named = {name: x.clone() for name, x in mmfn.to_hf(model.params, model).items()}
-            theirs.load_state_dict(named, assign=True)
+            theirs = families.library_class(args.sizes[0])._from_config(cfg, dtype=dtype).train()
+            named = mmfn.to_hf(model.params, model, layout="transformers").items()
+            theirs.load_state_dict({name: x.clone() for name, x in named}, assign=True)
             for parameter in theirs.parameters():
                 parameter.requires_grad_()
             name = "hf eager" if variant == "eager" else "hf compiled"
@@ -256,7 +181,7 @@ def child(size: str, shape: str, seed: int, allocator: str, args: argparse.Names
 def main() -> None:
     """Measure every cell and print a table per cell, then the medians over seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=("decoder", "vlm", "tiny"), default=["decoder"])
+    parser.add_argument("--sizes", nargs="+", choices=families.SIZES, default=["decoder"])
     parser.add_argument("--shapes", nargs="+", choices=("sft", "dense"), default=["sft", "dense"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

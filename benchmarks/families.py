@@ -1,0 +1,190 @@
+"""The models and batches of `step.py`: a decoder of about 30 M parameters in each family, and rows for its towers.
+
+A size is "decoder" (Qwen3-VL with a trivial tower and no images), "vlm" (the same behind a tower of 6 blocks), "tiny",
+or a model type: that family's decoder of the same width and depth behind the same tower, its experts as large together
+as the dense layer. Every row of the last ones has an image of 224 x 224 and, where a family hears, 3 seconds of sound.
+"""
+
+import math
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from mmfn.batch import AUDIO, IGNORE, IMAGE
+
+FIRST_WORD = 16  # tokens below are special
+IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+MARKS = {"image_start_token_id": 3, "image_end_token_id": 4, "video_start_token_id": 5, "video_end_token_id": 6}
+SOUND = {"audio_token_id": 7, "audio_start_token_id": 8, "audio_end_token_id": 9}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+LINEAR = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+FRAMES, MELS = 300, 128  # of sound: 3 seconds
+
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
+    "qwen3_vl_moe": (transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration),
+    "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
+    "qwen3_5": (transformers.Qwen3_5Config, transformers.Qwen3_5ForConditionalGeneration),
+    "qwen3_5_moe": (transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration),
+    "glm4v_moe": (transformers.Glm4vMoeConfig, transformers.Glm4vMoeForConditionalGeneration),
+    "qwen3_omni_moe": (
+        transformers.Qwen3OmniMoeThinkerConfig,
+        transformers.Qwen3OmniMoeThinkerForConditionalGeneration,
+    ),
+}
+SIZES = ("decoder", "vlm", "tiny", *CLASSES)
+
+
+def model_type(size: str) -> str:
+    """The family of a size."""
+    return size if size in CLASSES else "qwen3_vl"
+
+
+def library_class(size: str) -> Any:
+    """The library's model of a size."""
+    return CLASSES[model_type(size)][1]
+
+
+def config(size: str) -> Any:
+    """The library's config of a size's model; all share the decoder's shape except `tiny`."""
+    family = model_type(size)
+    d_model, d_ff, num_layers, vocab = (64, 96, 2, 512) if size == "tiny" else (512, 1536, 4, 16_384)
+    text = {
+        "vocab_size": vocab,
+        "hidden_size": d_model,
+        "intermediate_size": d_ff,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": d_model // 64,
+        "num_key_value_heads": max(1, d_model // 128),
+        "head_dim": 64,
+        "rope_parameters": _rope(family),
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    text |= EXPERTS if "moe" in family else {}
+    text |= LINEAR if family.startswith("qwen3_5") else {}
+    outer: dict[str, Any] = dict(IDS)
+    if family == "qwen3_5_moe":
+        text["shared_expert_intermediate_size"] = 192
+    if family == "glm4v_moe":
+        text |= {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
+        outer = {"image_token_id": 1, "video_token_id": 2, **MARKS}
+    if family == "qwen3_omni_moe":
+        outer |= SOUND | {"audio_config": _audio(d_model)}
+    if family == "qwen2_5_vl":
+        del text["head_dim"]
+    outer |= {"text_config": text, "vision_config": _vision(size, d_model), "tie_word_embeddings": False}
+    return CLASSES[family][0](**outer)
+
+
+def _rope(family: str) -> dict[str, Any]:
+    """Sections for heads of 64 channels, all of which turn but in two families."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]}
+    if family.startswith("qwen3_5"):
+        rope |= {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}
+    if family == "glm4v_moe":
+        rope |= {"mrope_section": [6, 5, 5], "partial_rotary_factor": 0.5}
+    return rope | ({} if family in ("glm4v_moe", "qwen2_5_vl") else {"mrope_interleaved": True})
+
+
+def _vision(size: str, d_model: int) -> dict[str, Any]:
+    depth, d_vision = (1, 32) if size in ("decoder", "tiny") else (6, 384)
+    family = model_type(size)
+    tower = {
+        "depth": depth,
+        "hidden_size": d_vision,
+        "intermediate_size": 4 * d_vision,
+        "num_heads": max(1, d_vision // 64),
+        "out_hidden_size": d_model,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    if family == "qwen2_5_vl":
+        return {**tower, "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [2, 5]}
+    if family == "glm4v_moe":
+        return {**tower, "patch_size": 14, "image_size": 224}
+    tower |= {"patch_size": 16, "num_position_embeddings": 196}
+    if family.startswith("qwen3_5"):
+        return tower
+    return {**tower, "deepstack_visual_indexes": [0] if depth == 1 else [1, 3]}
+
+
+def _audio(d_model: int) -> dict[str, Any]:
+    return {
+        "d_model": 384,
+        "encoder_layers": 6,
+        "encoder_attention_heads": 6,
+        "encoder_ffn_dim": 1536,
+        "num_mel_bins": MELS,
+        "n_window": 50,
+        "n_window_infer": 400,
+        "output_dim": d_model,
+        "downsample_hidden_size": 64,
+    }
+
+
+def draw_inputs(size: str, shape: str, seed: int, cfg: Any) -> dict[str, Tensor]:
+    """What a processor returns for the rows of one batch, padded to the longest, with labels."""
+    g = torch.Generator().manual_seed(seed)
+    scale = 16 if size == "tiny" else 1
+    if shape == "dense":
+        lengths = [512 // scale] * 4
+    else:
+        lengths = [round(64 * (1024 / 64) ** share) // scale for share in torch.rand(8, generator=g).tolist()]
+    media = _media(size, len(lengths), cfg, g)
+    runs = media.pop("runs", [])
+    rows = [_row(length, runs, shape, cfg, g) for length in lengths]
+    pad = torch.nn.utils.rnn.pad_sequence
+    tokens, labels, kinds = ([row[i] for row in rows] for i in range(3))
+    inputs = {
+        "input_ids": pad(tokens, batch_first=True),
+        "attention_mask": pad([torch.ones_like(x) for x in tokens], batch_first=True),
+        "labels": pad(labels, batch_first=True, padding_value=IGNORE),
+        **media,
+    }
+    if model_type(size) != "qwen3_omni_moe":
+        inputs["mm_token_type_ids"] = pad(kinds, batch_first=True)
+    return inputs
+
+
+def _media(size: str, num_rows: int, cfg: Any, g: torch.Generator) -> dict[str, Any]:
+    """One image and one clip a row, and under "runs" `(kind, token, its marks, how many)` of each."""
+    if size == "decoder":
+        return {}
+    tower = cfg.vision_config
+    side = 4 if size == "tiny" else 224 // tower.patch_size
+    values = 3 * tower.temporal_patch_size * tower.patch_size**2
+    media: dict[str, Any] = {
+        "runs": [(IMAGE, 1, (3, 4), (side // 2) ** 2)],
+        "pixel_values": torch.randn(num_rows * side**2, values, generator=g),
+        "image_grid_thw": torch.tensor([[1, side, side]] * num_rows),
+    }
+    if model_type(size) == "qwen3_omni_moe":
+        media["runs"].append((AUDIO, 7, (8, 9), 13 * FRAMES // 100))
+        media["input_features"] = torch.randn(num_rows, MELS, FRAMES, generator=g)
+        media["feature_attention_mask"] = torch.ones(num_rows, FRAMES, dtype=torch.int64)
+    return media
+
+
+def _row(
+    length: int, runs: list[tuple[int, int, tuple[int, int], int]], shape: str, cfg: Any, g: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, labels and kinds: media between marks, then words; all of them or the last third are supervised."""
+    length = max(length, sum(count + 2 for *_, count in runs) + 2)
+    tokens_T = torch.randint(FIRST_WORD, cfg.text_config.vocab_size, (length,), generator=g)
+    kinds_T, place = torch.zeros(length, dtype=torch.int64), 0
+    for kind, token, (start, end), count in runs:
+        tokens_T[place], tokens_T[place + count + 1] = start, end
+        tokens_T[place + 1 : place + 1 + count], kinds_T[place + 1 : place + 1 + count] = token, kind
+        place += count + 2
+    first = 0 if shape == "dense" else length - math.ceil(length / 3)
+    labels_T = torch.where((torch.arange(length) >= first) & (tokens_T >= FIRST_WORD), tokens_T, IGNORE)
+    return tokens_T, labels_T, kinds_T
