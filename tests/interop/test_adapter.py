@@ -79,8 +79,18 @@ def pair_of(pairs: dict[str, Pair], name: str) -> Pair:
 @pytest.mark.parametrize("name", CASES)
 def test_peft_loads_what_is_saved_here(name: str, pairs: dict[str, Pair], tmp_path: Path) -> None:
     """Logits, and the gradient of every adapter leaf by the names peft gives them."""
-    pair = pair_of(pairs, name)
-    model, specs = pair.adapted(CASES[name])
+    check_in_peft(pair_of(pairs, name), CASES[name], tmp_path)
+
+
+@pytest.mark.parametrize("family", oracles.CLASSES)
+def test_peft_loads_the_adapters_of_every_family(family: str, pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """Beside the layers that get them where nobody names any."""
+    targets = pairs[family].model.family.lora_targets
+    check_in_peft(pairs[family], {"targets": targets, "rank": 2, "alpha": 6.0}, tmp_path)
+
+
+def check_in_peft(pair: Pair, case: dict[str, Any], tmp_path: Path) -> None:
+    model, specs = pair.adapted(case)
     adapter.save(tmp_path / "adapter", model, specs, base=str(pair.path))
     theirs = pair.with_peft(tmp_path / "adapter")
     want_TV = oracles.real_logits(theirs, pair.inputs)
