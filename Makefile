@@ -6,6 +6,7 @@
 #   make check    format, lint, types, tests   make check-full   the same with the slow tests
 #   make format   rewrite files in the project's format
 #   make house    draw which package imports which into docs/architecture.md
+#   make support  draw which mechanism works for which family into docs/support.md
 #
 # A machine with an accelerator: give its torch, for instance  make demo TORCH="torch==2.13.0 --index-url URL".
 
@@ -20,7 +21,7 @@ STAMP := .venv/installed
 # Test processes share the cores: one thread each is faster than several that compete.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo demo-lora test test-full lint check check-full format house clean
+.PHONY: demo demo-lora test test-full lint check check-full format house support clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -63,6 +64,9 @@ format: $(STAMP)
 
 house: $(STAMP)
 	$(BIN)/python docs/house.py
+
+support: $(STAMP)
+	$(BIN)/python -m docs.support
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,8 @@ import pytest
 
 from mmfn import tree
 from mmfn.models import FAMILIES, family
+from mmfn.train.build.model import find_family
+from mmfn.train.planning.request import read, with_world
 from tests.goldens import make_name_goldens as goldens
 
 SIZES = goldens.sizes()
@@ -88,3 +90,12 @@ def test_the_count_is_the_published_one_to_the_last_digit(name):
     model = family(SIZES[name]["model_type"])
     leaves = tree.leaves(model.specs(model.config_from_hf(SIZES[name])))
     assert sum(prod(leaf.shape) for leaf in leaves) == PUBLISHED[name].elements
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_plan_takes_the_config_without_a_download(name):
+    loaded = with_world(read(str(goldens.MODELS / name / "config.json"), []), 256)
+    model, cfg = find_family(loaded.config.model)
+    assert model.name == SIZES[name]["model_type"]
+    assert cfg == model.config_from_hf(SIZES[name])
+    assert loaded.config.layout.sizes.world == 256
