@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmfn import tree
-from mmfn.models import FAMILIES, family
+from mmfn.models import FAMILIES, Family, family
 from mmfn.train.objective import OBJECTIVES
 from tests import tiny
 
@@ -27,6 +28,7 @@ GENERATE, EVERY = "train/test_generate.py", "train/test_every_family.py"
 CELL, COMPILED = "parallel/test_conformance.py::test_cell", "parallel/test_conformance.py::test_compiled_cell"
 LAYOUT = "parallel/test_layouts.py::test_a_step_of_a_model"
 FORMULA = f"{EVERY}::test_two_steps_are_those_of_the_written_formula"
+OPTIMIZER = f"{EVERY}::test_every_optimizer_writes_what_its_formula_says"
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,14 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("generation with a cache", f"{GENERATE}::test_cached_steps_equal_the_whole_sequence"),
         Row("generated ids of transformers", f"{GENERATE}::test_ids_equal_transformers"),
     ),
-    "The loss": (
+    "The loss and the update": (
         *(Row(f"`{name}`", FORMULA, rf"-{name}$") for name in OBJECTIVES),
         Row("loss in chunks", f"{EVERY}::test_chunks_of_the_loss_are_those_of_whole_logits"),
         Row("multi-token prediction", FORMULA, needs="ahead"),
+        Row("balance of routers", FORMULA, needs="losses"),
+        *(Row(f"optimizer {name}", OPTIMIZER, rf"-{name}$") for name in ("sgd", "muon", "ema")),
+        Row("AdamW, by path", OPTIMIZER, "-rules$"),
+        Row("leaves that a rule updates", FORMULA, needs="rules"),
     ),
     "What is trained": (
         Row("frozen parts", "train/test_freeze.py::test_a_frozen_part"),
@@ -74,6 +80,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("expert parallel", LAYOUT, r"\bep \d", needs="experts"),
         Row("expert and context parallel", LAYOUT, r"\bcp \d.*\bep \d", needs="experts"),
         Row("sharded head", LAYOUT, "head sharded"),
+        Row("processes", f"{EVERY}::test_two_processes_take_the_step_of_one"),
     ),
     "Memory and speed": (
         Row("remat, full", CELL, ", remat, "),
@@ -97,20 +104,15 @@ ROWS: dict[str, tuple[Row, ...]] = {
 }
 
 
-def _has_experts(name: str) -> bool:
-    model = tiny.family_of(name)
-    specs = model.specs(model.config_from_hf(tiny.TINY[name](2)))
-    return bool(any("experts" in leaf.axes for leaf in tree.leaves(specs)))
+def _has_experts(model: Family, cfg: Any) -> bool:
+    return any("experts" in leaf.axes for leaf in tree.leaves(model.specs(cfg)))
 
 
-def _looks_ahead(name: str) -> bool:
-    model = tiny.family_of(name)
-    return bool(model.num_ahead(model.config_from_hf(tiny.TINY[name](2))))
-
-
-NEEDS: dict[str, tuple[Callable[[str], bool], str]] = {  # of a tiny model's name, and what a cell says without it
+NEEDS: dict[str, tuple[Callable[[Family, Any], Any], str]] = {  # of a tiny model, and what a cell says without it
     "experts": (_has_experts, "no experts"),
-    "ahead": (_looks_ahead, "no layer for it"),
+    "ahead": (lambda model, cfg: model.num_ahead(cfg), "no layer for it"),
+    "losses": (lambda model, cfg: model.loss_weights(cfg), "no routers"),
+    "rules": (lambda model, cfg: model.rules(cfg), "no such leaf"),
 }
 REASONS: dict[tuple[str, str], str] = {}
 """(mechanism, model_type) -> why no test proves it, in a few words."""
@@ -159,7 +161,8 @@ def cell(row: Row, model_type: str, called: Sequence[str], cases: Sequence[str])
         raise ValueError(f"{function} proves {row.mechanism!r} for {model_type!r}; remove its reason, {reason!r}")
     if row.needs:
         is_used, without = NEEDS[row.needs]
-        if not any(is_used(name) for name in called if name in tiny.TINY):
+        models = [(tiny.family_of(name), tiny.TINY[name](2)) for name in called if name in tiny.TINY]
+        if not any(is_used(model, model.config_from_hf(hf)) for model, hf in models):
             return without
     if not (reason or proof):
         raise ValueError(f"no case of {row.test} proves {row.mechanism!r} for {model_type!r}; add one, or a reason")

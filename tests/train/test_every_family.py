@@ -3,6 +3,7 @@
 A family joins by its line in `tests.tiny.TINY`. Which test proves which mechanism is drawn in docs/support.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import mmfn
 from mmfn import models, ops, tree
 from mmfn.batch import IGNORE
 from mmfn.interop.files import SINGLE
-from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.context.token_order import segment_multiple
+from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import remat
 from mmfn.train.objective import OBJECTIVES, Objective
 from mmfn.train.optim import adamw, chain, clip_by_global_norm, on_host
@@ -25,6 +28,7 @@ from mmfn.train.planning.workload import Workload
 from tests import tiny
 from tests.batches import packed, wide
 from tests.parallel import campaign, conformance
+from tests.parallel.ranks import run_ranks
 
 NAMES = [name for name in tiny.TINY if name != "small"]  # that one is for graphs alone
 STORED = [name for name in NAMES if tiny.family_of(name).name in models.FAMILIES]
@@ -55,6 +59,44 @@ PLAIN = campaign.Draw(
 def test_two_steps_are_those_of_the_written_formula(name: str, objective: str) -> None:
     """Micro-batches, ranks and samples weighted as the objective says; further tokens that a model predicts too."""
     campaign.check(replace(PLAIN, family=name, objective=objective))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "rules", "ema"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_writes_what_its_formula_says(name: str, optimizer: str) -> None:
+    """`rules`: AdamW with single parameters treated unlike the others."""
+    campaign.check(replace(PLAIN, family=name, objective="per_token_loss", optimizer=optimizer))
+
+
+def mesh_cell(name: str) -> conformance.Cell:
+    """Tokens and parameters over ranks, and experts where there are any."""
+    layout = Layout(cp=2, ep=2 if name in tiny.WITH_EXPERTS else 1)
+    return conformance.Cell(
+        layout=layout,
+        name="processes",
+        transforms=(data_parallel(), conformance.spread("gather", name), expert_parallel(), remat("full")),
+        family=name,
+        pack={"segment_multiple": segment_multiple("gather", layout)},
+    )
+
+
+def outcomes(names: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+    """Runs on every rank: a step of each family."""
+    return [conformance.outcome(cell, distributed_mesh(cell.layout)) for cell in map(mesh_cell, names)]
+
+
+@pytest.fixture(scope="module")
+def processes() -> list[dict[str, dict[str, torch.Tensor]]]:
+    """Of each of two processes what it found, by name of the model."""
+    return [dict(zip(NAMES, found, strict=True)) for found in run_ranks(2, outcomes, NAMES)]
+
+
+@pytest.mark.dist
+@pytest.mark.xdist_group("processes of every family")
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_take_the_step_of_one(name: str, processes: list[dict[str, dict[str, torch.Tensor]]]) -> None:
+    for found in processes:
+        conformance.check_outcome(mesh_cell(name), found[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
