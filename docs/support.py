@@ -140,28 +140,28 @@ def collect(rows: Sequence[Row]) -> dict[str, list[str]]:
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if result.returncode:
         raise ValueError(f"pytest collects nothing:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
-    found: dict[str, list[str]] = {}
+    ids: dict[str, list[str]] = {}
     for line in result.stdout.splitlines():
         if line.startswith("tests/"):
             test, _, case = line.removeprefix("tests/").partition("[")
-            found.setdefault(test, []).append(case.removesuffix("]"))
-    return found
+            ids.setdefault(test, []).append(case.removesuffix("]"))
+    return ids
 
 
-def cell(row: Row, model_type: str, called: Sequence[str], cases: Sequence[str]) -> str:
+def cell(row: Row, model_type: str, aliases: Sequence[str], cases: Sequence[str]) -> str:
     """A link to the test of a mechanism for a family, or why there is none.
 
-    `called`: what ids call the family, `cases`: those of the row's test. Raises ValueError without test and reason, and
-    with both.
+    `aliases`: what ids call the family, `cases`: those of the row's test. Raises ValueError without test and reason,
+    and with both.
     """
     path, _, function = row.test.partition("::")
-    proof = next((name for name in called if any(_is_case(name, row, case) for case in cases)), "")
+    proof = next((name for name in aliases if any(_is_case(name, row, case) for case in cases)), "")
     reason = REASONS.get((row.mechanism, model_type), "")
     if reason and proof:
         raise ValueError(f"{function} proves {row.mechanism!r} for {model_type!r}; remove its reason, {reason!r}")
     if row.needs:
         is_used, without = NEEDS[row.needs]
-        models = [(tiny.family_of(name), tiny.TINY[name](2)) for name in called if name in tiny.TINY]
+        models = [(tiny.family_of(name), tiny.TINY[name](2)) for name in aliases if name in tiny.TINY]
         if not any(is_used(model, model.config_from_hf(hf)) for model, hf in models):
             return without
     if not (reason or proof):
@@ -170,13 +170,13 @@ def cell(row: Row, model_type: str, called: Sequence[str], cases: Sequence[str])
 
 
 def _is_case(name: str, row: Row, case: str) -> bool:
-    """Whether an id is one of the family that is called so, and of the row."""
+    """Whether an id is one of the family that has this alias, and of the row."""
     return bool(re.search(rf"(^|[-, ]){re.escape(name)}($|[-,])", case) and re.search(row.cases, case))
 
 
 def page(rows: Mapping[str, Sequence[Row]] = ROWS) -> str:
     """The page of today."""
-    called, found = names(), collect([row for section in rows.values() for row in section])
+    aliases, ids = names(), collect([row for section in rows.values() for row in section])
     text = [
         "# What works for which family",
         "",
@@ -186,9 +186,9 @@ def page(rows: Mapping[str, Sequence[Row]] = ROWS) -> str:
         "is drawn at random in [test_campaign.py](../tests/parallel/test_campaign.py).",
     ]
     for section, mechanisms in rows.items():
-        text += ["", f"## {section}", "", f"| | test | {' | '.join(called)} |", "|---|---|" + "---|" * len(called)]
+        text += ["", f"## {section}", "", f"| | test | {' | '.join(aliases)} |", "|---|---|" + "---|" * len(aliases)]
         for row in mechanisms:
-            cells = [cell(row, name, mine, found.get(row.test, ())) for name, mine in called.items()]
+            cells = [cell(row, name, mine, ids.get(row.test, ())) for name, mine in aliases.items()]
             text.append(f"| {row.mechanism} | `{row.test.partition('::')[2]}` | {' | '.join(cells)} |")
     return "\n".join([*text, ""])
 

@@ -26,10 +26,10 @@ def test_a_cell_names_what_its_test_runs_on() -> None:
     assert cell(Row("ep", "a.py::test", needs="experts"), "qwen3_vl", ["dense"], IDS) == "no experts"
 
 
-@pytest.mark.parametrize("called", [["small"], ["dens"], ["qwen3_vl", "3"], []])
-def test_a_cell_without_a_test_is_refused(called: list[str]) -> None:
+@pytest.mark.parametrize("aliases", [["small"], ["dens"], ["qwen3_vl", "3"], []])
+def test_a_cell_without_a_test_is_refused(aliases: list[str]) -> None:
     with pytest.raises(ValueError, match=r"no case of .*::test_cell proves 'fsdp' for 'qwen3_vl'"):
-        cell(ROW, "qwen3_vl", called, IDS)
+        cell(ROW, "qwen3_vl", aliases, IDS)
 
 
 def test_a_reason_stands_for_a_test_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

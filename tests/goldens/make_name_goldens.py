@@ -54,13 +54,13 @@ def tensors(hf: Mapping[str, Any]) -> Shapes:
     inside = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if hf.get("tie_word_embeddings"):
         del inside["lm_head.weight"]
-    found = dict(_experts(inside, EXPERTS.get(model_type, "fused")))
+    shapes = dict(_experts(inside, EXPERTS.get(model_type, "fused")))
     if model_type in WITH_MTP:
-        found |= _experts(_mtp(inside, hf["text_config"]), "one by one")
-    return {_renamed(name, PREFIXES.get(model_type, ())): shape for name, shape in found.items()}
+        shapes |= _experts(_mtp(inside, hf["text_config"]), "one by one")
+    return {_stored_name(name, PREFIXES.get(model_type, ())): shape for name, shape in shapes.items()}
 
 
-def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+def _stored_name(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     for old, new in prefixes:
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -93,7 +93,7 @@ def _mtp(inside: Shapes, text: Mapping[str, Any]) -> Shapes:
 # ---- many names in a line
 
 
-def folded(shapes: Shapes) -> dict[str, list[int]]:
+def fold(shapes: Shapes) -> dict[str, list[int]]:
     """{line: shape}: names that differ in numbers alone, with all combinations of these, in one line."""
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -102,25 +102,25 @@ def folded(shapes: Shapes) -> dict[str, list[int]]:
         groups.setdefault((pattern, shape), []).append(numbers)
     return {
         pattern.format(*map(_hole, product)): list(shape)
-        for (pattern, shape), found in groups.items()
-        for product in _products(found)
+        for (pattern, shape), rows in groups.items()
+        for product in _products(rows)
     }
 
 
-def unfolded(lines: Mapping[str, Iterable[int]]) -> Shapes:
+def unfold(lines: Mapping[str, Iterable[int]]) -> Shapes:
     """{name: shape} of the lines."""
-    found: Shapes = {}
+    shapes: Shapes = {}
     for line, shape in lines.items():
         pattern, holes = re.sub(r"\{[^}]*\}", "{}", line), re.findall(r"\{([^}]*)\}", line)
         for numbers in itertools.product(*map(_numbers, holes)):
-            found[pattern.format(*numbers)] = tuple(shape)
-    return found
+            shapes[pattern.format(*numbers)] = tuple(shape)
+    return shapes
 
 
-def _products(found: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+def _products(rows: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     """Rows of numbers as a few products of sets."""
     rests: dict[int, set[tuple[int, ...]]] = {}
-    for row in found:
+    for row in rows:
         if not row:
             return [[]]
         rests.setdefault(row[0], set()).add(row[1:])
@@ -157,4 +157,4 @@ def page(goldens: Mapping[str, Mapping[str, list[int]]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page({name: folded(tensors(hf)) for name, hf in sizes().items()}), encoding="utf-8")
+    PAGE.write_text(page({name: fold(tensors(hf)) for name, hf in sizes().items()}), encoding="utf-8")

@@ -18,12 +18,12 @@ from tests.goldens import make_name_goldens as goldens
 
 SIZES = goldens.sizes()
 NAMES = json.loads(goldens.PAGE.read_text(encoding="utf-8"))
-JOINED = [name for name, hf in SIZES.items() if hf["model_type"] in FAMILIES]
+WITH_FAMILY = [name for name, hf in SIZES.items() if hf["model_type"] in FAMILIES]
 WITHOUT_FAMILY = {"qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe", "glm4v_moe"}
 VERBATIM = ("talker.", "code2wav.")  # parts of a model that are not trained here
 
 
-class Published(NamedTuple):
+class Counts(NamedTuple):
     """Elements of what is trained; of the file's other parts; tensors in the file, where an inventory is known."""
 
     elements: int
@@ -31,32 +31,32 @@ class Published(NamedTuple):
     tensors: int | None = None
 
 
-PUBLISHED = {
-    "Qwen2.5-VL-3B": Published(3_754_622_976),
-    "Qwen2.5-VL-7B": Published(8_292_166_656),
-    "Qwen2.5-VL-32B": Published(33_452_718_336),
-    "Qwen2.5-VL-72B": Published(73_410_777_344),
-    "Qwen3-VL-2B": Published(2_127_532_032),
-    "Qwen3-VL-4B": Published(4_437_815_808),
-    "Qwen3-VL-8B": Published(8_767_123_696, tensors=750),
-    "Qwen3-VL-32B": Published(33_357_390_064),
-    "Qwen3-VL-30B-A3B": Published(31_070_754_032, tensors=882),
-    "Qwen3-VL-235B-A22B": Published(235_670_022_896, tensors=1388),
-    "Qwen3.5-0.8B": Published(852_985_920 + 20_452_864),  # + its layer that predicts a further token
-    "Qwen3.5-2B": Published(2_213_241_664 + 60_828_160),
-    "Qwen3.5-4B": Published(4_539_265_536 + 120_599_552, tensors=738),
-    "Qwen3.5-9B": Published(9_409_813_744 + 243_290_624),
-    "Qwen3.5-27B": Published(27_356_728_560 + 424_699_392, tensors=1199),
-    "Qwen3.5-35B-A3B": Published(35_107_181_936 + 844_640_768, tensors=1811),
-    "Qwen3.5-122B-A10B": Published(122_562_817_776 + 2_523_679_232),
-    "Qwen3.5-397B-A17B": Published(396_802_360_816 + 6_595_568_128),
-    "Qwen3-Omni-30B-A3B": Published(31_719_205_488, others=35_259_818_545 - 31_719_205_488, tensors=28_010),
-    "GLM-4.5V": Published(107_710_933_120, tensors=18_106),  # 45 x 128 of them correct the router
+COUNTS = {
+    "Qwen2.5-VL-3B": Counts(3_754_622_976),
+    "Qwen2.5-VL-7B": Counts(8_292_166_656),
+    "Qwen2.5-VL-32B": Counts(33_452_718_336),
+    "Qwen2.5-VL-72B": Counts(73_410_777_344),
+    "Qwen3-VL-2B": Counts(2_127_532_032),
+    "Qwen3-VL-4B": Counts(4_437_815_808),
+    "Qwen3-VL-8B": Counts(8_767_123_696, tensors=750),
+    "Qwen3-VL-32B": Counts(33_357_390_064),
+    "Qwen3-VL-30B-A3B": Counts(31_070_754_032, tensors=882),
+    "Qwen3-VL-235B-A22B": Counts(235_670_022_896, tensors=1388),
+    "Qwen3.5-0.8B": Counts(852_985_920 + 20_452_864),  # + its layer that predicts a further token
+    "Qwen3.5-2B": Counts(2_213_241_664 + 60_828_160),
+    "Qwen3.5-4B": Counts(4_539_265_536 + 120_599_552, tensors=738),
+    "Qwen3.5-9B": Counts(9_409_813_744 + 243_290_624),
+    "Qwen3.5-27B": Counts(27_356_728_560 + 424_699_392, tensors=1199),
+    "Qwen3.5-35B-A3B": Counts(35_107_181_936 + 844_640_768, tensors=1811),
+    "Qwen3.5-122B-A10B": Counts(122_562_817_776 + 2_523_679_232),
+    "Qwen3.5-397B-A17B": Counts(396_802_360_816 + 6_595_568_128),
+    "Qwen3-Omni-30B-A3B": Counts(31_719_205_488, others=35_259_818_545 - 31_719_205_488, tensors=28_010),
+    "GLM-4.5V": Counts(107_710_933_120, tensors=18_106),  # 45 x 128 of them correct the router
 }
 
 
 def test_every_size_has_its_names_and_its_count():
-    assert set(SIZES) == set(NAMES) == set(PUBLISHED)
+    assert set(SIZES) == set(NAMES) == set(COUNTS)
 
 
 def test_sizes_without_a_family():
@@ -65,19 +65,19 @@ def test_sizes_without_a_family():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_golden_is_what_transformers_declares_and_what_was_published(name):
-    shapes = goldens.unfolded(NAMES[name])
+    shapes = goldens.unfold(NAMES[name])
     assert shapes == goldens.tensors(SIZES[name])
-    published = PUBLISHED[name]
+    counts = COUNTS[name]
     others = sum(prod(shape) for key, shape in shapes.items() if key.startswith(VERBATIM))
-    assert (sum(map(prod, shapes.values())) - others, others) == published[:2]
-    assert published.tensors in (len(shapes), None)
+    assert (sum(map(prod, shapes.values())) - others, others) == counts[:2]
+    assert counts.tensors in (len(shapes), None)
 
 
-@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("name", WITH_FAMILY)
 def test_every_name_and_shape_of_the_published_file_and_no_other(name):
     model = family(SIZES[name]["model_type"])
     cfg = model.config_from_hf(SIZES[name])
-    key_map, want = model.key_map(cfg), goldens.unfolded(NAMES[name])
+    key_map, want = model.key_map(cfg), goldens.unfold(NAMES[name])
     stored = {key: tensor.shape for key, tensor in key_map.disk_tensors(model.specs(cfg)).items()}
     others = {key for key in want if key.startswith(VERBATIM)}
     assert stored == {key: shape for key, shape in want.items() if key not in others}
@@ -85,14 +85,14 @@ def test_every_name_and_shape_of_the_published_file_and_no_other(name):
     assert not any(key_map.is_ignored(key) or key_map.is_verbatim(key) for key in stored)
 
 
-@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("name", WITH_FAMILY)
 def test_the_count_is_the_published_one_to_the_last_digit(name):
     model = family(SIZES[name]["model_type"])
     leaves = tree.leaves(model.specs(model.config_from_hf(SIZES[name])))
-    assert sum(prod(leaf.shape) for leaf in leaves) == PUBLISHED[name].elements
+    assert sum(prod(leaf.shape) for leaf in leaves) == COUNTS[name].elements
 
 
-@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("name", WITH_FAMILY)
 def test_a_plan_takes_the_config_without_a_download(name):
     loaded = with_world(read(str(goldens.MODELS / name / "config.json"), []), 256)
     model, cfg = find_family(loaded.config.model)

@@ -31,7 +31,7 @@ from tests.parallel import campaign, conformance
 from tests.parallel.ranks import run_ranks
 
 NAMES = [name for name in tiny.TINY if name != "small"]  # that one is for graphs alone
-STORED = [name for name in NAMES if tiny.family_of(name).name in models.FAMILIES]
+OF_MMFN = [name for name in NAMES if tiny.family_of(name).name in models.FAMILIES]
 PLAIN = campaign.Draw(
     seed=0,
     family="",
@@ -145,7 +145,7 @@ def test_a_plan_counts_what_the_step_does(name: str, layout: Layout, monkeypatch
     assert fake.peaks == real.peaks
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", OF_MMFN)
 def test_what_is_exported_comes_back_bit_by_bit(name: str, tmp_path: Path) -> None:
     """Parameters in bfloat16 but for what declares a dtype, in both layouts; saved again, the files are the same."""
     model = tiny.model_of(name)
