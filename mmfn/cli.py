@@ -7,6 +7,7 @@ first that fails says it, and the others end as well.
 
 import argparse
 import errno
+import gc
 import os
 import sys
 import traceback
@@ -46,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"mmfn {args.command} runs in one process; start it without torchrun")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # odd but readable images, one line for each
-            command = import_module(f"mmfn.train.commands.{COMMANDS[args.command]}")
-            command.run(args, _say if ranks.index == 0 else _say_nothing)
+            _load(args.command).run(args, _say if ranks.index == 0 else _say_nothing)
     except (KeyboardInterrupt, Exception) as error:
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else USAGE_ERROR
         if not ranks.fail():  # a consequence of what happened on another rank, which says it
@@ -61,6 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(sentence)
         return ranks.leave(code)
     return 0
+
+
+def _load(command: str) -> Any:
+    """The module of a command.
+
+    What it imports stays until the process ends, so Python's collector of cycles need not look at it, now or later.
+    """
+    name, is_collecting = f"mmfn.train.commands.{COMMANDS[command]}", gc.isenabled()
+    if name in sys.modules:
+        return sys.modules[name]
+    gc.disable()
+    try:
+        module = import_module(name)
+        gc.freeze()
+    finally:
+        if is_collecting:
+            gc.enable()
+    return module
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -5,10 +5,12 @@ Each has a test in `tests/test_torch_private.py`, which tells on a new torch wha
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 
@@ -28,27 +30,28 @@ def dispatch_modes() -> Sequence[Any]:
     return [torch._C._get_dispatch_stack_at(i) for i in range(number)] if number else ()
 
 
-def autograd_node() -> Any:
-    """The node whose backward is running on this thread, or None outside of a backward."""
-    return torch._C._current_autograd_node()
+class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode for eager programs: at every operator torch spares it the wrapper that keeps compilers out."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+# ---- called at every operator of a plan, and so without a function around them
+
+autograd_node: Callable[[], Any] = torch._C._current_autograd_node
+"""The node whose backward is running on this thread, or None outside of a backward."""
+node_number: Callable[[Any], int] = methodcaller("_sequence_nr")
+"""The number a node was made with."""
+storage_key: Callable[[torch.UntypedStorage], int] = attrgetter("_cdata")
+"""The address of a storage's record, the same for all tensors that share it, while it lives."""
 
 
 def next_node_number() -> int:
     """The number that the next node of autograd's graph will get on this thread."""
     number: int = torch._C._autograd._get_sequence_nr()
     return number
-
-
-def node_number(node: Any) -> int:
-    """The number a node was made with."""
-    number: int = node._sequence_nr()
-    return number
-
-
-def storage_key(storage: torch.UntypedStorage) -> int:
-    """The address of a storage's record, the same for all tensors that share it, while it lives."""
-    key: int = storage._cdata
-    return key
 
 
 def local_tensor(x: Any) -> Tensor:

@@ -295,3 +295,11 @@ def test_help_needs_no_torch(command: list[str]) -> None:
     done = call("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: mmfn")
+
+
+def test_loading_a_command_leaves_the_collector_of_cycles_as_it_was() -> None:
+    code = (
+        "import gc; from mmfn import cli; cli._load('plan'); print(gc.isenabled(), gc.get_freeze_count() > 100_000); "
+        "gc.disable(); cli._load('generate'); print(gc.isenabled())"
+    )
+    assert call("-c", code).stdout.split() == ["True", "True", "False"]

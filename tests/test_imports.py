@@ -74,12 +74,24 @@ def test_files_are_small_and_functions_short() -> None:
                 and node.end_lineno - node.lineno >= 60
             ):
                 long_functions.append(f"{name}.{node.name}: {node.end_lineno - node.lineno + 1}")
-        count = sum(isinstance(node, ast.Import | ast.ImportFrom) for node in parsed.body)
-        many_imports += [f"{name}: {count}"] if count > 25 else []
+        many_imports += [f"{name}: {count}"] if (count := num_imports(parsed)) > 25 else []
     assert {name: lines for name, lines in lengths.items() if lines > 450} == {}
     assert median(lengths.values()) <= 180
     assert long_functions == []
     assert many_imports == []
+
+
+def test_files_of_tests_are_small_too() -> None:
+    """At most 450 lines and 25 imports: what several files set up is in a file of cases."""
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    assert len(texts) > 100
+    assert {name: lines for name, text in texts.items() if (lines := text.count("\n")) > 450} == {}
+    assert {name: num for name, text in texts.items() if (num := num_imports(ast.parse(text))) > 25} == {}
+
+
+def num_imports(module: ast.Module) -> int:
+    """Import statements at the top of a file."""
+    return sum(isinstance(node, ast.Import | ast.ImportFrom) for node in module.body)
 
 
 def loaded_by(code: str) -> set[str]:

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn import torch_private as private
 
-PUBLIC = {"Any", "Callable", "Iterator", "Mapping", "Sequence", "Tensor", "contextmanager", "torch"}
+PUBLIC = {"Any", "Callable", "Iterator", "Mapping", "Sequence", "Tensor", "TorchDispatchMode"}
+PUBLIC |= {"attrgetter", "contextmanager", "methodcaller", "torch"}
 
 
 class Seen(TorchDispatchMode):
@@ -29,7 +30,8 @@ def test_every_name_has_a_test():
     names = {name for name in vars(private) if not name.startswith("_")} - PUBLIC
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert names - {"FLASH_CPU", "FLASH_CPU_GRAD", "READ_ONE", "UNSAFE_VIEW"} <= tested
-    assert all(inspect.getdoc(getattr(private, name)) for name in names if name.islower())
+    functions = [value for name in names if inspect.isfunction(value := getattr(private, name))]
+    assert all(inspect.getdoc(function) for function in functions)
 
 
 def test_flash_cpu():
@@ -55,6 +57,24 @@ def test_dispatch_modes():
     with Seen() as outer, Seen() as inner:
         assert [mode is own for mode, own in zip(private.dispatch_modes(), (outer, inner), strict=True)] == [True, True]
     assert list(private.dispatch_modes()) == []
+
+
+def test_EagerMode():
+    """It sees every operator, through the method as it is written; torch would wrap it."""
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+    seen = []
+    modes = {base: type("Mode", (base,), {"__torch_dispatch__": dispatch}) for base in (private.EagerMode, Seen)}
+    assert {base: mode.__torch_dispatch__ is dispatch for base, mode in modes.items()} == {
+        private.EagerMode: True,
+        Seen: False,
+    }
+    with modes[private.EagerMode]():
+        torch.ones(2).add(1)
+    assert [func.overloadpacket for func in seen] == [torch.ops.aten.ones, torch.ops.aten.add]
 
 
 def test_read_one_and_unsafe_view():

@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from tests import tiny
-from tests.parallel.campaign import check, draw
+from tests.parallel.campaign import check
+from tests.parallel.campaign_draws import draw
 
 NUM, FAST = 160, 8
 SEEDS = [pytest.param(seed, marks=() if seed < FAST else pytest.mark.slow) for seed in range(NUM)]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import mmfn
-from mmfn import batch as packing
 from mmfn import rng, tree
 from mmfn.batch import Batch, Sample
 from mmfn.lora import adapters_of, add_adapters, lora
@@ -19,19 +18,13 @@ from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.transforms.remat import remat
-from mmfn.parallel.weights.sharding import shard_params, whole_params
-from mmfn.train.build.data import build_loader, load_model_processor, open_dataset
-from mmfn.train.build.model import load_model, model_specs
-from mmfn.train.build.program import build_program
 from mmfn.train.build.run import prepare
-from mmfn.train.build.step import build_step
 from mmfn.train.config.load import Loaded, load_config
-from mmfn.train.data import agree
 from mmfn.train.optim import adamw
 from mmfn.train.step import State, init_state, make_step
 from mmfn.tree import Tree
 from tests import oracles
-from tests.train.test_ranks import LAYOUTS, MakeConfig
+from tests.train.rank_cases import LAYOUTS, MakeConfig, take_steps
 from tests.train.test_step import (
     QUIET_DYNAMO,
     RATE,
@@ -181,22 +174,11 @@ def test_steps_through_the_loader(make_config: MakeConfig, name: str) -> None:
     path = make_config({"lora.rank": 2, "lora.targets": list(TARGETS[:1]), "lora.dropout": 0.2, "train.seed": 5})
 
     def steps(mesh: Mesh, loaded: Loaded) -> tuple[list[dict[str, float]], Tree]:
-        config = loaded.config
-        model = load_model(config.model, config.train.seed)
-        specs = model_specs(config, model.family, model.cfg)
-        assert {x.dropout for x in adapters_of(specs).values()} == {config.lora.dropout}
-        params = with_adapters(tree.map(Tensor.double, model.params), specs)
-        model = replace(model, params=params if mesh.layout.world == 1 else shard_params(params, specs, mesh))
-        program = build_program(config, model.family, model.cfg, mesh)
-        data = open_dataset(config, config.data.train, load_model_processor(config.model.path))
-        loader = build_loader(config, data, model, program)
-        step, state = build_step(config, model, program)
-        found = []
-        for number in range(2):
-            share = agree(loader.share(number), mesh["batch"], loader.empty())
-            state, metrics = step(state, [wide(packing.to(b, "cpu", torch.float64)) for b in share.microbatches])
-            found.append({key: float(value) for key, value in metrics.items()})
-        return found, tree.map(torch.clone, whole_params(state["params"], mesh))
+        def start(params: Tree, specs: Tree) -> Tree:
+            assert {x.dropout for x in adapters_of(specs).values()} == {loaded.config.lora.dropout}
+            return with_adapters(params, specs)
+
+        return take_steps(mesh, loaded, start)
 
     want, leaves = steps(single_mesh(), load_config(path, ["data.token_buckets=[512]"]))
     plain, _ = steps(single_mesh(), load_config(path, ["data.token_buckets=[512]", "lora.dropout=0.0"]))

@@ -45,34 +45,37 @@ def run(func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str,
     """
     if types:  # a DTensor: its own rules, on meta shards
         return func(*args, **kwargs)
-    tensors = _tensors(args, kwargs)
     kind = _kind(func)
-    if not any(x.is_meta for x in tensors):
-        return _known(func, kind.packet, args, kwargs)
-    if kind.packet in _READ:
+    unknown = _unknown(args, kwargs)
+    if True not in unknown:
+        return _known(func, kind, args, kwargs)
+    if kind.reads:
         raise ValueError(
             f"the program reads a value that depends on parameters ({kind.packet}), which a plan does not have; "
             "give the plan an op that decides without reading"
         )
     if kind.makes_nothing:  # writes its arguments
         return None
-    if kind.packet in _CREATE and not _dtype_of(args, kwargs).is_floating_point:
+    if kind.creates and not _dtype_of(args, kwargs).is_floating_point:
         return func(*_swap(args, _stand_in), **_at(kwargs, _HOST))
     if kind.is_functional:
         return _outputs(func, args, _at(kwargs, _META))
-    if (written := _written(kind, args, kwargs)) is not None:
+    if kind.written is not None and (written := _written(kind.written, args, kwargs)) is not None:
         if not written.is_meta and not written.dtype.is_floating_point:
             raise ValueError(f"the program writes a value that depends on parameters into integers ({kind.packet})")
         return written
-    if not all(x.is_meta for x in tensors):
+    if False in unknown:
         args = _swap(args, _to_meta)
     return func(*args, **_at(kwargs, _META))
 
 
 class _Kind(NamedTuple):
-    """What the schema of an operator says."""
+    """What is known of an operator, by its schema and by the lists above."""
 
     packet: Any
+    makes_empty: bool
+    creates: bool
+    reads: bool
     is_functional: bool  # makes new tensors from its arguments and writes none of them
     makes_nothing: bool
     written: tuple[int, str] | None  # the one argument that it writes and returns, its shape kept
@@ -87,15 +90,18 @@ def _kind(func: Any) -> _Kind:
     keeps_shape = len(written) == 1 == len(schema.returns) and torch.Tag.inplace_view not in func.tags
     return _Kind(
         packet=func.overloadpacket,
+        makes_empty=func.overloadpacket in _EMPTY,
+        creates=func.overloadpacket in _CREATE,
+        reads=func.overloadpacket in _READ,
         is_functional=not is_view and all(x.alias_info is None for x in (*schema.arguments, *schema.returns)),
         makes_nothing=not schema.returns,
         written=written[0] if keeps_shape else None,
     )
 
 
-def _known(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _known(func: Any, kind: _Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Every tensor is real, or there is none: compute, but make floating tensors without values on the meta device."""
-    if packet in _EMPTY:
+    if kind.makes_empty:
         device = _META if _dtype_of(args, kwargs).is_floating_point else _HOST
         return func(*_swap(args, _to_meta) if device == _META else args, **{**kwargs, "device": device})
     out = func(*args, **kwargs)
@@ -103,10 +109,8 @@ def _known(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) 
     return func(*args, **_at(kwargs, _HOST)) if is_lost else out
 
 
-def _written(kind: _Kind, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    if kind.written is None:
-        return None
-    place, name = kind.written
+def _written(argument: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    place, name = argument
     value = kwargs[name] if name in kwargs else args[place]
     return value if isinstance(value, Tensor) else None
 
@@ -176,13 +180,14 @@ def _at(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {**kwargs, "device": device} if kwargs.get("device") is not None else kwargs
 
 
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    found = []
+def _unknown(args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[bool]:
+    """For the tensors among arguments, whether they are without values."""
+    found = set()
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            found.append(value)
+            found.add(value.is_meta)
         elif isinstance(value, list | tuple):
-            found += [x for x in value if isinstance(x, Tensor)]
+            found.update(x.is_meta for x in value if isinstance(x, Tensor))
     return found
 
 

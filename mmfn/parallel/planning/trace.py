@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.ops import Ops, flops, kernels
 from mmfn.ops.kernel import Formula
@@ -24,7 +24,7 @@ from mmfn.parallel.mesh.axis import InProcess
 from mmfn.parallel.mesh.layout import Layout, Mesh, Partition, make_mesh
 from mmfn.parallel.planning import fake_tensors as shapes
 from mmfn.parallel.weights.host_memory import HOST
-from mmfn.torch_private import autograd_node, local_tensor, next_node_number, node_number, storage_key
+from mmfn.torch_private import EagerMode, autograd_node, local_tensor, next_node_number, node_number, storage_key
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 CATEGORIES = (
@@ -117,7 +117,7 @@ class Trace:
         return max(p.parts.get(HOST, 0) for p in self.peaks.values())
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(EagerMode):
     """Watches everything that runs inside of it. `is_fake`: run on shapes alone (`planning.fake_tensors`)."""
 
     is_eager = True  # hand-written Functions run as in plain eager execution
@@ -164,9 +164,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not types and (formula := self._formula(func)) is not None:
             work = formula(*args, **kwargs, out_val=out)
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
-        for x in out if isinstance(out, tuple | list) else (out,):
+        site = args[2] if func is _COUNTED else "exchanged" if func is _MOVED else None
+        for x in (out,) if isinstance(out, Tensor) else out if isinstance(out, Sequence) else ():
             if isinstance(x, Tensor):
-                self.allocate(x, args[2] if func is _COUNTED else "exchanged" if func is _MOVED else self.site)
+                self.allocate(x, site)
         return out
 
     @property
@@ -178,16 +179,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         site = "layers" if node is None else self._site_of_node.get(node_number(node), "layers")
         return "communication" if site == "weights" else site  # the backward of a gather packs gradients
 
-    def allocate(self, x: Tensor, site: str) -> None:
-        """Count the memory of a tensor, unless it is a view of memory that is counted."""
+    def allocate(self, x: Tensor, site: str | None = None) -> None:
+        """Count the memory of a tensor for a site, unless it is a view of memory that is counted."""
         if isinstance(x, DTensor):  # whose own storage would count the whole
             x = local_tensor(x)
         storage = x.untyped_storage()
-        key, num_bytes = storage_key(storage), storage.nbytes()
-        if key in self._alive or num_bytes == 0:
+        key = storage_key(storage)
+        if key in self._alive or (num_bytes := storage.nbytes()) == 0:
             return
         index = len(self.allocations)
-        self.allocations.append(Allocation(num_bytes, site, self.phase, self._events))
+        self.allocations.append(Allocation(num_bytes, site or self.site, self.phase, self._events))
         self._events += 1
 
         def free(_: Any) -> None:
@@ -271,9 +272,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Trace(count=self.count, sent_bytes=self.sent_bytes, flops=self.flops, peaks=self._peaks())
 
     def _formula(self, func: Any) -> Formula | None:
-        if id(func) not in self._formulas:
-            self._formulas[id(func)] = flops.formula_of(func, self._declared)
-        return self._formulas[id(func)]
+        try:
+            return self._formulas[id(func)]
+        except KeyError:
+            formula = self._formulas[id(func)] = flops.formula_of(func, self._declared)
+            return formula
 
     def _labelled(self, fn: Callable[..., Any], site: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -307,23 +310,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _peaks(self) -> dict[Mark, Peak]:
         """Bytes alive over time, in one pass over births and deaths, with the largest of every stretch."""
-        changes: list[tuple[int, int, str]] = []
+        changes = [(0, "")] * self._events  # each event is one birth or death
         for a in self.allocations:
             category = self._category(a)
-            changes.append((a.born, a.num_bytes, category))
+            changes[a.born] = (a.num_bytes, category)
             if a.died >= 0:
-                changes.append((a.died, -a.num_bytes, category))
+                changes[a.died] = (-a.num_bytes, category)
         alive: Counter[str] = Counter()
-        total, stretch = 0, -1
-        found: dict[Mark, Peak] = {}
-        for time, num_bytes, category in sorted(changes):
-            while stretch + 1 < len(self._marks) and self._marks[stretch + 1][0] <= time:
-                stretch += 1
-                found[self._marks[stretch][1]] = Peak(total, dict(alive))
-            alive[category] += num_bytes
-            total += num_bytes if category != HOST else 0
-            if stretch >= 0 and total > found[self._marks[stretch][1]].total:
-                found[self._marks[stretch][1]] = Peak(total, dict(alive))
+        total, found = 0, {}
+        for (start, mark), (end, _) in pairwise([(0, None), *self._marks, (self._events, None)]):
+            most, parts = total, dict(alive)
+            for num_bytes, category in changes[start:end]:
+                alive[category] += num_bytes
+                total += num_bytes if category != HOST else 0
+                if total > most:
+                    most, parts = total, dict(alive)
+            if mark is not None:  # None: before the step
+                found[mark] = Peak(most, parts)
         return found
 
     def _category(self, a: Allocation) -> str:

@@ -226,7 +226,9 @@ def place_state(state: Tree, params: Mapping[str, Tensor]) -> Tree:
     def place(path: str, values: Tensor) -> Tensor:
         parts = path.split("/")
         leaf = next((params[name] for i in range(len(parts)) if (name := "/".join(parts[i:])) in params), None)
-        return values if leaf is None or local(leaf).shape != values.shape else like(values, leaf)
+        if not isinstance(leaf, DTensor) or local_tensor(leaf).shape != values.shape:
+            return values
+        return like(values, leaf)
 
     return tree.map_with_path(place, state)
 

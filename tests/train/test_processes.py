@@ -1,0 +1,207 @@
+"""Runs of several processes: the numbers and files of one, and how they end when one rank fails or differs."""
+
+import ctypes.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import mmfn
+from mmfn import tree
+from mmfn.interop.checkpoint import read_config
+from mmfn.train.build.run import prepare
+from mmfn.train.config.load import load_config
+from tests.train.rank_cases import SMALL, MakeConfig, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(num: int, *args: str) -> list[subprocess.Popen[str]]:
+    """`num` ranks of a command, with the environment that torchrun sets, so that every exit code is seen."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [start_rank(rank, num, port, *args) for rank in range(num)]
+
+
+def start_rank(rank: int, num: int, port: int, *args: str) -> subprocess.Popen[str]:
+    """One of `num` ranks, which meet at a port of this machine."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmfn", *args],
+        cwd=ROOT,
+        env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(ranks: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """(exit code, output, errors) of every rank."""
+    try:
+        outputs = [rank.communicate(timeout=180) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+@pytest.mark.dist
+def test_torchrun_trains_and_evaluates(make_config: MakeConfig, tmp_path: Path) -> None:
+    path = make_config()
+    expected = train(prepare(load_config(path), lambda text: None))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mmfn"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, "train", str(path), "layout.dp=2"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("step=")] == ["step=2/4", "step=4/4"]
+    assert lines[0] == "data_parallel: parameters over 2 ranks, next gather ahead (eager)"
+    assert sum(line.startswith("held-out accuracy") for line in lines) == 1
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in expected], rel=2e-3)
+    stored = json.loads((tmp_path / "run" / "eval.json").read_text())
+    again = finish(
+        start(2, "eval", str(path), f"model.path={tmp_path / 'run' / 'checkpoint'}", "model.init=load",
+              "--out", str(tmp_path / "again.json"))
+    )  # fmt: skip
+    assert [(code, errors) for code, _, errors in again] == [(0, ""), (0, "")]
+    assert [output.count("held-out accuracy") for _, output, _ in again] == [1, 0]
+    assert json.loads((tmp_path / "again.json").read_text())["answers"] == stored["answers"]
+
+
+@pytest.mark.dist
+def test_a_wrong_layout_is_one_sentence_and_exit_code_2_on_all_ranks(make_config: MakeConfig, tmp_path: Path) -> None:
+    ranks = finish(start(2, "train", str(make_config()), "layout.dp=3"))
+    assert [code for code, _, _ in ranks] == [2, 2]
+    assert "".join(errors for _, _, errors in ranks) == (
+        "mmfn: error: layout dp 3: replicate * dp * cp = 3 but there are 2 ranks; change the layout, or start 3 ranks\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def two_ranks(*settings: Sequence[str], command: str = "train") -> list[tuple[int, str, str]]:
+    """Two agents of one rank each, which were started with different arguments."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return finish([start_rank(rank, 2, port, command, *own) for rank, own in enumerate(settings)])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ("optimizer.lr=3e-3", "rank 1 has optimizer.lr 0.003 but rank 0 has 0.002; start all ranks with the same"),
+        ("train.seed=1", "rank 1 has train.seed 1 but rank 0 has 0; start all ranks with the same"),
+        ("data.train=", "rank 1 has data.train with the content '"),
+        ("model.path=", "rank 1 has weights (model.path, model.adapter) with the content '"),
+    ],
+    ids=["settings", "order", "data", "weights"],
+)
+def test_ranks_that_differ_are_refused(
+    make_config: MakeConfig, small_demo: Path, tmp_path: Path, changed: str, expected: str
+) -> None:
+    """Everything that decides a number is the same on all ranks, or nothing is trained."""
+    path = make_config({"data.eval": None, "data.check": "first"})
+    common = [str(path), "layout.dp=2"]
+    if changed == "data.train=":
+        entries = json.loads((small_demo / "train.json").read_text())
+        (tmp_path / "train.json").write_text(json.dumps(entries[1:] + entries[:1]))
+        changed += str(tmp_path / "train.json")
+    if changed == "model.path=":
+        base = mmfn.init(read_config(small_demo / "model"), seed=0)
+        for name, model in (("a", base), ("b", replace(base, params=tree.map(lambda x: 1.01 * x, base.params)))):
+            mmfn.save_hf(tmp_path / name, model, assets=small_demo / "model")
+        common += ["model.init=load", f"model.path={tmp_path / 'a'}"]
+        changed += str(tmp_path / "b")
+    ranks = two_ranks(common, [*common, changed])
+    assert [code for code, _, _ in ranks] == [2, 2]
+    said = "".join(errors for _, _, errors in ranks)
+    assert said.count("\n") == 1
+    assert said.startswith("mmfn: error: " + expected)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.dist
+def test_ranks_may_differ_in_paths_and_workers(make_config: MakeConfig, small_demo: Path, tmp_path: Path) -> None:
+    path = make_config({"data.eval": None, "data.check": "first", "train.steps": 1})
+    copy = tmp_path / "copy.json"
+    copy.write_bytes((small_demo / "train.json").read_bytes())
+    common = [str(path), "layout.dp=2"]
+    own = [*common, f"data.train={copy}", "data.workers=0", "train.log_every=7", f"output.path={tmp_path / 'other'}"]
+    assert [(code, errors) for code, _, errors in two_ranks(common, own)] == [(0, ""), (0, "")]
+    assert (tmp_path / "run" / "checkpoint").is_dir()
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.dist
+def test_an_error_of_one_rank_ends_all(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Only one of the two ranks prepares the broken sample; the other waits for it before it makes the run folder."""
+    path = make_config({"data.eval": None})
+    entries = json.loads(Path(load_config(path).config.data.train).read_text())
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    entries[-1]["images"] = ["broken.png"]
+    for entry in entries[:-1]:
+        entry["images"] = []
+        entry["messages"][0]["content"] = "Which digit is this?"
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    changes = ["layout.dp=2", f"data.train={tmp_path / 'train.json'}", f"data.root={tmp_path}"]
+    ranks = finish(start(2, "train", str(path), *changes))
+    assert [code for code, _, _ in ranks] == [2, 2], ranks
+    assert [bool(errors) for _, _, errors in ranks].count(True) == 1
+    assert "broken.png" in "".join(errors for _, _, errors in ranks)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def heap_checker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """glibc checks the heap of new processes at every call, and fills what is freed: whoever uses that reads junk."""
+    monkeypatch.setenv("MALLOC_CHECK_", "3")
+    monkeypatch.setenv("MALLOC_PERTURB_", "165")
+    if library := ctypes.util.find_library("c_malloc_debug"):  # where the checks are since glibc 2.34
+        monkeypatch.setenv("LD_PRELOAD", library)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.usefixtures("heap_checker")
+@pytest.mark.parametrize("layout", [("layout.dp=4",), ("layout.dp=2", "layout.cp=2", "layout.kind=ring")])
+def test_runs_of_four_ranks_under_a_heap_checker(make_config: MakeConfig, layout: tuple[str, ...]) -> None:
+    """A run of this size once ended with "double free or corruption" on one rank."""
+    path = make_config({"train.steps": 60, "train.log_every": 60, "data.check": "first"})
+    for code, _, errors in finish(start(4, "train", str(path), *layout, *SMALL)):
+        assert (code, errors) == (0, "")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.usefixtures("heap_checker")
+@pytest.mark.parametrize("time", range(4))
+def test_errors_of_one_rank_under_a_heap_checker(make_config: MakeConfig, tmp_path: Path, time: int) -> None:
+    """Without `Ranks.leave` about one in four ended with SIGABRT: a thread of gloo met a Python that was gone."""
+    test_an_error_of_one_rank_ends_all(make_config, tmp_path)
+
+
+@pytest.mark.dist
+def test_a_killed_rank_ends_the_others(make_config: MakeConfig) -> None:
+    ranks = start(2, "train", str(make_config({"train.steps": 10_000, "train.log_every": 1})), "layout.dp=2")
+    for line in ranks[0].stdout:
+        if line.startswith("step=2/"):
+            break
+    ranks[1].kill()
+    (code, _, errors), _ = finish(ranks)
+    assert code == 2
+    assert errors.startswith("mmfn: error: another rank ended or does not answer (")
+    assert errors.count("\n") == 1
