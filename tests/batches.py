@@ -18,11 +18,14 @@ def packed(
     tokens: int | None = None,
     segments: int | None = None,
     patches: int | None = None,
+    units: int | None = None,
     segment_multiple: int = 1,
 ) -> Batch:
-    """`Family.pack` with sizes as keywords; `patches`: room in the tower of a model that has one."""
-    units = {} if patches is None else {"vision": patches // model.family.towers(model.cfg)["vision"].inputs}
-    sizes = Sizes(tokens=tokens, segments=segments, units=units, segment_multiple=segment_multiple)
+    """`Family.pack` with sizes as keywords; `patches`: room in the tower of a model that has one, `units`: in all."""
+    towers = model.family.towers(model.cfg)
+    room = {} if units is None else dict.fromkeys(towers, units)
+    room |= {} if patches is None else {"vision": patches // towers["vision"].inputs}
+    sizes = Sizes(tokens=tokens, segments=segments, units=room, segment_multiple=segment_multiple)
     return model.family.pack(samples, model.cfg, sizes)
 
 

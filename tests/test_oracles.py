@@ -74,14 +74,32 @@ def test_random_configs_cover_what_they_claim(family):
     assert len({tuple(t.rope_parameters["mrope_section"]) for t in texts}) >= 5
     assert len({t.hidden_size for t in texts}) >= 4
     special = {
+        "qwen3_vl": _covers_taps,
+        "qwen3_vl_moe": _covers_experts,
         "qwen2_5_vl": _covers_windows,
         "qwen3_5": _covers_delta,
         "qwen3_5_moe": _covers_delta,
         "qwen3_omni_moe": _covers_sound,
         "glm4v_moe": _covers_groups,
     }
-    if family in special:
-        special[family](configs)
+    special[family](configs)
+
+
+def _covers_taps(configs):
+    assert {c.text_config.attention_bias for c in configs} == {True, False}
+    taps = [c.vision_config.deepstack_visual_indexes for c in configs]
+    assert [] in taps
+    assert any(len(t) > 1 and list(t) != sorted(t) for t in taps)
+    assert any(max(t, default=0) >= c.vision_config.depth for t, c in zip(taps, configs, strict=True))
+
+
+def _covers_experts(configs):
+    _covers_taps(configs)
+    texts = [c.text_config for c in configs]
+    assert {t.num_experts_per_tok for t in texts} == {1, 2, 3, 4}
+    assert len({t.num_experts for t in texts}) >= 8
+    assert {t.decoder_sparse_step for t in texts} == {1, 2}
+    assert any(t.mlp_only_layers for t in texts)
 
 
 def _covers_windows(configs):
@@ -106,6 +124,7 @@ def _covers_delta(configs):
 
 
 def _covers_sound(configs):
+    _covers_experts(configs)
     audios = [c.audio_config for c in configs]
     assert {a.n_window_infer for a in audios} == {100, 200, 400}
     assert {c.text_config.norm_topk_prob for c in configs} == {True, False}

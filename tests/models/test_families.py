@@ -1,4 +1,4 @@
-"""Every family against transformers, the weights moved through real checkpoints: logits and every gradient."""
+"""Every family: what holds for any model, and comparisons with transformers beside those of `test_parity.py`."""
 
 import copy
 from dataclasses import replace
@@ -12,12 +12,13 @@ import mmfn
 from mmfn import ops as op_tables
 from mmfn import tree
 from mmfn.batch import IMAGE, TEXT, VIDEO, Media, Sample, to
+from mmfn.interop.inputs import samples_from_hf
 from mmfn.models import FAMILIES
 from tests import oracles
 from tests.batches import packed, with_inputs
 from tests.oracles import ATOL, RTOL
 
-CASES = [("qwen3_vl", seed) for seed in range(28)] + [("qwen3_vl_moe", seed) for seed in range(100, 124)]
+ROOM = {"tokens": 1024, "segments": 4, "units": 128}  # for every batch of a test that compiles once
 
 
 def packed_logits(params, model, batch, ops=None):
@@ -53,67 +54,24 @@ def assert_trees_close(got, want, rtol=RTOL, atol=ATOL):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
-    """An oracle and the same model here, with 2 deepstack taps and 3 text layers, one of them dense in any family."""
-    text = {"num_hidden_layers": 3} | ({"mlp_only_layers": [1]} if "moe" in request.param else {})
+    """An oracle and the same model here, with 2 deepstack taps and 3 text layers of all kinds that the family has."""
+    text = oracles.RECIPES[request.param].mixed
     vision = {"depth": 3, "deepstack_visual_indexes": [0, 2]}
     oracle = oracles.build(oracles.config(family=request.param, text=text, vision=vision))
     return oracle, mmfn.load_hf(oracles.save(oracle, tmp_path_factory.mktemp("pair")))
 
 
-@pytest.mark.parametrize(("family", "seed"), CASES)
-def test_logits_and_every_gradient_equal_transformers(family, seed, tmp_path):
-    oracle = oracles.build(oracles.random_config(seed, family), seed)
-    limits = [
-        {"images": 4, "videos": 0},
-        {"images": 2, "videos": 2},
-        {"images": 0, "videos": 0},
-        {"images": 1, "videos": 1},
-    ]
-    batch = oracles.inputs(
-        oracle.config, seed, rows=1 + seed % 3, pad=("right", "left")[seed // 3 % 2], **limits[seed % len(limits)]
-    )
-    model = mmfn.load_hf(oracles.save(oracle, tmp_path, max_shard_size="20KB" if seed % 5 == 0 else "5GB"))
-    packed = mmfn.batch_from_hf(batch, model)
-    if seed % 2:  # rows on their own, or one padded call
-        want_TV = torch.cat([oracles.real_logits(oracle, row) for row in oracles.rows_of(batch)])
-    else:
-        want_TV = oracles.real_logits(oracle, batch)
-    table = op_tables.reference() if seed % 7 == 0 else None
-    got_TV = mmfn.logits(model, packed, table)
-    torch.testing.assert_close(got_TV, want_TV.detach(), rtol=RTOL, atol=ATOL)
-    weights_TV = projection(got_TV)
-    want = oracle_gradients(oracle, want_TV, weights_TV)
-    assert_trees_close(gradients(model, packed, weights_TV, table), want)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_random_cases_cover_what_they_claim(family):
-    configs = [oracles.random_config(seed, family) for name, seed in CASES if name == family]
-    texts = [c.text_config for c in configs]
-    assert {t.num_attention_heads // t.num_key_value_heads for t in texts} == {1, 2, 3}
-    assert {c.tie_word_embeddings for c in configs} == {True, False}
-    assert {t.attention_bias for t in texts} == {True, False}
-    assert {c.vision_config.spatial_merge_size for c in configs} == {1, 2, 3}
-    assert len({tuple(t.rope_parameters["mrope_section"]) for t in texts}) >= 5
-    taps = [c.vision_config.deepstack_visual_indexes for c in configs]
-    assert [] in taps
-    assert any(len(t) > 1 and list(t) != sorted(t) for t in taps)
-    assert any(max(t, default=0) >= c.vision_config.depth for t, c in zip(taps, configs, strict=True))
-    if family == "qwen3_vl_moe":
-        assert {t.num_experts_per_tok for t in texts} == {1, 2, 3, 4}
-        assert len({t.num_experts for t in texts}) >= 8
-        assert {t.decoder_sparse_step for t in texts} == {1, 2}
-        assert any(t.mlp_only_layers for t in texts)
-
-
 def test_a_packed_call_of_transformers_agrees_too(pair):
     oracle, model = pair
+    if "linear_attention" in (oracle.config.text_config.to_dict().get("layer_types") or ()):
+        pytest.skip("the library's packed call leaks through delta layers: test_library_faults.py shows it")
     batch = oracles.inputs(oracle.config, 3, rows=3)
     packed = mmfn.batch_from_hf(batch, model)
     lengths = packed.segments.offsets_N.diff().tolist()
     text_positions_T = torch.cat([torch.arange(n) for n in lengths])
     positions_41T = torch.cat([text_positions_T[None], packed.positions_3T])[:, None]
-    media = {k: v for k, v in batch.items() if "grid" in k or "pixel" in k}
+    text = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
+    media = {k: v for k, v in oracles.arguments(oracle, batch).items() if k not in text}
     out = oracle(input_ids=packed.tokens_T[None], position_ids=positions_41T, use_cache=False, **media)
     torch.testing.assert_close(mmfn.logits(model, packed), out.logits[0].detach(), rtol=RTOL, atol=ATOL)
 
@@ -122,27 +80,22 @@ def test_positions_equal_transformers(pair):
     oracle, model = pair
     for seed in range(6):
         batch = oracles.inputs(oracle.config, seed, rows=3, images=4, videos=2)
-        grids = {k: batch.get(k) for k in ("image_grid_thw", "video_grid_thw")}
-        mask = batch["attention_mask"]
-        positions, _ = oracle.model.get_rope_index(
-            batch["input_ids"], batch["mm_token_type_ids"], attention_mask=mask, **grids
-        )
-        want_3T = positions.flatten(1)[:, mask.flatten().bool()]
+        mask = batch["attention_mask"].bool()
+        want_3T = oracles.positions(oracle, batch)[:, mask]
         assert torch.equal(mmfn.batch_from_hf(batch, model).positions_3T, want_3T.float())
 
 
 def test_positions_of_adjacent_images_are_split_by_their_grids(pair):
     _, model = pair
     grids = [(1, 4, 2), (1, 2, 2)]
-    media = tuple(
-        Media(inputs_UF=torch.zeros(h * w, model.cfg.vision.patch_values), grid=(t, h, w)) for t, h, w in grids
-    )
+    values = model.family.towers(model.cfg)["vision"].values
+    media = tuple(Media(inputs_UF=torch.zeros(h * w, values), grid=(t, h, w)) for t, h, w in grids)
     kinds_T = torch.tensor([TEXT, IMAGE, IMAGE, IMAGE, TEXT])
     sample = Sample(tokens_T=torch.full((5,), 9), labels_T=torch.full((5,), -100), kinds_T=kinds_T, images=media)
     positions_3T = model.family.positions(sample, model.cfg)
     assert positions_3T.tolist() == [[0, 1, 1, 3, 4], [0, 1, 2, 3, 4], [0, 1, 1, 3, 4]]
     for kinds in ([IMAGE, TEXT, IMAGE, IMAGE, TEXT], [IMAGE, IMAGE, TEXT, VIDEO, VIDEO]):
-        with pytest.raises(ValueError, match=r"tokens with \d left where the next image or frame gives"):
+        with pytest.raises(ValueError, match=r"tokens with \d left where the next"):
             model.family.positions(replace(sample, kinds_T=torch.tensor(kinds)), model.cfg)
 
 
@@ -165,8 +118,8 @@ def test_packed_equals_separate_rows(pair):
 
 def test_static_padding_changes_nothing(pair):
     oracle, model = pair
-    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 6, rows=2), model)
-    samples = samples_of(batch, model, oracle, 6)
+    inputs = oracles.inputs(oracle.config, 6, rows=2)
+    batch, samples = mmfn.batch_from_hf(inputs, model), samples_from_hf(inputs, model)
     exact = packed(model, samples)
     assert torch.equal(exact.tokens_T, batch.tokens_T)
     num_tokens, num_patches = exact.tokens_T.numel(), exact.towers["vision"].inputs_UF.shape[0]
@@ -177,60 +130,31 @@ def test_static_padding_changes_nothing(pair):
     assert_trees_close(gradients(model, roomy, weights_TV), gradients(model, exact, weights_TV))
 
 
-def test_a_batch_without_images_runs_the_same_program(pair):
+def test_a_batch_without_media_runs_the_same_program(pair):
     oracle, model = pair
-    batch = oracles.inputs(oracle.config, 8, rows=2, images=0, videos=0)
-    empty = mmfn.batch_from_hf(batch, model)
-    assert empty.towers["vision"].inputs_UF.shape[0] == 0
-    samples = samples_of(empty, model, oracle, 8)
-    padded = packed(model, samples, patches=12, tokens=empty.tokens_T.numel() + 4)
+    inputs = oracles.inputs(oracle.config, 8, rows=2, images=0, videos=0, audios=0)
+    empty = mmfn.batch_from_hf(inputs, model)
+    assert all(tower.inputs_UF.shape[0] == 0 for tower in empty.towers.values())
+    padded = packed(model, samples_from_hf(inputs, model), units=3, tokens=empty.tokens_T.numel() + 4)
     torch.testing.assert_close(mmfn.logits(model, padded), mmfn.logits(model, empty), rtol=RTOL, atol=1e-5)
     weights_TV = projection(mmfn.logits(model, empty))
     want = gradients(model, empty, weights_TV)
     got = gradients(model, padded, weights_TV)
     assert_trees_close(got, want)
-    vision = [name for name in want if ".visual." in name]
-    assert len(vision) > 50
-    assert all(not got[name].any() and not want[name].any() for name in vision)
-
-
-def samples_of(batch, model, oracle, seed):
-    """The samples `batch_from_hf` packed, taken out of the batch again."""
-    rows = oracles.rows_of(
-        oracles.inputs(oracle.config, seed, rows=batch.segments.offsets_N.numel() - 1, **_limits(batch))
-    )
-    samples = []
-    for row in rows:
-        media = {
-            key: tuple(
-                Media(inputs_UF=p, grid=tuple(g))
-                for p, g in zip(row[pixels].split(row[grids].prod(-1).tolist()), row[grids].tolist(), strict=True)
-            )
-            if grids in row
-            else ()
-            for key, pixels, grids in (
-                ("images", "pixel_values", "image_grid_thw"),
-                ("videos", "pixel_values_videos", "video_grid_thw"),
-            )
-        }
-        tokens_T = row["input_ids"][0]
-        labels_T = torch.full_like(tokens_T, -100)
-        samples.append(Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=row["mm_token_type_ids"][0], **media))
-    return samples
-
-
-def _limits(batch):
-    return {} if batch.towers["vision"].inputs_UF.shape[0] else {"images": 0, "videos": 0}
+    towers = [name for name in want if ".visual." in name or ".audio_tower." in name]
+    assert len(towers) > 20
+    assert all(not got[name].any() and not want[name].any() for name in towers)
 
 
 def test_segments_are_isolated_and_attention_is_causal(pair):
     oracle, model = pair
-    whole = mmfn.batch_from_hf(oracles.inputs(oracle.config, 9, rows=3, images=0, videos=0), model)
+    whole = mmfn.batch_from_hf(oracles.inputs(oracle.config, 9, rows=3, images=0, videos=0, audios=0), model)
     T, V = whole.tokens_T.numel(), model.cfg.vocab_size
     # Each token gets a vocabulary entry of its own, so the gradient of an embedding row is that of one token.
     assert T <= V
     alone = replace(whole, tokens_T=torch.arange(T))
-    untied = mmfn.init(oracles.config(tie_word_embeddings=False).to_dict())
+    text = oracles.RECIPES[model.family.name].mixed
+    untied = mmfn.init(oracles.to_dict(oracles.config(family=model.family.name, text=text, tie_word_embeddings=False)))
     segment_T = torch.searchsorted(alone.segments.offsets_N, torch.arange(T), right=True)
     for t in (0, T // 2, T - 1):
         _, grads = mmfn.value_and_grad(lambda p, t=t: packed_logits(p, untied, alone)[t].square().sum())(untied.params)
@@ -240,7 +164,7 @@ def test_segments_are_isolated_and_attention_is_causal(pair):
 
 def test_patches_reach_only_tokens_of_their_own_row(pair):
     oracle, model = pair
-    batch = oracles.inputs(oracle.config, 11, rows=3, images=2, videos=1)
+    batch = oracles.inputs(oracle.config, 11, rows=3, images=2, videos=1, audios=0)
     whole = mmfn.batch_from_hf(batch, model)
     patches, index_T = whole.towers["vision"].inputs_UF.clone().requires_grad_(), whole.towers["vision"].index_T
     logits_TV = mmfn.logits(model, with_inputs(whole, lambda _: patches))
@@ -285,13 +209,12 @@ def test_bfloat16_follows_transformers(pair):
 @pytest.mark.parametrize(("text", "vision"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float64")])
 def test_tower_and_text_may_differ_in_dtype(pair, text, vision):
     oracle, model = pair
-    dtypes = {"text": getattr(torch, text), "vision": getattr(torch, vision)}
+    dtypes = {"text": getattr(torch, text), "vision": getattr(torch, vision), "audio": getattr(torch, text)}
     params = {key: tree.map(lambda p, key=key: p.to(dtypes[key]), value) for key, value in model.params.items()}
-    mixed_oracle = copy.deepcopy(oracle)
-    mixed_oracle.model.language_model.to(dtypes["text"])
+    mixed_oracle = copy.deepcopy(oracle).to(dtypes["text"])
     mixed_oracle.model.visual.to(dtypes["vision"])
     mixed_oracle.tie_weights()
-    inputs = oracles.inputs(oracle.config, 2, rows=1, images=1, videos=0)
+    inputs = oracles.inputs(oracle.config, 2, rows=1, images=1, videos=0, audios=0)
     got_TV = mmfn.logits(replace(model, params=params), mmfn.batch_from_hf(inputs, model))
     want_TV = oracles.real_logits(mixed_oracle, inputs).detach()
     assert got_TV.dtype == want_TV.dtype == dtypes["text"]
@@ -312,14 +235,14 @@ def test_the_same_call_twice_is_bitwise_equal_and_changes_no_input(pair):
 
 
 def test_every_block_gathers_its_parameters_once(pair):
-    _, model = pair
+    oracle, model = pair
     seen = []
 
     def gather(params):
         seen.extend(id(leaf) for leaf in tree.leaves(params))
         return params
 
-    batch = mmfn.batch_from_hf(oracles.inputs(oracles.config(), 0, rows=1), model)
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 0, rows=1), model)
     ops = replace(op_tables.portable(), gather=gather, gather_head=gather)
     model.family.apply(model.params, batch, model.cfg, ops)
     assert sorted(seen) == sorted(id(leaf) for leaf in tree.leaves(model.params))
@@ -340,11 +263,10 @@ def test_one_graph_serves_all_blocks_of_a_stack(pair):
     table = op_tables.portable()
     ops = replace(table, layer=torch.compile(op_tables.call_layer, backend=backend, fullgraph=True, dynamic=False))
     for seed in range(3):
-        exact = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=2), model)
-        batch = packed(model, samples_of(exact, model, oracle, seed), tokens=192, patches=512, segments=4)
+        batch = packed(model, samples_from_hf(oracles.inputs(oracle.config, seed, rows=2), model), **ROOM)
         torch.testing.assert_close(mmfn.logits(model, batch, ops), mmfn.logits(model, batch), rtol=RTOL, atol=1e-5)
     kinds = {tuple(tree.paths(layer)) for layer in model.params["text"]["layers"]}
-    assert len(graphs) == 1 + len(kinds)  # one for the vision blocks, one for each kind of text block
+    assert len(graphs) == len(model.family.towers(model.cfg)) + len(kinds)  # one for each kind of block
     torch._dynamo.reset()
 
 
@@ -362,8 +284,7 @@ def test_the_whole_forward_is_one_graph(pair):
     torch._dynamo.reset()
     run = torch.compile(hidden, backend=backend, fullgraph=True, dynamic=False)
     for seed in range(2):
-        exact = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=2), model)
-        batch = packed(model, samples_of(exact, model, oracle, seed), tokens=192, patches=512, segments=4)
+        batch = packed(model, samples_from_hf(oracles.inputs(oracle.config, seed, rows=2), model), **ROOM)
         torch.testing.assert_close(run(model.params, batch), hidden(model.params, batch), rtol=RTOL, atol=1e-5)
     assert len(graphs) == 1
     torch._dynamo.reset()

@@ -17,7 +17,11 @@ from tests import oracles
 from tests.batches import wide
 from tests.f64 import float64
 
-NUM, NUM_NARROW, FAST = 28, 28, 4  # seeds in float64, in float32 beside the former, and every how many in the fast suite
+NUM, NUM_NARROW, FAST = (
+    28,
+    28,
+    4,
+)  # seeds in float64, in float32 beside the former, and every how many in the fast suite
 LIMITS = (
     {"images": 4, "videos": 0},
     {"images": 2, "videos": 2},

@@ -13,6 +13,7 @@ from tests.oracles.models import (
     real_logits,
     run,
     save,
+    to_dict,
 )
 from tests.oracles.recipes import IMAGE_ID, PAD_ID, RECIPES, config, model_type, random_config
 
@@ -38,5 +39,6 @@ __all__ = [
     "rows_of",
     "run",
     "save",
+    "to_dict",
     "transformers",
 ]

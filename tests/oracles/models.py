@@ -167,9 +167,16 @@ def save(model: Any, folder: Path, **kwargs: Any) -> Path:
     return folder
 
 
-def _embed_thinker(cfg: Any, folder: Path) -> None:
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """The config.json of a published model: that of a thinker is a part of the whole model's."""
+    if model_type(cfg) != "qwen3_omni_moe":
+        return cfg.to_dict()
     whole = {"architectures": ["Qwen3OmniMoeForConditionalGeneration"], "model_type": "qwen3_omni_moe"}
-    (folder / "config.json").write_text(json.dumps({**whole, "thinker_config": cfg.to_dict()}), encoding="utf-8")
+    return {**whole, "thinker_config": cfg.to_dict()}
+
+
+def _embed_thinker(cfg: Any, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(to_dict(cfg)), encoding="utf-8")
     for path in folder.glob("*.safetensors"):
         tensors = {f"thinker.{name}": tensor for name, tensor in load_file(path).items()}
         save_file(tensors, path, metadata={"format": "pt"})

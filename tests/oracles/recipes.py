@@ -52,6 +52,11 @@ AUDIO = {
     "n_window_infer": 200,
     "max_source_positions": 13,
 }
+DENSE_SECOND = {"num_hidden_layers": 3, "mlp_only_layers": [1]}
+ATTENTION_SECOND = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 OLDER = ("mrope_interleaved", "deepstack_visual_indexes", "num_position_embeddings")  # what older types lack
 
 
@@ -60,8 +65,8 @@ class Recipe:
     """How tiny configs of one model type are made.
 
     `text`, `vision`, `audio`, `outer`: what its base has beside or instead of what all have. `without`: what only the
-    others have. `rotary`: the part of a head that turns. `vary`: draws what only this type has, given what was
-    drawn for all.
+    others have. `rotary`: the part of a head that turns. `mixed`: text of 3 layers of all kinds. `vary`: draws what
+    only this type has, given what was drawn for all. `first_word`: the least id that is no special token.
     """
 
     classes: tuple[Any, Any]
@@ -72,6 +77,7 @@ class Recipe:
     without: tuple[str, ...] = ()
     sections: tuple[int, int, int] = (4, 2, 2)
     rotary: float = 1.0
+    mixed: Mapping[str, Any] = field(default_factory=lambda: {"num_hidden_layers": 3})
     vary: Callable[[random.Random, tuple[int, int, int], Parts], None] = lambda r, sections, parts: None
     first_word: int = FIRST_WORD + 3
 
@@ -257,6 +263,7 @@ RECIPES = {
     "qwen3_vl_moe": Recipe(
         classes=(T.Qwen3VLMoeConfig, T.Qwen3VLMoeForConditionalGeneration),
         text=EXPERTS,
+        mixed=DENSE_SECOND,
         vary=_experts,
         first_word=FIRST_WORD,
     ),
@@ -280,6 +287,7 @@ RECIPES = {
         without=("deepstack_visual_indexes",),
         sections=(2, 1, 1),
         rotary=0.25,
+        mixed=ATTENTION_SECOND,
         vary=_delta,
     ),
     "qwen3_5_moe": Recipe(
@@ -288,12 +296,14 @@ RECIPES = {
         without=("deepstack_visual_indexes",),
         sections=(2, 1, 1),
         rotary=0.25,
+        mixed=ATTENTION_SECOND,
         vary=_delta_and_experts,
     ),
     "qwen3_omni_moe": Recipe(
         classes=(T.Qwen3OmniMoeThinkerConfig, T.Qwen3OmniMoeThinkerForConditionalGeneration),
         text=EXPERTS,
         audio=AUDIO,
+        mixed=DENSE_SECOND,
         outer={**VISION_ENDS, **SOUND, "position_id_per_seconds": 13},
         vary=_hearing,
     ),
