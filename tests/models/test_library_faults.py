@@ -111,6 +111,19 @@ def test_which_packed_calls_leak(family, num_axes, is_isolated):
     assert ((packed[:, 9:] - alone).abs().max() < 1e-11) == is_isolated
 
 
+# ---- Qwen3.5
+
+
+def test_a_model_of_delta_layers_alone_generates_only_without_its_cache():
+    text = {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}
+    model = oracles.build(oracles.config(family="qwen3_5", text=text))
+    inputs = one_row([WORD, WORD])
+    settings = {"do_sample": False, "max_new_tokens": 2, "pad_token_id": oracles.PAD_ID}
+    with pytest.raises(ValueError, match="can only be called on Attention layers"):
+        model.generate(**inputs, **settings)
+    assert model.generate(**inputs, **settings, use_cache=False).shape == (1, 4)
+
+
 # ---- Qwen3-Omni
 
 

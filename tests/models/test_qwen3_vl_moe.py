@@ -79,15 +79,6 @@ PUBLISHED = {
 }
 
 
-def labelled(cfg, seed, **kwargs):
-    """Inputs in which about half the tokens are supervised, but the first of a row (padding would predict it)."""
-    inputs = oracles.inputs(cfg, seed, **kwargs)
-    g = torch.Generator().manual_seed(seed)
-    is_label = (torch.rand(inputs["input_ids"].shape, generator=g) < 0.5) & (inputs["attention_mask"].cumsum(1) > 1)
-    inputs["labels"] = torch.where(is_label & (inputs["attention_mask"] == 1), inputs["input_ids"], -100)
-    return inputs
-
-
 def oracle_gradients(oracle, value):
     oracle.zero_grad()
     value.backward()
@@ -133,7 +124,7 @@ def test_losses_and_their_gradients_equal_transformers(seed, tmp_path):
     config = oracles.random_config(seed + 200, FAMILY)
     config.text_config.output_router_logits = True  # else the balance of routers does not count
     oracle = oracles.build(config, seed)
-    inputs = labelled(oracle.config, seed, rows=1 + seed % 3, pad=("right", "left")[seed % 2])
+    inputs = oracles.labelled(oracle.config, seed, rows=1 + seed % 3, pad=("right", "left")[seed % 2])
     model = mmfn.load_hf(oracles.save(oracle, tmp_path))
     batch = mmfn.batch_from_hf(inputs, model)
     out = oracle(**inputs, use_cache=False, output_router_logits=True)
@@ -182,7 +173,7 @@ def test_shares_of_ranks_add_up_with_one_sum(pair):
 
 def test_a_step_takes_the_mean_over_micro_batches(pair):
     oracle, model = pair
-    batches = [mmfn.batch_from_hf(labelled(oracle.config, seed, rows=2), model) for seed in range(3)]
+    batches = [mmfn.batch_from_hf(oracles.labelled(oracle.config, seed, rows=2), model) for seed in range(3)]
     weighed = weigh(batches, "per_token_loss")
     alone = [pooled(model.params, b, model).item() for b in batches]
     metrics = [loss_fn(model.params, b, model.family, model.cfg, portable())[1] for b in weighed]
@@ -200,7 +191,7 @@ def test_a_step_takes_the_mean_over_micro_batches(pair):
 def test_a_model_without_experts_has_no_router_loss(tmp_path):
     oracle = oracles.build(oracles.config(family=FAMILY, text={"mlp_only_layers": [0, 1]}))
     model = mmfn.load_hf(oracles.save(oracle, tmp_path))
-    inputs = labelled(oracle.config, 0)
+    inputs = oracles.labelled(oracle.config, 0)
     value, metrics = mmfn.loss(model.params, mmfn.batch_from_hf(inputs, model), model)
     torch.testing.assert_close(value, oracle(**inputs, use_cache=False).loss.detach(), rtol=RTOL, atol=ATOL)
     assert metrics.keys() == {"loss", "tokens"}
@@ -219,7 +210,7 @@ def test_compiled_blocks_are_one_graph_and_equal_eager(pair):
     torch._dynamo.reset()
     program = lower(pipe(Program.of(model.family.specs(model.cfg)), compiled("layer", backend=backend)))
     for seed in range(3):
-        samples = texts(labelled(oracle.config, seed, rows=2, images=0, videos=0))
+        samples = texts(oracles.labelled(oracle.config, seed, rows=2, images=0, videos=0))
         batch = packed(model, samples, tokens=64, segments=3, patches=8)
         differentiate = mmfn.value_and_grad(mmfn.loss, has_aux=True)
         (want, want_metrics), want_grads = differentiate(model.params, batch, model)

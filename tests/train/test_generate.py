@@ -22,8 +22,13 @@ def pair(request, tmp_path_factory):
 
 
 def continued(oracle, inputs, count, **kwargs):
-    """New ids of every row as transformers generates them from left-padded rows."""
-    ids = oracle.generate(**inputs, do_sample=False, max_new_tokens=count, pad_token_id=oracles.PAD_ID, **kwargs)
+    """New ids of every row as transformers generates them from left-padded rows.
+
+    Without its cache where no layer attends: that of the library asks a layer of attention for its length.
+    """
+    layer_types = oracle.config.text_config.to_dict().get("layer_types") or ["full_attention"]
+    given = {**oracles.arguments(oracle, inputs), "use_cache": "full_attention" in layer_types}
+    ids = oracle.generate(**given, do_sample=False, max_new_tokens=count, pad_token_id=oracles.PAD_ID, **kwargs)
     return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 
