@@ -2,29 +2,36 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from mmfn.models import FAMILIES, family
+from mmfn.models import family
 from mmfn.models.keymap import Entry, KeyMap
 from mmfn.spec import ONES, spec
 from tests import oracles
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def _fused(shapes):
+    """Tensors that hold all experts of a layer; other types store every expert by itself."""
+    return [(n, s) for n, s in shapes.items() if ".experts." in n and len(s) == 3]
+
+
+@pytest.mark.parametrize("name", oracles.TYPES)
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_names_and_shapes_equal_transformers(name, is_tied):
+def test_names_and_shapes_equal_transformers(name, is_tied, tmp_path):
     cfg = oracles.config(family=name, tie_word_embeddings=is_tied, text={"attention_bias": True})
-    model = family(name)
-    own = model.config_from_hf(cfg.to_dict())
-    with torch.device("meta"):
-        oracle = oracles.oracle_class(cfg)(cfg)
-    want = {n: tuple(p.shape) for n, p in oracle.named_parameters()}
-    stored = model.key_map(own).disk_tensors(model.specs(own), "transformers")
-    assert {n: s.shape for n, s in stored.items()} == want
-    hub = model.key_map(own).disk_tensors(model.specs(own))
-    turned = {n: (E, cols, rows) for n, (E, rows, cols) in ((n, s) for n, s in want.items() if ".experts." in n)}
-    assert {n: s.shape for n, s in hub.items()} == want | turned
-    assert bool(turned) == ("moe" in name)
-    assert model.key_map(own).architecture == type(oracle).__name__
+    model, oracle = family(name), oracles.build(cfg)
+    own = model.config_from_hf(oracles.to_dict(cfg))
+    specs, key_map = model.specs(own), model.key_map(own)
+    tied = {"lm_head.weight"} if is_tied else set()
+    want = {n: tuple(value.shape) for n, value in oracle.state_dict().items() if n not in tied}
+    stored = key_map.disk_tensors(specs, "transformers")
+    assert {n.removeprefix("thinker."): s.shape for n, s in stored.items()} == want
+    disk = {n: tuple(v.shape) for n, v in load_file(oracles.save(oracle, tmp_path) / "model.safetensors").items()}
+    turned = {n: (E, cols, rows) for n, (E, rows, cols) in _fused(disk)}  # only the hub turns them
+    assert {n: s.shape for n, s in key_map.disk_tensors(specs).items()} == disk | turned
+    assert bool(turned) == (name == "qwen3_vl_moe")
+    published = oracles.to_dict(cfg).get("architectures") or [type(oracle).__name__]
+    assert [key_map.architecture] == published
 
 
 def test_holes_carry_over_and_the_first_entry_wins():

@@ -13,7 +13,6 @@ from mmfn import ops as op_tables
 from mmfn import tree
 from mmfn.batch import IMAGE, TEXT, VIDEO, Media, Sample, to
 from mmfn.interop.inputs import samples_from_hf
-from mmfn.models import FAMILIES
 from tests import oracles
 from tests.batches import packed, with_inputs
 from tests.oracles import ATOL, RTOL
@@ -52,7 +51,7 @@ def assert_trees_close(got, want, rtol=RTOL, atol=ATOL):
         torch.testing.assert_close(got[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=oracles.TYPES)
 def pair(request, tmp_path_factory):
     """An oracle and the same model here, with 2 deepstack taps and 3 text layers of all kinds that the family has."""
     text = oracles.RECIPES[request.param].mixed

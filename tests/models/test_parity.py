@@ -12,7 +12,6 @@ import torch
 
 import mmfn
 from mmfn import ops as op_tables
-from mmfn.models import FAMILIES
 from tests import oracles
 from tests.batches import wide
 from tests.f64 import float64
@@ -29,15 +28,15 @@ LIMITS = (
     {"images": 1, "videos": 1},
 )
 EXACT = 1e-11  # of the largest value; sums in another order leave about 1e-14, of the delta rule 1e-12
-LEAST = 1e-5  # a gradient smaller than this part of the largest of a model is compared with that part
-NARROW = {"qwen3_5": 1e-3, "qwen3_5_moe": 1e-3}  # float32: the library's delta rule is 1e-4 to 1e-3 off by itself
+LEAST = 1e-4  # a gradient smaller than this part of the largest of a model is compared with that part
+NARROW = {"qwen3_5": 1e-3, "qwen3_5_moe": 1e-3}  # float32: keys are divided by their length, which may be small
 
 
 def cases(first, count):
     """(family, seed) of all families there are."""
     return [
         pytest.param(family, seed, marks=() if seed % FAST == 0 else pytest.mark.slow)
-        for family in FAMILIES
+        for family in oracles.TYPES
         for seed in range(first, first + count)
     ]
 
@@ -136,7 +135,7 @@ def test_everything_equals_transformers_in_float32(family, seed, tmp_path):
     def assert_close(got, want):
         assert got.keys() == want.keys()
         for name, value in want.items():
-            rtol = oracles.RTOL
-            torch.testing.assert_close(got[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+            limit = {"rtol": oracles.RTOL, "atol": atol * max(1.0, value.abs().max().item())}
+            torch.testing.assert_close(got[name], value, **limit, msg=lambda m, n=name: f"{n}: {m}")
 
     compare(Case(family, seed, tmp_path, torch.float32), assert_close)

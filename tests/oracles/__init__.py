@@ -2,6 +2,7 @@
 
 import transformers
 
+from mmfn.models import FAMILIES
 from tests.oracles.conversations import inputs, kinds_of, labelled, rows_of
 from tests.oracles.models import (
     ATOL,
@@ -18,13 +19,16 @@ from tests.oracles.models import (
 from tests.oracles.recipes import IMAGE_ID, PAD_ID, RECIPES, config, model_type, random_config
 
 CLASSES = {name: recipe.classes for name, recipe in RECIPES.items()}
+TYPES = tuple(name for name in FAMILIES if name in RECIPES)  # those there are here
 
 __all__ = [
     "ATOL",
     "CLASSES",
     "IMAGE_ID",
     "PAD_ID",
+    "RECIPES",
     "RTOL",
+    "TYPES",
     "arguments",
     "build",
     "config",

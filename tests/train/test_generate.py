@@ -10,11 +10,10 @@ from mmfn import ops as op_tables
 from mmfn import tree
 from mmfn.batch import Segments
 from mmfn.lora import add_adapters, lora
-from mmfn.models import FAMILIES
 from tests import oracles
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=oracles.TYPES)
 def pair(request, tmp_path_factory):
     vision = {"depth": 3, "deepstack_visual_indexes": [0, 1]}
     oracle = oracles.build(oracles.config(family=request.param, vision=vision), 2)
@@ -33,7 +32,7 @@ def continued(oracle, inputs, count, **kwargs):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", oracles.TYPES)
 def test_ids_equal_transformers(family, seed, tmp_path):
     oracle = oracles.build(oracles.random_config(seed + 100, family), seed)
     limits = [{}, {"images": 3, "videos": 0}, {"images": 0, "videos": 0}][seed % 3]
