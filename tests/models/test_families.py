@@ -14,7 +14,7 @@ from mmfn import tree
 from mmfn.batch import IMAGE, TEXT, VIDEO, Media, Sample, to
 from mmfn.interop.inputs import samples_from_hf
 from tests import oracles
-from tests.batches import packed, with_inputs
+from tests.batches import packed, wide, with_inputs
 from tests.oracles import ATOL, RTOL
 
 ROOM = {"tokens": 1024, "segments": 4, "units": 128}  # for every batch of a test that compiles once
@@ -98,21 +98,25 @@ def test_positions_of_adjacent_images_are_split_by_their_grids(pair):
             model.family.positions(replace(sample, kinds_T=torch.tensor(kinds)), model.cfg)
 
 
-def test_packed_equals_separate_rows(pair):
-    oracle, model = pair
-    batch = oracles.inputs(oracle.config, 5, rows=4)
-    together = mmfn.batch_from_hf(batch, model)
-    alone = [mmfn.batch_from_hf(row, model) for row in oracles.rows_of(batch)]
+@pytest.mark.parametrize("seed", [5, 6, 7])
+def test_packed_equals_separate_rows(pair, seed):
+    """Positions, logits and gradients, in float64: text, images, videos and sound of a row know of no other."""
+    oracle, narrow = pair
+    model = replace(narrow, params=tree.map(Tensor.double, narrow.params))
+    batch = oracles.inputs(oracle.config, seed, rows=4)
+    together = wide(mmfn.batch_from_hf(batch, model))
+    alone = [wide(mmfn.batch_from_hf(row, model)) for row in oracles.rows_of(batch)]
+    assert torch.equal(together.positions_3T, torch.cat([one.positions_3T for one in alone], 1))
     want_TV = torch.cat([mmfn.logits(model, one) for one in alone])
-    torch.testing.assert_close(mmfn.logits(model, together), want_TV, rtol=RTOL, atol=1e-5)
-    weights_TV = projection(want_TV)
+    torch.testing.assert_close(mmfn.logits(model, together), want_TV, rtol=1e-11, atol=1e-11)
+    weights_TV = projection(want_TV).double()
     parts, start = [], 0
     for one in alone:
         stop = start + one.tokens_T.numel()
         parts.append(gradients(model, one, weights_TV[start:stop]))
         start = stop
     summed = {name: sum(part[name] for part in parts) for name in parts[0]}
-    assert_trees_close(gradients(model, together, weights_TV), summed)
+    assert_trees_close(gradients(model, together, weights_TV), summed, rtol=1e-11, atol=1e-11)
 
 
 def test_static_padding_changes_nothing(pair):
@@ -182,13 +186,13 @@ def test_patches_reach_only_tokens_of_their_own_row(pair):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_tables_agree_in_float64(pair, seed):
     oracle, model = pair
-    wide = replace(model, params=tree.map(lambda p: p.double(), model.params))
-    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=3), wide)
-    want_TV = mmfn.logits(wide, batch, op_tables.reference())
-    torch.testing.assert_close(mmfn.logits(wide, batch, op_tables.portable()), want_TV, rtol=1e-10, atol=1e-11)
+    exact = replace(model, params=tree.map(Tensor.double, model.params))
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, seed, rows=3), exact)
+    want_TV = mmfn.logits(exact, batch, op_tables.reference())
+    torch.testing.assert_close(mmfn.logits(exact, batch, op_tables.portable()), want_TV, rtol=1e-10, atol=1e-11)
     weights_TV = projection(want_TV).double()
-    want = gradients(wide, batch, weights_TV, op_tables.reference())
-    assert_trees_close(gradients(wide, batch, weights_TV, op_tables.portable()), want, rtol=1e-9, atol=1e-11)
+    want = gradients(exact, batch, weights_TV, op_tables.reference())
+    assert_trees_close(gradients(exact, batch, weights_TV, op_tables.portable()), want, rtol=1e-9, atol=1e-11)
 
 
 def test_bfloat16_follows_transformers(pair):
