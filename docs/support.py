@@ -23,7 +23,8 @@ from tests import tiny
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support.md"
 
-PARITY, PUBLISHED = "models/test_families.py", "models/test_published.py"
+PARITY, ALL = "models/test_parity.py", "models/test_families.py"
+PUBLISHED = "models/test_published.py"
 GENERATE, EVERY = "train/test_generate.py", "train/test_every_family.py"
 CELL, COMPILED = "parallel/test_conformance.py::test_cell", "parallel/test_conformance.py::test_compiled_cell"
 LAYOUT = "parallel/test_layouts.py::test_a_step_of_a_model"
@@ -43,9 +44,16 @@ class Row:
 
 ROWS: dict[str, tuple[Row, ...]] = {
     "The model": (
-        Row("logits and gradients of transformers", f"{PARITY}::test_logits_and_every_gradient_equal_transformers"),
-        Row("bfloat16 as in transformers", f"{PARITY}::test_bfloat16_follows_transformers"),
-        Row("packed rows", f"{PARITY}::test_packed_equals_separate_rows"),
+        Row(
+            "logits, loss, gradients of transformers, float64",
+            f"{PARITY}::test_everything_equals_transformers_in_float64",
+        ),
+        Row(
+            "logits, loss, gradients of transformers, float32",
+            f"{PARITY}::test_everything_equals_transformers_in_float32",
+        ),
+        Row("bfloat16 as in transformers", f"{ALL}::test_bfloat16_follows_transformers"),
+        Row("packed rows", f"{ALL}::test_packed_equals_separate_rows"),
         Row(
             "names of the published sizes", f"{PUBLISHED}::test_every_name_and_shape_of_the_published_file_and_no_other"
         ),

@@ -28,7 +28,7 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 
 def model_of(family: str) -> Any:
     """A tiny model in float64."""
-    model = mmfn.init(oracles.config(family=family, tie_word_embeddings=False).to_dict(), seed=0)
+    model = mmfn.init(oracles.to_dict(oracles.config(family=family, tie_word_embeddings=False)), seed=0)
     return replace(model, params=tree.map(lambda x: 20 * x.double() if x.ndim > 1 else x.double(), model.params))
 
 
@@ -261,7 +261,7 @@ def test_merging_rounds_once() -> None:
 def test_parts_cover_every_parameter_once(family: str) -> None:
     """A family says where its parts are, with and without a head of its own."""
     for is_tied in (False, True):
-        model = mmfn.init(oracles.config(family=family, tie_word_embeddings=is_tied).to_dict(), seed=0)
+        model = mmfn.init(oracles.to_dict(oracles.config(family=family, tie_word_embeddings=is_tied)), seed=0)
         specs, parts = model.family.specs(model.cfg), model.family.parts(model.cfg)
         assert ("lm_head" in parts) == (not is_tied)
         for path in tree.paths(specs):

@@ -62,14 +62,15 @@ class Pair:
 
     def with_peft(self, folder: Path) -> Any:
         """The oracle with the adapter of a folder, loaded by peft."""
-        fresh = oracles.oracle_class(self.oracle.config).from_pretrained(self.path, attn_implementation="eager")
+        cfg = self.oracle.config
+        fresh = oracles.oracle_class(cfg).from_pretrained(self.path, config=cfg, attn_implementation="eager")
         fresh.set_experts_implementation("eager")
         return peft.PeftModel.from_pretrained(fresh.eval(), folder, is_trainable=True)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    return {name: Pair(name, tmp_path_factory.mktemp(name)) for name in ("qwen3_vl", "qwen3_vl_moe")}
+    return {name: Pair(name, tmp_path_factory.mktemp(name)) for name in oracles.TYPES}
 
 
 def pair_of(pairs: dict[str, Pair], name: str) -> Pair:
@@ -82,7 +83,7 @@ def test_peft_loads_what_is_saved_here(name: str, pairs: dict[str, Pair], tmp_pa
     check_in_peft(pair_of(pairs, name), CASES[name], tmp_path)
 
 
-@pytest.mark.parametrize("family", oracles.CLASSES)
+@pytest.mark.parametrize("family", oracles.TYPES)
 def test_peft_loads_the_adapters_of_every_family(family: str, pairs: dict[str, Pair], tmp_path: Path) -> None:
     """Beside the layers that get them where nobody names any."""
     targets = pairs[family].model.family.lora_targets

@@ -294,7 +294,7 @@ def test_layers_with_experts_are_those_of_transformers(step, without):
     ],
 )
 def test_what_is_not_supported_is_refused(values, message):
-    hf = oracles.config(family=FAMILY).to_dict()
+    hf = oracles.to_dict(oracles.config(family=FAMILY))
     hf["text_config"] |= values
     with pytest.raises(ValueError, match=message) as caught:
         qwen3_vl_moe.config_from_hf(hf)

@@ -43,7 +43,7 @@ TARGETS = (r".*/attention/(q|o|qkv)", r"vision/(merger|deepstack/0)/up")
 
 def model_of(family: str) -> Any:
     """A tiny model in float64."""
-    model = mmfn.init(oracles.config(family=family).to_dict(), seed=0)
+    model = mmfn.init(oracles.to_dict(oracles.config(family=family)), seed=0)
     return replace(model, params=tree.map(lambda x: 20 * x.double() if x.ndim > 1 else x.double(), model.params))
 
 

@@ -31,7 +31,7 @@ TARGETS = (r"text/layers/\d+/attention/(q|o)", r"vision/merger/up")
 
 
 def model_of(family: str) -> Any:
-    model = mmfn.init(oracles.config(family=family, tie_word_embeddings=False).to_dict(), seed=0)
+    model = mmfn.init(oracles.to_dict(oracles.config(family=family, tie_word_embeddings=False)), seed=0)
     return replace(model, params=tree.map(lambda x: 5 * x if x.ndim > 1 else x, model.params))
 
 
