@@ -42,14 +42,13 @@ def causal_conv1d(x_TD: Tensor, weight_DK: Tensor, segments: Segments) -> Tensor
 def causal_conv1d_reference(x_TD: Tensor, weight_DK: Tensor, segments: Segments) -> Tensor:
     """`causal_conv1d` by torch's convolution, one segment after the other."""
     _check(x_TD, weight_DK, segments)
-    dtype, (D, K) = wide(x_TD.dtype, weight_DK.dtype), weight_DK.shape
-    bounds = segments.host_N.tolist()
-    parts = [torch.zeros_like(x_TD[bounds[-1] :])]
-    for first, last in reversed(list(itertools.pairwise(bounds))):
-        x_1DL = F.pad(x_TD[first:last].to(dtype).T[None], (K - 1, 0))
-        y_1DL = F.conv1d(x_1DL, weight_DK[:, None].to(dtype), groups=D) if last > first else x_1DL[..., :0]
-        parts.insert(0, F.silu(y_1DL[0].T).to(x_TD.dtype))
-    return torch.cat(parts)
+    dtype, (D, K), parts = wide(x_TD.dtype, weight_DK.dtype), weight_DK.shape, [x_TD[:0]]
+    for first, last in itertools.pairwise([*segments.host_N.tolist(), len(x_TD)]):
+        if first < last:
+            x_1DL = F.pad(x_TD[first:last].to(dtype).T[None], (K - 1, 0))
+            parts.append(F.silu(F.conv1d(x_1DL, weight_DK[:, None].to(dtype), groups=D)[0].T).to(x_TD.dtype))
+    is_real_T1 = torch.arange(len(x_TD), device=x_TD.device)[:, None] < segments.offsets_N[-1]
+    return torch.where(is_real_T1, torch.cat(parts), 0.0)
 
 
 def causal_conv1d_step(x_BD: Tensor, weight_DK: Tensor, state_BKD: Tensor) -> tuple[Tensor, Tensor]:

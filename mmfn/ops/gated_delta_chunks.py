@@ -120,11 +120,13 @@ def entry_backward(
 def end_states(
     k_TKC: Tensor, v_THV: Tensor, g_TH: Tensor, beta_TH: Tensor, offsets_N: Tensor, state_NHCV: Tensor | None
 ) -> Tensor:
-    """The state behind the last token of every segment, float32 or wider."""
+    """The state behind the last token of every segment, float32 or wider; `state_NHCV` may be wider than v."""
     C, (H, V), dtype = k_TKC.shape[2], v_THV.shape[1:], wide(v_THV.dtype)
-    end_NHCV = v_THV.new_zeros(len(offsets_N) - 1, H, C, V, dtype=dtype)
-    if state_NHCV is not None:
-        end_NHCV.copy_(state_NHCV)
+    if state_NHCV is None:
+        end_NHCV = v_THV.new_zeros(len(offsets_N) - 1, H, C, V, dtype=dtype)
+    else:
+        end_NHCV = state_NHCV.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    more = end_NHCV.shape[3] - V
     bounds = read_offsets(offsets_N, v_THV).tolist()
     for end_HCV, first, last in zip(end_NHCV, bounds[:-1], bounds[1:], strict=True):
         k, v, g, beta = (x[first:last] for x in (k_TKC, v_THV, g_TH, beta_TH))
@@ -132,7 +134,8 @@ def end_states(
         for keys, groups in _blocks(k, v):
             k = _to_chunks(_unit(k[:, keys].to(dtype))[0])
             for heads in groups:
-                chunks = _chunks(k, _to_chunks(v[:, heads].to(dtype)), g[:, heads], beta[:, heads], run_T)
+                wide_v = F.pad(_to_chunks(v[:, heads].to(dtype)), (0, more))
+                chunks = _chunks(k, wide_v, g[:, heads], beta[:, heads], run_T)
                 end_HCV[heads] = _scan(chunks, end_HCV[heads])[1]
     return end_NHCV
 
@@ -332,9 +335,12 @@ def entry_flops(
     return _in_chunks(offsets_N[-1:]) * H * (_chunks_flops(C, 0) + 2 * CHUNK * (C + V) + 2 * C * V * 4)
 
 
-def states_flops(k_TKC: Tensor, v_THV: Tensor, g: Tensor, beta: Tensor, offsets_N: Tensor, *_: Any, **__: Any) -> int:
+def states_flops(
+    k_TKC: Tensor, v_THV: Tensor, g: Tensor, beta: Tensor, offsets_N: Tensor, state_NHCV: Tensor | None, **_: Any
+) -> int:
     """Of `end_states`, which cuts every segment into chunks of its own."""
     (H, V), C = v_THV.shape[1:], k_TKC.shape[2]
+    V = V if state_NHCV is None else state_NHCV.shape[3]
     return _in_chunks(offsets_N.diff()) * H * (_chunks_flops(C, V) + 2 * C * V * 2)
 
 

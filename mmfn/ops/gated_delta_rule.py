@@ -62,10 +62,12 @@ def gated_delta_state(
     """The state behind the last token of every segment, float32[N, H, C, V] (float64 for float64).
 
     Arguments as in `gated_delta_rule`. `state_NHCV`: before the first token of every segment, of the result's dtype
-    (None: zero); an empty segment keeps it. Boundaries are read from the host's copy. Not differentiable. Raises
-    ValueError as there. Oracle: `gated_delta_state_reference`.
+    (None: zero); an empty segment keeps it. It may have more columns than v, as if v were zero there: what becomes of
+    the identity is the transition of a segment. Boundaries are read from the host's copy. Not differentiable. Raises
+    ValueError as there, and for a state that does not fit. Oracle: `gated_delta_state_reference`.
     """
     check_inputs(k_TKC, k_TKC, v_THV, g_TH, beta_TH, segments)
+    _check_state(k_TKC, v_THV, segments, state_NHCV)
     rows = (x.detach() for x in (k_TKC, v_THV, g_TH, beta_TH))
     end_NHCV: Tensor = STATE(*rows, segments.host_N, state_NHCV)
     return end_NHCV
@@ -81,8 +83,10 @@ def gated_delta_state_reference(
 ) -> Tensor:
     """`gated_delta_state` token by token, one segment after the other."""
     check_inputs(k_TKC, k_TKC, v_THV, g_TH, beta_TH, segments)
+    _check_state(k_TKC, v_THV, segments, state_NHCV)
     dtype, shape = wide(v_THV.dtype), (segments.num, v_THV.shape[1], k_TKC.shape[2], v_THV.shape[2])
     states_NHCV = v_THV.new_zeros(shape, dtype=dtype) if state_NHCV is None else state_NHCV.clone()
+    v_THV = F.pad(v_THV, (0, states_NHCV.shape[3] - v_THV.shape[2]))
     for n, (first, last) in enumerate(zip(segments.host_N[:-1].tolist(), segments.host_N[1:].tolist(), strict=True)):
         rows = [x[first:last].detach() for x in (k_TKC, k_TKC, v_THV, g_TH, beta_TH)]
         states_NHCV[n] = recurrent(*rows, segments=whole(last - first), state_HCV=states_NHCV[n])[1]
@@ -177,6 +181,17 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state_
         raise ValueError(f"state_BHCV {tuple(state_BHCV.shape)} must be {(*v.shape[:2], k.shape[2], v.shape[2])}")
 
 
+def _check_state(k_TKC: Tensor, v_THV: Tensor, segments: Segments, state_NHCV: Tensor | None) -> None:
+    if state_NHCV is None:
+        return
+    (N, H, C, V), dtype = (segments.num, v_THV.shape[1], k_TKC.shape[2], v_THV.shape[2]), wide(v_THV.dtype)
+    if state_NHCV.shape[:3] != (N, H, C) or state_NHCV.shape[3] < V or state_NHCV.dtype != dtype:
+        raise ValueError(
+            f"state_NHCV is {state_NHCV.dtype} {tuple(state_NHCV.shape)} but must be {dtype} {(N, H, C, V)} or of more "
+            "columns; cast or reshape it"
+        )
+
+
 def _forward_fake(q: Tensor, k: Tensor, v_THV: Tensor, *rest: object) -> Tensor:
     return v_THV.new_empty(v_THV.shape)
 
@@ -189,9 +204,11 @@ def _entry_fake(do_THV: Tensor, q: Tensor, k_TKC: Tensor, *rest: object) -> Tens
     return do_THV.new_empty(do_THV.shape[1], k_TKC.shape[2], do_THV.shape[2], dtype=wide(do_THV.dtype))
 
 
-def _state_fake(k_TKC: Tensor, v_THV: Tensor, g: Tensor, beta: Tensor, offsets_N: Tensor, *rest: object) -> Tensor:
+def _state_fake(
+    k_TKC: Tensor, v_THV: Tensor, g: Tensor, beta: Tensor, offsets_N: Tensor, state_NHCV: Tensor | None
+) -> Tensor:
     shape = (len(offsets_N) - 1, v_THV.shape[1], k_TKC.shape[2], v_THV.shape[2])
-    return v_THV.new_empty(shape, dtype=wide(v_THV.dtype))
+    return v_THV.new_empty(shape if state_NHCV is None else state_NHCV.shape, dtype=wide(v_THV.dtype))
 
 
 def _save(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -126,9 +126,9 @@ def test_states_behind_segments(packing):
     for K, H, C, V in HEADS:
         leaves, _ = draw(sum(lengths) + tail, (K, H, C, V))
         segments, draws = pack(lengths), torch.Generator().manual_seed(0)
-        entry = torch.randn(len(lengths), H, C, V, dtype=torch.float64, generator=draws)
+        entry = torch.randn(len(lengths), H, C, V + 3, dtype=torch.float64, generator=draws)
         before = entry.clone()
-        for state in (None, entry):
+        for state in (None, entry, entry[..., :V]):
             found = gated_delta_state(*leaves[1:], segments, state)
             check_close([found], [gated_delta_state_reference(*leaves[1:], segments, state)], 1e-12)
         assert torch.equal(entry, before)
@@ -234,6 +234,7 @@ def test_flops_are_those_of_the_products_inside():
         (module.RULE_GRAD, (do, *rows, offsets, state, state)),
         (module.ENTRY_GRAD, entry),
         (module.STATE, (*rows[1:], offsets, None)),
+        (module.STATE, (*rows[1:], offsets, torch.zeros(3, 4, 8, 9, dtype=torch.float64))),
     ):
         with FlopCounterMode(display=False) as counter:
             operator.direct(*args)
@@ -268,6 +269,8 @@ def test_dtypes_offsets_and_states_that_do_not_fit_are_refused():
         gated_delta_rule(*rows, Segments(offsets_N=pack([9]).offsets_N, host_N=pack([4, 5]).host_N))
     with pytest.raises(ValueError, match=r"state_BHCV \(9, 4, 3, 4\) must be \(9, 4, 4, 3\)"):
         gated_delta_step(*rows, torch.zeros(9, 4, 3, 4))
+    with pytest.raises(ValueError, match=r"\(1, 4, 4, 2\) but must be torch.float64 \(1, 4, 4, 3\) or of more columns"):
+        gated_delta_state(*rows[1:], pack([9]), torch.zeros(1, 4, 4, 2, dtype=torch.float64))
 
 
 def test_queries_and_keys_count_by_direction():
