@@ -1,6 +1,6 @@
 """The gated delta rule in chunks of tokens: its forward, its backward and its states, for one packed row.
 
-The rule, for one head, from a state S = 0 before a segment's first token (q scaled, q and k of unit length):
+The rule, for one head, from a state S = 0 before a segment's first token (q and k of unit length, o to be scaled):
 
     S_t = e^g_t (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T        o_t = S_t^T q_t
 
@@ -50,16 +50,15 @@ def row_forward(
     """o_THV in v's dtype. `state_HCV`: before the first token (None: zero). Offsets are on the host, here and below."""
     T, run_T, (o_THV,) = _prepare(offsets_N, v_THV)
     q_TKC, k_TKC, v_THV, g_TH, beta_TH = (x[:T] for x in (q_TKC, k_TKC, v_THV, g_TH, beta_TH))
-    dtype = wide(v_THV.dtype)
+    dtype, scale = wide(v_THV.dtype), q_TKC.shape[2] ** -0.5
     for keys, groups in _blocks(k_TKC, v_THV):
-        q = _to_chunks(_unit(q_TKC[:, keys].to(dtype))[0] * q_TKC.shape[2] ** -0.5)
-        k = _to_chunks(_unit(k_TKC[:, keys].to(dtype))[0])
+        q, k = (_unit(_to_chunks(x[:, keys].to(dtype)))[0] for x in (q_TKC, k_TKC))
         for heads in groups:
             chunks = _chunks(k, _to_chunks(v_THV[:, heads].to(dtype)), g_TH[:, heads], beta_TH[:, heads], run_T)
-            states, _ = _scan(chunks, _state(chunks, state_HCV, heads))
-            u = chunks.u - chunks.y @ states
-            o_BHLV = ((q * chunks.enter) @ states).add_((q @ k.mT).mul_(chunks.pairs) @ u)
-            o_THV[:T, heads] = _from_chunks(o_BHLV, T)
+            states = _scan(chunks, _state(chunks, state_HCV, heads))[:-1]
+            u = _add_(chunks.u, chunks.y, states, -1)
+            o_BHLV = _add_((q * chunks.enter) @ states, (q @ k.mT).mul_(chunks.pairs), u)
+            o_THV[:T, heads] = _from_chunks(o_BHLV.mul_(scale), T)
     return o_THV
 
 
@@ -80,20 +79,17 @@ def row_backward(
     do_THV, q_TKC, k_TKC, v_THV, g_TH, beta_TH = (x[:T] for x in (do_THV, q_TKC, k_TKC, v_THV, g_TH, beta_TH))
     dtype, scale = wide(v_THV.dtype), q_TKC.shape[2] ** -0.5
     for keys, groups in _blocks(k_TKC, v_THV):
-        q_THC, q_rlength = _unit(q_TKC[:, keys].to(dtype))
-        k_THC, k_rlength = _unit(k_TKC[:, keys].to(dtype))
-        q, k = _to_chunks(q_THC * scale), _to_chunks(k_THC)
-        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        (q, q_rlength), (k, k_rlength) = (_unit(_to_chunks(x[:, keys].to(dtype))) for x in (q_TKC, k_TKC))
+        dq = dk = k.new_zeros(())
         for heads in groups:
-            v = _to_chunks(v_THV[:, heads].to(dtype))
-            do = _to_chunks(do_THV[:, heads].to(dtype))
+            v, do = _to_chunks(v_THV[:, heads].to(dtype)), _to_chunks(do_THV[:, heads].to(dtype) * scale)
             chunks = _chunks(k, v, g_TH[:, heads], beta_TH[:, heads], run_T)
             state, dend = _state(chunks, state_HCV, heads), _state(chunks, dend_HCV, heads)
             dq_part, dk_part, *parts = _chunk_gradients(do, q, v, chunks, state, dend)
-            dq, dk = dq.add_(dq_part), dk.add_(dk_part)
+            dq, dk = dq_part.add_(dq), dk_part.add_(dk)
             dv_THV[:T, heads], dg_TH[:T, heads], dbeta_TH[:T, heads] = (_from_chunks(x, T) for x in parts)
-        dq_TKC[:T, keys] = _unit_grad(_from_chunks(dq, T) * scale, q_THC, q_rlength)
-        dk_TKC[:T, keys] = _unit_grad(_from_chunks(dk, T), k_THC, k_rlength)
+        dq_TKC[:T, keys] = _from_chunks(_unit_grad(dq, q, q_rlength), T)
+        dk_TKC[:T, keys] = _from_chunks(_unit_grad(dk, k, k_rlength), T)
     return dq_TKC, dk_TKC, dv_THV, dg_TH, dbeta_TH
 
 
@@ -103,17 +99,15 @@ def entry_backward(
     """The gradient of the state before the first token from that of the output; it does not depend on v."""
     T, run_T, _ = _prepare(offsets_N, do_THV)
     do_THV, q_TKC, k_TKC, g_TH, beta_TH = (x[:T] for x in (do_THV, q_TKC, k_TKC, g_TH, beta_TH))
-    dtype = wide(do_THV.dtype)
+    dtype, scale = wide(do_THV.dtype), q_TKC.shape[2] ** -0.5
     dstate_HCV = do_THV.new_zeros(do_THV.shape[1], k_TKC.shape[2], do_THV.shape[2], dtype=dtype)
     for keys, groups in _blocks(k_TKC, do_THV):
-        q = _to_chunks(_unit(q_TKC[:, keys].to(dtype))[0] * q_TKC.shape[2] ** -0.5)
-        k = _to_chunks(_unit(k_TKC[:, keys].to(dtype))[0])
+        q, k = (_unit(_to_chunks(x[:, keys].to(dtype)))[0] for x in (q_TKC, k_TKC))
         for heads in groups:
-            do = _to_chunks(do_THV[:, heads].to(dtype))
+            do = _to_chunks(do_THV[:, heads].to(dtype) * scale)
             chunks = _chunks(k, do[..., :0], g_TH[:, heads], beta_TH[:, heads], run_T)
             du = (q @ k.mT).mul_(chunks.pairs).mT @ do
-            dstates = (q * chunks.enter).mT @ do - chunks.y.mT @ du
-            dstate_HCV[heads] = _scan_back(chunks, dstates, dstate_HCV[heads])[1]
+            dstate_HCV[heads] = _scan_back(chunks, q * chunks.enter, do, du, dstate_HCV[heads])[0]
     return dstate_HCV
 
 
@@ -129,14 +123,14 @@ def end_states(
     more = end_NHCV.shape[3] - V
     bounds = read_offsets(offsets_N, v_THV).tolist()
     for end_HCV, first, last in zip(end_NHCV, bounds[:-1], bounds[1:], strict=True):
-        k, v, g, beta = (x[first:last] for x in (k_TKC, v_THV, g_TH, beta_TH))
-        run_T = torch.zeros(last - first, dtype=torch.int64, device=v.device)
-        for keys, groups in _blocks(k, v):
-            k = _to_chunks(_unit(k[:, keys].to(dtype))[0])
+        k_LKC, v_LHV, g_LH, beta_LH = (x[first:last] for x in (k_TKC, v_THV, g_TH, beta_TH))
+        run_L = torch.zeros(last - first, dtype=torch.int64, device=v_THV.device)
+        for keys, groups in _blocks(k_LKC, v_LHV):
+            k = _unit(_to_chunks(k_LKC[:, keys].to(dtype)))[0]
             for heads in groups:
-                wide_v = F.pad(_to_chunks(v[:, heads].to(dtype)), (0, more))
-                chunks = _chunks(k, wide_v, g[:, heads], beta[:, heads], run_T)
-                end_HCV[heads] = _scan(chunks, end_HCV[heads])[1]
+                v = F.pad(_to_chunks(v_LHV[:, heads].to(dtype)), (0, more))
+                chunks = _chunks(k, v, g_LH[:, heads], beta_LH[:, heads], run_L)
+                end_HCV[heads] = _scan(chunks, end_HCV[heads])[-1]
     return end_NHCV
 
 
@@ -144,9 +138,9 @@ def end_states(
 class _Chunks:
     """A block of heads in chunks: unit keys, the factors of the module's docstring and the solutions U and Y.
 
-    `k`: [B, H, L, C]. `u`: [B, H, L, V]; `y`: [B, H, L, C]. `pairs`, `kk` (products of keys) and `inverse` (of the
-    triangle): [B, H, L, L]. `beta`, `enter`, `leave`: [B, H, L, 1]. `whole`: [B, H, 1, 1]. `same`: [B, 1, L, L], 1
-    where j <= i are of one segment.
+    `k`, `y`, `leaving` (leave k): [B, H, L, C]. `u`: [B, H, L, V], to be overwritten by u. `pairs`, `kk` (products of
+    keys) and `inverse` (of the triangle): [B, H, L, L]. `beta`, `enter`, `leave`: [B, H, L, 1]. `whole`: [B, H, 1, 1].
+    `same`: [B, 1, L, L], 1 where j <= i are of one segment.
     """
 
     k: Tensor
@@ -158,6 +152,7 @@ class _Chunks:
     beta: Tensor
     enter: Tensor
     leave: Tensor
+    leaving: Tensor
     whole: Tensor
     same: Tensor
 
@@ -186,65 +181,70 @@ def _chunks(k: Tensor, v: Tensor, g_TH: Tensor, beta_TH: Tensor, run_T: Tensor) 
         beta=beta,
         enter=enter,
         leave=leave,
+        leaving=k * leave,
         whole=enter[:, :, -1:],
         same=same_B1LL.to(k.dtype),
     )
 
 
-def _scan(chunks: _Chunks, state_HCV: Tensor) -> tuple[Tensor, Tensor]:
-    """States before every chunk, and the one behind the last."""
-    leaving_BHLC = chunks.k * chunks.leave
-    states_BHCV = state_HCV.new_empty(len(chunks.k), *state_HCV.shape)
-    for i, before_HCV in enumerate(states_BHCV):
-        before_HCV.copy_(state_HCV)
-        u_HLV = torch.baddbmm(chunks.u[i], chunks.y[i], state_HCV, alpha=-1)
-        state_HCV = torch.baddbmm(state_HCV * chunks.whole[i], leaving_BHLC[i].mT, u_HLV)
-    return states_BHCV, state_HCV
+def _scan(chunks: _Chunks, state_HCV: Tensor) -> Tensor:
+    """States before every chunk and, last, behind all: [B + 1, H, C, V]."""
+    states = state_HCV.new_empty(len(chunks.k) + 1, *state_HCV.shape)
+    states[0] = state_HCV
+    for i in range(len(chunks.k)):
+        u_HLV = torch.baddbmm(chunks.u[i], chunks.y[i], states[i], alpha=-1)
+        torch.mul(states[i], chunks.whole[i], out=states[i + 1]).baddbmm_(chunks.leaving[i].mT, u_HLV)
+    return states
 
 
-def _scan_back(chunks: _Chunks, dstates_BHCV: Tensor, dend_HCV: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the states behind every chunk, and of the one before the first.
-
-    `dstates_BHCV`: those of the states before the chunks, but for what comes from the states behind them.
-    """
-    leaving_BHLC = chunks.k * chunks.leave
-    after_BHCV = torch.empty_like(dstates_BHCV)
-    for i in reversed(range(len(after_BHCV))):
-        after_BHCV[i] = dend_HCV
-        du_HLV = leaving_BHLC[i] @ dend_HCV
-        dend_HCV = torch.baddbmm(dstates_BHCV[i], chunks.y[i].mT, du_HLV, alpha=-1).addcmul_(dend_HCV, chunks.whole[i])
-    return after_BHCV, dend_HCV
+def _scan_back(chunks: _Chunks, entering_q: Tensor, do: Tensor, du: Tensor, dend_HCV: Tensor) -> Tensor:
+    """Gradients of the states of `_scan`. `du`: what comes from the output inside the chunks."""
+    dstates = dend_HCV.new_empty(len(chunks.k) + 1, *dend_HCV.shape)
+    dstates[-1] = dend_HCV
+    torch.matmul(entering_q.mT, do, out=dstates[:-1])
+    for i in reversed(range(len(chunks.k))):
+        du_HLV = torch.baddbmm(du[i], chunks.leaving[i], dstates[i + 1])
+        dstates[i].baddbmm_(chunks.y[i].mT, du_HLV, alpha=-1).addcmul_(dstates[i + 1], chunks.whole[i])
+    return dstates
 
 
 def _chunk_gradients(
     do: Tensor, q: Tensor, v: Tensor, chunks: _Chunks, state_HCV: Tensor, dend_HCV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of scaled q, unit k, v, g and beta; all in chunks."""
-    k, beta, enter, leave, pairs = chunks.k, chunks.beta, chunks.enter, chunks.leave, chunks.pairs
-    states, _ = _scan(chunks, state_HCV)
-    u = chunks.u - chunks.y @ states
-    qk = q @ k.mT
-    du = (qk * pairs).mT @ do
-    after, _ = _scan_back(chunks, (q * enter).mT @ do - chunks.y.mT @ du, dend_HCV)
-    du += (k * leave) @ after
-    dright = chunks.inverse.mT @ du
-    k_states, do_states, u_after = k @ states, do @ states.mT, u @ after.mT
-    dv = dright * beta
-    dk_states = dv * -enter
-    dpairs_qk = (do @ u.mT).mul_(pairs)
-    dpairs_kk = (dright @ u.mT).mul_(pairs).neg_().tril_(-1)
-    denter = (do_states * q).sum(-1, keepdim=True) * enter + (dk_states * k_states).sum(-1, keepdim=True)
-    dleave = (k * u_after).sum(-1, keepdim=True) * leave
-    dbeta = (dright * (v - k_states * enter)).sum(-1, keepdim=True) + (dpairs_kk * chunks.kk).sum(-1, keepdim=True)
-    dpairs_kk *= beta
-    dq = torch.addcmul(dpairs_qk @ k, do_states, enter)
-    dk = (dpairs_qk.mT @ q).addcmul_(u_after, leave).add_(dk_states @ states.mT)
-    dk += (dpairs_kk + dpairs_kk.mT) @ k
+    """Gradients of unit q and k, v, g and beta; all in chunks. `do`: times q's scale."""
+    k, enter, states = chunks.k, chunks.enter, _scan(chunks, state_HCV)[:-1]
+    u, qk, entering_q = _add_(chunks.u, chunks.y, states, -1), q @ k.mT, q * enter
+    du = (qk * chunks.pairs).mT @ do
+    after = _scan_back(chunks, entering_q, do, du, dend_HCV)[1:]
+    dright = chunks.inverse.mT @ _add_(du, chunks.leaving, after)
+    dpairs_qk = (do @ u.mT).mul_(chunks.pairs)
+    dpairs_kk = (dright @ u.mT).mul_(chunks.pairs).neg_().tril_(-1)
+    dbeta = (dpairs_kk * chunks.kk).sum(-1, keepdim=True)
+    dpairs_kk *= chunks.beta
+
+    dq = do @ states.mT
+    denter = (dq * entering_q).sum(-1, keepdim=True)
+    dq = _add_(dq.mul_(enter), dpairs_qk, k)
+    dk = u @ after.mT
+    dleave = (dk * chunks.leaving).sum(-1, keepdim=True)
+    dk = _add_(_add_(dk.mul_(chunks.leave), dpairs_qk.mT, q), dpairs_kk + dpairs_kk.mT, k)
+    k_states = (k @ states).mul_(enter)
+    dv = dright * chunks.beta
+    denter -= (dv * k_states).sum(-1, keepdim=True)
+    dbeta += (v - k_states).mul_(dright).sum(-1, keepdim=True)
+    dk = _add_(dk, torch.mul(dv, enter, out=k_states), states.mT, -1)
+
     dpairs = dpairs_qk.mul_(qk).addcmul_(dpairs_kk, chunks.kk).tril_(-1)  # a token's pair with itself has no decay
-    dsum = dpairs.sum(-1, keepdim=True) - dpairs.sum(-2)[..., None] + denter - dleave
-    dwhole = (after * states).sum((-1, -2), keepdim=True) * chunks.whole
+    dsum = dpairs.sum(-1, keepdim=True).sub_(dpairs.sum(-2)[..., None]).add_(denter).sub_(dleave)
+    dwhole = torch.linalg.vecdot(after.flatten(2), states.flatten(2))[..., None, None] * chunks.whole
     dsum[:, :, -1:] += dleave.sum(-2, keepdim=True) + dwhole
     return dq, dk, dv, (chunks.same.mT @ dsum)[..., 0], dbeta[..., 0]
+
+
+def _add_(x: Tensor, a: Tensor, b: Tensor, factor: int = 1) -> Tensor:
+    """`x += factor * a @ b`, without a tensor for the product."""
+    x.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=factor)
+    return x
 
 
 def _inverse(lower: Tensor) -> Tensor:
@@ -303,12 +303,13 @@ def _from_chunks(x_BHL: Tensor, num_tokens: int) -> Tensor:
 
 def _unit(x_C: Tensor) -> tuple[Tensor, Tensor]:
     """x of length 1, and 1 / its length."""
-    scale_1 = x_C.square().sum(-1, keepdim=True).add_(NORM_EPS).rsqrt_()
-    return x_C * scale_1, scale_1
+    rlength_1 = torch.linalg.vector_norm(x_C, dim=-1, keepdim=True).square_().add_(NORM_EPS).rsqrt_()
+    return x_C * rlength_1, rlength_1
 
 
-def _unit_grad(dy_C: Tensor, y_C: Tensor, scale_1: Tensor) -> Tensor:
-    return (dy_C - y_C * (dy_C * y_C).sum(-1, keepdim=True)).mul_(scale_1)
+def _unit_grad(dy_C: Tensor, y_C: Tensor, rlength_1: Tensor) -> Tensor:
+    """Of x, from that of `_unit(x)`, which is overwritten."""
+    return dy_C.addcmul_(y_C, (dy_C * y_C).sum(-1, keepdim=True), value=-1).mul_(rlength_1)
 
 
 def forward_flops(
@@ -324,7 +325,7 @@ def backward_flops(
 ) -> int:
     """Of `row_backward`."""
     (H, V), C = v_THV.shape[1:], k_TKC.shape[2]
-    return _in_chunks(offsets_N[-1:]) * H * (_chunks_flops(C, V) + 2 * CHUNK * (1 + 4 * C + 4 * V) + 2 * C * V * 12)
+    return _in_chunks(offsets_N[-1:]) * H * (_chunks_flops(C, V) + 2 * CHUNK * (1 + 4 * C + 4 * V) + 2 * C * V * 11)
 
 
 def entry_flops(
@@ -332,7 +333,7 @@ def entry_flops(
 ) -> int:
     """Of `entry_backward`."""
     (H, V), C = do_THV.shape[1:], k_TKC.shape[2]
-    return _in_chunks(offsets_N[-1:]) * H * (_chunks_flops(C, 0) + 2 * CHUNK * (C + V) + 2 * C * V * 4)
+    return _in_chunks(offsets_N[-1:]) * H * (_chunks_flops(C, 0) + 2 * CHUNK * (C + V) + 2 * C * V * 3)
 
 
 def states_flops(
