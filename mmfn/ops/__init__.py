@@ -16,7 +16,20 @@ from torch import Tensor
 
 from mmfn.batch import Segments
 from mmfn.errors import UserError
-from mmfn.ops import activation, attention, attention_block, dispatch, experts, linear, norm, rotary, route
+from mmfn.ops import (
+    activation,
+    attention,
+    attention_block,
+    causal_conv1d,
+    dispatch,
+    experts,
+    gated_delta_piece,
+    gated_delta_rule,
+    linear,
+    norm,
+    rotary,
+    route,
+)
 from mmfn.ops.cross_entropy import OPERATORS, Method, cpu_method, linear_cross_entropy, linear_cross_entropy_reference
 from mmfn.ops.kernel import Kernel
 from mmfn.tree import Tree
@@ -61,6 +74,28 @@ class AttentionBlockGrad(Protocol):
         *,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class GatedDeltaRule(Protocol):
+    """A recurrence within segments; see `mmfn.ops.gated_delta_rule.gated_delta_rule`."""
+
+    def __call__(
+        self, q_TKC: Tensor, k_TKC: Tensor, v_THV: Tensor, g_TH: Tensor, beta_TH: Tensor, segments: Segments
+    ) -> Tensor: ...
+
+
+class GatedDeltaState(Protocol):
+    """Its states behind segments; see `mmfn.ops.gated_delta_rule.gated_delta_state`."""
+
+    def __call__(
+        self,
+        k_TKC: Tensor,
+        v_THV: Tensor,
+        g_TH: Tensor,
+        beta_TH: Tensor,
+        segments: Segments,
+        state_NHCV: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class Route(Protocol):
@@ -144,12 +179,21 @@ class Ops:
     """The table. Signatures and shapes are in the docstrings of the functions the tables are built from."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rms_norm_gated: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     attention: Attention
     attention_block: AttentionBlock
     attention_block_grad: AttentionBlockGrad
     attention_cached: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    gated_delta_rule: GatedDeltaRule
+    gated_delta_piece: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Segments, Tensor], Tensor]
+    gated_delta_piece_grad: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    gated_delta_entry_grad: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Segments], Tensor]
+    gated_delta_state: GatedDeltaState
+    gated_delta_step: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    causal_conv1d: Callable[[Tensor, Tensor, Segments], Tensor]
+    causal_conv1d_step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
@@ -178,12 +222,21 @@ def reference() -> Ops:
     """Slow and obvious in any dtype: what every other table is tested against."""
     return Ops(
         rms_norm=Kernel(norm.rms_norm_reference),
+        rms_norm_gated=Kernel(norm.rms_norm_gated_reference),
         layer_norm=Kernel(norm.layer_norm_reference),
         rotary=Kernel(rotary.rotary_reference),
         attention=Kernel(attention.attention_reference),
         attention_block=Kernel(attention_block.attention_block_reference),
         attention_block_grad=Kernel(attention_block.attention_block_grad_reference),
         attention_cached=Kernel(attention.attention_cached_reference),
+        gated_delta_rule=Kernel(gated_delta_rule.gated_delta_rule_reference),
+        gated_delta_piece=Kernel(gated_delta_piece.gated_delta_piece_reference),
+        gated_delta_piece_grad=Kernel(gated_delta_piece.gated_delta_piece_grad_reference),
+        gated_delta_entry_grad=Kernel(gated_delta_piece.gated_delta_entry_grad_reference),
+        gated_delta_state=Kernel(gated_delta_rule.gated_delta_state_reference),
+        gated_delta_step=Kernel(gated_delta_rule.gated_delta_step_reference),
+        causal_conv1d=Kernel(causal_conv1d.causal_conv1d_reference),
+        causal_conv1d_step=Kernel(causal_conv1d.causal_conv1d_step_reference),
         linear=Kernel(linear.linear_reference),
         swiglu=Kernel(activation.swiglu_reference),
         gelu=Kernel(activation.gelu_reference),
@@ -214,12 +267,21 @@ def portable(*, cross_entropy: str = "auto") -> Ops:
     name = "logits" if method == "logits" else "attention over the vocabulary"
     return Ops(
         rms_norm=Kernel(norm.rms_norm),
+        rms_norm_gated=Kernel(norm.rms_norm_gated),
         layer_norm=Kernel(norm.layer_norm),
         rotary=Kernel(rotary.rotary),
         attention=attention.KERNEL,
         attention_block=attention_block.KERNEL,
         attention_block_grad=attention_block.GRAD_KERNEL,
         attention_cached=Kernel(attention.attention_cached),
+        gated_delta_rule=gated_delta_rule.KERNEL,
+        gated_delta_piece=gated_delta_piece.KERNEL,
+        gated_delta_piece_grad=gated_delta_piece.GRAD_KERNEL,
+        gated_delta_entry_grad=gated_delta_piece.ENTRY_GRAD_KERNEL,
+        gated_delta_state=gated_delta_rule.STATE_KERNEL,
+        gated_delta_step=Kernel(gated_delta_rule.gated_delta_step),
+        causal_conv1d=causal_conv1d.KERNEL,
+        causal_conv1d_step=Kernel(causal_conv1d.causal_conv1d_step),
         linear=linear.KERNEL,
         swiglu=Kernel(activation.swiglu),
         gelu=Kernel(activation.gelu),

@@ -114,7 +114,7 @@ def dense_mask(q_THC: Tensor, k_SKC: Tensor, offsets_N: Tensor, key_offsets_N: T
 
 def _per_segment(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, is_causal: bool) -> Tensor:
     """Any device: one call of the device's own kernel per segment, differentiated by autograd."""
-    offsets = _used(_read(segments.host_N, q_THC)).tolist()
+    offsets = _used(read_offsets(segments.host_N, q_THC)).tolist()
     parts = [q_THC[:0]]
     for start, end in itertools.pairwise(offsets):
         if start == end:
@@ -142,6 +142,11 @@ def check_inputs(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *segments: Segment
         raise ValueError(f"{shapes}: the number of kv heads must divide the number of query heads; correct the heads")
     if not q_THC.dtype == k_SKC.dtype == v_SKC.dtype or not q_THC.is_floating_point():
         raise ValueError(f"q, k, v are {q_THC.dtype}, {k_SKC.dtype}, {v_SKC.dtype}; cast them to one floating dtype")
+    check_offsets(*segments)
+
+
+def check_offsets(*segments: Segments) -> None:
+    """Raise ValueError unless offsets are a vector with a copy on the host."""
     for offsets_N, host_N in ((s.offsets_N, s.host_N) for s in segments):
         if offsets_N.ndim != 1 or offsets_N.numel() < 1:
             raise ValueError(f"offsets_N has shape {tuple(offsets_N.shape)} but must be [N + 1]; start it with 0")
@@ -152,7 +157,7 @@ def check_inputs(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, *segments: Segment
             )
 
 
-def _read(offsets_N: Tensor, x_T: Tensor) -> Boundaries:
+def read_offsets(offsets_N: Tensor, x_T: Tensor) -> Boundaries:
     """The offsets on the host, checked; every layer does this, so no number of them becomes one of Python."""
     offsets: Boundaries = offsets_N.numpy().astype("int32", copy=False)
     if offsets[0] != 0 or offsets[-1] > x_T.shape[0] or (offsets[1:] < offsets[:-1]).any():
@@ -218,10 +223,10 @@ def _calls(
     offsets_N: Tensor, key_offsets_N: Tensor | None, is_causal: bool, q_THC: Tensor, k_SKC: Tensor
 ) -> Sequence[tuple[_Rows, _Rows]]:
     """Queries and keys of all kernel calls; a segment without queries or without keys has none."""
-    offsets = _read(offsets_N, q_THC)
+    offsets = read_offsets(offsets_N, q_THC)
     if key_offsets_N is None:
         return [(rows, rows) for rows in _plan(_used(offsets).tobytes(), is_causal, q_THC.shape[1] * q_THC.shape[2])]
-    key_offsets = _read(key_offsets_N, k_SKC)
+    key_offsets = read_offsets(key_offsets_N, k_SKC)
     is_used = (offsets[1:] > offsets[:-1]) & (key_offsets[1:] > key_offsets[:-1])
     edges = (x[is_used].tolist() for x in (offsets[:-1], offsets[1:], key_offsets[:-1], key_offsets[1:]))
     return [

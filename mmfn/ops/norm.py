@@ -35,6 +35,27 @@ def rms_norm_reference(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _weighted(normed_D, weight_D, x_D.dtype)
 
 
+def rms_norm_gated(x_D: Tensor, gate_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`rms_norm(x, weight, eps) * silu(gate)`, the product and silu in float32 or wider; in x's shape and dtype.
+
+    Shapes and dtypes as in `rms_norm`; `gate_D` as x. Raises ValueError for other shapes. Source: the gated norm of
+    Qwen3.5 in transformers 5.23, casts included.
+    """
+    _check_gated(x_D, gate_D, weight_D)
+    if is_eager(x_D):
+        y_D: Tensor = _eager_rms_norm_gated(x_D, gate_D, weight_D, eps)
+        return y_D
+    return rms_norm_gated_reference(x_D, gate_D, weight_D, eps)
+
+
+def rms_norm_gated_reference(x_D: Tensor, gate_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`rms_norm_gated` as it is written there."""
+    _check_gated(x_D, gate_D, weight_D)
+    wide_D = x_D.to(wide(x_D.dtype))
+    normed_D = (wide_D * torch.rsqrt(wide_D.square().mean(-1, keepdim=True) + eps)).to(x_D.dtype) * weight_D
+    return (normed_D * F.silu(gate_D.to(wide(gate_D.dtype)))).to(x_D.dtype)
+
+
 def layer_norm(x_D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """`(x - mean) / sqrt(variance + eps) * weight + bias` with the biased variance, in float32 or wider.
 
@@ -60,6 +81,12 @@ def _check(x_D: Tensor, weight_D: Tensor) -> None:
         raise ValueError(
             f"weight or bias has shape {tuple(weight_D.shape)} but x has {tuple(x_D.shape)}; give it x's last dim"
         )
+
+
+def _check_gated(x_D: Tensor, gate_D: Tensor, weight_D: Tensor) -> None:
+    _check(x_D, weight_D)
+    if gate_D.shape != x_D.shape:
+        raise ValueError(f"the gate has shape {tuple(gate_D.shape)} but x has {tuple(x_D.shape)}; make them agree")
 
 
 def _weighted(normed_D: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,3 +122,36 @@ def _rms_norm_grad(ctx: Context, dy_D: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _eager_rms_norm = function(_rms_norm, _rms_norm_grad)
+
+
+def _rms_norm_gated(ctx: Context, x_D: Tensor, gate_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    wide_D = x_D.to(wide(x_D.dtype))
+    norm_1 = torch.linalg.vector_norm(wide_D, dim=-1, keepdim=True)
+    rstd_1 = norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
+    ctx.save_for_backward(x_D, gate_D, weight_D, rstd_1)
+    normed_D = (wide_D * rstd_1).to(x_D.dtype) * weight_D
+    return F.silu(gate_D.to(wide(gate_D.dtype))).mul_(normed_D).to(x_D.dtype)
+
+
+def _rms_norm_gated_grad(ctx: Context, dy_D: Tensor) -> tuple[Tensor | None, ...]:
+    """That of `rms_norm` with dy silu(gate) for dy, and dgate = dy n w silu'(gate)."""
+    x_D, gate_D, weight_D, rstd_1 = ctx.saved_tensors
+    _, needs_dgate, needs_dw, _ = ctx.needs_input_grad
+    D, dtype = x_D.shape[-1], wide(x_D.dtype, gate_D.dtype)
+    gate_wide_D, weight_wide_D = gate_D.to(dtype), weight_D.to(dtype)
+    normed_D = x_D * rstd_1
+    dnormed_D = F.silu(gate_wide_D).mul_(dy_D)
+    dgate_D = None
+    if needs_dgate:
+        dgate_D = (dy_D * normed_D).mul_(weight_wide_D)
+        dgate_D = torch.ops.aten.silu_backward(dgate_D, gate_wide_D).to(gate_D.dtype)
+    dw_D = None
+    if needs_dw:
+        dw_D = (dnormed_D * normed_D).reshape(-1, D).sum(0).to(weight_D.dtype)
+    dnormed_D.mul_(weight_wide_D)
+    mean_1 = (dnormed_D * normed_D).mean(-1, keepdim=True)
+    dx_D = dnormed_D.addcmul_(normed_D, mean_1, value=-1).mul_(rstd_1).to(x_D.dtype)
+    return dx_D, dgate_D, dw_D, None
+
+
+_eager_rms_norm_gated = function(_rms_norm_gated, _rms_norm_gated_grad)

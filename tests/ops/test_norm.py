@@ -67,6 +67,51 @@ def test_rms_norm_gradcheck():
     assert torch.autograd.gradcheck(lambda x, weight: norm.rms_norm(x, weight, EPS), (x, weight))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fn", [norm.rms_norm_gated, norm.rms_norm_gated_reference])
+def test_rms_norm_gated_equals_its_parts_of_torch(fn, shape, dtype):
+    x, weight = draw(shape, dtype), draw(shape[-1:], dtype, offset=1.0)
+    gate, dy = (draw((*shape, 2), dtype)[..., i].detach() for i in range(2))
+    gate.requires_grad_()
+    before = [t.detach().clone() for t in (x, gate, weight)]
+    actual, expected = fn(x, gate, weight, EPS), torch_rms_norm(x, weight, EPS) * F.silu(gate)
+    tol = TOLERANCE[dtype]
+    torch.testing.assert_close(actual, expected, atol=tol, rtol=tol)
+    grads = [torch.autograd.grad(y, (x, gate, weight), dy) for y in (actual, expected)]
+    torch.testing.assert_close(grads[0], grads[1], atol=10 * tol, rtol=10 * tol)  # sums over rows
+    assert all(torch.equal(a, b) for a, b in zip((x, gate, weight), before, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_rms_norm_gated_with_one_frozen_input(frozen):
+    inputs = [draw((6, 8), torch.float64), draw((6, 8), torch.float64, offset=0.5), draw((8,), torch.float64)]
+    inputs[frozen].requires_grad_(False)
+    leaves = [x for x in inputs if x.requires_grad]
+    fns = (norm.rms_norm_gated, norm.rms_norm_gated_reference)
+    grads = [torch.autograd.grad(fn(*inputs, EPS).square().sum(), leaves) for fn in fns]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_rms_norm_gated_has_the_casts_of_transformers():
+    """Bit for bit in bfloat16, where its weight is one too."""
+    qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    x, gate = draw((16, 64), torch.bfloat16), draw((16, 64), torch.bfloat16, offset=0.3)
+    weight = draw((64,), torch.bfloat16, offset=1.0)
+    theirs = qwen.Qwen3_5RMSNormGated(64, eps=EPS).bfloat16()
+    theirs.weight = torch.nn.Parameter(weight.detach().clone())
+    want = theirs(x, gate)
+    assert torch.equal(norm.rms_norm_gated_reference(x, gate, weight, EPS), want)
+    actual = norm.rms_norm_gated(x, gate, weight, EPS)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, want, atol=0, rtol=2**-7)  # one unit in the last place
+    grads = torch.autograd.grad(actual.sum(), (x, gate, weight))
+    wide = [t.detach().double().requires_grad_() for t in (x, gate, weight)]
+    exact = torch.autograd.grad(norm.rms_norm_gated(*wide, EPS).sum(), wide)
+    for a, b in zip(grads, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=0.01, rtol=0.02)
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_rms_norm_with_one_frozen_input(frozen):
     x, weight = draw((6, 8), torch.float64), draw((8,), torch.float64)
@@ -105,7 +150,8 @@ def test_compiled_equals_eager(backend):
     x, weight, bias = (draw(s, torch.float32) for s in ((5, 8), (8,), (8,)))
 
     def both(x, weight, bias):
-        return norm.rms_norm(x, weight, EPS), norm.layer_norm(x, weight, bias, EPS)
+        gated = norm.rms_norm_gated(x, x * 2, weight, EPS)
+        return norm.rms_norm(x, weight, EPS), gated, norm.layer_norm(x, weight, bias, EPS)
 
     run = torch.compile(both, fullgraph=True, dynamic=False, backend=backend)
     actual, expected = run(x, weight, bias), both(x, weight, bias)
@@ -120,6 +166,8 @@ def test_a_weight_of_another_width_is_refused():
         norm.rms_norm(x, other, EPS)
     with pytest.raises(ValueError, match=r"\(4,\) but x has \(5, 8\)"):
         norm.layer_norm(x, weight, other, EPS)
+    with pytest.raises(ValueError, match=r"the gate has shape \(8,\) but x has \(5, 8\)"):
+        norm.rms_norm_gated(x, weight, weight, EPS)
 
 
 @pytest.mark.parametrize("wide", [0, 1])

@@ -15,6 +15,7 @@ from mmfn.batch import Segments
 from mmfn.errors import UserError
 from mmfn.ops import AttentionBlock, AttentionBlockGrad
 from mmfn.ops.attention_block import merge_blocks
+from mmfn.parallel.context.token_order import cut, pieces
 from mmfn.parallel.mesh.axis import Axis, all_gather
 
 SITE = "keys"
@@ -46,17 +47,6 @@ def key_gather_attention(
         q_THC, k_SKC, v_SKC, segments.offsets_N, segments.host_N, axis, block, block_grad
     )
     return o_THC
-
-
-def _chunks(axis: Axis, num_tokens: int) -> tuple[tuple[int, int], ...]:
-    """First and last (exclusive) place in the whole row of this rank's two chunks."""
-    size = num_tokens // 2
-    return tuple((i * size, (i + 1) * size) for i in (axis.index, 2 * axis.size - 1 - axis.index))
-
-
-def _own(segments: Segments, start: int, end: int) -> Segments:
-    """Segments cut to a chunk."""
-    return segments.map(lambda offsets_N: offsets_N.clamp(start, end) - start)
 
 
 def _earlier(segments: Segments, start: int, end: int) -> tuple[Segments, Segments]:
@@ -96,9 +86,9 @@ class _Chunks(torch.autograd.Function):
         block_grad: AttentionBlockGrad,
     ) -> Tensor:
         segments, parts = Segments(offsets_N=offsets_N, host_N=host_N), []
-        for q, (start, end) in zip(q_THC.chunk(2), _chunks(axis, q_THC.shape[0]), strict=True):
+        for q, (start, end) in zip(q_THC.chunk(2), pieces("gather", q_THC.shape[0], axis), strict=True):
             queries, keys = _earlier(segments, start, end)
-            own = block(q, k_SKC[start:end], v_SKC[start:end], _own(segments, start, end), is_causal=True)
+            own = block(q, k_SKC[start:end], v_SKC[start:end], cut(segments, start, end), is_causal=True)
             earlier = block(q, k_SKC[:start], v_SKC[:start], queries, keys, is_causal=False)
             parts.append(merge_blocks(*own, *earlier))
         o_THC, lse_TH = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -114,9 +104,9 @@ class _Chunks(torch.autograd.Function):
         dk_SKC, dv_SKC = (torch.zeros_like(x, dtype=lse_TH.dtype) for x in (k_SKC, v_SKC))
         dq = []
         halves = zip(*(x.chunk(2) for x in (do_THC, q_THC, o_THC, lse_TH)), strict=True)
-        for (do, q, o, lse), (start, end) in zip(halves, _chunks(ctx.axis, q_THC.shape[0]), strict=True):
+        for (do, q, o, lse), (start, end) in zip(halves, pieces("gather", q_THC.shape[0], ctx.axis), strict=True):
             queries, keys = _earlier(whole, start, end)
-            k, v, segments = k_SKC[start:end], v_SKC[start:end], _own(whole, start, end)
+            k, v, segments = k_SKC[start:end], v_SKC[start:end], cut(whole, start, end)
             own = ctx.block_grad(do, q, k, v, o, lse, segments, is_causal=True)
             k, v = k_SKC[:start], v_SKC[:start]
             earlier = ctx.block_grad(do, q, k, v, o, lse, queries, keys, is_causal=False)

@@ -16,12 +16,14 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from mmfn.batch import Batch, map_tokens
+from mmfn.batch import Batch, Segments, map_tokens
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Layout, Mesh
 
 CP_KINDS = ("ulysses", "ring", "usp", "gather")
+PIECE_KINDS = ("ulysses", "gather")
+"""Those that cut the row, and not every segment: what passes from token to token passes from piece to piece."""
 
 
 def token_multiple(kind: str, layout: Layout) -> int:
@@ -58,6 +60,22 @@ def chunk_order(num_tokens: int, axis: Axis) -> Tensor:
     """Chunks r and 2W - 1 - r of the whole row."""
     chunks = torch.arange(num_tokens).chunk(2 * axis.size)
     return torch.cat([chunks[axis.index], chunks[-1 - axis.index]])
+
+
+def pieces(kind: str, num_tokens: int, axis: Axis) -> tuple[tuple[int, int], ...]:
+    """First and last (exclusive) place in the whole row of this rank's pieces: one, or two of kind "gather".
+
+    `num_tokens`: of this rank.
+    """
+    if kind != "gather":
+        return ((axis.index * num_tokens, (axis.index + 1) * num_tokens),)
+    size = num_tokens // 2
+    return tuple((i * size, (i + 1) * size) for i in (axis.index, 2 * axis.size - 1 - axis.index))
+
+
+def cut(segments: Segments, start: int, end: int) -> Segments:
+    """Those of the tokens from `start` to `end` alone, which lie on this rank."""
+    return replace(segments.map(lambda offsets_N: offsets_N.clamp(start, end) - start), spread="")
 
 
 def ring_order(offsets_N: Tensor, num_tokens: int, axis: Axis) -> Tensor:

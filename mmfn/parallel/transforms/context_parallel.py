@@ -10,6 +10,7 @@ from mmfn.batch import Batch, Segments, TowerKind
 from mmfn.errors import UserError
 from mmfn.ops import Attention, Ops
 from mmfn.ops.kernel import wrapping
+from mmfn.parallel.context.delta import check_recurrent, spread_recurrence
 from mmfn.parallel.context.key_gather import key_gather_attention
 from mmfn.parallel.context.ring import ring_attention
 from mmfn.parallel.context.token_order import CP_KINDS, segment_multiple, split_tokens, token_multiple
@@ -25,6 +26,7 @@ def context_parallel(
     num_heads: int,
     num_kv_heads: int,
     towers: Mapping[str, TowerKind],
+    is_recurrent: bool = False,
 ) -> Transform:
     """Spread tokens over cp ranks, and the items that encoders read with them.
 
@@ -32,18 +34,21 @@ def context_parallel(
     inputs: whole items (frames, windows of sound) on one rank each, by cost (`tower_split.assign_items`). Parameters
     are sharded over dp * cp by `data_parallel`, whose reduce-scatter sums their gradients; nothing else is reduced.
 
-    | kind | communication of one attention | segments |
-    |---|---|---|
-    | ulysses | heads for tokens: two all-to-alls, and two in the backward | any |
-    | ring | keys and values shifted around the ring, under way while blocks are computed | padded by the packer |
-    | usp | ulysses inside, ring outside | padded by the packer |
-    | gather | keys and values all-gathered, their gradients reduce-scattered | any |
+    | kind | communication of one attention | segments | recurrent layers |
+    |---|---|---|---|
+    | ulysses | heads for tokens: two all-to-alls, and two in the backward | any | yes |
+    | ring | keys and values shifted around the ring, under way while blocks are computed | padded by the packer | no |
+    | usp | ulysses inside, ring outside | padded by the packer | no |
+    | gather | keys and values all-gathered, their gradients reduce-scattered | any | yes |
 
-    What is not causal stays whole on its rank, or takes ulysses. `num_heads`, `num_kv_heads`: of the text model.
-    `towers`: how the model's encoders read (`Family.towers`). The identity where cp is 1.
+    What is not causal stays whole on its rank, or takes ulysses. Recurrent layers pass states of any number of heads
+    (`mmfn.parallel.context.delta`). `num_heads`, `num_kv_heads`: of the text model's attention; `is_recurrent`: whether
+    it has layers that carry a state through a row. `towers`: how the model's encoders read (`Family.towers`). The
+    identity where cp is 1.
 
-    Raises ValueError for an unknown kind, sizes of the layout it does not use, and heads it cannot divide; and, when a
-    batch is split, for tokens or segments that cannot be divided.
+    Raises ValueError for an unknown kind, sizes of the layout it does not use, heads it cannot divide, and recurrent
+    layers of a kind that cuts segments (if not told here, then where one is run); and, when a batch is split, for
+    tokens or segments that cannot be divided.
     """
     if kind not in CP_KINDS:
         raise UserError(f"context_parallel kind {kind!r} is unknown; use one of {', '.join(CP_KINDS)}")
@@ -54,6 +59,8 @@ def context_parallel(
             return program
         check_kind(kind, layout)
         _check_heads(kind, layout, num_heads, num_kv_heads)
+        if is_recurrent:
+            check_recurrent(kind)
         ops, before = program.ops, program.split
         place = partial(spread_features, axis=mesh["cp"])
 
@@ -61,7 +68,10 @@ def context_parallel(
             own = split_tokens(before(batch), kind, mesh)
             return split_towers(own, dict(towers), mesh)
 
-        done = replace(program, ops=replace(ops, attention=_attention(ops, kind, mesh), place_features=place))
+        ops = spread_recurrence(
+            replace(ops, attention=_attention(ops, kind, mesh), place_features=place), kind, mesh["cp"]
+        )
+        done = replace(program, ops=ops)
         return noted(uses(replace(done, split=split), "cp", "ulysses"), _note(kind, layout, num_kv_heads))
 
     return transform
