@@ -161,15 +161,15 @@ def test_a_silent_video_beside_one_with_sound_has_positions_of_text():
     heard += [AUDIO_END_ID, END_ID]
     silent = [START_ID, *[VIDEO_ID] * 4, END_ID]
     ids = [WORD, *heard, WORD, *silent, WORD]
-    found = omni_positions(model, ids, seconds=[1.0, 1.0], frames=[100], grids=[[2, 2, 2], [1, 4, 4]], sound=True)
+    positions = omni_positions(model, ids, seconds=[1.0, 1.0], frames=[100], grids=[[2, 2, 2], [1, 4, 4]], sound=True)
     place = slice(len(ids) - 6, len(ids) - 2)
-    assert torch.equal(found[0, place], found[1, place])
-    assert torch.equal(found[0, place].diff(), torch.ones(3))
+    assert torch.equal(positions[0, place], positions[1, place])
+    assert torch.equal(positions[0, place].diff(), torch.ones(3))
     alone = omni_positions(model, [WORD, *silent, WORD], seconds=[1.0], frames=[], grids=[[1, 4, 4]], sound=False)
     assert alone[:, 2:6].tolist() == [[2, 2, 2, 2], [2, 2, 3, 3], [2, 3, 2, 3]]
 
 
-def written_by_the_processor(seconds, steps, num_sounds):
+def order_of_the_processor(seconds, steps, num_sounds):
     """Kinds of the tokens of a video of one feature per step and its sound, from the library's own method."""
     names = {"video_token": "V", "audio_token": "A", "audio_bos_token": "", "audio_eos_token": ""}
     processor = SimpleNamespace(video_processor=SimpleNamespace(merge_size=2), **names)
@@ -182,19 +182,19 @@ def written_by_the_processor(seconds, steps, num_sounds):
 def test_videos_with_sound_are_written_here_as_by_the_processor():
     for seconds in (1.0, 0.5, 2.0, 0.25, 2 / 3, 2 / 30):
         for steps, num_sounds in ((1, 5), (7, 40), (40, 13)):
-            own = list(interleave([i * seconds * 13.0 for i in range(steps)], num_sounds))
-            assert own == written_by_the_processor(seconds, steps, num_sounds)
+            ours = list(interleave([i * seconds * 13.0 for i in range(steps)], num_sounds))
+            assert ours == order_of_the_processor(seconds, steps, num_sounds)
 
 
 @pytest.mark.parametrize(("seconds", "is_swapped"), [(2 / 7, True), (0.5, False)])
 def test_the_model_orders_a_video_and_its_sound_unlike_the_processor(seconds, is_swapped):
     """The processor compares times in float64, the model in float32 with the start added: tokens swap positions."""
     model, steps, frames = model_of("qwen3_omni_moe"), 23, 700
-    kinds = written_by_the_processor(seconds, steps, num_audio_tokens(frames))
+    kinds = order_of_the_processor(seconds, steps, num_audio_tokens(frames))
     ids = [START_ID, AUDIO_START_ID, *[VIDEO_ID if kind == VIDEO else AUDIO_ID for kind in kinds], AUDIO_END_ID, END_ID]
     row = [WORD, *ids, WORD]
-    found = omni_positions(model, row, seconds=[seconds], frames=[frames], grids=[[steps, 2, 2]], sound=True)
-    sounds = found[:, 3 : 3 + len(kinds)][:, torch.tensor(kinds) == AUDIO]
+    positions = omni_positions(model, row, seconds=[seconds], frames=[frames], grids=[[steps, 2, 2]], sound=True)
+    sounds = positions[:, 3 : 3 + len(kinds)][:, torch.tensor(kinds) == AUDIO]
     want = (torch.arange(sounds.shape[1]) + 3.0).expand(3, -1)
     assert (not torch.equal(sounds, want)) == is_swapped
     assert (sounds != want).any(0).sum() == is_swapped  # one token of sound has the place of a feature
@@ -268,8 +268,8 @@ def test_the_balance_of_routers_is_of_softmax_over_all_layers(family):
     out = oracles.run(model, inputs)
     mask = inputs["attention_mask"].flatten().bool()
     probs = torch.stack([layer.softmax(-1)[mask] for layer in out.router_logits]).flatten(0, 1).detach()
-    num_experts, chosen = probs.shape[1], probs.topk(model.config.text_config.num_experts_per_tok)[1]
-    counts = torch.nn.functional.one_hot(chosen, num_experts).sum(1).double()
+    num_experts, experts = probs.shape[1], probs.topk(model.config.text_config.num_experts_per_tok)[1]
+    counts = torch.nn.functional.one_hot(experts, num_experts).sum(1).double()
     want = num_experts * (counts.mean(0) * probs.mean(0)).sum()
     torch.testing.assert_close(out.aux_loss.detach(), want, rtol=1e-12, atol=0)
 

@@ -83,17 +83,17 @@ def inputs(
     """
     r = random.Random(f"inputs {seed}")
     has_sound = "audio_config" in cfg.sub_configs and (r.random() < 0.5 if sound is None else sound)
-    built = [_row(cfg, r, images, videos, audios, has_sound) for _ in range(rows)]
-    longest = max(len(row.ids) for row in built)
+    conversations = [_row(cfg, r, images, videos, audios, has_sound) for _ in range(rows)]
+    longest = max(len(row.ids) for row in conversations)
     names = ["input_ids", "attention_mask", "mm_token_type_ids"]
     out = {key: torch.zeros(rows, longest, dtype=torch.int64) for key in names}
-    for i, row in enumerate(built):
+    for i, row in enumerate(conversations):
         place = slice(0, len(row.ids)) if pad == "right" else slice(longest - len(row.ids), longest)
         for key, value in zip(names, (row.ids, [1] * len(row.ids), row.kinds), strict=True):
             out[key][i, place] = torch.tensor(value)
     if "audio_config" in cfg.sub_configs:
         del out["mm_token_type_ids"]  # a processor that does not tell kinds
-    return out | _media(cfg, built, torch.Generator().manual_seed(seed))
+    return out | _media(cfg, conversations, torch.Generator().manual_seed(seed))
 
 
 def labelled(cfg: Any, seed: int, **limits: Any) -> dict[str, Tensor]:
@@ -109,13 +109,13 @@ def _media(cfg: Any, rows: list[Row], g: torch.Generator) -> dict[str, Tensor]:
     vision, out = cfg.vision_config, {}
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     for kind, pixels, grids in PIXELS:
-        if found := [grid for row in rows for grid in row.grids[kind]]:
-            out[grids] = torch.tensor(found)
+        if media_grids := [grid for row in rows for grid in row.grids[kind]]:
+            out[grids] = torch.tensor(media_grids)
             out[pixels] = torch.randn(int(out[grids].prod(-1).sum()), width, generator=g)
     name = model_type(cfg)
     seconds = {"qwen2_5_vl": "second_per_grid_ts", "qwen3_omni_moe": "video_second_per_grid"}.get(name)
-    if seconds and (found := [value for row in rows for value in row.seconds]):
-        out[seconds] = torch.tensor(found)
+    if seconds and (values := [value for row in rows for value in row.seconds]):
+        out[seconds] = torch.tensor(values)
     if clips := [clip for row in rows for clip in row.clips]:
         frames = torch.arange(max(clips))
         out["feature_attention_mask"] = (frames < torch.tensor(clips)[:, None]).long()
@@ -175,13 +175,13 @@ def _row(cfg: Any, r: random.Random, images: int, videos: int, audios: int, has_
 
 def interleave(times: list[float], num_sounds: int) -> Iterator[int]:
     """Kinds of the tokens of a video and its sound: by their place in time, the video first where they are equal."""
-    seen = heard = 0
-    while seen < len(times) or heard < num_sounds:
-        if heard == num_sounds or (seen < len(times) and times[seen] <= heard):
-            seen += 1
+    frame = sound = 0
+    while frame < len(times) or sound < num_sounds:
+        if sound == num_sounds or (frame < len(times) and times[frame] <= sound):
+            frame += 1
             yield VIDEO
         else:
-            heard += 1
+            sound += 1
             yield AUDIO
 
 

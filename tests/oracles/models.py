@@ -85,22 +85,27 @@ def real_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """[3, rows, columns]: positions of what the model is given, by the library where its rule is right."""
-    given = arguments(model, inputs)
-    if "position_ids" in given:
-        return given["position_ids"]
+    """[3, rows, columns]: positions of what a call reads, by the library where its rule is right."""
+    kwargs = arguments(model, inputs)
+    if "position_ids" in kwargs:
+        return kwargs["position_ids"]
     mask = inputs["attention_mask"]
     if model_type(model.config) == "qwen3_omni_moe":
-        lengths = given["feature_attention_mask"].sum(1) if "feature_attention_mask" in given else None
-        grids = [given.get(f"{kind}_grid_thw") for kind in ("image", "video")]
-        found, _ = model.model.get_rope_index(
-            given["input_ids"], *grids, mask, given["use_audio_in_video"], lengths, given.get("video_second_per_grid")
+        lengths = kwargs["feature_attention_mask"].sum(1) if "feature_attention_mask" in kwargs else None
+        grids = [kwargs.get(f"{kind}_grid_thw") for kind in ("image", "video")]
+        places, _ = model.model.get_rope_index(
+            kwargs["input_ids"],
+            *grids,
+            mask,
+            kwargs["use_audio_in_video"],
+            lengths,
+            kwargs.get("video_second_per_grid"),
         )
-        return found
-    kinds = given["mm_token_type_ids"]
-    grids = {key: given.get(key) for key in ("image_grid_thw", "video_grid_thw")}
-    found, _ = model.model.get_rope_index(given["input_ids"], kinds, attention_mask=mask, **grids)
-    return found
+        return places
+    kinds = kwargs["mm_token_type_ids"]
+    grids = {key: kwargs.get(key) for key in ("image_grid_thw", "video_grid_thw")}
+    places, _ = model.model.get_rope_index(kwargs["input_ids"], kinds, attention_mask=mask, **grids)
+    return places
 
 
 def block_positions(cfg: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -102,15 +102,15 @@ def config(
         **({"tie_word_embeddings": True} | dict(recipe.outer) | outer),
     )
     del values["model_type"]
-    own, tower = values["text_config"], values["vision_config"]
+    decoder, tower = values["text_config"], values["vision_config"]
     if recipe.rotary != 1:
-        own["rope_parameters"]["partial_rotary_factor"] = rotary = own.pop("rotary", recipe.rotary)
-        own["head_dim"] = round(2 * sum(sections) / rotary)
+        decoder["rope_parameters"]["partial_rotary_factor"] = rotary = decoder.pop("rotary", recipe.rotary)
+        decoder["head_dim"] = round(2 * sum(sections) / rotary)
     for name in recipe.without:
-        for part in (own, own["rope_parameters"], tower):
+        for part in (decoder, decoder["rope_parameters"], tower):
             part.pop(name, None)
     if recipe.audio is not None:
-        values["audio_config"] = {**recipe.audio, "output_dim": own["hidden_size"], **(audio or {})}
+        values["audio_config"] = {**recipe.audio, "output_dim": decoder["hidden_size"], **(audio or {})}
     return recipe.classes[0](**values)
 
 

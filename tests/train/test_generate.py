@@ -26,8 +26,8 @@ def continued(oracle, inputs, count, **kwargs):
     Without its cache where no layer attends: that of the library asks a layer of attention for its length.
     """
     layer_types = oracle.config.text_config.to_dict().get("layer_types") or ["full_attention"]
-    given = {**oracles.arguments(oracle, inputs), "use_cache": "full_attention" in layer_types}
-    ids = oracle.generate(**given, do_sample=False, max_new_tokens=count, pad_token_id=oracles.PAD_ID, **kwargs)
+    arguments = {**oracles.arguments(oracle, inputs), "use_cache": "full_attention" in layer_types}
+    ids = oracle.generate(**arguments, do_sample=False, max_new_tokens=count, pad_token_id=oracles.PAD_ID, **kwargs)
     return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 
