@@ -132,8 +132,10 @@ def _forward(x_TD: Tensor, weight_DK: Tensor, offsets_N: Tensor) -> Tensor:
     return y_TD
 
 
-def _backward(dy_TD: Tensor, x_TD: Tensor, weight_DK: Tensor, offsets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight; a block reads the gradient of the K - 1 tokens behind it as well."""
+def _backward(
+    dy_TD: Tensor, x_TD: Tensor, weight_DK: Tensor, offsets_N: Tensor, needs_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight (or zeros); a block reads the gradient of the K - 1 tokens behind it as well."""
     dx_TD, weight_KD, K = x_TD.new_empty(x_TD.shape), _wide_taps(x_TD, weight_DK), weight_DK.shape[1]
     dx_TD[int(offsets_N[-1]) :] = 0
     dweight_KD = torch.zeros_like(weight_KD)
@@ -147,7 +149,8 @@ def _backward(dy_TD: Tensor, x_TD: Tensor, weight_DK: Tensor, offsets_N: Tensor)
             later_LD = dz_LD[K - 1 - i : K - 1 - i + size]
             if i < K - 1:
                 dx_LD[: len(later_LD)].addcmul_(later_LD, weight_KD[i])
-            dweight_KD[i] += (dz_LD[:size] * x_LD[i : i + size]).sum(0)
+            if needs_dweight:
+                dweight_KD[i] += (dz_LD[:size] * x_LD[i : i + size]).sum(0)
         dx_TD[start:end] = dx_LD
     return dx_TD, dweight_KD.T.to(weight_DK.dtype).contiguous()
 
@@ -161,14 +164,16 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Context, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-    return *CONV_GRAD(dy_TD, *ctx.saved_tensors), None
+    needs_dweight = ctx.needs_input_grad[1]
+    dx_TD, dweight_DK = CONV_GRAD(dy_TD, *ctx.saved_tensors, needs_dweight)
+    return dx_TD, dweight_DK if needs_dweight else None, None
 
 
 CONV = operator("mmfn::causal_conv1d", _forward, lambda x, weight, offsets: x.new_empty(x.shape))
 CONV_GRAD = operator(
     "mmfn::causal_conv1d_grad",
     _backward,
-    lambda dy, x, weight, offsets: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    lambda dy, x, weight, offsets, needs_dweight: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
 _conv = CONV.with_gradient(_save, _gradient)
 KERNEL = Kernel(causal_conv1d, operators={CONV.name: None, CONV_GRAD.name: None}, results=(CONV.name,))

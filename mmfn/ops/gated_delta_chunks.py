@@ -256,12 +256,12 @@ def _inverse(lower: Tensor) -> Tensor:
     size = 1
     while size < CHUNK:
         grid = (CHUNK // (2 * size), 2 * size)
-        blocks, given = (
+        blocks, of_lower = (
             x.unflatten(-1, grid).unflatten(-3, grid).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # type: ignore[no-untyped-call]
             for x in (inverse, lower)
         )
         first, second = blocks[..., :size, :size], blocks[..., size:, size:]
-        blocks[..., size:, :size] = -(second @ given[..., size:, :size] @ first)
+        blocks[..., size:, :size] = -(second @ of_lower[..., size:, :size] @ first)
         size *= 2
     return inverse
 

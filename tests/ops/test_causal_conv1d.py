@@ -74,6 +74,15 @@ def test_steps_go_on_where_a_prefill_ends(lengths):
     assert torch.equal(state, causal_conv1d_state(x, pack([n + 2 for n in lengths]), 3))
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_with_one_frozen_input(frozen):
+    leaves, dy = draw(30, 4, 4)
+    want = outcome(causal_conv1d, leaves, dy, pack([20, 8]))
+    leaves[frozen].requires_grad_(False)
+    found = torch.autograd.grad(causal_conv1d(*leaves, pack([20, 8])), leaves[1 - frozen], dy)[0]
+    assert torch.equal(found, want[2 - frozen])
+
+
 def test_saves_its_arguments_alone():
     (x, weight), _ = draw(20, 3, 4)
     saved, segments = [], pack([20])
@@ -97,7 +106,7 @@ def test_operators_pass_torchs_own_checks():
     offsets = pack([3, 4]).host_N
     torch.library.opcheck(torch.ops.mmfn.causal_conv1d.default, (*leaves, offsets))
     rows = [x.detach() for x in leaves]
-    torch.library.opcheck(torch.ops.mmfn.causal_conv1d_grad.default, (dy, *rows, offsets))
+    torch.library.opcheck(torch.ops.mmfn.causal_conv1d_grad.default, (dy, *rows, offsets, True))
 
 
 def test_shapes_and_offsets_that_do_not_fit_are_refused():
