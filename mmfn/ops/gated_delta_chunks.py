@@ -33,8 +33,9 @@ from mmfn.ops.attention import read_offsets
 
 CHUNK = 64
 """Tokens of a chunk: float32 is off by 1e-6 of float64 at 64, twice that at 128, and products of 32 are slower."""
-BLOCK_VALUES = 2**19
-"""Values of one tensor of a block of heads: 2 MiB of float32. A head of more is a block of its own."""
+BLOCK_VALUES = 2**17
+"""Values of one tensor of a block of heads: 512 KiB of float32. A head of more is a block of its own; larger blocks
+take more time, and memory in proportion."""
 NORM_EPS = 1e-6  # of the length of q and k, as in transformers
 
 
