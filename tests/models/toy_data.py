@@ -30,7 +30,7 @@ class ToyProcessor:
         """It takes no videos."""
         raise ValueError("the toy takes no videos")
 
-    def video(self, frames_u8: Tensor, times: Sequence[float]) -> Media:
+    def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
         """It takes no videos."""
         raise ValueError("the toy takes no videos")
 

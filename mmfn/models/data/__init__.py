@@ -40,8 +40,8 @@ class MediaProcessor(Protocol):
     def sampling(self) -> Sampling:
         """Raises ValueError where the checkpoint has no settings for videos."""
 
-    def video(self, frames_u8: Tensor, times: Sequence[float]) -> Media:
-        """Of uint8[T, 3, H, W] and the times of the frames in seconds."""
+    def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
+        """Of uint8[T, 3, H, W], the times of the frames in seconds, and how many there are per second of the video."""
 
     def texts(self, media: MediaByKind) -> TextsByKind:
         """What is written for the media of one sample."""

@@ -50,18 +50,19 @@ class VideoSpec:
         )
 
 
-def preprocess_video(frames_u8: Tensor, spec: ImageSpec) -> Media:
+def preprocess_video(frames_u8: Tensor, spec: ImageSpec, *, is_frame_budget: bool = False) -> Media:
     """uint8[T, 3, H, W] -> `Media` with grid (frame groups, height, width); the last frame is repeated to fill a group.
 
-    Raises ValueError for another shape or dtype, or fewer frames than temporal_patch_size.
-    Source: Qwen3VLVideoProcessor of transformers 5.23.0 (`cap_pixels_per_frame=False`), bit-equal.
+    `is_frame_budget`: the budget of pixels is that of each frame, not of all. Raises ValueError for another shape or
+    dtype, or fewer frames than temporal_patch_size. Source: Qwen3VLVideoProcessor (`cap_pixels_per_frame=False`) and,
+    of single frames, Qwen2VLVideoProcessor of transformers 5.23.0, bit-equal.
     """
     if frames_u8.ndim != 4 or frames_u8.shape[1] != 3 or frames_u8.dtype != torch.uint8:
         raise UserError(f"a video must be uint8[T, 3, H, W], got {frames_u8.dtype} {tuple(frames_u8.shape)}")
     num_frames, group = frames_u8.shape[0], spec.temporal_patch_size
     if num_frames < group:
         raise UserError(f"a video needs at least {group} frames, got {num_frames}; pass it as images instead")
-    size = target_size(frames_u8.shape[2], frames_u8.shape[3], spec, num_frames)
+    size = target_size(frames_u8.shape[2], frames_u8.shape[3], spec, None if is_frame_budget else num_frames)
     frames = normalize(resize(frames_u8, size), spec)
     return patchify(torch.cat([frames, frames[-1:].expand(-num_frames % group, -1, -1, -1)]), spec)
 

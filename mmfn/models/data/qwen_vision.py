@@ -60,14 +60,8 @@ class VisionProcessor:
     video_spec: VideoSpec | None = None
 
     def __post_init__(self) -> None:
-        if self.video_spec is None:
-            return
-        for name in ("patch_size", "temporal_patch_size", "merge_size"):
-            image, video = getattr(self.image_spec, name), getattr(self.video_spec.pixels, name)
-            if image != video:
-                raise UserError(
-                    f"{name} is {image} for images but {video} for videos; one vision tower needs one value"
-                )
+        if self.video_spec is not None:
+            check_same_patches(self.image_spec, self.video_spec.pixels)
 
     def image(self, image_u8: Tensor) -> Media:
         """See `pixels.preprocess_image`."""
@@ -78,7 +72,7 @@ class VisionProcessor:
         spec = self._video_spec()
         return Sampling(fps=spec.fps, select=partial(sample_frames, spec=spec))
 
-    def video(self, frames_u8: Tensor, times: Sequence[float]) -> Media:
+    def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
         """See `frames.preprocess_video`; a group of frames has the time that lies between its first and last."""
         spec = self._video_spec().pixels
         groups = group_times(times, spec.temporal_patch_size)
@@ -94,6 +88,16 @@ class VisionProcessor:
         if self.video_spec is None:
             raise UserError("the model's folder has no video_preprocessor_config.json; add it or remove the videos")
         return self.video_spec
+
+
+def check_same_patches(image: ImageSpec, video: ImageSpec) -> None:
+    """Raise ValueError where images and videos are cut otherwise."""
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        if getattr(image, name) != getattr(video, name):
+            raise UserError(
+                f"{name} is {getattr(image, name)} for images but {getattr(video, name)} for videos; one vision tower "
+                "needs one value"
+            )
 
 
 def image_text(media: Media, merge_size: int) -> MediaText:

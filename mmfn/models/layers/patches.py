@@ -1,14 +1,16 @@
 """Images and videos as a tower of merged patches: how they are laid on the host, and where their tokens are.
 
-A frame (an image, or one step in time of a video) attends to itself alone. Legend: T tokens, P patches, N features.
+A frame (an image, or one step in time of a video) attends to itself alone, in some towers only to windows of itself.
+Legend: T tokens, P patches, N features (a cell of merged patches each), M of them, K steps in time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmfn.batch import IMAGE, TEXT, VIDEO, Laid, Media, Sample, TowerKind
 from mmfn.errors import UserError
@@ -17,8 +19,11 @@ from mmfn.models.layers.positions import Block
 NAMES = {IMAGE: "image", VIDEO: "video"}
 
 
-def tower_kind(merge_size: int, num_values: int, matmul_patches: int) -> TowerKind:
-    """Patches in merge blocks of `merge_size`**2, each one feature. `matmul_patches`: `TowerKind.matmul_rows`."""
+def tower_kind(merge_size: int, num_values: int, matmul_patches: int, num_lists: int = 1) -> TowerKind:
+    """Patches in merge blocks of `merge_size`**2, each one feature. `matmul_patches`: `TowerKind.matmul_rows`.
+
+    `num_lists`: of segments, each one block or more: 1 for frames alone, 2 for windows and frames.
+    """
     merged = merge_size**2
     return TowerKind(
         media=(IMAGE, VIDEO),
@@ -26,7 +31,7 @@ def tower_kind(merge_size: int, num_values: int, matmul_patches: int) -> TowerKi
         rows=merged,
         features=1,
         values=num_values,
-        segments_per_unit=(1,),
+        segments_per_unit=(1,) * num_lists,
         matmul_rows=matmul_patches,
     )
 
@@ -51,28 +56,75 @@ def lay_frames(sample: Sample, merge_size: int, num_values: int) -> Laid:
     )
 
 
+def lay_windows(sample: Sample, merge_size: int, num_values: int, window: int) -> Laid:
+    """`lay_frames` with the patches of a frame window by window, and two lists of segments: windows and frames.
+
+    `window`: cells on a side of one. Both lists are of patches that lie together, so no row moves on the device, and
+    `index_T` leads back to the order of the tokens. Raises as `lay_frames` does.
+    """
+    laid = lay_frames(sample, merge_size, num_values)
+    media = sample.media(IMAGE, VIDEO)
+    orders = [torch.zeros(0, dtype=torch.int64)]
+    windows: list[int] = []
+    for medium in media:
+        order_M, lengths = _window_order(medium.grid, merge_size, window)
+        orders.append(order_M)
+        windows += lengths
+
+    def reorder(x: Tensor, order_M: Tensor) -> Tensor:
+        return x.view(-1, merge_size**2, x.shape[1])[order_M].flatten(0, 1)
+
+    firsts = torch.tensor([0, *(order_M.numel() for order_M in orders)]).cumsum(0).tolist()
+    order_N = torch.cat([order_M + first for order_M, first in zip(orders, firsts, strict=False)])
+    places_N = pad(order_N.argsort(), (1, 0), value=-1)
+    return replace(
+        laid,
+        inputs=tuple(reorder(m.inputs_UF, order_M) for m, order_M in zip(media, orders[1:], strict=True)),
+        coords_P4=reorder(laid.coords_P4, order_N),
+        segments=(tuple(windows), *laid.segments),
+        index_T=places_N[laid.index_T + 1],
+    )
+
+
 def frame_blocks(sample: Sample, merge_size: int) -> Iterator[Block]:
     """The placeholders of each image and frame with their (0, row, column) in merged cells, as blocks of `mrope`.
 
     Adjacent frames are told apart by their grids, not by the text between them. Raises ValueError when a run of
     placeholders does not match its grids.
     """
-    grids = {IMAGE: _grids(sample.images, is_video=False), VIDEO: _grids(sample.videos, is_video=True)}
+    images = (_cells(_shape(m, merge_size)) for m in sample.images)
+    frames = (_cells((1, *_shape(m, merge_size)[1:])) for m in sample.videos for _ in range(m.grid[0]))
+    return _blocks(sample, {IMAGE: images, VIDEO: frames})
+
+
+def media_blocks(sample: Sample, merge_size: int, times: Callable[[Media], Tensor]) -> Iterator[Block]:
+    """`frame_blocks` with a whole video as one block of (time, row, column); `times`: float32[K], of its K steps."""
+
+    def video(medium: Media) -> Tensor:
+        cells_3M = _cells(_shape(medium, merge_size))
+        return torch.cat([times(medium)[cells_3M[:1].long()], cells_3M[1:]])
+
+    images = (_cells(_shape(m, merge_size)) for m in sample.images)
+    return _blocks(sample, {IMAGE: images, VIDEO: map(video, sample.videos)})
+
+
+def _blocks(sample: Sample, places: Mapping[int, Iterable[Tensor]]) -> Iterator[Block]:
+    """Runs of placeholders, cut where the `places` of their kind say: float32[3, M] for each block, in order."""
+    left_of = {kind: iter(blocks) for kind, blocks in places.items()}
     kinds, lengths = torch.unique_consecutive(sample.kinds_T, return_counts=True)
     tokens_T, first = torch.arange(sample.kinds_T.numel()), 0
     for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
         first, end = first + length, first + length
         place = end - length
         while kind != TEXT and place < end:
-            t, h, w = next(grids[kind], (0, 0, 0))
-            shape = (t, h // merge_size, w // merge_size)
-            size = prod(shape)
+            places_3M = next(left_of[kind], torch.zeros(3, 0))
+            size = places_3M.shape[1]
             if not 0 < size <= (left := end - place):
                 raise UserError(
                     f"sample {sample.id!r} has a run of {length} visual placeholder tokens with {left} left where the "
-                    f"next image or frame gives {size}; make the text and the media agree"
+                    f"next image, frame or video gives {size}; make the text and the media agree"
                 )
-            yield tokens_T[place : place + size], _cells(shape)
+            yield tokens_T[place : place + size], places_3M
             place += size
 
 
@@ -96,10 +148,22 @@ def _cells(shape: tuple[int, int, int]) -> Tensor:
     return torch.cartesian_prod(*map(torch.arange, shape)).T.float()
 
 
-def _grids(media: Sequence[Media], *, is_video: bool) -> Iterator[tuple[int, int, int]]:
-    for medium in media:
-        t, h, w = medium.grid
-        yield from [(1, h, w)] * t if is_video else [(t, h, w)]
+@lru_cache(maxsize=256)
+def _window_order(grid: tuple[int, int, int], merge_size: int, window: int) -> tuple[Tensor, tuple[int, ...]]:
+    """(int64[M], the cells of a grid frame by frame, windows row by row, cells row by row; patches of each window).
+
+    Shared between calls: never written.
+    """
+    t, rows, columns = grid[0], grid[1] // merge_size, grid[2] // merge_size
+    cells = torch.arange(rows * columns).view(rows, columns)
+    windows = [part.flatten() for band in torch.split(cells, window) for part in torch.split(band, window, 1)]
+    order_M = (torch.arange(t)[:, None] * cells.numel() + torch.cat(windows)).flatten()
+    return order_M, tuple(part.numel() * merge_size**2 for part in windows) * t
+
+
+def _shape(medium: Media, merge_size: int) -> tuple[int, int, int]:
+    t, h, w = medium.grid
+    return t, h // merge_size, w // merge_size
 
 
 def _feature_index(sample: Sample, merge_size: int) -> Tensor:

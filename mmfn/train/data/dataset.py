@@ -118,10 +118,11 @@ class Dataset:
     def _video(self, name: str | tuple[str, ...]) -> Media:
         sampling = self.processor.media.sampling()
         if isinstance(name, str):
-            frames, times = decode_video(self._resolve(name), sampling)
+            frames, times, rate = decode_video(self._resolve(name), sampling)
         else:
-            frames, times = decode_frames([self._resolve(frame) for frame in name], sampling.fps)
-        return self.processor.media.video(frames, times)
+            rate = sampling.fps
+            frames, times = decode_frames([self._resolve(frame) for frame in name], rate)
+        return self.processor.media.video(frames, times, rate)
 
     def _resolve(self, name: str) -> Path:
         try:

@@ -14,8 +14,8 @@ from mmfn.models.data import Sampling
 from mmfn.train.data.image import check_regular, decode_image
 
 
-def decode_video(source: str | PathLike[str], sampling: Sampling) -> tuple[Tensor, list[float]]:
-    """A video file -> (sampled frames uint8[T, 3, H, W], their times in seconds).
+def decode_video(source: str | PathLike[str], sampling: Sampling) -> tuple[Tensor, list[float], float]:
+    """A video file -> (sampled frames uint8[T, 3, H, W], their times in seconds, their number per second of the file).
 
     Raises ValueError naming the file when PyAV is missing, or the file is missing or no video.
     Source: `load_video(backend="pyav")` of transformers 5.23.0.
@@ -31,12 +31,12 @@ def decode_video(source: str | PathLike[str], sampling: Sampling) -> tuple[Tenso
         check_regular(source)
         with av.open(str(source)) as container:
             stream = container.streams.video[0]
-            arrays = _decode_frames(container, stream, sampling)
+            arrays, total = _decode_frames(container, stream, sampling)
             rate = float(stream.average_rate)
     except Exception as error:  # PyAV raises its own FFmpeg errors, IndexError without a video stream, and others
         raise UserError(f"video {str(source)!r} could not be decoded ({error}); replace the file") from error
     frames = torch.from_numpy(np.stack([array for _, array in arrays])).permute(0, 3, 1, 2)
-    return frames, [index / rate for index, _ in arrays]
+    return frames, [index / rate for index, _ in arrays], len(arrays) / total * rate
 
 
 def decode_frames(sources: Sequence[str | PathLike[str] | bytes], fps: float) -> tuple[Tensor, list[float]]:
@@ -51,7 +51,8 @@ def decode_frames(sources: Sequence[str | PathLike[str] | bytes], fps: float) ->
     return torch.stack(frames), [i / fps for i in range(len(frames))]
 
 
-def _decode_frames(container: Any, stream: Any, sampling: Sampling) -> list[tuple[int, Any]]:
+def _decode_frames(container: Any, stream: Any, sampling: Sampling) -> tuple[list[tuple[int, Any]], int]:
+    """`([(index, frame)], frames of the file)`."""
     total = stream.frames
     if total == 0:  # containers without an index do not know their length: decode once to count
         total = sum(1 for _ in container.decode(video=0))
@@ -63,4 +64,4 @@ def _decode_frames(container: Any, stream: Any, sampling: Sampling) -> list[tupl
             kept.append((index, frame.to_ndarray(format="rgb24")))
         if index >= max(wanted):
             break
-    return kept
+    return kept, total

@@ -23,7 +23,7 @@ def test_one_patch_size():
 
 def test_a_video_has_the_times_of_its_groups(processor):
     frames = torch.zeros(5, 3, 16, 24, dtype=torch.uint8)
-    media = processor.video(frames, [0.0, 0.5, 1.0, 1.5, 2.0])
+    media = processor.video(frames, [0.0, 0.5, 1.0, 1.5, 2.0], 2.0)
     assert (media.grid, media.times) == ((3, 4, 6), (0.25, 1.25, 2.0))
     (text,) = processor.texts({"video": [media]})["video"]
     pad = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -46,7 +46,7 @@ def test_sampling_has_the_rate_and_bounds_of_the_file(processor):
 
 def test_videos_need_their_settings():
     without = qwen_vision.processor({"image_processor": TINY}, None)
-    for call in (without.sampling, lambda: without.video(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [0.0, 0.5])):
+    for call in (without.sampling, lambda: without.video(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [0.0, 0.5], 2.0)):
         with pytest.raises(ValueError, match=r"no video_preprocessor_config\.json; add it or remove the videos"):
             call()
 

@@ -56,7 +56,7 @@ def test_sample_of_images_and_video(folder, processor):
     first = processor.media.image(decode_image(folder / "media" / "0.png"))
     assert torch.equal(sample.images[0].inputs_UF, first.inputs_UF)
     frames, times = decode_frames([folder / "media" / f"{i}.png" for i in range(5)], processor.media.sampling().fps)
-    video = processor.media.video(frames, times)
+    video = processor.media.video(frames, times, 2.0)
     assert torch.equal(sample.videos[0].inputs_UF, video.inputs_UF)
     assert sample.videos[0].times == video.times == (0.25, 1.25, 2.0)
     assert sample.videos[0].grid[0] == 3

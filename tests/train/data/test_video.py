@@ -49,10 +49,11 @@ def test_decoding_a_file(tmp_path):
     av = pytest.importorskip("av", reason="PyAV is an optional dependency")
     path = tmp_path / "clip.mp4"
     _write_clip(av, path, 24, 8)
-    frames, times = decode_video(path, SAMPLING)
+    frames, times, rate = decode_video(path, SAMPLING)
     with av.open(str(path)) as container:
         everything = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     assert times == [i / 8 for i in (0, 5, 9, 14, 18, 23)]
+    assert rate == 6 / 3  # frames that were read per second
     assert torch.equal(frames, torch.from_numpy(everything[[0, 5, 9, 14, 18, 23]]).permute(0, 3, 1, 2))
 
 

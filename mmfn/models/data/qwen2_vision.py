@@ -1,0 +1,147 @@
+"""Images and videos of the Qwen2.5-VL family: a video is one run of tokens, and its time is told by its positions.
+
+Source: the processors of transformers 5.23.0. Legend: T frames, N videos.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn.batch import Media
+from mmfn.errors import UserError
+from mmfn.models.data import DataSide, MediaByKind, Sampling, qwen_vision
+from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
+from mmfn.models.data.frames import VideoSpec, preprocess_video
+from mmfn.models.data.pixels import ImageSpec, preprocess_image
+from mmfn.models.data.qwen_vision import IMAGE_DEFAULTS, IMAGE_PAD, VIDEO_PAD
+
+SECONDS = "second_per_grid_ts"  # of transformers' processor: how long each step in time of a video lasts
+PLACEHOLDERS = {"image": re.escape(IMAGE_PAD), "video": re.escape(VIDEO_PAD)}  # the marks around them stay
+VIDEO_DEFAULTS = {
+    **IMAGE_DEFAULTS,
+    "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
+    "fps": 2.0,
+    "min_frames": 4,
+    "max_frames": 768,
+}
+MAX_VIDEO_TOKENS = 128_000  # of merged patches, a tenth of which is for text
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockProcessor:
+    """A `MediaProcessor` of images, and of videos whose `video_spec` bounds the pixels of each frame.
+
+    `max_video_tokens`: the frames of a video share the pixels of 0.9 times so many merged patches; None: no such bound.
+    """
+
+    image_spec: ImageSpec
+    video_spec: VideoSpec
+    max_video_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        qwen_vision.check_same_patches(self.image_spec, self.video_spec.pixels)
+
+    def image(self, image_u8: Tensor) -> Media:
+        """See `pixels.preprocess_image`."""
+        return preprocess_image(image_u8, self.image_spec)
+
+    def sampling(self) -> Sampling:
+        """See `sample_groups`."""
+        return Sampling(fps=self.video_spec.fps, select=partial(sample_groups, spec=self.video_spec))
+
+    def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
+        """See `frames.preprocess_video`; a step in time lasts as long as its frames."""
+        spec = self._frame_spec(frames_u8.shape[0])
+        media = preprocess_video(frames_u8, spec, is_frame_budget=True)
+        return replace(media, seconds_per_grid=spec.temporal_patch_size / rate)
+
+    def texts(self, media: MediaByKind) -> TextsByKind:
+        """The placeholder token, once per feature."""
+        write = {"image": qwen_vision.image_text, "video": video_text}
+        merge_size = self.image_spec.merge_size
+        return {kind: [write[kind](one, merge_size) for one in items] for kind, items in media.items()}
+
+    def _frame_spec(self, num_frames: int) -> ImageSpec:
+        """Source: `Qwen2VLVideoProcessor.resize` (`cap_pixels_per_frame`)."""
+        spec = self.video_spec.pixels
+        if self.max_video_tokens is None:
+            return spec
+        total = int(self.max_video_tokens * (spec.patch_size * spec.merge_size) ** 2 * 0.9)
+        share = total * spec.temporal_patch_size // num_frames
+        return replace(spec, max_pixels=max(min(spec.max_pixels, share), int(spec.min_pixels * 1.05)))
+
+
+def video_text(media: Media, merge_size: int) -> MediaText:
+    """One run of the placeholder token over all of its steps in time."""
+    (count,) = qwen_vision.image_text(media, merge_size).counts
+    return MediaText(text=VIDEO_PAD, counts=(count,))
+
+
+def sample_groups(num_frames: int, rate: float, spec: VideoSpec) -> list[int]:
+    """Indices of the frames to read of a video with `num_frames` frames at `rate` per second: whole groups, evenly
+    spread, the first frame first.
+
+    >>> sample_groups(24, 8.0, VideoSpec(pixels=..., fps=2.0, min_frames=4, max_frames=768))  # 3 s: 6 frames
+    [0, 4, 8, 12, 16, 20]
+
+    Raises ValueError for a video shorter than a group. Source: `Qwen2VLVideoProcessor.sample_frames`.
+    """
+    group = spec.pixels.temporal_patch_size
+    most = min(spec.max_frames, num_frames) // group * group
+    wanted = int(min(max(num_frames / rate * spec.fps, spec.min_frames), most) // group * group)
+    if not wanted:
+        raise UserError(f"a video needs at least {group} frames, got {num_frames}; pass it as images instead")
+    indices: list[int] = torch.arange(0, num_frames, num_frames / wanted).int().tolist()
+    return indices
+
+
+def processor(sections: Mapping[str, Mapping[str, Any]], cfg: Any) -> BlockProcessor:
+    """Of the sections `image_processor` and `video_processor`; nothing depends on `cfg`.
+
+    Published checkpoints have no section for videos: theirs are cut and normalised as images are, within the bounds of
+    `VIDEO_DEFAULTS`. Frames are sampled by `fps` whatever `do_sample_frames` says: false, which transformers writes,
+    leaves it to its caller to ask for a rate.
+    """
+    image = sections["image_processor"]
+    video = dict(sections.get("video_processor", {k: v for k, v in image.items() if k not in _PIXEL_BOUNDS}))
+    video.pop("do_sample_frames", None)
+    is_capped, max_tokens = video.pop("cap_pixels_per_frame", None), video.pop("max_video_tokens", MAX_VIDEO_TOKENS)
+    return BlockProcessor(
+        image_spec=ImageSpec.from_hf(image, IMAGE_DEFAULTS),
+        video_spec=VideoSpec.from_hf(video, VIDEO_DEFAULTS),
+        max_video_tokens=max_tokens if is_capped else None,
+    )
+
+
+_PIXEL_BOUNDS = ("size", "min_pixels", "max_pixels")
+
+
+def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any) -> MediaByKind:
+    """Images and videos of `qwen_vision.INPUTS`; without `SECONDS` every step in time lasts one, as in transformers."""
+    media = qwen_vision.media_from_hf(inputs, cfg)
+    videos = media["video"]
+    seconds_N = inputs.get(SECONDS, torch.ones(len(videos)))
+    if list(seconds_N.shape) != [len(videos)] or not bool(((seconds_N > 0) & (seconds_N < torch.inf)).all()):
+        raise UserError(
+            f"{SECONDS} is {seconds_N.tolist()} but must be a positive number of seconds for each of the {len(videos)} "
+            "videos; pass the processor's own result"
+        )
+    timed = [replace(video, seconds_per_grid=s) for video, s in zip(videos, seconds_N.tolist(), strict=True)]
+    return {**media, "video": timed}
+
+
+def data_side(templates: tuple[str, ...]) -> DataSide:
+    """The data side of a family that differs from the others in its chat templates alone."""
+    other = qwen_vision.data_side(templates)
+    return replace(
+        other,
+        chat=ChatFormat(placeholders=PLACEHOLDERS, tokens=qwen_vision.TOKENS, templates=templates),
+        processor=processor,
+        input_keys=(*other.input_keys, SECONDS),
+        media_from_hf=media_from_hf,
+    )
