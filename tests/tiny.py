@@ -69,10 +69,24 @@ def _qwen3_vl(num_layers: int, experts: Mapping[str, Any] | None = None, **visio
     )
 
 
+def _qwen2_5_vl(num_layers: int) -> dict[str, Any]:
+    """Windows of 2 x 2 cells, in a tower whose second block attends to whole frames."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 1]}
+    sizes = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 28, "num_attention_heads": 8}
+    tower = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 2, "temporal_patch_size": 1}
+    return vision_language(
+        "qwen2_5_vl",
+        text={**sizes, "num_hidden_layers": num_layers, "rope_parameters": rope},
+        vision={**tower, "window_size": 8, "fullatt_block_indexes": [1], "tokens_per_second": 2},
+        sections=rope["mrope_section"],
+    )
+
+
 TINY: dict[str, Callable[[int], dict[str, Any]]] = {  # text blocks -> config.json
     "dense": _qwen3_vl,
     "small": lambda num_layers: _qwen3_vl(num_layers, **SMALL_TOWER),
     "moe": lambda num_layers: _qwen3_vl(num_layers, EXPERTS),
+    "windows": _qwen2_5_vl,
     "toy": lambda num_layers: {"model_type": "toy", "num_layers": num_layers},
 }
 WITH_EXPERTS = ("moe", "toy")
@@ -185,8 +199,8 @@ def with_adapters(params: Tree, specs: Tree) -> Tree:
 
 Draw = Callable[[int, int], int]
 GRIDS: dict[int, Callable[[Draw], tuple[int, int, int]]] = {  # (least, most) -> a number: (time, height, width)
-    IMAGE: lambda draw: (1, 2 * draw(1, 2), 2 * draw(1, 2)),
-    VIDEO: lambda draw: (draw(2, 3), 2 * draw(1, 2), 2 * draw(1, 2)),
+    IMAGE: lambda draw: (1, 2 * draw(1, 2), 2 * draw(1, 3)),
+    VIDEO: lambda draw: (draw(2, 3), 2 * draw(1, 2), 2 * draw(1, 3)),
     AUDIO: lambda draw: (2 * draw(1, 3), 1, 1),
 }
 
@@ -216,7 +230,7 @@ def sample(family: Family, cfg: Any, number: int, kinds: Sequence[int], *, is_su
     for kind in kinds:
         grid, tower = GRIDS[kind](draw), towers[kind]
         inputs_UF = torch.randn(prod(grid), tower.values, generator=g)
-        media[kind].append(Media(inputs_UF=inputs_UF, grid=grid))
+        media[kind].append(Media(inputs_UF=inputs_UF, grid=grid, seconds_per_grid=0.7))
         token = (kinds_V == kind).nonzero()[0]
         parts += [(kind, token.expand(prod(grid) // tower.inputs * tower.features)), text()]
     tokens_T = torch.cat([tokens for _, tokens in parts])
