@@ -21,7 +21,7 @@ from mmfn.spec import freeze, trained_paths
 from mmfn.train.objective import loss_fn
 from tests import oracles
 
-ALL = (r".*/attention/(q|k|v|o|qkv)", r".*/mlp/(gate|up|down)", r"vision/merger/(up|down)", r"vision/deepstack/0/up")
+ALL = (r".*/attention/(q|k|v|o|qkv)", r".*/mlp/(gate|up|down)", r"vision/(merger/(up|down)|deepstack/0/up)")
 EXPERTS = (r".*/experts/(gate_up|down)",)
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 
