@@ -89,14 +89,15 @@ def sample_groups(num_frames: int, rate: float, spec: VideoSpec) -> list[int]:
     >>> sample_groups(24, 8.0, VideoSpec(pixels=..., fps=2.0, min_frames=4, max_frames=768))  # 3 s: 6 frames
     [0, 4, 8, 12, 16, 20]
 
-    Raises ValueError for a video shorter than a group. Source: `Qwen2VLVideoProcessor.sample_frames`.
+    Raises ValueError for a video shorter than a group. Source: `Qwen2VLVideoProcessor.sample_frames`, without the
+    frame more, often one behind the last, that rounding gives it now and then.
     """
     group = spec.pixels.temporal_patch_size
     most = min(spec.max_frames, num_frames) // group * group
     wanted = int(min(max(num_frames / rate * spec.fps, spec.min_frames), most) // group * group)
     if not wanted:
         raise UserError(f"a video needs at least {group} frames, got {num_frames}; pass it as images instead")
-    indices: list[int] = torch.arange(0, num_frames, num_frames / wanted).int().tolist()
+    indices: list[int] = torch.arange(0, num_frames, num_frames / wanted)[:wanted].int().tolist()
     return indices
 
 
