@@ -1,5 +1,6 @@
 """Qwen2.5-VL: windows, absolute time, both generations of configs and of names, and the published models."""
 
+import copy
 import json
 import random
 from dataclasses import replace
@@ -17,80 +18,33 @@ from mmfn.models import family, qwen2_5_vl
 from mmfn.models.layers.patches import lay_windows
 from mmfn.ops import portable
 from mmfn.packing import Sizes
-from mmfn.spec import num_params
 from tests import oracles, tiny
+from tests.batches import wide
 from tests.f64 import float64
+from tests.goldens import make_name_goldens
 from tests.oracles.models import block_positions
 
 FAMILY = "qwen2_5_vl"
-SIZES = {  # hidden, layers, heads, kv heads, ffn, vocabulary, tied, ffn of the tower: parameters
-    (2048, 36, 16, 2, 11_008, 151_936, True, 3420): 3_754_622_976,
-    (3584, 28, 28, 4, 18_944, 152_064, False, 3420): 8_292_166_656,
-    (5120, 64, 40, 8, 27_648, 152_064, False, 3456): 33_452_718_336,
-    (8192, 80, 64, 8, 29_568, 152_064, False, 3456): 73_410_777_344,
-}
+SIZES = {name: hf for name, hf in make_name_goldens.sizes().items() if hf["model_type"] == FAMILY}
+OLDER = {"in_chans": 3, "spatial_patch_size": 14}  # in the tower's section of the files as they were published
 
 
-def published(size):
+def published(name="Qwen2.5-VL-3B"):
     """The config.json of a published model: the text's values lie beside the tower's section."""
-    hidden, layers, heads, kv_heads, ffn, vocab, is_tied, tower_ffn = size
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "vision_token_id": 151654,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": ffn,
-        "max_position_embeddings": 128000,
-        "max_window_layers": 70,
-        "model_type": FAMILY,
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "tie_word_embeddings": is_tied,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vision_config": {
-            "depth": 32,
-            "hidden_act": "silu",
-            "hidden_size": 1280,
-            "intermediate_size": tower_ffn,
-            "num_heads": 16,
-            "in_chans": 3,
-            "out_hidden_size": hidden,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "tokens_per_second": 2,
-            "temporal_patch_size": 2,
-        },
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vocab_size": vocab,
-    }
+    hf = copy.deepcopy(SIZES[name])
+    hf["vision_config"] |= OLDER
+    return hf
 
 
 # ---- configs
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: str(size[0]))
-def test_published_models(size):
-    hf = published(size)
+@pytest.mark.parametrize("name", SIZES)
+def test_published_models(name):
+    hf = published(name)
     cfg = qwen2_5_vl.config_from_hf(hf)
-    assert num_params(qwen2_5_vl.specs(cfg)) == SIZES[size]
-    assert cfg.is_tied == ("head" not in qwen2_5_vl.specs(cfg)) == size[6]
+    assert cfg == qwen2_5_vl.config_from_hf(SIZES[name])
+    assert cfg.is_tied == ("head" not in qwen2_5_vl.specs(cfg)) == name.endswith("-3B")
     assert (cfg.rope_theta, cfg.rope_sections, cfg.decoder.head_dim) == (1e6, (16, 24, 24), 128)
     assert (cfg.decoder.biased, cfg.decoder.has_qk_norm, cfg.decoder.norm_eps) == (("q", "k", "v"), False, 1e-6)
     assert (cfg.vision.window, cfg.vision.frame_blocks) == (4, {7, 15, 23, 31})
@@ -130,10 +84,10 @@ def test_defaults_are_those_of_transformers():
     ],
 )
 def test_what_is_not_supported_is_refused(edit, message):
-    hf = published(next(iter(SIZES)))
+    hf = published()
     (key,) = edit
-    is_outer = key in hf or key in ("layer_types", "head_dim", "mrope_block_end")
-    (hf if is_outer else hf["vision_config"]).update(edit)
+    is_tower = key in hf["vision_config"] or key in ("in_channels", "rope_parameters")
+    (hf["vision_config"] if is_tower else hf).update(edit)
     with pytest.raises(ValueError, match=message) as caught:
         qwen2_5_vl.config_from_hf(hf)
     assert "correct the model's config.json" in str(caught.value)
@@ -263,7 +217,7 @@ def test_blocks_see_windows_or_frames():
 
 def test_the_cost_of_a_frame_is_that_of_its_blocks():
     """FLOPs of whole frames, up to one factor; those of patches in a window grow with the window alone."""
-    cfg = qwen2_5_vl.config_from_hf(published(next(iter(SIZES))))
+    cfg = qwen2_5_vl.config_from_hf(published())
     kind = qwen2_5_vl.towers(cfg)["vision"]
     assert (kind.segments_per_unit, kind.inputs, kind.rows, kind.features) == ((1, 1), 4, 4, 1)
 
@@ -334,15 +288,11 @@ def test_the_rule_of_config_json_reaches_training(tmp_path):
         oracle.config.mrope_block_end = rule
         mmfn.save_hf(tmp_path / "saved" / rule, mmfn.load_hf(oracles.save(oracle, tmp_path / rule)))
         model = mmfn.load_hf(tmp_path / "saved" / rule)
-        losses[rule] = mmfn.loss(model.params, to_wide(mmfn.batch_from_hf(inputs, model)), model)[0].item()
+        losses[rule] = mmfn.loss(model.params, wide(mmfn.batch_from_hf(inputs, model)), model)[0].item()
     with float64():
         want = oracle(**inputs_in(inputs, torch.float64), use_cache=False).loss.item()
     assert losses["height_width"] == pytest.approx(want, abs=1e-6)
     assert abs(losses["time_height_width"] - want) > 1e-3
-
-
-def to_wide(batch):
-    return mmfn.batch.to(batch, "cpu", torch.float64)
 
 
 def inputs_in(inputs, dtype):

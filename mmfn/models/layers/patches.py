@@ -72,7 +72,7 @@ def lay_windows(sample: Sample, merge_size: int, num_values: int, window: int) -
         windows += lengths
 
     def reorder(x: Tensor, order_M: Tensor) -> Tensor:
-        return x.view(-1, merge_size**2, x.shape[1])[order_M].flatten(0, 1)
+        return x.reshape(-1, merge_size**2, x.shape[1])[order_M].flatten(0, 1)
 
     firsts = torch.tensor([0, *(order_M.numel() for order_M in orders)]).cumsum(0).tolist()
     order_N = torch.cat([order_M + first for order_M, first in zip(orders, firsts, strict=False)])
