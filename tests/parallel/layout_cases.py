@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.conformance import BATCHES
-from tests.tiny import WITH_EXPERTS, model_of
+from tests.tiny import TINY, WITH_EXPERTS, model_of
 
 Case = dict[str, Any]
 """Settings of the section `layout`; "batch": a name in BATCHES; "moe": a model with experts; "trained": in TRAINED."""
@@ -164,7 +164,7 @@ def has_experts(case: Case) -> bool:
 def families_of(case: Case) -> list[str]:
     """The tiny models a case is for: of experts or not, with as many heads as Ulysses needs."""
     ranks = {"ulysses": case.get("cp", 1), "usp": case.get("ulysses", 1)}.get(case.get("kind", ""), 1)
-    names = WITH_EXPERTS if has_experts(case) else ("dense", *(name for name in WITH_EXPERTS if name != "moe"))
+    names = WITH_EXPERTS if has_experts(case) else [name for name in TINY if name not in ("small", "moe")]
     return [name for name in names if model_of(name).cfg.decoder.num_heads % ranks == 0]
 
 
