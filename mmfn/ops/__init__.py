@@ -25,6 +25,7 @@ from mmfn.ops import (
     experts,
     gated_delta_piece,
     gated_delta_rule,
+    interpolate,
     linear,
     norm,
     rotary,
@@ -182,6 +183,7 @@ class Ops:
     rms_norm_gated: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    interpolate: Callable[[Tensor, Tensor, Tensor], Tensor]
     attention: Attention
     attention_block: AttentionBlock
     attention_block_grad: AttentionBlockGrad
@@ -225,6 +227,7 @@ def reference() -> Ops:
         rms_norm_gated=Kernel(norm.rms_norm_gated_reference),
         layer_norm=Kernel(norm.layer_norm_reference),
         rotary=Kernel(rotary.rotary_reference),
+        interpolate=Kernel(interpolate.interpolate_reference),
         attention=Kernel(attention.attention_reference),
         attention_block=Kernel(attention_block.attention_block_reference),
         attention_block_grad=Kernel(attention_block.attention_block_grad_reference),
@@ -270,6 +273,7 @@ def portable(*, cross_entropy: str = "auto") -> Ops:
         rms_norm_gated=Kernel(norm.rms_norm_gated),
         layer_norm=Kernel(norm.layer_norm),
         rotary=Kernel(rotary.rotary),
+        interpolate=interpolate.KERNEL,
         attention=attention.KERNEL,
         attention_block=attention_block.KERNEL,
         attention_block_grad=attention_block.GRAD_KERNEL,

@@ -47,7 +47,7 @@ def test_positions_are_a_bilinear_resize_of_the_table(num_positions, grid):
     kinds_T = torch.full((t * h * w // 4,), 2)
     sample = Sample(tokens_T=kinds_T, labels_T=kinds_T, kinds_T=kinds_T, videos=(media,))
     coords_P4 = patches.lay_frames(sample, 2, cfg.patch_values).coords_P4
-    got_PD = vision.position_embed({"weight": weight}, coords_P4, cfg, op_tables.portable())
+    got_PD = vision.position_embed({"weight": weight}, coords_P4, op_tables.portable())
     side = int(num_positions**0.5)
     table = weight[: side * side].view(1, side, side, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(table, (h, w), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)

@@ -99,15 +99,16 @@ _FIXED = {
 }
 
 
-def preprocess_image(image_u8: Tensor, spec: ImageSpec) -> Media:
+def preprocess_image(image_u8: Tensor, spec: ImageSpec, num_frames: int | None = None) -> Media:
     """uint8[3, H, W] -> `Media` with inputs_UF float32 and grid (1, height, width) in patches.
 
+    `num_frames`: as a video of how many frames the pixel budget counts it, in families that do (see `target_size`).
     Raises ValueError for another shape or dtype, or an aspect ratio above 200.
     Source: Qwen2VLImageProcessor of transformers 5.23.0, bit-equal to its torchvision backend.
     """
     if image_u8.ndim != 3 or image_u8.shape[0] != 3 or image_u8.dtype != torch.uint8:
         raise UserError(f"an image must be uint8[3, H, W], got {image_u8.dtype} {tuple(image_u8.shape)}")
-    size = target_size(image_u8.shape[1], image_u8.shape[2], spec)
+    size = target_size(image_u8.shape[1], image_u8.shape[2], spec, num_frames)
     pixels = normalize(resize(image_u8[None], size), spec)
     return patchify(pixels.expand(spec.temporal_patch_size, -1, -1, -1), spec)
 
@@ -116,7 +117,7 @@ def target_size(height: int, width: int, spec: ImageSpec, num_frames: int | None
     """Height and width in pixels to resize to: multiples of patch_size * merge_size inside the pixel budget.
 
     With `num_frames` the budget is that of a video. Raises ValueError when one side is over 200 times the other.
-    Source: the two `smart_resize` functions of transformers 5.23.0 (qwen2_vl, qwen3_vl).
+    Source: the `smart_resize` functions of transformers 5.23.0 (qwen2_vl; qwen3_vl and glm4v).
     """
     factor = spec.patch_size * spec.merge_size
     frames = budget_frames = 1

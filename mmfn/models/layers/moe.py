@@ -25,7 +25,8 @@ class MoeConfig(RouteConfig):
     `d_shared`: width of the feed-forward layer that every token passes beside its experts (0: there is none), and
     `has_shared_gate`: whether what it adds is weighed by a sigmoid of the token. `is_wide`: the router computes in
     float32 whatever its weight's dtype. `bias_rule`: the rule that updates a bias of the choice (`ParamSpec.rule`; "":
-    it stays as it is), None where there is no such bias.
+    it stays as it is), None where there is no such bias. `judged`: how the router would choose that the load-balancing
+    loss judges, of the same logits and without the bias; None: as this one does.
     """
 
     d_model: int
@@ -36,6 +37,7 @@ class MoeConfig(RouteConfig):
     has_shared_gate: bool = False
     is_wide: bool = False
     bias_rule: str | None = None
+    judged: RouteConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,12 +74,14 @@ def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops:
 
     `is_real_T`: bool[T]. Padding goes to no expert, wherever it lies: its rows come behind the last expert's, it gets
     zeros and counts nowhere. Statistics, sums over tokens in float32 or wider: `counts_E` tokens sent to each expert (a
-    constant), `probs_E` the router's probabilities, `rows` tokens, `dropped` rows that `ops.experts` leaves out. A
-    token's experts are added in a fixed order. The router computes in its weight's dtype; where it has a leaf
-    `choice_bias`, float32[E], that moves the choice of experts and not their weights. Source:
-    `Qwen3VLMoeTextSparseMoeBlock`, `Qwen3_5MoeSparseMoeBlock` and `Glm4vMoeTextMoE` in transformers 5.23.
+    constant), `judged_E` the same and `probs_E` the probabilities as the load-balancing loss judges them, `rows`
+    tokens, `dropped` rows that `ops.experts` leaves out. A token's experts are added in a fixed order. The router
+    computes in its weight's dtype; where it has a leaf `choice_bias`, float32[E], that moves the choice of experts and
+    not their weights. Source: `Qwen3VLMoeTextSparseMoeBlock`, `Qwen3_5MoeSparseMoeBlock` and `Glm4vMoeTextMoE` in
+    transformers 5.23.
     """
-    weights_TX, experts_TX, probs_TE = ops.route(_logits(params["router"], x_TD, cfg, ops), cfg, _bias(params))
+    logits_TE = _logits(params["router"], x_TD, cfg, ops)
+    weights_TX, experts_TX, probs_TE = ops.route(logits_TE, cfg, _bias(params))
     experts_TX = torch.where(is_real_T[:, None], experts_TX, cfg.num_experts)  # of padding: none
     x_RD, counts_E, place_TX = ops.dispatch(x_TD, experts_TX, cfg.num_experts)
     y_RD = ops.experts(x_RD, counts_E, params["experts"])
@@ -85,9 +89,13 @@ def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops:
     if "shared" in params:
         y_TD = y_TD + shared(params, x_TD, ops)
     dropped_E = counts_E - ops.kept(counts_E, x_RD.shape[0])
-    real_T = is_real_T.to(probs_TE.dtype)
+    real_T, judged_E = is_real_T.to(probs_TE.dtype), counts_E.to(probs_TE.dtype)
+    if cfg.judged is not None:
+        _, judged_TX, probs_TE = ops.route(logits_TE, cfg.judged)
+        judged_E = real_T @ torch.zeros_like(probs_TE).scatter(1, judged_TX, 1.0)
     statistics = {
         "counts_E": counts_E.to(probs_TE.dtype),
+        "judged_E": judged_E,
         "probs_E": real_T @ probs_TE,
         "rows": real_T.sum(),
         "dropped": dropped_E.sum().to(probs_TE.dtype),

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from math import isqrt
 
-import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from mmfn.batch import Segments, Tower
+from mmfn.dtypes import wide
 from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
-from mmfn.models.layers import decoder, linear, norm, rope
+from mmfn.models.layers import decoder, interpolation, linear, norm, rope
+from mmfn.models.layers.interpolation import Taps
 from mmfn.ops import Between, Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
@@ -115,7 +115,7 @@ def specs(cfg: VisionConfig) -> Tree:
 def encode(params: Tree, tower: Tower, cfg: VisionConfig, ops: Ops) -> tuple[Tensor, list[Tensor]]:
     """`(features_ND, taps)`: merged features of all images and frames, and those tapped behind earlier blocks."""
     x_PD = patch_embed(params["patch_embed"], tower.inputs_UF, ops)
-    x_PD = x_PD + position_embed(params["positions"], tower.coords_P4, cfg, ops).to(x_PD.dtype)
+    x_PD = x_PD + position_embed(params["positions"], tower.coords_P4, ops).to(x_PD.dtype)
     taps = {
         i: partial(tap, merger, cfg=cfg, ops=ops) for i, merger in zip(cfg.deepstack, params["deepstack"], strict=True)
     }
@@ -175,23 +175,13 @@ def position_specs(cfg: VisionConfig) -> Tree:
     return {"weight": spec((cfg.num_positions, cfg.d_model), "positions vision_embed", normal(cfg.init_std))}
 
 
-def position_embed(params: Tree, coords_P4: Tensor, cfg: VisionConfig, ops: Ops) -> Tensor:
-    """Position of every patch, interpolated bilinearly from the table stretched over its grid, corners aligned.
+def position_embed(params: Tree, coords_P4: Tensor, ops: Ops, *, taps: Taps = interpolation.bilinear) -> Tensor:
+    """Position of every patch, interpolated from the table stretched over its grid: by `taps`.
 
     `coords_P4`: int32, (row, column, height, width) in patches. Result in the wider of float32 and the table's dtype.
-    Source: `get_vision_interpolation_indices_and_weights` in transformers 5.23.
     """
-    params = ops.gather(params)
-    side = isqrt(cfg.num_positions)
-    index_P2, size_P2 = coords_P4[:, :2].float(), coords_P4[:, 2:].float()
-    source_P2 = index_P2 * (side - 1) / (size_P2 - 1).clamp(min=1)
-    low_P2 = source_P2.floor()
-    high_part_P2 = source_P2 - low_P2
-    taps_P22 = torch.stack([low_P2, low_P2 + 1], dim=2).long().clamp(max=side - 1)
-    parts_P22 = torch.stack([1 - high_part_P2, high_part_P2], dim=2)
-    taps_P4 = (taps_P22[:, 0, :, None] * side + taps_P22[:, 1, None, :]).flatten(1)
-    parts_P4 = (parts_P22[:, 0, :, None] * parts_P22[:, 1, None, :]).flatten(1)
-    return (embedding(taps_P4, params["weight"]) * parts_P4[..., None]).sum(1)
+    table_ND = ops.gather(params)["weight"]
+    return ops.interpolate(table_ND, *taps(coords_P4, isqrt(table_ND.shape[0]), wide(table_ND.dtype)))
 
 
 def block_specs(cfg: VisionConfig) -> Tree:

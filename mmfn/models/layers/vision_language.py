@@ -219,7 +219,7 @@ def row_ids(batch: Batch, cfg: VisionLanguageConfig) -> list[tuple[str, Tensor]]
 def parts(cfg: VisionLanguageConfig) -> dict[str, str]:
     """Regexes over the paths of the parts a run can freeze; a tied head is the embedding, so no part of its own."""
     found = {
-        "vision_encoder": r"vision/(patch_embed|positions|layers)/.*",
+        "vision_encoder": r"vision/(?!(merger|deepstack)/).*",
         "vision_projector": r"vision/(merger|deepstack)/.*",
         "text_decoder": r"text/.*",
     }
