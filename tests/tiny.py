@@ -82,14 +82,46 @@ def _qwen2_5_vl(num_layers: int) -> dict[str, Any]:
     )
 
 
+def _glm(num_layers: int) -> dict[str, Any]:
+    """A dense block and blocks of experts in groups, one shared; routers whose bias a step moves."""
+    experts = {
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 6,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.5,
+        "router_aux_loss_coef": 0.1,
+        "output_router_logits": True,
+        "router_bias_update_rate": 0.01,
+    }
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.5}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12, "rope_parameters": rope}
+    sizes = {"vocab_size": 61, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": num_layers}
+    tower = {"depth": 2, "hidden_size": 16, "out_hidden_size": 20, "intermediate_size": 12, "num_heads": 2}
+    return {
+        "model_type": "glm4v_moe",
+        "image_token_id": 1,
+        "video_token_id": 2,
+        "video_start_token_id": 3,
+        "video_end_token_id": 4,
+        "text_config": {**sizes, **heads, **experts},
+        "vision_config": {**tower, "image_size": 6, "patch_size": 2, "temporal_patch_size": 1},
+    }
+
+
 TINY: dict[str, Callable[[int], dict[str, Any]]] = {  # text blocks -> config.json
     "dense": _qwen3_vl,
     "small": lambda num_layers: _qwen3_vl(num_layers, **SMALL_TOWER),
     "moe": lambda num_layers: _qwen3_vl(num_layers, EXPERTS),
     "windows": _qwen2_5_vl,
+    "glm": _glm,
     "toy": lambda num_layers: {"model_type": "toy", "num_layers": num_layers},
 }
-WITH_EXPERTS = ("moe", "toy")
+WITH_EXPERTS = ("moe", "glm", "toy")
+MARKS = {"glm4v_moe": {VIDEO: ((3,), (4,))}}  # tokens before and behind a medium, without which it is of another kind
 
 
 def family(model_type: str) -> Family:
@@ -210,13 +242,21 @@ def media_kinds(family: Family, cfg: Any) -> tuple[int, ...]:
     return tuple(kind for tower in family.towers(cfg).values() for kind in tower.media)
 
 
+def written(family: Family, cfg: Any, kind: int, num_features: int) -> list[tuple[int, Tensor]]:
+    """Kinds and tokens of what stands for a medium: its token, once per feature, between its marks."""
+    marks = MARKS.get(family.name, {}).get(kind, ((), ()))
+    before_M, after_M = (torch.tensor(mark, dtype=torch.int64) for mark in marks)
+    tokens_V = torch.cat([before_M, torch.arange(cfg.vocab_size)])
+    place = (family.kinds(tokens_V, cfg) == kind).nonzero()[0]
+    return [(TEXT, before_M), (kind, tokens_V[place].expand(num_features)), (TEXT, after_M)]
+
+
 def sample(family: Family, cfg: Any, number: int, kinds: Sequence[int], *, is_supervised: bool = True) -> Sample:
     """Words, then media of the given kinds, each followed by words; about half the words are supervised.
 
     `number` is the seed.
     """
     g = torch.Generator().manual_seed(number)
-    kinds_V = family.kinds(torch.arange(cfg.vocab_size), cfg)
     towers = {kind: tower for tower in family.towers(cfg).values() for kind in tower.media}
     media: dict[int, list[Media]] = {kind: [] for kind in GRIDS}
 
@@ -231,8 +271,7 @@ def sample(family: Family, cfg: Any, number: int, kinds: Sequence[int], *, is_su
         grid, tower = GRIDS[kind](draw), towers[kind]
         inputs_UF = torch.randn(prod(grid), tower.values, generator=g)
         media[kind].append(Media(inputs_UF=inputs_UF, grid=grid, seconds_per_grid=0.7))
-        token = (kinds_V == kind).nonzero()[0]
-        parts += [(kind, token.expand(prod(grid) // tower.inputs * tower.features)), text()]
+        parts += [*written(family, cfg, kind, prod(grid) // tower.inputs * tower.features), text()]
     tokens_T = torch.cat([tokens for _, tokens in parts])
     kinds_T = torch.cat([torch.full_like(tokens, kind) for kind, tokens in parts])
     is_label_T = (kinds_T == TEXT) & (torch.rand(tokens_T.shape, generator=g) < 0.5) & is_supervised

@@ -34,7 +34,7 @@ def interpolate_reference(table_ND: Tensor, rows_PK: Tensor, parts_PK: Tensor) -
     """`interpolate` with all taps at once."""
     _check(table_ND, rows_PK, parts_PK)
     dtype = wide(table_ND.dtype)
-    return (table_ND[rows_PK].to(dtype) * parts_PK[..., None].to(dtype)).sum(1)
+    return (table_ND.to(dtype)[rows_PK] * parts_PK[..., None].to(dtype)).sum(1)
 
 
 def _check(table_ND: Tensor, rows_PK: Tensor, parts_PK: Tensor) -> None:
