@@ -82,6 +82,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     is_tied = ConfigReader(hf).boolean("tie_word_embeddings", False) or text.boolean("tie_word_embeddings", False)
     hf = {**shared.with_defaults(hf, **TOKENS), "tie_word_embeddings": is_tied}
     outer, rate = ConfigReader(hf), text.number("router_bias_update_rate", 0.0)
+    text.only("use_qk_norm", False, "queries and keys are not normalised in this family")
     biased = ("q", "k", "v") if text.boolean("attention_bias", True) else ()
     block = decoder.config_from_hf(text, biased=biased, has_qk_norm=False)
     coef = text.number("router_aux_loss_coef", 1e-4) if text.boolean("output_router_logits", False) else 0.0

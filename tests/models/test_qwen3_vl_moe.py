@@ -144,9 +144,9 @@ def test_losses_and_their_gradients_equal_transformers(seed, tmp_path):
 def test_equal_loads_give_the_experts_per_token(pair):
     _, model = pair
     even_E = torch.full((6,), 4.0)
-    aux = {"counts_E": even_E, "probs_E": even_E / 2, "rows": torch.tensor(12.0)}
+    aux = {"judged_E": even_E, "probs_E": even_E / 2, "rows": torch.tensor(12.0)}
     assert balance(aux, portable()).item() == pytest.approx(model.cfg.moe.num_chosen)
-    nothing = {"counts_E": 0 * even_E, "probs_E": 0 * even_E, "rows": torch.tensor(0.0)}
+    nothing = {"judged_E": 0 * even_E, "probs_E": 0 * even_E, "rows": torch.tensor(0.0)}
     assert balance(nothing, portable()).item() == 0.0
 
 
@@ -157,7 +157,7 @@ def test_shares_of_ranks_add_up_with_one_sum(pair):
         statistics(model, mmfn.batch_from_hf(row, model))
         for row in oracles.rows_of(oracles.inputs(oracle.config, 4, rows=2))
     ]
-    stacked = torch.stack([torch.cat([p["counts_E"], p["rows"][None]]) for p in parts])
+    stacked = torch.stack([torch.cat([p["judged_E"], p["rows"][None]]) for p in parts])
     sums = []
 
     def psum(x):

@@ -92,7 +92,7 @@ def apply(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig, ops:
     real_T, judged_E = is_real_T.to(probs_TE.dtype), counts_E.to(probs_TE.dtype)
     if cfg.judged is not None:
         _, judged_TX, probs_TE = ops.route(logits_TE, cfg.judged)
-        judged_E = real_T @ torch.zeros_like(probs_TE).scatter(1, judged_TX, 1.0)
+        judged_E = torch.zeros_like(probs_TE).scatter(1, judged_TX, real_T[:, None].expand_as(judged_TX)).sum(0)
     statistics = {
         "counts_E": counts_E.to(probs_TE.dtype),
         "judged_E": judged_E,
