@@ -6,7 +6,7 @@ moves scikit-learn's digits (8x8 pixels) over a canvas of 16x16, 2 pixels a fram
 its borders and from a random place, so that no single frame tells the direction: 4,000 clips of the digits of
 `digits.py`'s training split, 360 of the held-out ones (one each), as lossless AVI files of 8 frames at 2 a second. It
 writes them, `train.json` and `eval.json` in the messages/videos format, and the `model/` of `digits.py`. Running it
-again writes the same bytes. `make demo-video` trains and evaluates (configs/demo_video.yaml has command, runtime and score).
+again writes the same bytes. `make demo-video` trains and evaluates; configs/demo_video.yaml has runtime and score.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from digits import NUM_TRAIN, write_json, write_model
 from numpy.typing import NDArray
-from PIL import Image
 from sklearn.datasets import load_digits
 
 from mmfn import rng
@@ -64,7 +63,7 @@ def write_clip(path: Path, frames: NDArray[np.uint8]) -> None:
         stream.width, stream.height, stream.pix_fmt = CANVAS, CANVAS, "bgr0"
         stream.codec_context.flags |= 1 << 23  # bitexact: no version of the encoder in the file
         for pixels in frames:
-            frame = av.VideoFrame.from_image(Image.fromarray(pixels).convert("RGB"))
+            frame = av.VideoFrame.from_ndarray(np.repeat(pixels[..., None], 3, axis=2), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 

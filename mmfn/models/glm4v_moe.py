@@ -48,7 +48,7 @@ LOADS = "loads"  # the rule of the bias
 
 head, parts, at_depth, empty_cache = shared.head, shared.parts, shared.at_depth, shared.empty_cache
 lora_targets, row_ids, example = shared.LORA_TARGETS, shared.row_ids, shared.example
-positions, towers, lay = shared.positions, shared.towers, shared.lay
+positions, towers, lay, loss_weights = shared.positions, shared.towers, shared.lay, shared.loss_weights
 data = glm_vision.SIDE
 
 
@@ -150,11 +150,7 @@ def _moe_from_hf(text: ConfigReader, d_model: int, init_std: float, bias_rule: s
 
 def specs(cfg: Config) -> Tree:
     """The parameters."""
-    assert cfg.moe is not None
-    dense = decoder.dense_specs(cfg.decoder)
-    sparse = decoder.specs(cfg.decoder, attention=decoder.attention_specs(cfg.decoder), moe=moe.specs(cfg.moe))
-    blocks = [sparse if i in cfg.moe_layers else dense for i in range(cfg.num_layers)]
-    return shared.specs(cfg, blocks, vision=_tower_specs(cfg.vision))
+    return shared.specs(cfg, shared.blocks(cfg), vision=_tower_specs(cfg.vision))
 
 
 def _tower_specs(cfg: TowerConfig) -> Tree:
@@ -234,11 +230,6 @@ def kinds(tokens_T: Tensor, cfg: Config) -> Tensor:
 def taps(cfg: Config) -> int:
     """The first text blocks that are dense."""
     return min(cfg.moe_layers, default=cfg.num_layers)
-
-
-def loss_weights(cfg: Config) -> dict[str, float]:
-    """The weight of the load-balancing loss, of a model that has a router."""
-    return {balance.ROUTER_LOSS: cfg.router_aux_coef} if cfg.moe_layers else {}
 
 
 def rules(cfg: Config) -> dict[str, Rule]:

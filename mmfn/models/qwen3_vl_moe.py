@@ -10,7 +10,7 @@ from typing import Any
 
 from mmfn.models import qwen3_vl
 from mmfn.models.keymap import Entry, KeyMap
-from mmfn.models.layers import balance, decoder, moe, vision
+from mmfn.models.layers import vision
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.models.layers.vision_language import VisionLanguageConfig as Config
@@ -25,7 +25,7 @@ DEFAULTS = {
     "num_key_value_heads": 16,
 }
 
-apply, data = qwen3_vl.apply, qwen3_vl.data
+apply, data, loss_weights = qwen3_vl.apply, qwen3_vl.data, shared.loss_weights
 head, parts, at_depth, taps = shared.head, shared.parts, shared.at_depth, shared.taps
 empty_cache, lora_targets, row_ids = shared.empty_cache, shared.LORA_TARGETS, shared.row_ids
 positions, towers, lay, kinds, example = shared.positions, shared.towers, shared.lay, shared.kinds, shared.example
@@ -58,16 +58,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
 def specs(cfg: Config) -> Tree:
     """The parameters."""
-    assert cfg.moe is not None
-    dense = decoder.dense_specs(cfg.decoder)
-    sparse = decoder.specs(cfg.decoder, attention=decoder.attention_specs(cfg.decoder), moe=moe.specs(cfg.moe))
-    blocks = [sparse if i in cfg.moe_layers else dense for i in range(cfg.num_layers)]
-    return shared.specs(cfg, blocks, vision=vision.specs(cfg.vision))
-
-
-def loss_weights(cfg: Config) -> dict[str, float]:
-    """The weight of the load-balancing loss, of a model that has a router."""
-    return {balance.ROUTER_LOSS: cfg.router_aux_coef} if cfg.moe_layers else {}
+    return shared.specs(cfg, shared.blocks(cfg), vision=vision.specs(cfg.vision))
 
 
 def key_map(cfg: Config) -> KeyMap:

@@ -58,7 +58,7 @@ def test_rows_stop_at_an_end_token(pair):
 
 
 def test_generation_stops_when_every_row_is_done(pair):
-    _, model = pair
+    oracle, model = pair
     calls = []
 
     def counted(params, batch, cfg, ops, cache=None):
@@ -66,7 +66,7 @@ def test_generation_stops_when_every_row_is_done(pair):
         return model.family.apply(params, batch, cfg, ops, cache)
 
     counting = replace(model, family=replace(model.family, apply=counted))
-    batch = mmfn.batch_from_hf(oracles.inputs(oracles.config(), 5, rows=2), model)
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 5, rows=2), model)
     everything = range(model.cfg.vocab_size)
     assert [len(row) for row in mmfn.generate(counting, batch, 12, eos_token_ids=everything)] == [1, 1]
     assert calls == [True]

@@ -15,8 +15,8 @@ from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Laid, Media, Sample, T
 from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import Entry
+from mmfn.models.layers import balance, decoder, linear, moe, patches, vision
 from mmfn.models.layers import cache as layer_cache
-from mmfn.models.layers import decoder, linear, patches, vision
 from mmfn.models.layers.decoder import DecoderConfig
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.models.layers.positions import mrope
@@ -128,6 +128,20 @@ def fields_from_hf(
         "video_token_id": outer.integer("video_token_id", minimum=0),
         "pad_token_id": None if text.get("pad_token_id") is None else text.integer("pad_token_id", minimum=0),
     }
+
+
+def blocks(cfg: VisionLanguageConfig) -> list[Tree]:
+    """The specs of the text blocks: of attention, and of experts in those of `moe_layers`, else a dense layer."""
+    dense = decoder.dense_specs(cfg.decoder)
+    if cfg.moe is None:
+        return [dense] * cfg.num_layers
+    sparse = decoder.specs(cfg.decoder, attention=decoder.attention_specs(cfg.decoder), moe=moe.specs(cfg.moe))
+    return [sparse if i in cfg.moe_layers else dense for i in range(cfg.num_layers)]
+
+
+def loss_weights(cfg: VisionLanguageConfig) -> dict[str, float]:
+    """The weight of the load-balancing loss, of a model that has a router."""
+    return {balance.ROUTER_LOSS: cfg.router_aux_coef} if cfg.moe_layers else {}
 
 
 def specs(cfg: VisionLanguageConfig, layers: Sequence[Tree], **towers: Tree) -> Tree:
