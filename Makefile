@@ -1,6 +1,7 @@
 # Everything runs in a private .venv, made on first use from the Python found here. Only Python >= 3.11 and make are needed.
 #
 #   make demo     train a small vision-language model on real images (a few minutes, 2 CPU cores are enough)
+#   make demo-video  train one on videos of moving digits; make demo-text  on records as text (minutes)
 #   make demo-lora  teach the demo's model another question by LoRA, after `make demo` (a minute)
 #   make test     the fast test suite          make test-full   with the slow tests
 #   make check    format, lint, types, tests   make check-full   the same with the slow tests
@@ -21,7 +22,7 @@ STAMP := .venv/installed
 # Test processes share the cores: one thread each is faster than several that compete.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo demo-lora test test-full lint check check-full format house support clean
+.PHONY: demo demo-video demo-text demo-lora test test-full lint check check-full format house support clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -37,6 +38,16 @@ demo: $(STAMP)
 	$(BIN)/python examples/digits.py $(DEMO)
 	$(BIN)/mmfn train configs/demo.yaml
 	$(BIN)/python examples/verify_export.py $(DEMO)
+
+demo-video: $(STAMP)
+	$(BIN)/python examples/moving_digits.py build/demo-video
+	$(BIN)/mmfn train configs/demo-video.yaml
+	$(BIN)/mmfn eval configs/demo-video.yaml model.init=load model.path=build/demo-video/run/checkpoint
+
+demo-text: $(STAMP)
+	$(BIN)/python examples/cells.py build/demo-text
+	$(BIN)/mmfn train configs/demo-text.yaml
+	$(BIN)/mmfn eval configs/demo-text.yaml model.init=load model.path=build/demo-text/run/checkpoint
 
 demo-lora: $(STAMP)
 	@test -f $(DEMO)/run/checkpoint/config.json || { echo "there is no trained demo yet; run make demo first"; exit 1; }

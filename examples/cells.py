@@ -5,7 +5,7 @@
 writes the 569 records of scikit-learn's breast cancer data (Wisconsin, 30 measurements each) as `train.json` (455) and
 `eval.json` (114) in the messages format: each measurement as one digit, its tenth among those of the training records.
 `model/` is that of `digits.py`, which sees no image here. Running it again writes the same bytes. `make demo-text`
-trains and evaluates (configs/demo_text.yaml has command, runtime and score).
+trains and evaluates (configs/demo-text.yaml has command, runtime and score).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from sklearn.datasets import load_breast_cancer
 from mmfn import rng
 
 NUM_TRAIN = 455
-QUESTION = "Cells measure {digits}. Benign or malignant?"
+BEGINNING, END = "Cells measure ", ". Benign or malignant?"
 
 
 def write_demo(out: Path) -> None:
@@ -31,7 +31,7 @@ def write_demo(out: Path) -> None:
     tenths = (data.data[:, None] > bounds).sum(1)
     entries = []
     for index in order:
-        question = QUESTION.format(digits=" ".join(map(str, tenths[index])))
+        question = BEGINNING + " ".join(map(str, tenths[index])) + END
         answer = str(data.target_names[data.target[index]])
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         entries.append({"id": f"record-{index:03d}", "messages": messages})
@@ -42,7 +42,7 @@ def write_demo(out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("out", type=Path, help="folder to write, for example build/demo_text")
+    parser.add_argument("out", type=Path, help="folder to write, for example build/demo-text")
     out = parser.parse_args().out
     try:
         write_demo(out)

@@ -6,7 +6,7 @@ moves scikit-learn's digits (8x8 pixels) over a canvas of 16x16, 2 pixels a fram
 its borders and from a random place, so that no single frame tells the direction: 4,000 clips of the digits of
 `digits.py`'s training split, 360 of the held-out ones (one each), as lossless AVI files of 8 frames at 2 a second. It
 writes them, `train.json` and `eval.json` in the messages/videos format, and the `model/` of `digits.py`. Running it
-again writes the same bytes. `make demo-video` trains and evaluates; configs/demo_video.yaml has runtime and score.
+again writes the same bytes. `make demo-video` trains and evaluates; configs/demo-video.yaml has runtime and score.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def write_clip(path: Path, frames: NDArray[np.uint8]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("out", type=Path, help="folder to write, for example build/demo_video")
+    parser.add_argument("out", type=Path, help="folder to write, for example build/demo-video")
     out = parser.parse_args().out
     try:
         write_demo(out)
