@@ -4,8 +4,11 @@
 
 writes the 569 records of scikit-learn's breast cancer data (Wisconsin, 30 measurements each) as `train.json` (455) and
 `eval.json` (114) in the messages format: each measurement as one digit, its tenth among those of the training records.
-`model/` is that of `digits.py`, which sees no image here. Running it again writes the same bytes. `make demo-text`
-trains and evaluates (configs/demo-text.yaml has command, runtime and score).
+`model/` is that of `digits.py`, which sees no image here. Running it again writes the same bytes.
+
+    mmfn train configs/demo-text.yaml        # or all of it: make demo-text
+
+trains 80 steps in about 20 seconds on one core: held-out accuracy 0.947 (108 of 114; the larger class is 0.63 of all).
 """
 
 import argparse

@@ -6,7 +6,11 @@ moves scikit-learn's digits (8x8 pixels) over a canvas of 16x16, 2 pixels a fram
 its borders and from a random place, so that no single frame tells the direction: 4,000 clips of the digits of
 `digits.py`'s training split, 360 of the held-out ones (one each), as lossless AVI files of 8 frames at 2 a second. It
 writes them, `train.json` and `eval.json` in the messages/videos format, and the `model/` of `digits.py`. Running it
-again writes the same bytes. `make demo-video` trains and evaluates; configs/demo-video.yaml has runtime and score.
+again writes the same bytes.
+
+    mmfn train configs/demo-video.yaml       # or all of it: make demo-video
+
+trains 400 steps in two to three minutes on one core: held-out accuracy 1.000 (360 of 360; chance is 0.25).
 """
 
 import argparse
