@@ -14,7 +14,7 @@ from mmfn.train.config.schema import Config
 from mmfn.train.optim import HOST_KINDS, adamw, chain, clip_by_global_norm, on_host
 from mmfn.train.planning.step_trace import PlannedStep
 from mmfn.train.planning.workload import Workload
-from tests.tiny import TRAINED, family, vision_language
+from tests.tiny import TINY, TRAINED, family, vision_language
 
 TEXT = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "patch_size": 4}
@@ -38,10 +38,14 @@ def make(
     micro_batches: int = 1,
     side: int = 4,
     trained: str = "all",
+    hf: dict[str, Any] | None = None,
     **chosen: Any,
 ) -> tuple[PlannedStep, Layout]:
-    """A step and its layout; `trained`: a name in `TRAINED`, `chosen`: settings of the config's section `layout`."""
-    hf, section = hf_config(moe=moe, layers=layers, toy=toy), LayoutSection(**chosen)
+    """A step and its layout; `trained`: a name in `TRAINED`, `chosen`: settings of the config's section `layout`.
+
+    `hf`: the config.json of another model.
+    """
+    hf, section = hf or hf_config(moe=moe, layers=layers, toy=toy), LayoutSection(**chosen)
     found = family(hf["model_type"])
     layout = section.sizes
     config = Config.model_validate(
@@ -81,6 +85,15 @@ def make(
     return setup, layout
 
 
+def _glm() -> dict[str, Any]:
+    hf = TINY["glm"](3)
+    hf["text_config"] |= {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+    hf["vision_config"] |= {"hidden_size": 32, "out_hidden_size": 64, "patch_size": 4, "image_size": 16}
+    return hf
+
+
+MODELS: dict[str, dict[str, Any]] = {"dense": {}, "moe": {"moe": True}, "glm": {"hf": _glm()}, "toy": {"toy": True}}
+"""What `make` takes for each model of `tiny.TINY`."""
 BOTH_KEPT = {"remat": "selective", "remat_save": ["experts", "exchange"]}
 CASES: dict[str, dict[str, Any]] = {
     "one device": {},
@@ -134,6 +147,9 @@ CASES: dict[str, dict[str, Any]] = {
     "ep, cp": {"moe": True, "dp": 2, "cp": 2, "ep": 4},
     "ep, exchange kept": {"moe": True, "dp": 2, "ep": 2, "remat": "selective", "remat_save": ["exchange"]},
     "capacity": {"moe": True, "dp": 2, "ep": 2, "capacity": 1.5},
+    "glm": MODELS["glm"],
+    "glm, ep, remat": {**MODELS["glm"], "dp": 2, "ep": 2, "remat": "full"},
+    "glm, lora, cp": {**MODELS["glm"], "trained": "lora", "cp": 2, "micro_batches": 2},
     "toy": {"toy": True},
     "toy, text only": {"toy": True, "side": 0, "micro_batches": 2},
     "toy, hsdp": {"toy": True, "replicate": 2, "dp": 2, "remat": "full"},

@@ -23,14 +23,23 @@ from mmfn.train.schedule import schedule
 from mmfn.train.step import make_step
 from tests.parallel.allocated import allocated_peak, start
 from tests.parallel.layout_cases import LAYOUTS, families_of, name_of, settings_of
-from tests.parallel.plan_cases import CASES, EXPERTS, TEXT, hf_config, make
+from tests.parallel.plan_cases import CASES, EXPERTS, MODELS, TEXT, hf_config, make
 
 SAMPLE = (
     *("one device", "remat", "uniform remat", "block remat", "remat of the tower", "offload", "offload, remat, dp"),
     *("offload optimizer", "offload both, dp"),
     *("offload parameters, remat", "offload parameters, dp", "offload parameters, lora", "offload all"),
     *("frozen tower", "lora", "micro-batches", "experts", "dp, remat", "hsdp", "gather", "ring, dp", "ep"),
-    *("ep, exchange kept", "capacity, exchange kept", "toy", "toy, hsdp", "toy, offload parameters", "toy, dropout"),
+    *(
+        "ep, exchange kept",
+        "capacity, exchange kept",
+        "glm",
+        "glm, ep, remat",
+        "toy",
+        "toy, hsdp",
+        "toy, offload parameters",
+        "toy, dropout",
+    ),
 )
 
 
@@ -104,12 +113,7 @@ def test_the_peak_is_that_of_the_allocator(name: str) -> None:
         *(pytest.param(chosen, id=name) for name, chosen in CASES.items() if make(**chosen)[1].world > 1),
         *(
             pytest.param(
-                {
-                    "moe": family == "moe",
-                    "toy": family == "toy",
-                    "trained": case.get("trained", "all"),
-                    **settings_of(case),
-                },
+                {**MODELS[family], "trained": case.get("trained", "all"), **settings_of(case)},
                 id=f"{family}, {name_of(case)}",
                 marks=pytest.mark.slow,
             )
