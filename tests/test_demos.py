@@ -54,8 +54,8 @@ def test_moving_digits(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for split, known in ((train, order[:1437]), (held_out, order[1437:])):
         patterns = {digits[i].tobytes() for i in known}
         for entry in split[:20]:
-            frames, times = decode_video(tmp_path / "a" / entry["videos"][0], everything)
-            assert times == [i / 2 for i in range(8)]
+            frames, times, rate = decode_video(tmp_path / "a" / entry["videos"][0], everything)
+            assert (times, rate) == ([i / 2 for i in range(8)], 2.0)
             assert torch.equal(frames[:, 0], frames[:, 1])
             rows, columns = module.DIRECTIONS[entry["messages"][1]["content"]]
             moved = [np.roll(frames[0, 0].numpy(), (t * rows, t * columns), (0, 1)) for t in range(8)]

@@ -92,7 +92,13 @@ def _glm() -> dict[str, Any]:
     return hf
 
 
-MODELS: dict[str, dict[str, Any]] = {"dense": {}, "moe": {"moe": True}, "glm": {"hf": _glm()}, "toy": {"toy": True}}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "windows": {"hf": TINY["windows"](2)},
+    "moe": {"moe": True},
+    "glm": {"hf": _glm()},
+    "toy": {"toy": True},
+}
 """What `make` takes for each model of `tiny.TINY`."""
 BOTH_KEPT = {"remat": "selective", "remat_save": ["experts", "exchange"]}
 CASES: dict[str, dict[str, Any]] = {

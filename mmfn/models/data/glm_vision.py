@@ -76,7 +76,7 @@ class GlmProcessor(VisionProcessor):
         spec = self._video_spec()
         return Sampling(fps=spec.fps, select=partial(sample_frames, spec=spec))
 
-    def video(self, frames_u8: Tensor, times: Sequence[float]) -> Media:
+    def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
         """See `frames.preprocess_video`; a group of frames has the time of its first. An odd number of frames becomes
         even before the budget counts them."""
         spec = self._video_spec().pixels

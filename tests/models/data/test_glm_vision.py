@@ -76,7 +76,7 @@ def test_a_video_is_written_as_the_library_writes_it(num_frames):
     """Frames by the image's token between marks; the whole second of the first frame of a group behind it."""
     own = processor({**TINY, "temporal_patch_size": 2}, low=32)
     times = [0.0, 0.7, 1.4, 2.6, 3.1, 9.9][:num_frames]
-    media = own.video(picture(8, 12, num_frames), times)
+    media = own.video(picture(8, 12, num_frames), times, 2.0)
     groups = -(-num_frames // 2)
     assert media.grid[0] == groups
     assert media.times == tuple(times[::2])
@@ -96,7 +96,7 @@ def test_a_video_is_written_as_the_library_writes_it(num_frames):
 def test_an_odd_number_of_frames_counts_as_the_next_even_one():
     """Of 5 frames the library makes 6 before it asks what the budget allows."""
     own = processor({**TINY, "temporal_patch_size": 2}, low=32, high=600)
-    media = own.video(picture(12, 16, 5), [0.0, 0.5, 1.0, 1.5, 2.0])
+    media = own.video(picture(12, 16, 5), [0.0, 0.5, 1.0, 1.5, 2.0], 2.0)
     assert (
         (media.grid[1] * 2, media.grid[2] * 2)
         == smart_resize(6, 12, 16, 2, 4, 32, 600)
@@ -160,7 +160,10 @@ def test_a_conversation_with_both_kinds_becomes_a_batch():
     )
     own = Processor(chat=chat, media=processor())
     check_match(model, own)
-    media = {"image": [own.media.image(picture(4, 8)[0])] * 2, "video": [own.media.video(picture(4, 4, 2), [0.0, 3.5])]}
+    media = {
+        "image": [own.media.image(picture(4, 8)[0])] * 2,
+        "video": [own.media.video(picture(4, 4, 2), [0.0, 3.5], 2.0)],
+    }
     parts = [{"type": kind} for kind in ("image", "video", "image")]
     user = {"role": "user", "content": [*parts, {"type": "text", "text": "what"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "a bird"}]}
