@@ -74,7 +74,7 @@ def draw(seed: int) -> Draw:
     moved = r.choice(((), (), (), ("activations",), ("parameters",), ("activations", "parameters")))
     writers = ("adamw", "sgd", "rules", "ema") if "parameters" in moved else ("adamw", "sgd", "muon", "rules", "ema")
     kinds = ["none", "full", "every 2", "uniform", "block", "attention", "matmul", "towers"]
-    kinds += ["experts"] * (family in tiny.WITH_EXPERTS) + ["exchange"] * (2 if ep > 1 else 0)
+    kinds += ["experts"] * (family in tiny.WITH_EXPERTS) + ["exchange"] * (4 if ep > 1 else 0)
     trained = r.choice(("all", "all", "all", *(name for name in tiny.TRAINED if name != "all")))
     optimizer = r.choice(writers)
     return Draw(
