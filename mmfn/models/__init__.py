@@ -124,6 +124,8 @@ FAMILIES = {
     "qwen2_5_vl": "mmfn.models.qwen2_5_vl",
     "qwen3_vl": "mmfn.models.qwen3_vl",
     "qwen3_vl_moe": "mmfn.models.qwen3_vl_moe",
+    "qwen3_omni_moe": "mmfn.models.qwen3_omni",
+    "qwen3_omni_moe_thinker": "mmfn.models.qwen3_omni",
 }
 
 

@@ -4,7 +4,7 @@ A frame (an image, or one step in time of a video) attends to itself alone, in s
 Legend: T tokens, P patches, N features (a cell of merged patches each), M of them, K steps in time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mmfn.batch import IMAGE, TEXT, VIDEO, Laid, Media, Sample, TowerKind
+from mmfn.batch import AUDIO, IMAGE, VIDEO, Laid, Media, Sample, TowerKind
 from mmfn.errors import UserError
-from mmfn.models.layers.positions import Block
+from mmfn.models.layers.positions import Block, blocks_of
 
 NAMES = {IMAGE: "image", VIDEO: "video"}
 
@@ -94,38 +94,23 @@ def frame_blocks(sample: Sample, merge_size: int) -> Iterator[Block]:
     """
     images = (_cells(_shape(m, merge_size)) for m in sample.images)
     frames = (_cells((1, *_shape(m, merge_size)[1:])) for m in sample.videos for _ in range(m.grid[0]))
-    return _blocks(sample, {IMAGE: images, VIDEO: frames})
+    return blocks_of(sample, {IMAGE: images, VIDEO: frames})
 
 
-def media_blocks(sample: Sample, merge_size: int, times: Callable[[Media], Tensor]) -> Iterator[Block]:
-    """`frame_blocks` with a whole video as one block of (time, row, column); `times`: float32[K], of its K steps."""
+def media_blocks(
+    sample: Sample, merge_size: int, times: Callable[[Media], Tensor], sounds: Iterable[Tensor] = ()
+) -> Iterator[Block]:
+    """`frame_blocks` with a whole video as one block of (time, row, column); `times`: float32[K], of its K steps.
+
+    `sounds`: the places of each clip, float32[3, M]; a video and its sound are one block (`positions.blocks_of`).
+    """
 
     def video(medium: Media) -> Tensor:
         cells_3M = _cells(_shape(medium, merge_size))
         return torch.cat([times(medium)[cells_3M[:1].long()], cells_3M[1:]])
 
     images = (_cells(_shape(m, merge_size)) for m in sample.images)
-    return _blocks(sample, {IMAGE: images, VIDEO: map(video, sample.videos)})
-
-
-def _blocks(sample: Sample, places: Mapping[int, Iterable[Tensor]]) -> Iterator[Block]:
-    """Runs of placeholders, cut where the `places` of their kind say: float32[3, M] for each block, in order."""
-    left_of = {kind: iter(blocks) for kind, blocks in places.items()}
-    kinds, lengths = torch.unique_consecutive(sample.kinds_T, return_counts=True)
-    tokens_T, first = torch.arange(sample.kinds_T.numel()), 0
-    for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
-        first, end = first + length, first + length
-        place = end - length
-        while kind != TEXT and place < end:
-            places_3M = next(left_of[kind], torch.zeros(3, 0))
-            size = places_3M.shape[1]
-            if not 0 < size <= (left := end - place):
-                raise UserError(
-                    f"sample {sample.id!r} has a run of {length} visual placeholder tokens with {left} left where the "
-                    f"next image, frame or video gives {size}; make the text and the media agree"
-                )
-            yield tokens_T[place : place + size], places_3M
-            place += size
+    return blocks_of(sample, {IMAGE: images, VIDEO: map(video, sample.videos), AUDIO: sounds})
 
 
 @lru_cache(maxsize=256)

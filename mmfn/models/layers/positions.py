@@ -3,11 +3,15 @@
 Legend: T tokens, B blocks, M tokens of a block, or of all of them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from mmfn.batch import AUDIO, TEXT, VIDEO, Sample
+from mmfn.errors import UserError
 
 Block = tuple[Tensor, Tensor]
 """(tokens_M: int64[M], which tokens of the sample are in it, increasing; places_3M: float32[3, M], their places)."""
@@ -16,10 +20,11 @@ Block = tuple[Tensor, Tensor]
 def mrope(num_tokens: int, blocks: Iterable[Block], ends: Sequence[int] = (0, 1, 2)) -> Tensor:
     """float32[3, T], (temporal, height, width) positions: a block begins behind everything before it.
 
-    A token's position is the start of its block plus its place in it, and a block starts at the largest position before
-    it plus 1 (the first at 0). A token that is in none of `blocks` is a block of its own, at place 0: so text advances
-    all three by one. `blocks`: in the order of their first tokens; no two share a token. `ends`: the coordinates whose
-    largest place ends a block; with fewer than all three, the next one may start below positions of this one.
+    A token's position is the start of its block plus its place in it, and a block starts at the largest position of the
+    token before it plus 1 (the first at 0). A token that is in none of `blocks` is a block of its own, at place 0: so
+    text advances all three by one. `blocks`: in the order of their first tokens; no two share a token. `ends`: the
+    coordinates whose largest place ends a block; with fewer than all three, the next one may start below positions of
+    this one. Places may be fractions: sums are in float32, as in the reference.
 
     >>> row_column = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1.0]])  # an image of 2 x 2 features
     >>> mrope(7, [(torch.arange(1, 5), row_column)])[1].tolist()  # text, the image, two more of text
@@ -32,15 +37,54 @@ def mrope(num_tokens: int, blocks: Iterable[Block], ends: Sequence[int] = (0, 1,
         return torch.arange(num_tokens).float().repeat(3, 1)
     lengths_B = torch.tensor([tokens_M.numel() for tokens_M, _ in blocks])
     tokens_M, places_3M = torch.cat([tokens for tokens, _ in blocks]), torch.cat([places for _, places in blocks], 1)
-    firsts_B, ends_B = tokens_M[lengths_B.cumsum(0) - lengths_B], tokens_M[lengths_B.cumsum(0) - 1] + 1
-    extents_B = torch.segment_reduce(places_3M[list(ends)].amax(0), "max", lengths=lengths_B)
-    start, end, starts, behind = 0.0, 0, [], [0.0]  # where blocks start, and the text before the first and behind each
-    for first, last, extent in zip(firsts_B.tolist(), ends_B.tolist(), extents_B.tolist(), strict=True):
-        starts.append(start + first - end)
-        start, end = starts[-1] + extent + 1, last
-        behind.append(start)
+    lasts_B = lengths_B.cumsum(0) - 1
+    firsts_B, ends_B = tokens_M[lasts_B + 1 - lengths_B], tokens_M[lasts_B] + 1
+    extents_B = places_3M[list(ends)][:, lasts_B].amax(0)
+    start, end, starts, behind = np.float32(0), 0, [], [0.0]  # where blocks start; the text before the first, behind each
+    for first, last, extent in zip(firsts_B.tolist(), ends_B.tolist(), extents_B.numpy(), strict=True):
+        starts.append(float(start + np.float32(first - end)))
+        start, end = np.float32(starts[-1]) + extent + np.float32(1), last
+        behind.append(float(start))
     runs = torch.cat([firsts_B[:1], firsts_B.diff(), num_tokens - firsts_B[-1:]])  # text and what is ahead of it
     ends_T, behind_T = (x.repeat_interleave(runs) for x in (pad(ends_B, (1, 0)), torch.tensor(behind)))
     positions_3T = (torch.arange(num_tokens) - ends_T + behind_T).repeat(3, 1)
     positions_3T[:, tokens_M] = places_3M + torch.tensor(starts).repeat_interleave(lengths_B)
     return positions_3T
+
+
+def blocks_of(sample: Sample, places: Mapping[int, Iterable[Tensor]]) -> Iterator[Block]:
+    """The placeholders of a sample as blocks of `mrope`, one for each of `places[kind]`: float32[3, M], in order.
+
+    In a run of placeholders blocks lie one behind the other; but a video and its sound, one run of both kinds, are one
+    block: they share their start, however they interleave. Raises ValueError where a run does not match its media.
+    """
+    left = {kind: iter(blocks) for kind, blocks in places.items()}
+    runs_T = torch.where(sample.kinds_T == AUDIO, VIDEO, sample.kinds_T)
+    runs, lengths = torch.unique_consecutive(runs_T, return_counts=True)
+    tokens_T, end = torch.arange(sample.kinds_T.numel()), 0
+    for run, length in zip(runs.tolist(), lengths.tolist(), strict=True):
+        first, end = end, end + length
+        while run != TEXT and first < end:
+            kinds_M = sample.kinds_T[first:end]
+            own = {kind: next(left[kind], torch.zeros(3, 0)) for kind in sorted(set(kinds_M.tolist()))}
+            sizes = {kind: block.shape[1] for kind, block in own.items()}
+            _check_run(sample, kinds_M, sizes)
+            if len(own) == 1:
+                (places_3M,) = own.values()
+            else:
+                places_3M = torch.empty(3, len(kinds_M))
+                for kind, block_3M in own.items():
+                    places_3M[:, kinds_M == kind] = block_3M
+            yield tokens_T[first : first + places_3M.shape[1]], places_3M
+            first += places_3M.shape[1]
+
+
+def _check_run(sample: Sample, kinds_M: Tensor, sizes: Mapping[int, int]) -> None:
+    """Raise ValueError where the next medium of each kind does not fit the rest of a run."""
+    for kind, size in sizes.items():
+        there = int((kinds_M == kind).sum())
+        if not 0 < size <= there or (len(sizes) > 1 and size < there):
+            raise UserError(
+                f"sample {sample.id!r} has a run of placeholder tokens with {there} left where the next image, frame, "
+                f"video or clip gives {size}; make the text and the media agree"
+            )

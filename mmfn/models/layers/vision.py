@@ -24,6 +24,8 @@ from mmfn.ops import Between, Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
 
+_MERGER = ("norm", "up", "down")  # leaves of a merger
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -250,8 +252,17 @@ def merge(params: Tree, x_PD: Tensor, cfg: VisionConfig, ops: Ops, *, norm_merge
     return linear.apply(params["down"], ops.gelu(linear.apply(params["up"], x, ops)), ops)
 
 
-def names(name: str) -> list[tuple[str, str]]:
-    """`(path, Hugging Face name)` of the tower of the Qwen3 models, there under `name`."""
+def names(
+    name: str,
+    *,
+    merger: Sequence[str] = ("norm", "linear_fc1", "linear_fc2"),
+    deepstack: str = "deepstack_merger_list",
+) -> list[tuple[str, str]]:
+    """`(path, Hugging Face name)` of the tower of the Qwen3 models, there under `name`.
+
+    `merger`: what the norm, the up and the down projection of a merger are called there; `deepstack`: the mergers of
+    what is tapped.
+    """
     pairs = {
         "patch_embed": "patch_embed.proj",
         "positions": "pos_embed",
@@ -261,11 +272,7 @@ def names(name: str) -> list[tuple[str, str]]:
         "layers/{i}/mlp_norm": "blocks.{i}.norm2",
         "layers/{i}/mlp/up": "blocks.{i}.mlp.linear_fc1",
         "layers/{i}/mlp/down": "blocks.{i}.mlp.linear_fc2",
-        "merger/norm": "merger.norm",
-        "merger/up": "merger.linear_fc1",
-        "merger/down": "merger.linear_fc2",
-        "deepstack/{i}/norm": "deepstack_merger_list.{i}.norm",
-        "deepstack/{i}/up": "deepstack_merger_list.{i}.linear_fc1",
-        "deepstack/{i}/down": "deepstack_merger_list.{i}.linear_fc2",
+        **{f"merger/{own}": f"merger.{their}" for own, their in zip(_MERGER, merger, strict=True)},
+        **{f"deepstack/{{i}}/{own}": f"{deepstack}.{{i}}.{their}" for own, their in zip(_MERGER, merger, strict=True)},
     }
     return [(f"vision/{own}/{{leaf}}", f"{name}.{their}.{{leaf}}") for own, their in pairs.items()]

@@ -25,8 +25,13 @@ Rules = Mapping[str, str | None]
 
 RULES: Rules = {
     EXPERTS: "ep",  # rows travel to their experts (`expert_parallel`)
+    "audio_channels": None,
+    "audio_embed": None,
+    "audio_heads": None,
+    "audio_mlp": None,
     "embed": None,
     "head_dim": None,
+    "kernel": None,
     "kv_heads": None,
     "lora": None,
     "merged": None,

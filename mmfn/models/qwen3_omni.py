@@ -1,0 +1,261 @@
+"""The thinker of Qwen3-Omni: text with experts that sees and hears. Source: `modeling_qwen3_omni_moe.py` in
+transformers 5.23.
+
+Features of images, videos and sound replace the embeddings of their placeholder tokens; those of vision that are tapped
+on the way (deepstack) are added behind the first text blocks. A checkpoint of the whole model also holds what speaks
+(`talker`, `code2wav`): it is not read, and copied as it is on export. Legend: T tokens, M tokens of a medium, D width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfn.batch import AUDIO, IGNORE, IMAGE, VIDEO, Batch, Laid, Media, Sample, TowerKind
+from mmfn.errors import UserError
+from mmfn.models import Output
+from mmfn.models.data import qwen_omni
+from mmfn.models.hf_config import ConfigReader
+from mmfn.models.keymap import BUFFERS, Entry, KeyMap
+from mmfn.models.layers import audio, balance, decoder, moe, norm, rope, text, vision
+from mmfn.models.layers import vision_language as shared
+from mmfn.models.layers.audio import AudioConfig
+from mmfn.models.layers.cache import Cache
+from mmfn.models.layers.moe import MoeConfig
+from mmfn.models.layers.positions import media_blocks, mrope
+from mmfn.ops import Ops
+from mmfn.tree import Tree
+
+DEFAULTS = {
+    "vocab_size": 3584,
+    "hidden_size": 2048,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+TOKENS = {"image_token_id": 151_655, "video_token_id": 151_656, "audio_token_id": 151_646}
+ROPE = shared.RopeDefaults(theta=1_000_000.0, sections=(24, 20, 20), is_interleaved=True)
+OUTER, PREFIX = "thinker_config", "thinker."
+SPEECH = (r"talker\..*", r"code2wav\..*")
+
+head, at_depth, taps, empty_cache = shared.head, shared.at_depth, shared.taps, shared.empty_cache
+lora_targets, data = shared.LORA_TARGETS, qwen_omni.DATA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(shared.VisionLanguageConfig):
+    """`positions_per_second`: by which a video's frames and sound advance. `prefix`: of all stored names, that of the
+    thinker in a whole model or none."""
+
+    audio: AudioConfig
+    audio_token_id: int
+    positions_per_second: float
+    prefix: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.audio.d_out != self.decoder.d_model:
+            raise UserError(
+                f"audio_config.output_dim is {self.audio.d_out} but must equal text_config.hidden_size "
+                f"{self.decoder.d_model}: features replace token embeddings; correct the model's config.json"
+            )
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> Config:
+    """The dict of a `config.json`, of the whole model or of its thinker alone; absent keys take the defaults of
+    transformers 5.23.
+
+    The load-balancing loss counts as in `qwen3_vl_moe`. Raises ValueError for values out of range and for settings mmfn
+    does not implement.
+    """
+    is_whole = OUTER in hf or hf.get("model_type") == "qwen3_omni_moe"
+    ConfigReader(hf).only("quantization_config", None, "quantized weights are not supported")
+    thinker = shared.with_defaults(ConfigReader(hf).section(OUTER).values if is_whole else hf, **TOKENS)
+    own, text_ = ConfigReader(thinker, OUTER if is_whole else "config"), shared.text_section(thinker, DEFAULTS)
+    biased = ("q", "k", "v", "o") if text_.boolean("attention_bias", False) else ()
+    block = decoder.config_from_hf(text_, biased=biased)
+    tower = vision.config_from_hf(own.section("vision_config"))
+    coef, is_balanced = text_.number("router_aux_loss_coef", 0.001), text_.boolean("output_router_logits", False)
+    every, without = text_.integer("decoder_sparse_step", 1), text_.integers("mlp_only_layers", ())
+    fields = shared.fields_from_hf(thinker, text_, ROPE, block=block, tower=tower)
+    return Config(
+        **fields,
+        moe=MoeConfig(
+            d_model=block.d_model,
+            d_ff=text_.integer("moe_intermediate_size", 768),
+            num_experts=text_.integer("num_experts", 128),
+            num_chosen=text_.integer("num_experts_per_tok", 8),
+            is_normed=text_.boolean("norm_topk_prob", True),
+            init_std=block.init_std,
+        ),
+        moe_layers=frozenset(i for i in range(fields["num_layers"]) if (i + 1) % every == 0 and i not in without),
+        router_aux_coef=coef if is_balanced else 0.0,
+        audio=audio.config_from_hf(own.section("audio_config")),
+        audio_token_id=own.integer("audio_token_id", minimum=0),
+        positions_per_second=own.number("position_id_per_seconds", 25.0),
+        prefix=PREFIX if is_whole else "",
+    )
+
+
+def specs(cfg: Config) -> Tree:
+    """The parameters."""
+    assert cfg.moe is not None
+    dense, attention = decoder.dense_specs(cfg.decoder), decoder.attention_specs(cfg.decoder)
+    sparse = decoder.specs(cfg.decoder, attention=attention, moe=moe.specs(cfg.moe))
+    blocks = [sparse if i in cfg.moe_layers else dense for i in range(cfg.num_layers)]
+    return shared.specs(cfg, blocks, vision=vision.specs(cfg.vision), audio=audio.specs(cfg.audio))
+
+
+def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None = None) -> Output:
+    """The last hidden states, normalised, before the head. With a `cache` as in `qwen3_vl`."""
+    x_TD = text.embed(params["text"]["embed"], batch.tokens_T, ops, pad_token_id=cfg.pad_token_id)
+    between = {}
+    if cache is None or cache.slots.is_prefill:
+        sound, sight = batch.towers["audio"], batch.towers["vision"]
+        heard_ND = audio.encode(params["audio"], sound, cfg.audio, ops)
+        x_TD = text.replace_by_features(x_TD, heard_ND, sound.index_T, ops)
+        seen_ND, deepstack = vision.encode(params["vision"], sight, cfg.vision, ops)
+        x_TD = text.replace_by_features(x_TD, seen_ND, sight.index_T, ops)
+        for i, tapped_ND in enumerate(deepstack):
+            between[i] = partial(text.add_features, features_ND=tapped_ND, index_T=sight.index_T, ops=ops)
+    x_TD, routers, cache = text.decode(
+        params["text"]["layers"],
+        x_TD,
+        rope.interleaved(batch.positions_3T, cfg.rope_sections, cfg.rope_theta),
+        batch,
+        cfg.decoder,
+        ops,
+        mixer=partial(decoder.attend, cfg=cfg.decoder, ops=ops),
+        feed_forward=partial(moe.mixed, cfg=cfg.moe, ops=ops),
+        between=between,
+        cache=cache,
+    )
+    x_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, cfg.decoder.norm_eps, ops)
+    losses, stats = balance.router_losses(routers, ops), balance.router_stats(routers)
+    return Output(hidden_TD=x_TD, losses=losses, stats=stats, cache=cache)
+
+
+def loss_weights(cfg: Config) -> dict[str, float]:
+    """The weight of the load-balancing loss, of a model that has a router."""
+    return {balance.ROUTER_LOSS: cfg.router_aux_coef} if cfg.moe_layers else {}
+
+
+def positions(sample: Sample, cfg: Config) -> Tensor:
+    """float32[3, T]: text, and a block for every image, clip and whole video, of which one and its sound are one.
+
+    Steps in time of a video lie `seconds_per_grid * positions_per_second` apart, tokens of sound 1.
+    Source: `get_rope_index` of the thinker in transformers 5.23, which takes a silent video for text where
+    `use_audio_in_video` is set for others of the same call.
+    """
+    places = {
+        IMAGE: (_cells(medium, 0.0, cfg) for medium in sample.images),
+        VIDEO: (_cells(medium, cfg.positions_per_second, cfg) for medium in sample.videos),
+        AUDIO: (torch.arange(audio.num_rows(clip.grid[0])).float().expand(3, -1) for clip in sample.audios),
+    }
+    return mrope(sample.tokens_T.numel(), media_blocks(sample, places))
+
+
+def _cells(medium: Media, per_second: float, cfg: Config) -> Tensor:
+    """float32[3, M]: time, row and column of every merged cell. The product is rounded as in the reference."""
+    t, h, w = medium.grid
+    times = torch.arange(t).float() * medium.seconds_per_grid * per_second
+    rows, columns = (torch.arange(n // cfg.vision.merge_size).float() for n in (h, w))
+    return torch.cartesian_prod(times, rows, columns).T
+
+
+def towers(cfg: Config) -> dict[str, TowerKind]:
+    """Merged patches, and chunks of sound."""
+    return {**shared.towers(cfg), "audio": audio.tower_kind(cfg.audio)}
+
+
+def lay(sample: Sample, cfg: Config) -> dict[str, Laid]:
+    """See `patches.lay_frames` and `audio.lay`."""
+    return {**shared.lay(sample, cfg), "audio": audio.lay(sample, cfg.audio)}
+
+
+def kinds(tokens_T: Tensor, cfg: Config) -> Tensor:
+    """int64[T]: the kind of every token, by the placeholders' ids."""
+    return torch.where(tokens_T == cfg.audio_token_id, AUDIO, shared.kinds(tokens_T, cfg))
+
+
+def example(num_tokens: int, side: int, cfg: Config) -> Sample:
+    """That of `vision_language`, with as much sound at its end, in whole chunks, as an image gives features, where that
+    leaves room for text."""
+    seen = shared.example(num_tokens, side, cfg)
+    num_seen = int((seen.kinds_T == IMAGE).sum())
+    chunks = min(-(-num_seen // audio.ROWS), (num_tokens - num_seen - 3) // audio.ROWS)
+    if not num_seen or chunks < 1:
+        return seen
+    is_heard_T = torch.arange(num_tokens) >= num_tokens - 1 - chunks * audio.ROWS
+    is_heard_T[-1] = False
+    return replace(
+        seen,
+        tokens_T=torch.where(is_heard_T, cfg.audio_token_id, seen.tokens_T),
+        labels_T=torch.where(is_heard_T, IGNORE, seen.labels_T),
+        kinds_T=torch.where(is_heard_T, AUDIO, seen.kinds_T),
+        audios=(audio.clip_of(torch.empty(chunks * audio.CHUNK, cfg.audio.num_mels)),),
+    )
+
+
+def row_ids(batch: Batch, cfg: Config) -> list[tuple[str, Tensor]]:
+    """Which rows parameters compute with, by the beginning of their path."""
+    return [*shared.row_ids(batch, cfg), ("audio/", batch.towers["audio"].ids_P)]
+
+
+def parts(cfg: Config) -> dict[str, str]:
+    """Regexes over the paths of the parts a run can freeze."""
+    heard = {"audio_encoder": r"audio/(convolutions|entry|layers)/.*", "audio_projector": r"audio/projector/.*"}
+    return {**shared.parts(cfg), **heard}
+
+
+def key_map(cfg: Config) -> KeyMap:
+    """Hugging Face names of the leaves: as published, as transformers holds them, and the first under the other prefix.
+
+    On disk an expert's matrices are tensors of their own.
+    """
+    held = _entries(cfg, f"{cfg.prefix}model.", "language_model.", f"{cfg.prefix}lm_head")
+    layer = f"{cfg.prefix}model.language_model.layers.{{i}}.mlp.experts"
+    fused = (
+        Entry(path="text/layers/{i}/moe/experts/gate_up", name=f"{layer}.gate_up_proj"),
+        Entry(path="text/layers/{i}/moe/experts/down", name=f"{layer}.down_proj"),
+    )
+    whose = "ForConditionalGeneration"
+    return KeyMap(
+        entries=(),
+        architecture=f"Qwen3OmniMoe{whose}" if cfg.prefix else f"Qwen3OmniMoeThinker{whose}",
+        layouts={
+            "hub": _published(cfg, cfg.prefix),
+            "transformers": (*fused, *held),
+            "renamed": _published(cfg, "" if cfg.prefix else PREFIX),
+        },
+        copies={} if not cfg.is_tied else {f"{prefix}lm_head.weight": "text/embed/weight" for prefix in ("", PREFIX)},
+        ignore=BUFFERS,
+        verbatim=SPEECH,
+    )
+
+
+def _published(cfg: Config, prefix: str) -> tuple[Entry, ...]:
+    one = f"{prefix}model.layers.{{i}}.mlp.experts.{{e}}"
+    gate_up = (f"{one}.gate_proj.weight", f"{one}.up_proj.weight")
+    return (
+        Entry(path="text/layers/{i}/moe/experts/gate_up", name=gate_up, join=1),
+        Entry(path="text/layers/{i}/moe/experts/down", name=f"{one}.down_proj.weight"),
+        *_entries(cfg, prefix, "model.", f"{prefix}lm_head"),
+    )
+
+
+def _entries(cfg: Config, beginning: str, own: str, head: str) -> tuple[Entry, ...]:
+    """All but the experts; `own`: of the text."""
+    seen, heard, written = f"{beginning}visual", f"{beginning}audio_tower", f"{beginning}{own}".removesuffix(".")
+    router = ("text/layers/{i}/moe/router/weight", f"{written}.layers.{{i}}.mlp.gate.weight")
+    mergers = vision.names(seen, merger=("ln_q", "mlp.0", "mlp.2"), deepstack="merger_list")
+    pairs = [router, *mergers, *audio.names(heard)]
+    return (
+        shared.patch_entry(cfg.vision, seen),
+        *shared.text_entries(written, head),
+        *(Entry(path=path, name=name) for path, name in pairs),
+    )
