@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import mmfn
 from mmfn import lora, models, rng, spec, tree
@@ -112,15 +113,35 @@ def _glm(num_layers: int) -> dict[str, Any]:
     }
 
 
+SOUND = {
+    "num_mel_bins": 5,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 10,
+    "d_model": 8,
+    "downsample_hidden_size": 3,
+    "n_window_infer": 200,
+}
+
+
+def _qwen3_omni(num_layers: int) -> dict[str, Any]:
+    """The whole model's config, its second text block dense."""
+    thinker = _qwen3_vl(num_layers, {**EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1]}, depth=3)
+    heard = {"audio_token_id": 3, "audio_config": {**SOUND, "output_dim": 20}, "position_id_per_seconds": 13}
+    del thinker["model_type"]
+    return {"model_type": "qwen3_omni_moe", "thinker_config": {**thinker, **heard, "tie_word_embeddings": False}}
+
+
 TINY: dict[str, Callable[[int], dict[str, Any]]] = {  # text blocks -> config.json
     "dense": _qwen3_vl,
     "small": lambda num_layers: _qwen3_vl(num_layers, **SMALL_TOWER),
     "moe": lambda num_layers: _qwen3_vl(num_layers, EXPERTS),
     "windows": _qwen2_5_vl,
     "glm": _glm,
+    "omni": _qwen3_omni,
     "toy": lambda num_layers: {"model_type": "toy", "num_layers": num_layers},
 }
-WITH_EXPERTS = ("moe", "glm", "toy")
+WITH_EXPERTS = ("moe", "glm", "omni", "toy")
 MARKS = {"glm4v_moe": {VIDEO: ((3,), (4,))}}  # tokens before and behind a medium, without which it is of another kind
 
 
@@ -227,14 +248,26 @@ def with_adapters(params: Tree, specs: Tree) -> Tree:
     return tree.map_with_path(draw, lora.add_adapters(params, specs, 0))
 
 
+# ---- comparison
+
+NOISE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-1}
+
+
+def scale_of(want: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an error is relative to: the leaf's largest value, but no less than `NOISE`: the gradient of a bias of keys
+    without rope is 0, as it shifts all scores of a query alike, and what is found is rounding."""
+    return want.abs().max().double().clamp(min=NOISE[dtype])
+
+
 # ---- samples
 
-Draw = Callable[[int, int], int]
-GRIDS: dict[int, Callable[[Draw], tuple[int, int, int]]] = {  # (least, most) -> a number: (time, height, width)
-    IMAGE: lambda draw: (1, 2 * draw(1, 2), 2 * draw(1, 3)),
-    VIDEO: lambda draw: (draw(2, 3), 2 * draw(1, 2), 2 * draw(1, 3)),
-    AUDIO: lambda draw: (2 * draw(1, 3), 1, 1),
+Draw = Callable[[int, int], int]  # (least, most) -> a number
+GRIDS: dict[int, Callable[[Draw, int], tuple[int, int, int]]] = {  # inputs of a unit -> (time, height, width)
+    IMAGE: lambda draw, unit: (1, 2 * draw(1, 2), 2 * draw(1, 3)),
+    VIDEO: lambda draw, unit: (draw(2, 3), 2 * draw(1, 2), 2 * draw(1, 3)),
+    AUDIO: lambda draw, unit: (draw(1, 5 * unit // 2), 1, 1),
 }
+KINDS = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}
 
 
 def media_kinds(family: Family, cfg: Any) -> tuple[int, ...]:
@@ -268,10 +301,13 @@ def sample(family: Family, cfg: Any, number: int, kinds: Sequence[int], *, is_su
 
     parts = [text()]
     for kind in kinds:
-        grid, tower = GRIDS[kind](draw), towers[kind]
+        tower = towers[kind]
+        grid = GRIDS[kind](draw, tower.inputs)
         inputs_UF = torch.randn(prod(grid), tower.values, generator=g)
-        media[kind].append(Media(inputs_UF=inputs_UF, grid=grid, seconds_per_grid=0.7))
-        parts += [*written(family, cfg, kind, prod(grid) // tower.inputs * tower.features), text()]
+        whole_UF = pad(inputs_UF, (0, 0, 0, -prod(grid) % tower.inputs))  # units
+        media[kind].append(Media(inputs_UF=whole_UF, grid=grid, seconds_per_grid=0.7))
+        num_tokens = family.data.num_tokens(KINDS[kind], media[kind][-1], cfg)
+        parts += [*written(family, cfg, kind, num_tokens), text()]
     tokens_T = torch.cat([tokens for _, tokens in parts])
     kinds_T = torch.cat([torch.full_like(tokens, kind) for kind, tokens in parts])
     is_label_T = (kinds_T == TEXT) & (torch.rand(tokens_T.shape, generator=g) < 0.5) & is_supervised

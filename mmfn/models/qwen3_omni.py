@@ -3,7 +3,7 @@ transformers 5.23.
 
 Features of images, videos and sound replace the embeddings of their placeholder tokens; those of vision that are tapped
 on the way (deepstack) are added behind the first text blocks. A checkpoint of the whole model also holds what speaks
-(`talker`, `code2wav`): it is not read, and copied as it is on export. Legend: T tokens, M tokens of a medium, D width.
+(`talker`, `code2wav`): it is not read, and copied as it is on export. Legend: T tokens, N features, D width.
 """
 
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfn.batch import AUDIO, IGNORE, IMAGE, VIDEO, Batch, Laid, Media, Sample, TowerKind
+from mmfn.batch import AUDIO, IGNORE, IMAGE, Batch, Laid, Media, Sample, TowerKind
 from mmfn.errors import UserError
 from mmfn.models import Output
 from mmfn.models.data import qwen_omni
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import BUFFERS, Entry, KeyMap
-from mmfn.models.layers import audio, balance, decoder, moe, norm, rope, text, vision
+from mmfn.models.layers import audio, balance, decoder, moe, norm, patches, rope, text, vision
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.audio import AudioConfig
 from mmfn.models.layers.cache import Cache
 from mmfn.models.layers.moe import MoeConfig
-from mmfn.models.layers.positions import media_blocks, mrope
+from mmfn.models.layers.positions import mrope
 from mmfn.ops import Ops
 from mmfn.tree import Tree
 
@@ -151,20 +151,13 @@ def positions(sample: Sample, cfg: Config) -> Tensor:
     Source: `get_rope_index` of the thinker in transformers 5.23, which takes a silent video for text where
     `use_audio_in_video` is set for others of the same call.
     """
-    places = {
-        IMAGE: (_cells(medium, 0.0, cfg) for medium in sample.images),
-        VIDEO: (_cells(medium, cfg.positions_per_second, cfg) for medium in sample.videos),
-        AUDIO: (torch.arange(audio.num_rows(clip.grid[0])).float().expand(3, -1) for clip in sample.audios),
-    }
-    return mrope(sample.tokens_T.numel(), media_blocks(sample, places))
+    per_second = cfg.positions_per_second
 
+    def times(video: Media) -> Tensor:  # rounded step by step, as in the reference
+        return torch.arange(video.grid[0]).float() * video.seconds_per_grid * per_second
 
-def _cells(medium: Media, per_second: float, cfg: Config) -> Tensor:
-    """float32[3, M]: time, row and column of every merged cell. The product is rounded as in the reference."""
-    t, h, w = medium.grid
-    times = torch.arange(t).float() * medium.seconds_per_grid * per_second
-    rows, columns = (torch.arange(n // cfg.vision.merge_size).float() for n in (h, w))
-    return torch.cartesian_prod(times, rows, columns).T
+    sounds = (torch.arange(audio.num_rows(clip.grid[0])).float().expand(3, -1) for clip in sample.audios)
+    return mrope(sample.tokens_T.numel(), patches.media_blocks(sample, cfg.vision.merge_size, times, sounds))
 
 
 def towers(cfg: Config) -> dict[str, TowerKind]:

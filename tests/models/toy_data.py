@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,7 @@ class ToyProcessor:
         """The mean colour of every column; two make a unit."""
         if image_u8.shape[2] != self.width:
             raise ValueError(f"an image must be {self.width} pixels wide, got {image_u8.shape[2]}")
-        return Media(inputs_UF=image_u8.float().mean(1).T.contiguous(), grid=(self.width // 2, 1, 1))
+        return Media(inputs_UF=image_u8.float().mean(1).T.contiguous(), grid=(self.width, 1, 1))
 
     def sampling(self) -> Sampling:
         """It takes no videos."""
@@ -33,6 +34,10 @@ class ToyProcessor:
     def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
         """It takes no videos."""
         raise ValueError("the toy takes no videos")
+
+    def audio(self, wave_S: Tensor, rate: int) -> Media:
+        """A step every five samples, an even number of them."""
+        return Media(inputs_UF=wave_S.view(-1, 5), grid=(wave_S.numel() // 5, 1, 1))
 
     def texts(self, media: MediaByKind) -> TextsByKind:
         """A picture is its word; sound stands between marks of its own."""
@@ -54,8 +59,8 @@ def facts(cfg: Any, processor: ToyProcessor) -> list[Fact]:
 
 
 def num_tokens(kind: str, media: Media, cfg: Any) -> int:
-    """A feature a unit of an image, two of sound."""
-    return media.grid[0] * (2 if kind == "audio" else 1)
+    """A feature a unit of an image, two of sound; two columns or steps are a unit."""
+    return -(-prod(media.grid) // 2) * (2 if kind == "audio" else 1)
 
 
 def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any) -> MediaByKind:
@@ -65,7 +70,7 @@ def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any) -> MediaByKind:
         both = pair(inputs, *keys)
         lengths = [] if both is None else integers(keys[1], both[1]).tolist()
         parts = [] if both is None else both[0].split(lengths)
-        media[kind] = [Media(inputs_UF=part, grid=(len(part) // 2, 1, 1)) for part in parts]
+        media[kind] = [Media(inputs_UF=part, grid=(len(part), 1, 1)) for part in parts]
     return media
 
 

@@ -186,7 +186,7 @@ def example(num_tokens: int, side: int, cfg: Config) -> Sample:
     side = min(side, (num_tokens - 2) // 3)
     kinds_T = torch.tensor([IMAGE] * side + [AUDIO] * 2 * side + [TEXT] * (num_tokens - 3 * side))
     tokens_T = torch.where(kinds_T == IMAGE, 1, torch.where(kinds_T == AUDIO, 2, 3 + torch.arange(num_tokens) % 50))
-    media = [Media(inputs_UF=torch.empty(2 * side, n), grid=(side, 1, 1)) for n in VALUES.values()]
+    media = [Media(inputs_UF=torch.empty(2 * side, n), grid=(2 * side, 1, 1)) for n in VALUES.values()]
     labels_T = torch.where(kinds_T == TEXT, tokens_T, IGNORE)
     images, audios = ((media[0],), (media[1],)) if side else ((), ())
     return Sample(tokens_T=tokens_T, labels_T=labels_T, kinds_T=kinds_T, images=images, audios=audios)

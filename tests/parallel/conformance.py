@@ -145,7 +145,7 @@ def check_outcome(cell: Cell, found: Mapping[str, Tensor]) -> None:
         assert norm > 0.5, "clipping is part of the step"
     for name, want in expected.items():
         error = (found[name].double() - want).abs().max() if want.numel() else torch.zeros(())
-        assert error <= RTOL[cell.dtype] * want.abs().max(), f"{cell}: {name} is off by {error:.1e}"
+        assert error <= RTOL[cell.dtype] * tiny.scale_of(want, cell.dtype), f"{cell}: {name} is off by {error:.1e}"
 
 
 def check_cell(cell: Cell) -> World:

@@ -60,6 +60,10 @@ class BlockProcessor:
         media = preprocess_video(frames_u8, spec, is_frame_budget=True)
         return replace(media, seconds_per_grid=spec.temporal_patch_size / rate)
 
+    def audio(self, wave_S: Tensor, rate: int) -> Media:
+        """Such a model hears nothing."""
+        raise UserError("the model takes no sound; remove it from the sample")
+
     def texts(self, media: MediaByKind) -> TextsByKind:
         """The placeholder token, once per feature."""
         write = {"image": qwen_vision.image_text, "video": video_text}
@@ -102,34 +106,42 @@ def sample_groups(num_frames: int, rate: float, spec: VideoSpec) -> list[int]:
 
 
 def processor(sections: Mapping[str, Mapping[str, Any]], cfg: Any) -> BlockProcessor:
-    """Of the sections `image_processor` and `video_processor`; nothing depends on `cfg`.
+    """Of the sections `image_processor` and `video_processor`; nothing depends on `cfg`. See `specs_from_hf`."""
+    return BlockProcessor(**specs_from_hf(sections, IMAGE_DEFAULTS, VIDEO_DEFAULTS))
+
+
+def specs_from_hf(
+    sections: Mapping[str, Mapping[str, Any]], image_defaults: Mapping[str, Any], video_defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of a `BlockProcessor`.
 
     Published checkpoints have no section for videos: theirs are cut and normalised as images are, within the bounds of
-    `VIDEO_DEFAULTS`. Frames are sampled by `fps` whatever `do_sample_frames` says: false, which transformers writes,
+    `video_defaults`. Frames are sampled by `fps` whatever `do_sample_frames` says: false, which transformers writes,
     leaves it to its caller to ask for a rate.
     """
     image = sections["image_processor"]
     video = dict(sections.get("video_processor", {k: v for k, v in image.items() if k not in _PIXEL_BOUNDS}))
     video.pop("do_sample_frames", None)
     is_capped, max_tokens = video.pop("cap_pixels_per_frame", None), video.pop("max_video_tokens", MAX_VIDEO_TOKENS)
-    return BlockProcessor(
-        image_spec=ImageSpec.from_hf(image, IMAGE_DEFAULTS),
-        video_spec=VideoSpec.from_hf(video, VIDEO_DEFAULTS),
-        max_video_tokens=max_tokens if is_capped else None,
-    )
+    return {
+        "image_spec": ImageSpec.from_hf(image, image_defaults),
+        "video_spec": VideoSpec.from_hf(video, video_defaults),
+        "max_video_tokens": max_tokens if is_capped else None,
+    }
 
 
 _PIXEL_BOUNDS = ("size", "min_pixels", "max_pixels")
 
 
-def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any) -> MediaByKind:
-    """Images and videos of `qwen_vision.INPUTS`; without `SECONDS` every step in time lasts one, as in transformers."""
+def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any, *, seconds: str = SECONDS) -> MediaByKind:
+    """Images and videos of `qwen_vision.INPUTS`; without the key `seconds` every step in time lasts one, as in
+    transformers."""
     media = qwen_vision.media_from_hf(inputs, cfg)
     videos = media["video"]
-    seconds_N = inputs.get(SECONDS, torch.ones(len(videos)))
+    seconds_N = inputs.get(seconds, torch.ones(len(videos)))
     if list(seconds_N.shape) != [len(videos)] or not bool(((seconds_N > 0) & (seconds_N < torch.inf)).all()):
         raise UserError(
-            f"{SECONDS} is {seconds_N.tolist()} but must be a positive number of seconds for each of the {len(videos)} "
+            f"{seconds} is {seconds_N.tolist()} but must be a positive number of seconds for each of the {len(videos)} "
             "videos; pass the processor's own result"
         )
     timed = [replace(video, seconds_per_grid=s) for video, s in zip(videos, seconds_N.tolist(), strict=True)]

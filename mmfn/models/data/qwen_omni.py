@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,47 +11,43 @@ from torch import Tensor
 
 from mmfn.batch import Media
 from mmfn.errors import UserError
-from mmfn.models.data import DataSide, Fact, MediaByKind, qwen_vision
+from mmfn.models.data import DataSide, Fact, MediaByKind, qwen2_vision, qwen_vision
 from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
-from mmfn.models.data.frames import VideoSpec
 from mmfn.models.data.inputs import integers, pair
 from mmfn.models.data.mel import SoundSpec, log_mel
-from mmfn.models.data.pixels import ImageSpec
-from mmfn.models.data.qwen_vision import IMAGE_PAD, VIDEO_PAD, VisionProcessor
+from mmfn.models.data.qwen2_vision import BlockProcessor
+from mmfn.models.data.qwen_vision import IMAGE_PAD, VIDEO_PAD
 from mmfn.models.layers import audio
 
-AUDIO_PAD = "<|audio_pad|>"
-PLACEHOLDERS = {kind: re.escape(pad) for kind, pad in (("image", IMAGE_PAD), ("video", VIDEO_PAD), ("audio", AUDIO_PAD))}
+AUDIO_PAD, AUDIO_START, AUDIO_END = "<|audio_pad|>", "<|audio_start|>", "<|audio_end|>"
+PADS = {"image": IMAGE_PAD, "video": VIDEO_PAD, "audio": AUDIO_PAD}
 TOKENS = {
-    "image_token_id": IMAGE_PAD,
-    "video_token_id": VIDEO_PAD,
+    **qwen_vision.TOKENS,
     "audio_token_id": AUDIO_PAD,
+    "audio_start_token_id": AUDIO_START,
+    "audio_end_token_id": AUDIO_END,
 }
 SOUND, LENGTHS, SECONDS = "input_features", "feature_attention_mask", "video_second_per_grid"
-UNUSED = ("num_audio_tokens",)  # what the processor returns besides, and mmfn counts itself
+COUNTS = "num_audio_tokens"  # which the processor returns too, and mmfn works out itself
 SOUND_DEFAULTS = {"feature_size": 128, "sampling_rate": 16_000, "hop_length": 160, "n_fft": 400}
-IMAGE_DEFAULTS = {
-    **qwen_vision.IMAGE_DEFAULTS,
-    "patch_size": 16,
-    "image_mean": (0.5, 0.5, 0.5),
-    "image_std": (0.5, 0.5, 0.5),
+PIXELS = {"patch_size": 16, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+IMAGE_DEFAULTS = {**qwen_vision.IMAGE_DEFAULTS, **PIXELS}
+VIDEO_DEFAULTS = {
+    **qwen2_vision.VIDEO_DEFAULTS,
+    **PIXELS,
+    "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class OmniProcessor(VisionProcessor):
-    """A `MediaProcessor` of images, videos and sound."""
+class OmniProcessor(BlockProcessor):
+    """A `MediaProcessor` of images, videos and sound.
+
+    A step in time of a video lasts as long as its frames, of which the sampled ones count; transformers' processor
+    takes its argument `fps` for their rate, 1.0 where there is none.
+    """
 
     sound_spec: SoundSpec
-
-    def video(self, frames_u8: Tensor, times: Sequence[float]) -> Media:
-        """See `frames.preprocess_video`; a step in time lasts as long as its frames, of which the sampled ones count.
-
-        transformers' processor takes the argument `fps` for their rate, 1.0 where there is none.
-        """
-        medium = super().video(frames_u8, times)
-        apart = (times[-1] - times[0]) / (len(times) - 1)
-        return replace(medium, times=(), seconds_per_grid=apart * self.image_spec.temporal_patch_size)
 
     def audio(self, wave_S: Tensor, rate: int) -> Media:
         """See `mel.log_mel`."""
@@ -61,10 +57,9 @@ class OmniProcessor(VisionProcessor):
 
     def texts(self, media: MediaByKind) -> TextsByKind:
         """A medium is its placeholder, once for every feature: the marks around it are the template's."""
-        pads = {"image": IMAGE_PAD, "video": VIDEO_PAD, "audio": AUDIO_PAD}
         merged = self.image_spec.merge_size**2
         return {
-            kind: [MediaText(text=pads[kind], counts=(_num_tokens(kind, one, merged),)) for one in items]
+            kind: [MediaText(text=PADS[kind], counts=(_num_tokens(kind, one, merged),)) for one in items]
             for kind, items in media.items()
         }
 
@@ -82,7 +77,8 @@ def video_with_sound(video: Media, clip: Media, *, merge_size: int, per_second: 
     Source: `replace_video_with_audio_token` of `Qwen3OmniMoeProcessor` in transformers 5.23.
     """
     steps, cells = video.grid[0], math.prod(video.grid[1:]) // merge_size**2
-    num, done, text, counts = audio.num_rows(clip.grid[0]), 0, "", []
+    num, done, text = audio.num_rows(clip.grid[0]), 0, ""
+    counts: list[int] = []
     for step in range(steps):
         before = min(num, math.ceil(step * video.seconds_per_grid * per_second))  # sound that starts before the step
         for pad, count in ((AUDIO_PAD, before - done), (VIDEO_PAD, cells)):
@@ -91,36 +87,27 @@ def video_with_sound(video: Media, clip: Media, *, merge_size: int, per_second: 
         done = max(done, before)
     if num > done:
         text, counts = text + AUDIO_PAD, [*counts, num - done]
-    return MediaText(text=f"<|audio_start|>{text}<|audio_end|>", counts=tuple(counts))
+    return MediaText(text=f"{AUDIO_START}{text}{AUDIO_END}", counts=tuple(counts))
 
 
 def processor(sections: Mapping[str, Mapping[str, Any]], cfg: Any) -> OmniProcessor:
     """Of the sections `image_processor`, `feature_extractor` (in older files one and the same) and, where there is one,
     `video_processor`; nothing depends on `cfg`."""
-    video = sections.get("video_processor")
-    return OmniProcessor(
-        image_spec=ImageSpec.from_hf(sections["image_processor"], IMAGE_DEFAULTS),
-        video_spec=None if video is None else VideoSpec.from_hf(video, qwen_vision.VIDEO_DEFAULTS),
-        sound_spec=SoundSpec.from_hf(sections["feature_extractor"], SOUND_DEFAULTS),
-    )
+    specs = qwen2_vision.specs_from_hf(sections, IMAGE_DEFAULTS, VIDEO_DEFAULTS)
+    return OmniProcessor(**specs, sound_spec=SoundSpec.from_hf(sections["feature_extractor"], SOUND_DEFAULTS))
 
 
-def facts(cfg: Any, processor: OmniProcessor) -> list[Fact]:
-    """`cfg`: a config with `vision` and `audio`."""
+def facts(cfg: Any, processor: Any) -> list[Fact]:
+    """Of an `OmniProcessor`; `cfg`: a config with `vision` and `audio`."""
     mels = Fact(name="num_mel_bins", config=cfg.audio.num_mels, processor=processor.sound_spec.num_mels)
     return [*qwen_vision.facts(cfg, processor), mels]
 
 
 def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any) -> MediaByKind:
-    """Images, videos with the `SECONDS` that a step in time lasts (the processor's own figure: see `OmniProcessor`),
-    and clips."""
-    seen = qwen_vision.media_from_hf(inputs, cfg)
-    seconds = inputs.get(SECONDS)
-    if len(seen["video"]) != (0 if seconds is None else seconds.numel()):
-        raise UserError(f"{SECONDS} must hold one number for each of the {len(seen['video'])} videos; pass it too")
-    lasting = [] if seconds is None else seconds.flatten().tolist()
-    videos = [replace(m, seconds_per_grid=float(s)) for m, s in zip(seen["video"], lasting, strict=True)]
-    return {**seen, "video": videos, "audio": _clips(inputs, cfg.audio.num_mels)}
+    """Images, clips, and videos with the `SECONDS` that a step in time lasts as the processor says: see
+    `OmniProcessor`."""
+    seen = qwen2_vision.media_from_hf(inputs, cfg, seconds=SECONDS)
+    return {**seen, "audio": _clips(inputs, cfg.audio.num_mels)}
 
 
 def _clips(inputs: Mapping[str, Tensor], num_mels: int) -> list[Media]:
@@ -151,11 +138,13 @@ def _num_tokens(kind: str, media: Media, merged: int) -> int:
 
 
 DATA = DataSide(
-    chat=ChatFormat(placeholders=PLACEHOLDERS, tokens=TOKENS, templates=("qwen3_vl",)),
+    chat=ChatFormat(
+        placeholders={kind: re.escape(pad) for kind, pad in PADS.items()}, tokens=TOKENS, templates=("qwen3_vl",)
+    ),
     sections=("image_processor", "feature_extractor"),
     processor=processor,
     facts=facts,
-    input_keys=(*(key for keys in qwen_vision.INPUTS.values() for key in keys), SOUND, LENGTHS, SECONDS, *UNUSED),
+    input_keys=(*(key for keys in qwen_vision.INPUTS.values() for key in keys), SECONDS, SOUND, LENGTHS, COUNTS),
     media_from_hf=media_from_hf,
     num_tokens=num_tokens,
 )

@@ -78,6 +78,10 @@ class VisionProcessor:
         groups = group_times(times, spec.temporal_patch_size)
         return replace(preprocess_video(frames_u8, spec), times=tuple(groups))
 
+    def audio(self, wave_S: Tensor, rate: int) -> Media:
+        """Such a model hears nothing."""
+        raise UserError("the model takes no sound; remove it from the sample")
+
     def texts(self, media: MediaByKind) -> TextsByKind:
         """See `image_text` and `video_text`."""
         write = {"image": image_text, "video": video_text}

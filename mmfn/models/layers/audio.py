@@ -53,6 +53,11 @@ class AudioConfig:
             )
 
     @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.d_model // self.num_heads
+
+    @property
     def row_values(self) -> int:
         """What the convolutions give for a row: all channels at each of the mel bins that are left."""
         return self.d_conv * _halved(self.num_mels)
@@ -105,11 +110,11 @@ def _convolution_specs(channels: int, cfg: AudioConfig) -> Tree:
 def encode(params: Tree, tower: Tower, cfg: AudioConfig, ops: Ops) -> Tensor:
     """`features_PD`: one for every row, `ROWS` of each chunk; no token is given those that stand for nothing."""
     run, rows = partial(ops.stack, ops.layer, name="audio"), []
-    for piece_UF in tower.inputs_UF.split(PIECE * CHUNK):
+    for piece_UF in torch.split(tower.inputs_UF, PIECE * CHUNK):
         x, _, _ = run(partial(convolve, ops=ops), [params["convolutions"]], piece_UF)
         rows.append(x)
     x_PD = linear.apply(ops.gather(params["entry"]), torch.cat(rows), ops)
-    x_PD = (x_PD.unflatten(0, (-1, ROWS)) + sinusoids(cfg.d_model, x_PD.device).to(x_PD.dtype)).flatten(0, 1)
+    x_PD = (x_PD.view(-1, ROWS, cfg.d_model) + sinusoids(cfg.d_model, x_PD.device).to(x_PD.dtype)).flatten(0, 1)
     block, windows = partial(audio_block, cfg=cfg, ops=ops), [tower.segments[0]] * cfg.depth
     x_PD, _, _ = run(block, params["layers"], x_PD, each=windows)
     projector = ops.gather(params["projector"])
@@ -120,7 +125,8 @@ def encode(params: Tree, tower: Tower, cfg: AudioConfig, ops: Ops) -> Tensor:
 def convolve(params: Tree, frames_UF: Tensor, *, ops: Ops) -> tuple[Tensor, None]:
     """Frames of whole chunks -> their rows [P, d_conv * bins], in the weights' dtype."""
     params = ops.gather(params)
-    x = frames_UF.unflatten(0, (-1, CHUNK)).transpose(1, 2)[:, None].to(params[CONVOLUTIONS[0]]["weight"].dtype)
+    x = frames_UF.view(-1, CHUNK, frames_UF.shape[1]).transpose(1, 2)[:, None]
+    x = x.to(params[CONVOLUTIONS[0]]["weight"].dtype)
     for name in CONVOLUTIONS:
         x = ops.gelu(conv2d(x, params[name]["weight"], params[name]["bias"], stride=2, padding=1))
     return x.permute(0, 3, 1, 2).flatten(2).flatten(0, 1), None
@@ -149,15 +155,13 @@ def block_specs(cfg: AudioConfig) -> Tree:
     }
 
 
-def audio_block(
-    params: Tree, x_PD: Tensor, windows: Segments, *, cfg: AudioConfig, ops: Ops
-) -> tuple[Tensor, None]:
+def audio_block(params: Tree, x_PD: Tensor, windows: Segments, *, cfg: AudioConfig, ops: Ops) -> tuple[Tensor, None]:
     """One pre-norm block; a row attends to its whole window. Where a row lies its first layer was told."""
     params = ops.gather(params)
     attention, mlp = params["attention"], params["mlp"]
     normed_PD = norm.layer(params["attention_norm"], x_PD, NORM_EPS, ops)
     q_PHC, k_PHC, v_PHC = (
-        linear.apply(attention[name], normed_PD, ops).unflatten(1, (cfg.num_heads, -1)) for name in "qkv"
+        linear.apply(attention[name], normed_PD, ops).view(-1, cfg.num_heads, cfg.head_dim) for name in "qkv"
     )
     out_PHC = ops.attention(q_PHC, k_PHC, v_PHC, windows, is_causal=False)
     x_PD = x_PD + linear.apply(attention["o"], out_PHC.flatten(1), ops)

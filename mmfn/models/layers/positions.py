@@ -40,7 +40,12 @@ def mrope(num_tokens: int, blocks: Iterable[Block], ends: Sequence[int] = (0, 1,
     lasts_B = lengths_B.cumsum(0) - 1
     firsts_B, ends_B = tokens_M[lasts_B + 1 - lengths_B], tokens_M[lasts_B] + 1
     extents_B = places_3M[list(ends)][:, lasts_B].amax(0)
-    start, end, starts, behind = np.float32(0), 0, [], [0.0]  # where blocks start; the text before the first, behind each
+    start, end, starts, behind = (
+        np.float32(0),
+        0,
+        [],
+        [0.0],
+    )  # where blocks start; the text before the first, behind each
     for first, last, extent in zip(firsts_B.tolist(), ends_B.tolist(), extents_B.numpy(), strict=True):
         starts.append(float(start + np.float32(first - end)))
         start, end = np.float32(starts[-1]) + extent + np.float32(1), last

@@ -22,8 +22,5 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     model = load_model(section, seed=0)
     check_match(model, processor)
     eos = eos_token_ids(Path(args.checkpoint), processor, model.cfg.vocab_size)
-    say(
-        answer(
-            model, processor, args.prompt, args.image, max_new_tokens=args.max_new_tokens, eos_token_ids=eos, ops=ops
-        )
-    )
+    media, limits = (args.image, args.audio), {"max_new_tokens": args.max_new_tokens, "eos_token_ids": eos}
+    say(answer(model, processor, args.prompt, *media, **limits, ops=ops))

@@ -13,7 +13,7 @@ ARGUMENTS = ("config", "checkpoint", "out", "json", "html", "adapter")
 def named_paths(args: argparse.Namespace) -> list[Path]:
     """Files and folders, resolved; of a data file its folder, in which its media lie."""
     names = [value for name in ARGUMENTS if isinstance(value := getattr(args, name, None), str)]
-    names += [*getattr(args, "image", ()), *(getattr(args, "diff", None) or ())]
+    names += [*getattr(args, "image", ()), *getattr(args, "audio", ()), *(getattr(args, "diff", None) or ())]
     if isinstance(getattr(args, "config", None), str):
         try:
             settings = read(args.config, args.overrides)

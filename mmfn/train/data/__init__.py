@@ -1,5 +1,6 @@
 """Data: files of conversations with media -> packed micro-batches, in an order that is a function of (seed, step)."""
 
+from mmfn.train.data.audio import decode_audio
 from mmfn.train.data.dataset import Dataset
 from mmfn.train.data.image import decode_image
 from mmfn.train.data.loader import Agreed, Loader, Share, Stats, agree, prefetch, stats
@@ -18,6 +19,7 @@ __all__ = [
     "Share",
     "Stats",
     "agree",
+    "decode_audio",
     "decode_image",
     "decode_frames",
     "decode_video",

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmfn.batch import Media, Sample
 from mmfn.errors import UserError
 from mmfn.models.data import MediaByKind
+from mmfn.train.data.audio import decode_audio
 from mmfn.train.data.image import decode_image
 from mmfn.train.data.processor import Processor, encode_sample
 from mmfn.train.data.records import Message, Record, count_media, plain_text, read_records
@@ -79,6 +80,7 @@ class Dataset:
         media = {
             "image": full.images[: count_media(before, "image")],
             "video": full.videos[: count_media(before, "video")],
+            "audio": full.audios[: count_media(before, "audio")],
         }
         return self._encode(record, before, media, is_prompt=True), plain_text(record.messages[turns[-1]])
 
@@ -87,6 +89,7 @@ class Dataset:
             media = {
                 "image": [self._image(name) for name in record.images],
                 "video": [self._video(name) for name in record.videos],
+                "audio": [self._audio(name) for name in record.audios],
             }
         except UserError as error:
             raise UserError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
@@ -124,6 +127,13 @@ class Dataset:
             frames, times = decode_frames([self._resolve(frame) for frame in name], rate)
         return self.processor.media.video(frames, times, rate)
 
+    def _audio(self, name: str) -> Media:
+        wave_S, rate = decode_audio(self._resolve(name))
+        try:
+            return self.processor.media.audio(wave_S, rate)
+        except UserError as error:
+            raise UserError(f"sound {name!r}: {error}") from error
+
     def _resolve(self, name: str) -> Path:
         try:
             path = (self.media_root / name).resolve()  # follows links, so that a link cannot lead outside either
@@ -152,4 +162,4 @@ class Dataset:
 
 def _paths(record: Record) -> list[str]:
     videos = [(name,) if isinstance(name, str) else name for name in record.videos]
-    return [*record.images, *(frame for frames in videos for frame in frames)]
+    return [*record.images, *record.audios, *(frame for frames in videos for frame in frames)]

@@ -1,8 +1,8 @@
 """Dataset files: JSON or JSONL in the messages/images format, checked whole and brought to one form.
 
-One entry: `{"id"?, "messages": [{"role", "content"}], "images"?: [path], "videos"?: [path or [frame path]], "tools"?}`.
-Content is a string in which `<image>` and `<video>` mark media in order, or a list of parts, `{"type": "text", "text"}`
-and `{"type": "image"}`, the latter optionally with its own path. LLaVA's
+One entry: `{"id"?, "messages": [{"role", "content"}], "images"?: [path], "videos"?: [path or [frame path]],
+"audios"?: [path], "tools"?}`. Content is a string in which `<image>`, `<video>` and `<audio>` mark media in order, or a
+list of parts, `{"type": "text", "text"}` and `{"type": "image"}`, the latter optionally with its own path. LLaVA's
 `{"conversations": [{"from", "value"}], "image"}` is read too.
 """
 
@@ -19,8 +19,8 @@ from mmfn.errors import UserError
 ROLES = ("system", "user", "assistant", "tool")
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name")
-MEDIA = ("image", "video")
-_MARKER = re.compile("(<image>|<video>)")
+MEDIA = ("image", "video", "audio")
+_MARKER = re.compile("(<image>|<video>|<audio>)")
 Message = Mapping[str, Any]
 
 
@@ -35,6 +35,7 @@ class Record:
     messages: tuple[Message, ...]
     images: tuple[str, ...] = ()
     videos: tuple[str | tuple[str, ...], ...] = ()
+    audios: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -61,8 +62,6 @@ def parse_record(entry: Any, default_id: str) -> Record:
     _check_text(entry)
     if ("messages" in entry) == ("conversations" in entry):
         raise UserError("an entry needs exactly one of 'messages' and 'conversations'")
-    if entry.get("audios"):
-        raise UserError("'audios' are not supported; remove them from the entry")
     identity = entry.get("id", default_id)
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise UserError(f"'id' must be a string or an integer, got {identity!r}")
@@ -92,12 +91,13 @@ def parse_record(entry: Any, default_id: str) -> Record:
         messages=tuple(messages),
         images=tuple(media["image"]),
         videos=tuple(media["video"]),
+        audios=tuple(media["audio"]),
         tools=_tools(entry.get("tools")),
     )
 
 
 def count_media(messages: Sequence[Message], kind: str) -> int:
-    """Number of parts of a kind ("image" or "video") in parsed messages."""
+    """Number of parts of a kind ("image", "video" or "audio") in parsed messages."""
     contents = [m["content"] for m in messages if isinstance(m["content"], list)]
     return sum(part["type"] == kind for content in contents for part in content)
 
@@ -188,7 +188,7 @@ def _from_marker(piece: str) -> dict[str, Any]:
 def _parse_part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", *MEDIA):
-        raise UserError(f"a part needs a 'type' of text, image or video, got {part!r}")
+        raise UserError(f"a part needs a 'type' of text, image, video or audio, got {part!r}")
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise UserError(f"a text part needs a string 'text', got {part!r}")

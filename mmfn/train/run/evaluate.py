@@ -16,7 +16,7 @@ from mmfn.model import Model
 from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.host_values import gather_values
-from mmfn.train.data import Dataset, Processor, decode_image, encode_sample
+from mmfn.train.data import Dataset, Processor, decode_audio, decode_image, encode_sample
 from mmfn.train.data.records import Record, parse_record, plain_text
 from mmfn.train.data.tokenizer import Tokenizer
 from mmfn.train.generate import generate
@@ -157,7 +157,8 @@ def answer(
     model: Model,
     processor: Processor,
     prompt: str,
-    images: Sequence[str],
+    images: Sequence[str] = (),
+    audios: Sequence[str] = (),
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
@@ -165,14 +166,17 @@ def answer(
 ) -> str:
     """The greedy answer to one user message, as `evaluate` decodes it, without white space at both ends.
 
-    `images`: paths, in the order of the `<image>` marks in `prompt`; without marks they stand in front of it. Raises
-    ValueError when their numbers differ, an image does not decode or the logits are not finite. `ops` defaults to
-    `ops.portable()`.
+    `images`, `audios`: paths, in the order of the `<image>` and `<audio>` marks in `prompt`; those of a kind without
+    marks stand in front of it. Raises ValueError when their numbers differ, a file does not decode or the logits are
+    not finite. `ops` defaults to `ops.portable()`.
     """
-    text = prompt if "<image>" in prompt else "<image>" * len(images) + prompt
-    entry = {"messages": [{"role": "user", "content": text}], "images": list(images)}
-    record = parse_record(entry, "prompt")
-    media = {"image": [processor.media.image(decode_image(path)) for path in record.images]}
+    ahead = [mark * len(paths) for mark, paths in (("<image>", images), ("<audio>", audios)) if mark not in prompt]
+    message = {"role": "user", "content": "".join(ahead) + prompt}
+    record = parse_record({"messages": [message], "images": list(images), "audios": list(audios)}, "prompt")
+    media = {
+        "image": [processor.media.image(decode_image(path)) for path in record.images],
+        "audio": [processor.media.audio(*decode_audio(path)) for path in record.audios],
+    }
     sample = encode_sample(record.messages, processor, media, is_prompt=True, id=record.id)
     (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids, ops=ops)
     return text_of(row, processor.chat.tokenizer, eos_token_ids).strip()

@@ -53,7 +53,7 @@ def processor(model):
 def media(processor):
     image_u8 = torch.arange(3 * 4 * 6, dtype=torch.uint8).reshape(3, 4, 6)
     images = [processor.media.image(image_u8), processor.media.image(image_u8 + 9)]
-    return {"image": images, "audio": [Media(inputs_UF=torch.ones(4, 5), grid=(2, 1, 1))]}
+    return {"image": images, "audio": [Media(inputs_UF=torch.ones(4, 5), grid=(4, 1, 1))]}
 
 
 def test_a_conversation_becomes_a_batch(model, processor, media):
