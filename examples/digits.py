@@ -11,7 +11,7 @@ of Qwen, its chat template and its processor. Running it again writes the same b
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,11 @@ def write_model(out: Path) -> None:
     write_json(out / "video_preprocessor_config.json", {**names, **video})
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges (one token per byte) and the special tokens of Qwen, in their published order."""
+def make_tokenizer(special: Sequence[str] = SPECIAL, template: str = "") -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges (one token per byte) and the special tokens of Qwen, in their published order.
+
+    `template`: of chats, by default that of Qwen3-VL.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     raw.normalizer = normalizers.NFC()
@@ -135,7 +138,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     raw.decoder = decoders.ByteLevel()
     raw.post_processor = processors.ByteLevel(trim_offsets=False)
-    raw.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    raw.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     raw.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKS])
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -143,7 +146,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         model_max_length=131072,
         clean_up_tokenization_spaces=False,
-        chat_template=read_template("qwen3_vl"),
+        chat_template=template or read_template("qwen3_vl"),
     )
 
 

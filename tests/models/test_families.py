@@ -14,7 +14,7 @@ from mmfn import tree
 from mmfn.batch import IMAGE, TEXT, VIDEO, Media, Sample, to
 from mmfn.interop.inputs import samples_from_hf
 from tests import oracles
-from tests.batches import packed, wide, with_inputs
+from tests.batches import packed, wide
 from tests.oracles import ATOL, RTOL
 
 ROOM = {"tokens": 1024, "segments": 4, "units": 128}  # for every batch of a test that compiles once
@@ -169,8 +169,10 @@ def test_patches_reach_only_tokens_of_their_own_row(pair):
     oracle, model = pair
     batch = oracles.inputs(oracle.config, 11, rows=3, images=2, videos=1, audios=0)
     whole = mmfn.batch_from_hf(batch, model)
-    patches, index_T = whole.towers["vision"].inputs_UF.clone().requires_grad_(), whole.towers["vision"].index_T
-    logits_TV = mmfn.logits(model, with_inputs(whole, lambda _: patches))
+    vision = whole.towers["vision"]
+    patches, index_T = vision.inputs_UF.clone().requires_grad_(), vision.index_T
+    seen = replace(whole, towers={**whole.towers, "vision": replace(vision, inputs_UF=patches)})
+    logits_TV = mmfn.logits(model, seen)
     owner_N = torch.searchsorted(whole.segments.offsets_N, torch.arange(whole.tokens_T.numel()), right=True) - 1
     owner_P = torch.full((patches.shape[0],), -1)
     for token in (index_T >= 0).nonzero()[:, 0].tolist():
@@ -199,14 +201,18 @@ def test_bfloat16_follows_transformers(pair):
     oracle, model = pair
     narrow_oracle = copy.deepcopy(oracle).bfloat16()
     narrow = replace(model, params=tree.map(lambda p: p.bfloat16(), model.params))
-    batch = oracles.inputs(oracle.config, 2, rows=1, images=1, videos=0)
-    got_TV = mmfn.logits(narrow, mmfn.batch_from_hf(batch, narrow))
-    assert got_TV.dtype == torch.bfloat16
-    want_TV = oracles.real_logits(narrow_oracle, batch).detach()
-    exact_TV = oracles.real_logits(oracle, batch).detach()
-    # Both round in other places; neither may be further from the exact logits than bfloat16 explains.
-    own_error, their_error = ((x.float() - exact_TV).abs().mean() for x in (got_TV, want_TV))
-    assert own_error < 1.5 * their_error + 1e-3
+    ratios = []
+    for seed in range(2, 7):
+        batch = oracles.inputs(oracle.config, seed, rows=1, images=1, videos=0)
+        got_TV = mmfn.logits(narrow, mmfn.batch_from_hf(batch, narrow))
+        assert got_TV.dtype == torch.bfloat16
+        want_TV = oracles.real_logits(narrow_oracle, batch).detach()
+        exact_TV = oracles.real_logits(oracle, batch).detach()
+        own_error, their_error = ((x.float() - exact_TV).abs().mean() for x in (got_TV, want_TV))
+        ratios.append(own_error / (their_error + 1e-3))
+    # Both round in other places, and whether that sends a token to another expert is chance: hence the median. Neither
+    # may be further from the exact logits than bfloat16 explains.
+    assert torch.tensor(ratios).median() < 1.5
 
 
 @pytest.mark.parametrize(("text", "vision"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float64")])
@@ -268,8 +274,15 @@ def test_one_graph_serves_all_blocks_of_a_stack(pair):
     for seed in range(3):
         batch = packed(model, samples_from_hf(oracles.inputs(oracle.config, seed, rows=2), model), **ROOM)
         torch.testing.assert_close(mmfn.logits(model, batch, ops), mmfn.logits(model, batch), rtol=RTOL, atol=1e-5)
-    kinds = {tuple(tree.paths(layer)) for layer in model.params["text"]["layers"]}
-    assert len(graphs) == len(model.family.towers(model.cfg)) + len(kinds)  # one for each kind of block
+    kinds = set()
+
+    def layer(block, params, *xs):
+        kinds.add(tuple(tree.paths(params)))
+        return block(params, *xs)
+
+    mmfn.logits(model, batch, replace(table, layer=layer))
+    assert len(kinds) > len(model.family.towers(model.cfg))
+    assert len(graphs) == len(kinds)  # one for each kind of block
     torch._dynamo.reset()
 
 

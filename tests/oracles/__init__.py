@@ -3,7 +3,7 @@
 import transformers
 
 from mmfn.models import FAMILIES
-from tests.oracles.conversations import inputs, kinds_of, labelled, rows_of
+from tests.oracles.conversations import TEXT_KEYS, inputs, kinds_of, labelled, rows_of
 from tests.oracles.models import (
     ATOL,
     RTOL,
@@ -28,6 +28,7 @@ __all__ = [
     "PAD_ID",
     "RECIPES",
     "RTOL",
+    "TEXT_KEYS",
     "TYPES",
     "arguments",
     "build",

@@ -38,7 +38,7 @@ from tests.train.test_step import (
     wide,
 )
 
-TARGETS = (r".*/attention/(q|o|qkv)", r"vision/(merger|deepstack/0)/up")
+TARGETS = (r"(text|vision)/.*/attention/(q|o|qkv)", r"vision/(merger|deepstack/0)/up")
 
 
 def model_of(family: str) -> Any:

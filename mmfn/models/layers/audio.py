@@ -11,7 +11,7 @@ Legend: U frames, F mel bins, N chunks, P rows, D width, H heads, T tokens.
 
 from dataclasses import dataclass
 from functools import partial
-from math import log
+from math import log, prod
 
 import torch
 from torch import Tensor
@@ -83,13 +83,17 @@ def config_from_hf(hf: ConfigReader) -> AudioConfig:
 
 
 def specs(cfg: AudioConfig) -> Tree:
-    """The parameters of the tower."""
+    """The parameters of the tower.
+
+    What makes the rows is drawn by its fan-in: drawn as small as the rest, rows drown in the sinusoids added to them,
+    and a model that is trained from the start does not learn to hear.
+    """
     D, std = cfg.d_model, cfg.init_std
     return {
         "convolutions": {
             name: _convolution_specs(1 if name == CONVOLUTIONS[0] else cfg.d_conv, cfg) for name in CONVOLUTIONS
         },
-        "entry": linear.specs(D, cfg.row_values, "audio_embed audio_channels", std=std),
+        "entry": linear.specs(D, cfg.row_values, "audio_embed audio_channels", std=cfg.row_values**-0.5),
         "layers": [block_specs(cfg) for _ in range(cfg.depth)],
         "projector": {
             "norm": norm.layer_specs(D, "audio_embed"),
@@ -102,7 +106,7 @@ def specs(cfg: AudioConfig) -> Tree:
 def _convolution_specs(channels: int, cfg: AudioConfig) -> Tree:
     shape = (cfg.d_conv, channels, 3, 3)
     return {
-        "weight": spec(shape, "audio_channels tower_inputs kernel kernel", normal(cfg.init_std)),
+        "weight": spec(shape, "audio_channels tower_inputs kernel kernel", normal(prod(shape[1:]) ** -0.5)),
         "bias": spec((cfg.d_conv,), "audio_channels", ZEROS),
     }
 
