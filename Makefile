@@ -3,6 +3,7 @@
 #   make demo     train a small vision-language model on real images (a few minutes, 2 CPU cores are enough)
 #   make demo-video  train one on videos of moving digits; make demo-text  on records as text (minutes)
 #   make demo-lora  teach the demo's model another question by LoRA, after `make demo` (a minute)
+#   make demo-audio  train a small model that hears on synthetic telephone tones (a minute)
 #   make test     the fast test suite          make test-full   with the slow tests
 #   make check    format, lint, types, tests   make check-full   the same with the slow tests
 #   make format   rewrite files in the project's format
@@ -22,7 +23,7 @@ STAMP := .venv/installed
 # Test processes share the cores: one thread each is faster than several that compete.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo demo-video demo-text demo-lora test test-full lint check check-full format house support clean
+.PHONY: demo demo-video demo-text demo-audio demo-lora test test-full lint check check-full format house support clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -53,6 +54,11 @@ demo-lora: $(STAMP)
 	@test -f $(DEMO)/run/checkpoint/config.json || { echo "there is no trained demo yet; run make demo first"; exit 1; }
 	$(BIN)/mmfn train configs/lora.yaml
 	$(BIN)/python examples/verify_adapter.py $(DEMO)
+
+demo-audio: $(STAMP)
+	$(BIN)/python examples/dtmf.py $(DEMO)-audio
+	$(BIN)/mmfn train configs/demo-audio.yaml
+	$(BIN)/python examples/verify_sound.py $(DEMO)-audio
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"

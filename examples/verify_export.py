@@ -9,6 +9,7 @@ on any missing or unexpected weight and on any answer that differs.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,27 @@ from transformers.utils import logging
 BATCH_SAMPLES, NEW_TOKENS = 120, 4
 
 
-def main(folder: Path) -> int:
-    """Compare the run in `folder`/run with transformers; returns the exit code."""
+def main(folder: Path, model_class: Any, processor_class: Any, answer: Callable[..., list[str]]) -> int:
+    """Compare the run in `folder`/run with transformers; returns the exit code.
+
+    `model_class`, `processor_class`: of transformers; `answer`: as `answers`.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     checkpoint, root = folder / "run" / "checkpoint", folder
-    model, info = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
+    model, info = model_class.from_pretrained(checkpoint, output_loading_info=True)
     problems = {name: keys for name, keys in info.items() if keys}
     if problems:
         print(f"verify: transformers does not load {checkpoint} cleanly: {problems}")
         return 1
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
-    processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+    processor = processor_class.from_pretrained(checkpoint)
     entries = json.loads((root / "eval.json").read_text(encoding="utf-8"))
     evaluation = json.loads((folder / "run" / "eval.json").read_text(encoding="utf-8"))
     ours = evaluation["answers"]
     theirs: list[str] = []
     for first in range(0, len(entries), BATCH_SAMPLES):
-        theirs += answers(entries[first : first + BATCH_SAMPLES], root, model, tokenizer, processor)
+        theirs += answer(entries[first : first + BATCH_SAMPLES], root, model, tokenizer, processor)
     different = [(a["id"], a["prediction"], b) for a, b in zip(ours, theirs, strict=True) if a["prediction"] != b]
     for identity, mine, other in different:
         print(f"verify: sample {identity}: mmfn answered {mine!r}, transformers {other!r}")
@@ -66,10 +70,15 @@ def answers(
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     is_image = (inputs["input_ids"] == model.config.image_token_id).int()
     ids = model.generate(**inputs, **pixels, mm_token_type_ids=is_image, max_new_tokens=new_tokens, do_sample=False)
+    return texts_of(ids[:, inputs["input_ids"].shape[1] :], model, tokenizer)
+
+
+def texts_of(ids: torch.Tensor, model: Any, tokenizer: Any) -> list[str]:
+    """What is generated, as mmfn decodes it: all tokens before the end mark."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     found = []
-    for row in ids[:, inputs["input_ids"].shape[1] :].tolist():  # as mmfn decodes: all tokens before the end mark
+    for row in ids.tolist():
         length = next((i for i, token in enumerate(row) if token in ends), len(row))
         found.append(tokenizer.decode(row[:length], skip_special_tokens=False))
     return found
@@ -78,4 +87,4 @@ def answers(
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python examples/verify_export.py DEMO_FOLDER")
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), Qwen3VLForConditionalGeneration, Qwen2VLImageProcessorPil, answers))

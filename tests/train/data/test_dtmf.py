@@ -1,0 +1,79 @@
+"""The example of sound: its clips, its samples, and its model folder."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mmfn.train.build.data import load_model_processor
+from mmfn.train.data import Dataset, decode_audio
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        spec = importlib.util.spec_from_file_location("dtmf_example", EXAMPLES / "dtmf.py")
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    found.NUM = {"train": 6, "eval": 3}
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(module, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dtmf")
+    module.write_demo(out)
+    return out
+
+
+def test_clips_hold_the_tones_of_their_keys(module, folder):
+    """In each half the two strongest frequencies are those of the key."""
+    for entry in json.loads((folder / "eval.json").read_text()):
+        wave_S, rate = decode_audio(folder / entry["audios"][0])
+        assert (rate, wave_S.numel()) == (16_000, 16_000)
+        for half, key in zip(wave_S.view(2, 8000), entry["messages"][1]["content"], strict=True):
+            place = module.KEYS.index(key)
+            powers = np.abs(np.fft.rfft(half.numpy()))
+            for tones, tone in ((module.LOW_HZ, place // 4), (module.HIGH_HZ, place % 4)):
+                assert max(range(4), key=lambda i: powers[tones[i] // 2 - 2 : tones[i] // 2 + 3].max()) == tone
+
+
+def test_samples(folder):
+    data = Dataset(folder / "train.json", load_model_processor(folder / "model"))
+    sample = data.sample(2)
+    answer = data.records[2].messages[1]["content"]
+    pads = "<|audio_pad|>" * 13
+    assert data.processor.chat.tokenizer.decode(sample.tokens_T) == (
+        f"<|im_start|>user\n<|audio_start|>{pads}<|audio_end|>Which keys?<|im_end|>\n"
+        f"<|im_start|>assistant\n{answer}<|im_end|>\n"
+    )
+    assert sample.audios[0].grid == (100, 1, 1)
+    prompt, truth = data.prompt(2)
+    assert truth == answer
+    assert torch.equal(prompt.audios[0].inputs_UF, sample.audios[0].inputs_UF)
+
+
+def test_the_model_folder_loads_in_transformers(folder):
+    config = transformers.Qwen3OmniMoeThinkerConfig.from_pretrained(folder / "model")
+    with torch.device("meta"):
+        model = transformers.Qwen3OmniMoeThinkerForConditionalGeneration(config)
+    assert 650_000 < sum(p.numel() for p in model.parameters()) < 750_000
+    extract = transformers.WhisperFeatureExtractor.from_pretrained(folder / "model")
+    assert (extract.feature_size, extract.sampling_rate) == (128, 16_000)
+
+
+def test_running_it_again_writes_the_same_bytes(module, folder, tmp_path):
+    module.write_demo(tmp_path)
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
