@@ -102,4 +102,6 @@ def check(case: Draw) -> None:
         assert found.params.keys() == one.params.keys()
         for path, want in one.params.items():
             error = (found.params[path].double() - want).abs().max()
-            assert error <= rtol * tiny.scale_of(want, case.dtype), f"{case}: {path} is off by {error:.1e} on rank {rank}"
+            assert error <= rtol * tiny.scale_of(want, case.dtype), (
+                f"{case}: {path} is off by {error:.1e} on rank {rank}"
+            )
