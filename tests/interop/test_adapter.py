@@ -40,7 +40,8 @@ class Pair:
 
     def __init__(self, family: str, folder: Path) -> None:
         self.oracle = oracles.build(oracles.config(family=family, tie_word_embeddings=False))
-        self.path = oracles.save(self.oracle, folder)
+        self.oracle.save_pretrained(folder)  # of a thinker what it is alone, as peft has it
+        self.path = folder
         self.model = mmfn.load_hf(self.path)
         self.inputs = oracles.inputs(self.oracle.config, 0)
         self.batch = mmfn.batch_from_hf(self.inputs, self.model)
