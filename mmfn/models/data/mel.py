@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,15 +80,20 @@ def _filters(num_mels: int, width: int, rate: int) -> Tensor:
 
     Worked out in float64. Source: `mel_filter_bank` of transformers 5.23 (`norm` and `mel_scale` "slaney").
     """
-    highest = LINEAR_BELOW_HZ / HZ_PER_MEL + np.log(HIGHEST_HZ / LINEAR_BELOW_HZ) * PER_OCTAVES
-    edges = _hertz(np.linspace(0.0, highest, num_mels + 2))
-    slopes = edges[None] - np.linspace(0, rate // 2, 1 + width // 2)[:, None]
-    rising, falling = -slopes[:, :-2] / np.diff(edges)[:-1], slopes[:, 2:] / np.diff(edges)[1:]
-    triangles = np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (edges[2:] - edges[:-2]))
-    return torch.from_numpy(triangles).float()
+    highest = LINEAR_BELOW_HZ / HZ_PER_MEL + math.log(HIGHEST_HZ / LINEAR_BELOW_HZ) * PER_OCTAVES
+    edges = _hertz(_evenly(highest, num_mels + 2))
+    slopes = edges - _evenly(rate // 2, 1 + width // 2)[:, None]
+    rising, falling = -slopes[:, :-2] / edges.diff()[:-1], slopes[:, 2:] / edges.diff()[1:]
+    triangles = torch.minimum(rising, falling).clamp(min=0) * (2.0 / (edges[2:] - edges[:-2]))
+    return triangles.float()
 
 
-def _hertz(mels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _evenly(last: float, num: int) -> Tensor:
+    """float64[num] from 0 to `last`."""
+    return torch.arange(num, dtype=torch.float64) * (last / (num - 1))
+
+
+def _hertz(mels: Tensor) -> Tensor:
     first = LINEAR_BELOW_HZ / HZ_PER_MEL  # mel from which on it is logarithmic
-    above = LINEAR_BELOW_HZ * np.exp((np.maximum(mels, first) - first) / PER_OCTAVES)
-    return np.where(mels >= first, above, HZ_PER_MEL * mels)
+    above = LINEAR_BELOW_HZ * torch.exp((mels.clamp(min=first) - first) / PER_OCTAVES)
+    return torch.where(mels >= first, above, HZ_PER_MEL * mels)

@@ -3,9 +3,9 @@
 Legend: T tokens, B blocks, M tokens of a block, or of all of them.
 """
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -40,21 +40,22 @@ def mrope(num_tokens: int, blocks: Iterable[Block], ends: Sequence[int] = (0, 1,
     lasts_B = lengths_B.cumsum(0) - 1
     firsts_B, ends_B = tokens_M[lasts_B + 1 - lengths_B], tokens_M[lasts_B] + 1
     extents_B = places_3M[list(ends)][:, lasts_B].amax(0)
-    start, end, starts, behind = (
-        np.float32(0),
-        0,
-        [],
-        [0.0],
-    )  # where blocks start; the text before the first, behind each
-    for first, last, extent in zip(firsts_B.tolist(), ends_B.tolist(), extents_B.numpy(), strict=True):
-        starts.append(float(start + np.float32(first - end)))
-        start, end = np.float32(starts[-1]) + extent + np.float32(1), last
-        behind.append(float(start))
+    start, end, starts, behind = 0.0, 0, [], [0.0]  # where blocks start, and the text before the first and behind each
+    for first, last, extent in zip(firsts_B.tolist(), ends_B.tolist(), extents_B.tolist(), strict=True):
+        starts.append(_float32(start + first - end))
+        start, end = _float32(_float32(starts[-1] + extent) + 1), last
+        behind.append(start)
     runs = torch.cat([firsts_B[:1], firsts_B.diff(), num_tokens - firsts_B[-1:]])  # text and what is ahead of it
     ends_T, behind_T = (x.repeat_interleave(runs) for x in (pad(ends_B, (1, 0)), torch.tensor(behind)))
     positions_3T = (torch.arange(num_tokens) - ends_T + behind_T).repeat(3, 1)
     positions_3T[:, tokens_M] = places_3M + torch.tensor(starts).repeat_interleave(lengths_B)
     return positions_3T
+
+
+def _float32(x: float) -> float:
+    """The nearest number that float32 has."""
+    nearest: float = struct.unpack("f", struct.pack("f", x))[0]
+    return nearest
 
 
 def blocks_of(sample: Sample, places: Mapping[int, Iterable[Tensor]]) -> Iterator[Block]:
