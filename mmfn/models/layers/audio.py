@@ -127,12 +127,16 @@ def encode(params: Tree, tower: Tower, cfg: AudioConfig, ops: Ops) -> Tensor:
 
 
 def convolve(params: Tree, frames_UF: Tensor, *, ops: Ops) -> tuple[Tensor, None]:
-    """Frames of whole chunks -> their rows [P, d_conv * bins], in the weights' dtype."""
+    """Frames of whole chunks -> their rows [P, d_conv * bins], in the weights' dtype.
+
+    Channels lie last in memory, as libraries of convolutions want them: they would copy otherwise, unseen by a plan.
+    """
     params = ops.gather(params)
     x = frames_UF.view(-1, CHUNK, frames_UF.shape[1]).transpose(1, 2)[:, None]
     x = x.to(params[CONVOLUTIONS[0]]["weight"].dtype)
     for name in CONVOLUTIONS:
-        x = ops.gelu(conv2d(x, params[name]["weight"], params[name]["bias"], stride=2, padding=1))
+        x, weight = (y.contiguous(memory_format=torch.channels_last) for y in (x, params[name]["weight"]))
+        x = ops.gelu(conv2d(x, weight, params[name]["bias"], stride=2, padding=1))
     return x.permute(0, 3, 1, 2).flatten(2).flatten(0, 1), None
 
 
