@@ -1,10 +1,11 @@
+import json
 import wave
 
 import numpy as np
 import pytest
 import torch
 
-from mmfn.train.data import decode_audio
+from mmfn.train.data import Dataset, decode_audio
 
 
 def write(path, samples, channels=1, width=2, rate=16_000):
@@ -42,3 +43,18 @@ def test_what_is_no_wav_of_16_bits_is_refused_by_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"sound '.*{path.name}' could not be decoded \(.*{reason}"):
             decode_audio(path)
+
+
+def test_a_model_that_hears_nothing_refuses_sound(tmp_path, processor):
+    write(tmp_path / "a.wav", np.zeros(400, dtype="<i2"))
+    messages = [{"role": "user", "content": "<audio>What?"}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": messages, "audios": ["a.wav"]}]))
+    with pytest.raises(ValueError, match=r"sample '0' of .*: sound 'a\.wav': the model takes no sound"):
+        Dataset(tmp_path / "data.json", processor).sample(0)
+
+
+def test_sound_lies_in_the_media_root(tmp_path, processor):
+    messages = [{"role": "user", "content": "<audio>What?"}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": messages, "audios": ["../a.wav"]}]))
+    with pytest.raises(ValueError, match=r"media path '\.\./a\.wav' leaves the media root"):
+        Dataset(tmp_path / "data.json", processor)

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 
+import mmfn
 from mmfn.train.build.data import load_model_processor
 from mmfn.train.data import Dataset, decode_audio
+from mmfn.train.run.evaluate import answer
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -71,6 +73,17 @@ def test_the_model_folder_loads_in_transformers(folder):
     assert 650_000 < sum(p.numel() for p in model.parameters()) < 750_000
     extract = transformers.WhisperFeatureExtractor.from_pretrained(folder / "model")
     assert (extract.feature_size, extract.sampling_rate) == (128, 16_000)
+
+
+def test_a_question_about_a_file(folder):
+    """As `mmfn generate --audio` asks it; the mark stands in front of the question where it has none."""
+    model = mmfn.init(json.loads((folder / "model" / "config.json").read_text()))
+    processor, clip = load_model_processor(folder / "model"), str(folder / "clips" / "eval-0001.wav")
+    limits = {"max_new_tokens": 3, "eos_token_ids": ()}
+    answers = [answer(model, processor, text, audios=[clip], **limits) for text in ("Which?", "<audio>Which?")]
+    assert answers[0] == answers[1] != answer(model, processor, "Which?", **limits)
+    with pytest.raises(ValueError, match="has 2 audio placeholders for 1 audios"):
+        answer(model, processor, "<audio><audio>Which?", audios=[clip], **limits)
 
 
 def test_running_it_again_writes_the_same_bytes(module, folder, tmp_path):
