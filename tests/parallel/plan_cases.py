@@ -97,6 +97,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "windows": {"hf": TINY["windows"](2)},
     "moe": {"moe": True},
     "glm": {"hf": _glm()},
+    "omni": {"hf": TINY["omni"](2)},
     "toy": {"toy": True},
 }
 """What `make` takes for each model of `tiny.TINY`."""
@@ -153,6 +154,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ep, cp": {"moe": True, "dp": 2, "cp": 2, "ep": 4},
     "ep, exchange kept": {"moe": True, "dp": 2, "ep": 2, "remat": "selective", "remat_save": ["exchange"]},
     "capacity": {"moe": True, "dp": 2, "ep": 2, "capacity": 1.5},
+    "omni": MODELS["omni"],
+    "omni, ep, cp": {**MODELS["omni"], "dp": 2, "cp": 2, "ep": 2, "remat": "full"},
     "glm": MODELS["glm"],
     "glm, ep, remat": {**MODELS["glm"], "dp": 2, "ep": 2, "remat": "full"},
     "glm, lora, cp": {**MODELS["glm"], "trained": "lora", "cp": 2, "micro_batches": 2},
