@@ -122,7 +122,11 @@ NEEDS: dict[str, tuple[Callable[[Family, Any], Any], str]] = {  # of a tiny mode
     "losses": (lambda model, cfg: model.loss_weights(cfg), "no routers"),
     "rules": (lambda model, cfg: model.rules(cfg), "no such leaf"),
 }
-REASONS: dict[tuple[str, str], str] = {}
+REASONS: dict[tuple[str, str], str] = {
+    (f"context parallel, {kind}", name): "refused: no state passes through cut segments"
+    for kind in ("ring", "usp")
+    for name in ("qwen3_5", "qwen3_5_moe")
+}
 """(mechanism, model_type) -> why no test proves it, in a few words."""
 
 

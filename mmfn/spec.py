@@ -8,21 +8,27 @@ import torch
 from torch import Tensor
 
 from mmfn import rng, tree
+from mmfn.dtypes import at_least
 from mmfn.errors import UserError
 from mmfn.tree import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """How a leaf is drawn: `normal` (mean 0, `std`), `uniform` (between -`bound` and `bound`), `zeros` or `ones`."""
+    """How a leaf is drawn.
+
+    `normal` (mean 0, `std`), `uniform` (between -`bound` and `bound`), `log_uniform` (the logarithm of a number between
+    `least` and `bound`), `zeros` or `ones`.
+    """
 
     kind: str
     std: float = 0.0
     bound: float = 0.0
+    least: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("normal", "uniform", "zeros", "ones"):
-            raise UserError(f"Init kind {self.kind!r} is unknown; use 'normal', 'uniform', 'zeros' or 'ones'")
+        if self.kind not in (kinds := ("normal", "uniform", "log_uniform", "zeros", "ones")):
+            raise UserError(f"Init kind {self.kind!r} is unknown; use one of {', '.join(kinds)}")
 
 
 EXPERTS = "experts"  # the logical axis over stacked experts, the first of their leaves
@@ -39,14 +45,20 @@ def uniform(bound: float) -> Init:
     return Init(kind="uniform", bound=bound)
 
 
+def log_uniform(least: float, bound: float) -> Init:
+    """The logarithm of a uniform draw between `least` and `bound`."""
+    return Init(kind="log_uniform", least=least, bound=bound)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
     """One parameter: shape, a logical axis name per dim (`"embed"`, `"q_heads"`, ...), initial values and dtype.
 
     Where it lies on a mesh follows from its logical axes (`mmfn.parallel.weights.sharding.RULES` lists them all).
 
-    `dtype`: what it has in memory and on disk, whatever the model's; None, as most: the model's. `compute`: the dtype
-    it is computed in, where that is not the program's (see `transforms.precision`). `parts`: matrices that are stacked
+    `dtype`: what it has in memory and on disk where the model's is narrower (of a model in float64, float64); None, as
+    most: the model's. `compute`: the dtype it is computed in, where that is not the program's (see
+    `transforms.precision`). `parts`: matrices that are stacked
     along the rows, the dim before the last, as in a fused projection.
 
     A leaf changes in training in one of three ways:
@@ -104,16 +116,19 @@ def init_params(specs: Tree, seed: int, dtype: torch.dtype | None = None, device
             value.normal_(0.0, init.std, generator=rng.generator(seed, path))
         elif init.kind == "uniform":
             value.uniform_(-init.bound, init.bound, generator=rng.generator(seed, path))
+        elif init.kind == "log_uniform":
+            value.uniform_(init.least, init.bound, generator=rng.generator(seed, path)).log_()
         else:
             value.fill_(float(init.kind == "ones"))
-        return value.to(device=device, dtype=leaf.dtype or dtype)
+        return value.to(device=device, dtype=at_least(leaf.dtype, dtype or torch.float32))
 
     return tree.map_with_path(draw, specs)
 
 
 def meta_params(specs: Tree, dtype: torch.dtype | None = None) -> Tree:
     """Tensors on the meta device with the shapes and dtypes of `init_params`: no memory, no values."""
-    return tree.map(lambda s: torch.empty(s.shape, dtype=s.dtype or dtype or torch.float32, device="meta"), specs)
+    dtype = dtype or torch.float32
+    return tree.map(lambda s: torch.empty(s.shape, dtype=at_least(s.dtype, dtype), device="meta"), specs)
 
 
 def model_dtype(params: Tree, specs: Tree) -> torch.dtype:

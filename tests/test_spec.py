@@ -64,14 +64,15 @@ def test_dtype_is_a_cast_of_the_same_draw() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
-def test_a_declared_dtype_wins_over_the_models(dtype) -> None:
+def test_a_declared_dtype_wins_over_a_narrower_one(dtype) -> None:
     specs = {
         "bias": ParamSpec(shape=(3,), axes=("router",), init=ONES, dtype=torch.float32),
         "steps": ParamSpec(shape=(), axes=(), init=ZEROS, dtype=torch.int64),
         "weight": spec.spec((3, 4), "router embed", normal(1.0)),
     }
     params = init_params(specs, 0, dtype)
-    want = {"bias": torch.float32, "steps": torch.int64, "weight": dtype or torch.float32}
+    bias = torch.float64 if dtype == torch.float64 else torch.float32
+    want = {"bias": bias, "steps": torch.int64, "weight": dtype or torch.float32}
     assert {path: leaf.dtype for path, leaf in tree.items(params)} == want
     assert {path: leaf.dtype for path, leaf in tree.items(meta_params(specs, dtype))} == want
     assert model_dtype(params, specs) == want["weight"]

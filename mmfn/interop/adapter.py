@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mmfn import tree
+from mmfn.dtypes import at_least
 from mmfn.errors import UserError
 from mmfn.interop import peft_config
 from mmfn.interop.checkpoint import load_file
@@ -71,7 +72,7 @@ def load(folder: str | PathLike[str], model: Model) -> Model:
     values, declared = dict(tree.items(model.params)), {path: leaf.dtype for path, leaf in tree.items(specs)}
     device, dtype = next(iter(values.values())).device, model_dtype(model.params, specs)
     stored = load_file(Path(folder) / WEIGHTS, disk_tensors(specs, *_plain(model)))
-    values |= {path: leaf.to(device=device, dtype=declared[path] or dtype) for path, leaf in stored.items()}
+    values |= {path: leaf.to(device=device, dtype=at_least(declared[path], dtype)) for path, leaf in stored.items()}
     return replace(model, params=tree.map_with_path(lambda path, leaf: values[path], specs))
 
 

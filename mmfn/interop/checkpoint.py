@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
+from mmfn.dtypes import at_least
 from mmfn.errors import UserError
 from mmfn.interop.accounting import Account, account, check
-from mmfn.interop.files import DTYPES, SINGLE, FileTensor, open_file, read_json, scan
+from mmfn.interop.files import DTYPES, INDEX, SINGLE, FileTensor, open_file, read_json, scan
 from mmfn.models.disk_tensor import DiskTensor, Ranges, sizes, slices, whole
 from mmfn.models.keymap import KeyMap
 from mmfn.spec import ParamSpec
@@ -31,12 +32,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
+def stored_names(folder: Path) -> frozenset[str] | None:
+    """Names of all tensors of a checkpoint folder; None where it holds no weights."""
+    if not any((folder / file).is_file() for file in (SINGLE, INDEX)):
+        return None
+    with ExitStack() as stack:
+        return frozenset(scan(folder, stack, lambda name: True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """An open checkpoint of a model (`open_weights`): its leaves are read one by one, whole or in part.
 
-    `dtype`: that of leaves whose spec declares none; None keeps what is stored, the widest where a leaf is stored in
-    several tensors.
+    `dtype`: that of leaves, but for those whose spec declares a wider one; None keeps what is stored, the widest where
+    a leaf is stored in several tensors.
     """
 
     specs: Tree
@@ -55,7 +64,7 @@ class Weights:
         pairs = self.account.leaves[path]
         leaf: ParamSpec = pairs[0][1].leaf
         ranges = whole(leaf.shape) if ranges is None else ranges
-        dtype = leaf.dtype or self.dtype or _widest([source for source, _ in pairs])
+        dtype = at_least(leaf.dtype, self.dtype or _widest([source for source, _ in pairs]))
         parts = [(source, part) for source, target in pairs if (part := target.part(ranges)) is not None]
         values = [part.from_disk(source.read(part.disk)) for source, part in parts]
         for copy in self.account.copies.get(path, ()):
@@ -99,8 +108,9 @@ def load_params(
 ) -> Tree:
     """The parameters of a checkpoint folder in the structure of `specs`; `dtype` None keeps each tensor's own.
 
-    A leaf whose spec declares a dtype has that. `shards`: by path, the ranges of a rank's part of a leaf, all that is
-    read of it. Raises ValueError as `open_weights` does, and for a copy (tied head) that differs from its original.
+    A leaf whose spec declares a wider dtype has that. `shards`: by path, the ranges of a rank's part of a leaf, all
+    that is read of it. Raises ValueError as `open_weights` does, and for a copy (tied head) that differs from its
+    original.
     """
     with open_weights(folder, specs, key_map, dtype=dtype, device=device) as weights:
         return weights.read(shards)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfn import spec, tree
+from mmfn.dtypes import at_least
 from mmfn.errors import UserError
 from mmfn.interop import checkpoint, export, verbatim
 from mmfn.model import Model
@@ -30,7 +31,7 @@ def load_hf(path: str | PathLike[str], dtype: torch.dtype | None = None, device:
     _check_device(device)
     folder = Path(path)
     hf_config = checkpoint.read_config(folder)
-    model_family, cfg = _resolve(hf_config)
+    model_family, cfg = resolve(hf_config, folder)
     specs, key_map = model_family.specs(cfg), model_family.key_map(cfg)
     with checkpoint.open_weights(folder, specs, key_map, dtype=dtype, device=device) as weights:
         params, extra = weights.read(), weights.account.verbatim
@@ -44,7 +45,7 @@ def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None 
     Raises ValueError for an unsupported config or dtype.
     """
     _check_dtype(dtype)
-    model_family, cfg = _resolve(hf_config)
+    model_family, cfg = resolve(hf_config)
     params = spec.init_params(model_family.specs(cfg), seed, dtype)
     return Model(family=model_family, cfg=cfg, params=params, hf_config=copy.deepcopy(dict(hf_config)))
 
@@ -104,7 +105,7 @@ def save_hf(
     names, source = key_map.disk_tensors(specs, layout), None if assets is None else Path(assets)
     export.write(
         Path(path),
-        {n: value.to(names[n].leaf.dtype or value.dtype) for n, value in to_hf(model.params, model, layout).items()},
+        {n: v.to(at_least(names[n].leaf.dtype, v.dtype)) for n, v in to_hf(model.params, model, layout).items()},
         _config_to_save(model),
         assets=source,
         extra=verbatim.find(source, model.verbatim),
@@ -126,7 +127,8 @@ def _check_device(device: torch.device | str) -> None:
         raise UserError(f"device {device!r} cannot be used by this torch {torch.__version__}; try 'cpu'") from error
 
 
-def _resolve(hf_config: Mapping[str, Any]) -> tuple[Family, Any]:
+def resolve(hf_config: Mapping[str, Any], folder: Path | None = None) -> tuple[Family, Any]:
+    """The family of a `config.json` and its config; with the folder of its weights, without parts that they lack."""
     if not isinstance(hf_config, Mapping):
         raise UserError(
             f"hf_config is a {type(hf_config).__name__} but must be the dict of a config.json; pass its to_dict() "
@@ -136,7 +138,9 @@ def _resolve(hf_config: Mapping[str, Any]) -> tuple[Family, Any]:
     if not isinstance(model_type, str):
         raise UserError(f"model_type is {model_type!r} but must name a model family; pass the dict of a config.json")
     model_family = family(model_type)
-    return model_family, model_family.config_from_hf(hf_config)
+    cfg = model_family.config_from_hf(hf_config)
+    names = None if folder is None else checkpoint.stored_names(folder)
+    return model_family, cfg if names is None else model_family.without_absent(cfg, names)
 
 
 def _config_to_save(model: Model) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Model families as pure functions. `family(model_type)` returns one as a record; `FAMILIES` lists them."""
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -24,20 +24,22 @@ Loss = Callable[[], Tensor]
 """A loss beside cross entropy: computes this rank's share of its value, 0-D; called where its weight is not 0."""
 
 
-class Further(NamedTuple):
-    """Hidden states [T, D] that the head scores for a token further ahead, and how much its cross entropy counts."""
+Further = Callable[[], Tensor]
+"""Hidden states [T, D] that the head scores for a token further ahead; computed where its cross entropy counts."""
 
-    hidden_TD: Tensor
-    weight: float
+
+def ahead_loss(i: int) -> str:
+    """The name of the cross entropy of the token that `Batch.ahead[i]` names: `ce_ahead_1`, ..."""
+    return f"ce_ahead_{i + 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """What `apply` returns.
 
-    `hidden_TD` before the head; `ahead[i]` the same for the tokens that `Batch.ahead[i]` names. `losses` by name, each
-    a mean over a batch: the objective adds up those that count, and they are metrics; how much each counts is in
-    `Family.loss_weights`. `stats`: further metrics, 0-D sums over
+    `hidden_TD` before the head; `ahead[i]` gives the same for the tokens that `Batch.ahead[i]` names. `losses` by name,
+    each a mean over a batch: the objective adds up those that count, and they are metrics; how much each counts, and
+    the cross entropies ahead (`ahead_loss`), is in `Family.loss_weights`. `stats`: further metrics, 0-D sums over
     tokens. `counts`: sums over tokens that leaves trained by a rule are updated from, by path (`Family.rules`). `cache`
     in generation.
     """
@@ -69,14 +71,25 @@ def nothing(cfg: Any) -> int:
     return 0
 
 
+def never(cfg: Any) -> bool:
+    """Of a family without it."""
+    return False
+
+
+def same(cfg: Any, names: Collection[str]) -> Any:
+    """Of a family whose checkpoints hold all that their config names."""
+    return cfg
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What every family module defines, under the same names.
 
     Code shared by the families reads these fields of a Config: `vocab_size` and `decoder`, with its `num_heads` and
-    `num_kv_heads`. In the tree of parameters blocks of a stack lie under `NAME/layers`, those of the decoder under
-    `text/layers`, and a head of its own under `head`. A new family is one module with these functions and one line in
-    `FAMILIES`.
+    `num_kv_heads`. In the tree of parameters blocks of a stack lie under `NAME/layers`, NAME a tower's where it has
+    one, those of the decoder under `text/layers`, and a head of its own under `head`; what computes `Output.ahead`
+    alone under `mtp`, its blocks called behind those of the decoder. A new family is one module with these functions
+    and one line in `FAMILIES`.
     """
 
     name: str
@@ -100,8 +113,12 @@ class Family:
     row_ids: Callable[[Batch, Any], Sequence[tuple[str, Tensor]]]  # see `mmfn.lora.with_drops`
     # what not all families have
     taps: Callable[[Any], int] = nothing  # cfg -> how many of the first text blocks are treated unlike the others
+    is_recurrent: Callable[[Any], bool] = never  # cfg -> whether layers carry a state from token to token
     num_ahead: Callable[[Any], int] = nothing  # cfg -> further tokens that are predicted
-    loss_weights: Callable[[Any], Mapping[str, float]] = no_losses  # cfg -> weight of each of `Output.losses` by name
+    without_absent: Callable[[Any, Collection[str]], Any] = (
+        same  # (cfg, names of a checkpoint's tensors) -> the config of what it holds, of parts that it may lack
+    )
+    loss_weights: Callable[[Any], Mapping[str, float]] = no_losses  # cfg -> weight of each further loss by name
     rules: Callable[[Any], Mapping[str, Rule]] = (
         no_rules  # cfg -> how leaves without a gradient are updated, by `ParamSpec.rule`
     )

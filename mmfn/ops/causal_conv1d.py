@@ -169,11 +169,12 @@ def _gradient(ctx: Context, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     return dx_TD, dweight_DK if needs_dweight else None, None
 
 
-CONV = operator("mmfn::causal_conv1d", _forward, lambda x, weight, offsets: x.new_empty(x.shape))
+CONV = operator("mmfn::causal_conv1d", _forward, lambda x, weight, offsets: x.new_empty(x.shape), is_whole=True)
 CONV_GRAD = operator(
     "mmfn::causal_conv1d_grad",
     _backward,
     lambda dy, x, weight, offsets, needs_dweight: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    is_whole=True,
 )
 _conv = CONV.with_gradient(_save, _gradient)
 KERNEL = Kernel(causal_conv1d, operators={CONV.name: None, CONV_GRAD.name: None}, results=(CONV.name,))

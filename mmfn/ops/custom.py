@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmfn.ops.eager import is_eager
+from mmfn.torch_private import dispatch_modes
 
 
 class Context(Protocol):
@@ -52,15 +53,23 @@ def function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Calla
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """A torch operator, `traced`, and the Python function it runs, `direct`: the same numbers, without its dispatch."""
+    """A torch operator, `traced`, and the Python function it runs, `direct`: the same numbers, without its dispatch.
+
+    `is_whole`: it stays one operator under a plan's mode too, whose work a formula counts.
+    """
 
     name: str
     direct: Callable[..., Any]
     traced: Any
+    is_whole: bool = False
 
     def __call__(self, *args: Any) -> Any:
         """One or the other, as the first argument and the modes around say."""
-        return self.direct(*args) if is_eager(args[0]) else self.traced(*args)
+        return self.direct(*args) if self.is_direct(args[0]) else self.traced(*args)
+
+    def is_direct(self, x: Tensor) -> bool:
+        """Whether a call whose first argument is x runs the Python function."""
+        return is_eager(x) and not (self.is_whole and dispatch_modes())
 
     def with_gradient(self, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
         """The first result of the operator as a function of its arguments, with gradients, entered either way.
@@ -80,18 +89,20 @@ class Operator:
         eager = function(forward, backward)
 
         def call(*args: Any) -> Tensor:
-            out = eager(*args) if is_eager(args[0]) else traced(*args)
+            out = eager(*args) if self.is_direct(args[0]) else traced(*args)
             first: Tensor = out[0] if isinstance(out, tuple) else out
             return first
 
         return call
 
 
-def operator(name: str, direct: Callable[..., Any], fake: Callable[..., Any]) -> Operator:
+def operator(name: str, direct: Callable[..., Any], fake: Callable[..., Any], *, is_whole: bool = False) -> Operator:
     """Register `direct` as the torch operator `name`; it writes to none of its arguments and returns new tensors.
 
-    Its annotations are the operator's schema. `fake`: the same function of tensors without values.
+    Its annotations are the operator's schema. `fake`: the same function of tensors without values. `is_whole`: a plan
+    counts its work by the operator's formula, and not what it holds meanwhile, where a trace of it would be long (a
+    loop over pieces of a row).
     """
     traced = torch.library.custom_op(name, direct, mutates_args=())
     traced.register_fake(fake)
-    return Operator(name, direct, traced)
+    return Operator(name, direct, traced, is_whole)

@@ -219,10 +219,10 @@ def _gradient(ctx: Context, do_THV: Tensor) -> tuple[Tensor | None, ...]:
     return *RULE_GRAD(do_THV, *ctx.saved_tensors, None, None), None, None
 
 
-RULE = operator("mmfn::gated_delta_rule", chunks.row_forward, _forward_fake)
-RULE_GRAD = operator("mmfn::gated_delta_rule_grad", chunks.row_backward, _backward_fake)
-ENTRY_GRAD = operator("mmfn::gated_delta_entry_grad", chunks.entry_backward, _entry_fake)
-STATE = operator("mmfn::gated_delta_state", chunks.end_states, _state_fake)
+RULE = operator("mmfn::gated_delta_rule", chunks.row_forward, _forward_fake, is_whole=True)
+RULE_GRAD = operator("mmfn::gated_delta_rule_grad", chunks.row_backward, _backward_fake, is_whole=True)
+ENTRY_GRAD = operator("mmfn::gated_delta_entry_grad", chunks.entry_backward, _entry_fake, is_whole=True)
+STATE = operator("mmfn::gated_delta_state", chunks.end_states, _state_fake, is_whole=True)
 _rule = RULE.with_gradient(_save, _gradient)
 
 OPERATORS = flops.register(

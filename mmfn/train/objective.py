@@ -19,7 +19,7 @@ from torch import Tensor
 from mmfn.batch import IGNORE, Batch
 from mmfn.errors import UserError
 from mmfn.lora import with_drops
-from mmfn.models import Family, Output
+from mmfn.models import Family, Output, ahead_loss
 from mmfn.ops import Ops, portable
 from mmfn.ops.cross_entropy import check_settings
 from mmfn.tree import Tree
@@ -188,8 +188,7 @@ def loss_weights(objective: Objective, family: Family, cfg: Any) -> dict[str, fl
 
 def loss_terms(objective: Objective, family: Family, cfg: Any) -> tuple[str, ...]:
     """Names of the metrics that make up the loss, `ce` first; none where it is the cross entropy alone."""
-    further = [f"ce_ahead_{i + 1}" for i in range(family.num_ahead(cfg))]
-    further += [name for name, weight in loss_weights(objective, family, cfg).items() if weight]
+    further = [name for name, weight in loss_weights(objective, family, cfg).items() if weight]
     return ("ce", *further) if further or not objective.is_plain else ()
 
 
@@ -225,14 +224,18 @@ def loss_fn(
 
     value, ce = token_losses(out.hidden_TD, batch.labels_T, batch.weights_T)
     metrics = {"tokens": (batch.labels_T != IGNORE).sum()}
-    for i, (ahead, further) in enumerate(zip(batch.ahead, out.ahead, strict=True), start=1):
-        more, metrics[f"ce_ahead_{i}"] = token_losses(further.hidden_TD, ahead.labels_T, ahead.weights_T)
-        value = value + further.weight * more
-    counting = {name: weight for name, weight in _weights_of(out, objective, family, cfg).items() if weight}
+    ahead = {ahead_loss(i): pair for i, pair in enumerate(zip(batch.ahead, out.ahead, strict=True))}
+    weights = _weights_of((*ahead, *out.losses), objective, family, cfg)
+    counting = {name: weight for name, weight in weights.items() if weight}
     for name, weight in counting.items():
-        mean = batch.aux_weight * out.losses[name]()
-        value, metrics[name] = value + weight * mean, mean.detach()
-    if counting or out.ahead or not objective.is_plain:
+        if name in ahead:
+            tokens, further = ahead[name]
+            more, metrics[name] = token_losses(further(), tokens.labels_T, tokens.weights_T)
+        else:
+            more = batch.aux_weight * out.losses[name]()
+            metrics[name] = more.detach()
+        value = value + weight * more
+    if counting or not objective.is_plain:
         metrics["ce"] = ce
     counts = {COUNTS + path: values for path, values in out.counts.items()}
     return value, {"loss": value.detach(), **metrics, **out.stats, **counts}
@@ -258,21 +261,21 @@ def _check_names(out: Output, family: Family) -> None:
     """Raise ValueError where a loss or a stat of a family would hide another metric, of which the guard reads one."""
     for name in (*out.losses, *out.stats):
         is_twice = name in out.losses and name in out.stats
-        if is_twice or name in STEP_METRICS or name.startswith(("ce_ahead_", COUNTS)):
+        if is_twice or name in STEP_METRICS or name.startswith((ahead_loss(0)[:-1], COUNTS)):
             raise UserError(
                 f"family {family.name!r} has a loss or a stat named {name!r}, which would hide another metric of that "
                 "name; give it a name of its own"
             )
 
 
-def _weights_of(out: Output, objective: Objective, family: Family, cfg: Any) -> dict[str, float]:
+def _weights_of(names: Sequence[str], objective: Objective, family: Family, cfg: Any) -> dict[str, float]:
     """The weights of the losses of an output, which may lack some: the first blocks of a model have no router."""
     weights = loss_weights(objective, family, cfg)
-    if strange := sorted(out.losses.keys() - weights.keys()):
+    if strange := sorted(set(names) - weights.keys()):
         raise UserError(
             f"family {family.name!r} gives a loss {strange[0]!r} without a weight; add it to its loss_weights"
         )
-    return {name: weights[name] for name in out.losses}
+    return {name: weights[name] for name in names}
 
 
 def _reciprocal(counts: Tensor) -> Tensor:

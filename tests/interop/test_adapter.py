@@ -96,8 +96,8 @@ def check_in_peft(pair: Pair, case: dict[str, Any], tmp_path: Path) -> None:
     adapter.save(tmp_path / "adapter", model, specs, base=str(pair.path))
     theirs = pair.with_peft(tmp_path / "adapter")
     want_TV = oracles.real_logits(theirs, pair.inputs)
-    got_TV = mmfn.logits(model, pair.batch)
-    torch.testing.assert_close(got_TV, want_TV, rtol=RTOL, atol=ATOL)
+    got_TV, atol = mmfn.logits(model, pair.batch), oracles.narrow_atol(oracles.model_type(pair.oracle.config))
+    torch.testing.assert_close(got_TV, want_TV, rtol=RTOL, atol=atol)
     assert (got_TV - mmfn.logits(pair.model, pair.batch)).abs().max() > 0.05, "the adapter counts"
 
     weights_TV = torch.randn(got_TV.shape, generator=torch.Generator().manual_seed(7)) / got_TV.shape[0]
@@ -110,7 +110,10 @@ def check_in_peft(pair: Pair, case: dict[str, Any], tmp_path: Path) -> None:
     for key, parameter in theirs.named_parameters():
         if parameter.requires_grad:
             own = mine.pop(key.replace(".default", "").replace(".modules_to_save", ""))
-            torch.testing.assert_close(own, parameter.grad, rtol=RTOL, atol=ATOL, msg=lambda m, k=key: f"{k}: {m}")
+            scale = max(1.0, parameter.grad.abs().max().item())
+            torch.testing.assert_close(
+                own, parameter.grad, rtol=RTOL, atol=atol * scale, msg=lambda m, k=key: f"{k}: {m}"
+            )
     assert not mine, "peft trains what is trained here"
 
 

@@ -29,7 +29,6 @@ LIMITS = (
 )
 EXACT = 1e-11  # of the largest value; sums in another order leave about 1e-14, of the delta rule 1e-12
 LEAST = 1e-4  # a gradient smaller than this part of the largest of a model is compared with that part
-NARROW = {"qwen3_5": 1e-3, "qwen3_5_moe": 1e-3}  # float32: keys are divided by their length, which may be small
 
 
 def cases(first, count):
@@ -130,7 +129,7 @@ def test_everything_equals_transformers_in_float64(family, seed, tmp_path):
 
 @pytest.mark.parametrize(("family", "seed"), cases(100, NUM_NARROW))
 def test_everything_equals_transformers_in_float32(family, seed, tmp_path):
-    atol = NARROW.get(family, oracles.ATOL)
+    atol = oracles.narrow_atol(family)
 
     def assert_close(got, want):
         assert got.keys() == want.keys()

@@ -63,7 +63,7 @@ def formula(model: mmfn.Model, rows: Sequence[Sample], batch: Batch) -> float:
     weight_VD = model.family.head(model.params, model.cfg, ops.reference())
     sums, count, start = [0.0, 0.0], 0, 0
     for row in rows:
-        for head, hidden_TD in enumerate((out.hidden_TD, out.ahead[0].hidden_TD)):
+        for head, hidden_TD in enumerate((out.hidden_TD, out.ahead[0]())):
             log_probs_TV = (hidden_TD @ weight_VD.T).log_softmax(-1)
             for t in range(row.tokens_T.numel() - 1 - head):
                 label = int(row.labels_T[t + 1 + head])
@@ -114,7 +114,9 @@ def test_a_weight_of_no_loss_is_refused_when_a_step_is_built() -> None:
     model = model_of("toy")
     objective = Objective(loss_weights={"aux_los": 1.0})
     program, rate = Program.of(model.family.specs(model.cfg)), schedule("constant", peak=1e-3, num_steps=1)
-    with pytest.raises(ValueError, match=r"weight for loss 'aux_los' but this model of family 'toy' has aux_loss; use"):
+    with pytest.raises(
+        ValueError, match=r"weight for loss 'aux_los' but this model of family 'toy' has ce_ahead_1, aux_loss; use"
+    ):
         make_step(model.family, model.cfg, program, objective, adamw(), schedule=rate)
     silent = replace(model.family, loss_weights=models.no_losses)
     with pytest.raises(ValueError, match="family 'toy' gives a loss 'aux_loss' without a weight; add it to its"):

@@ -80,10 +80,10 @@ def test_the_bias_follows_its_rule_and_stands_still_in_a_skipped_step() -> None:
     counts_E = experts_RX.flatten().bincount(minlength=8).float()
     before = dict(tree.items(model.params))[BIAS]
     found, _ = biases(single_mesh(), (), "")
-    assert before.dtype == found[0].dtype == torch.float32
+    assert before.dtype == found[0].dtype == torch.float64
     moves = [0.01 if n < counts_E.mean() else -0.01 if n > counts_E.mean() else 0.0 for n in counts_E.tolist()]
     assert {-0.01, 0.01} <= set(moves)
-    torch.testing.assert_close(found[0] - before, torch.tensor(moves), rtol=0, atol=1e-7)
+    torch.testing.assert_close(found[0] - before, torch.tensor(moves).double(), rtol=0, atol=1e-7)
     assert not torch.equal(found[1], found[0])
     assert torch.equal(found[BAD], found[BAD - 1])
     assert not torch.equal(found[BAD + 1], found[BAD])

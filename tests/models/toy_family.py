@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mmfn import tree
-from mmfn.batch import AUDIO, IGNORE, IMAGE, TEXT, Batch, Laid, Media, Sample, Tower, TowerKind
-from mmfn.models import Further, Output
+from mmfn.batch import AUDIO, IGNORE, IMAGE, TEXT, Ahead, Batch, Laid, Media, Sample, Tower, TowerKind
+from mmfn.models import Output, ahead_loss
 from mmfn.models.keymap import Entry, KeyMap
 from mmfn.models.layers import balance, decoder, linear, moe, norm, rope, text
 from mmfn.models.layers import cache as layer_cache
@@ -72,7 +72,7 @@ def specs(cfg: Config) -> Tree:
     return {
         "text": {"embed": {"weight": table}, "layers": blocks[: cfg.num_layers], "norm": norm.rms_specs(D, "embed")},
         "head": {"weight": table},
-        "ahead": {"join": linear.specs(D, 2 * D, "embed merged", std=0.3), "norm": norm.rms_specs(D, "embed")},
+        "mtp": {"join": linear.specs(D, 2 * D, "embed merged", std=0.3), "norm": norm.rms_specs(D, "embed")},
         **{name: _tower_specs(values) for name, values in VALUES.items()},
     }
 
@@ -95,16 +95,18 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.
     holes = {"mixer": partial(decoder.attend, cfg=cfg.decoder, ops=ops), "feed_forward": feed}
     x_TD, routers, cache = text.decode(layers, x_TD, angles, batch, cfg.decoder, ops, **holes, cache=cache)
     hidden_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, 1e-6, ops)
-    further, own = [], ops.gather(params["ahead"])
-    for ahead in batch.ahead:
-        next_TD = embed(ahead.tokens_T)
+
+    def further(ahead: Ahead) -> Tensor:
+        next_TD, own = embed(ahead.tokens_T), ops.gather(params["mtp"])
         for name, index_T in ahead.index_T.items():
             next_TD = text.replace_by_features(next_TD, features[name], index_T, ops)
         joined_TD = linear.apply(own["join"], torch.cat([next_TD, hidden_TD], 1), ops)
-        further.append(Further(norm.rms(own["norm"], joined_TD, 1e-6, ops), 0.3))
+        return norm.rms(own["norm"], joined_TD, 1e-6, ops)
+
+    ahead = tuple(partial(further, tokens) for tokens in batch.ahead)
     counts = {f"text/layers/{i}/moe/router/choice_bias": r["counts_E"] for i, r in enumerate(routers) if r is not None}
     losses, stats = balance.router_losses(routers, ops), balance.router_stats(routers)
-    return Output(hidden_TD=hidden_TD, ahead=tuple(further), losses=losses, stats=stats, counts=counts, cache=cache)
+    return Output(hidden_TD=hidden_TD, ahead=ahead, losses=losses, stats=stats, counts=counts, cache=cache)
 
 
 def _encode(params: Tree, tower: Tower, name: str, ops: Ops) -> Tensor:
@@ -211,8 +213,8 @@ num_ahead = taps
 
 
 def loss_weights(cfg: Config) -> dict[str, float]:
-    """That of the load-balancing loss."""
-    return {balance.ROUTER_LOSS: 0.1}
+    """Those of the load-balancing loss and the second head."""
+    return {ahead_loss(0): 0.3, balance.ROUTER_LOSS: 0.1}
 
 
 def rules(cfg: Config) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def spread(kind: str, family: str = "dense") -> Transform:
     model = tiny.model_of(family)
     sizes = model.cfg.decoder
     towers = model.family.towers(model.cfg)
-    return context_parallel(kind, num_heads=sizes.num_heads, num_kv_heads=sizes.num_kv_heads, towers=towers)
+    is_recurrent = model.family.is_recurrent(model.cfg)
+    heads = {"num_heads": sizes.num_heads, "num_kv_heads": sizes.num_kv_heads}
+    return context_parallel(kind, **heads, towers=towers, is_recurrent=is_recurrent)
 
 
 BATCHES: dict[str, Callable[[int], tuple[Sequence[int], bool]]] = {

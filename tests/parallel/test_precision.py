@@ -72,7 +72,13 @@ def test_routers_and_norms_stay_float32_unless_rules_say_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["norm/weight", "text/layers/3/moe/router/bias", "text/layers/0/attention/q_norm/weight"]
+    "path",
+    [
+        "norm/weight",
+        "text/layers/3/moe/router/bias",
+        "text/layers/0/attention/q_norm/weight",
+        "text/layers/0/delta/dt_bias",
+    ],
 )
 def test_sensitive_paths(path: str) -> None:
     assert re.fullmatch(SENSITIVE, path)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mmfn
-from mmfn import lora, ops, spec, tree
+from mmfn import lora, models, ops, spec, tree
 from mmfn.batch import IGNORE, Sample
 from mmfn.parallel.mesh.layout import single_mesh
 from mmfn.train import optim
@@ -126,7 +126,9 @@ def _loss(
         given = lora.with_drops(params, family.row_ids(batch, cfg), salts)
         out = family.apply(given, batch, cfg, table)
         weight_VD = family.head(given, cfg, table)
-        heads = [(1.0, out.hidden_TD), *((further.weight, further.hidden_TD) for further in out.ahead)]
+        weights = family.loss_weights(cfg)
+        further = [(weights[models.ahead_loss(i)], hidden()) for i, hidden in enumerate(out.ahead)]
+        heads = [(1.0, out.hidden_TD), *further]
         for ahead, (weight, hidden_TD) in enumerate(heads):
             losses = _of_samples(hidden_TD @ weight_VD.T, rows, ahead, objective)
             places = [(d, n) for d in range(D) for n in range(len(deal[d][a]))]

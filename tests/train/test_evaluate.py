@@ -159,7 +159,7 @@ def test_the_loss_is_that_of_next_tokens_alone() -> None:
     """Of a model with routers and a second head, which is not computed: its weights are no numbers."""
     model = model_of("toy")
     samples = random_samples(model, seed=3, num=4)
-    bad = {**model.params, "ahead": tree.map(lambda x: x * torch.nan, model.params["ahead"])}
+    bad = {**model.params, "mtp": tree.map(lambda x: x * torch.nan, model.params["mtp"])}
     value, weight = loss_pair(replace(model, params=bad), samples, portable())
     batch = packed(model, samples)
     logits_TV = mmfn.logits(model, batch)

@@ -113,6 +113,10 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"output.experts": "transformers"}, "output.experts 'transformers' has no effect, the model has no experts"),
     ({"objective.router_aux_coef": 0.0}, "objective.router_aux_coef has no effect, the model has no experts; remove"),
     (
+        {"objective.ahead_weight": 0.1},
+        "objective.ahead_weight has no effect, the model predicts no token further ahead",
+    ),
+    (
         {"train.compile": "layer", "model.device": "cuda"},
         "train.compile 'layer' needs attention that reads nothing on the host, which there is on the CPU only, not on",
     ),
@@ -135,7 +139,7 @@ def config_of(settings: dict[str, Any]) -> Config:
 
 def said(settings: dict[str, Any], stacks: dict[str, Stack] = DENSE) -> list[tuple[str, bool]]:
     """What the list says of a config for a model: sentences, and whether they are notes."""
-    subject = Subject(config=config_of(settings), stacks=stacks, towers=("vision",))
+    subject = Subject(config=config_of(settings), stacks=stacks, towers=("vision",), num_ahead=0)
     return [(breach.sentence, breach.warns) for breach in breaches(subject)]
 
 
@@ -148,12 +152,12 @@ def test_a_broken_rule_is_one_sentence(index: int) -> None:
     """The rule at a place of the list finds its config, and says its sentence once."""
     settings, expected = BREAKS[index]
     rule = RULES[index]
-    subject = Subject(config=config_of(settings), stacks=DENSE, towers=("vision",))
+    subject = Subject(config=config_of(settings), stacks=DENSE, towers=("vision",), num_ahead=0)
     (sentence,) = rule.find(subject)
     assert expected in sentence
     assert "\n" not in sentence
     assert (sentence, rule.warns) in said(settings)
-    assert not list(rule.find(Subject(config=config_of({}), stacks=DENSE, towers=("vision",))))
+    assert not list(rule.find(Subject(config=config_of({}), stacks=DENSE, towers=("vision",), num_ahead=0)))
 
 
 def test_the_smallest_config_breaks_none() -> None:
@@ -208,7 +212,7 @@ def test_a_tower_the_model_does_not_have() -> None:
 def test_a_plan_reads_neither_data_nor_device() -> None:
     settings = {"layout.cp": 3, "data.tower_buckets": {}, "model.device": "npu", "train.compile": "layer"}
     assert len(said(settings)) == 4
-    subject = Subject(config=config_of(settings), stacks=DENSE, towers=("vision",), is_plan=True)
+    subject = Subject(config=config_of(settings), stacks=DENSE, towers=("vision",), num_ahead=0, is_plan=True)
     assert list(breaches(subject)) == []
 
 

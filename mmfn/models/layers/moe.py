@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfn.dtypes import wide
 from mmfn.errors import UserError
+from mmfn.models.keymap import Entry
 from mmfn.models.layers import decoder, linear
 from mmfn.ops import Ops
 from mmfn.ops.route import RouteConfig
@@ -138,3 +139,28 @@ def mixed(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, cfg: MoeConfig | Non
         assert cfg is not None, "a config without experts but parameters of some"
         return apply(params["moe"], x_TD, is_real_T, cfg=cfg, ops=ops)
     return decoder.dense(params, x_TD, is_real_T, ops=ops)
+
+
+def names(path: str, name: str) -> list[tuple[str, str]]:
+    """`(path, Hugging Face name)` of what a layer has beside its experts, in the models of Qwen."""
+    return [
+        (f"{path}/router/weight", f"{name}.gate.weight"),
+        (f"{path}/shared/{{proj}}/weight", f"{name}.shared_expert.{{proj}}_proj.weight"),
+        (f"{path}/shared_gate/weight", f"{name}.shared_expert_gate.weight"),
+    ]
+
+
+def fused_entries(path: str, name: str) -> tuple[Entry, ...]:
+    """Experts stored as they are here, all in one tensor."""
+    pairs = [("gate_up", "gate_up_proj"), ("down", "down_proj")]
+    return tuple(Entry(path=f"{path}/experts/{own}", name=f"{name}.experts.{their}") for own, their in pairs)
+
+
+def numbered_entries(path: str, name: str) -> tuple[Entry, ...]:
+    """Experts stored one by one, gate and up apart."""
+    one = f"{name}.experts.{{e}}"
+    gate_up = (f"{one}.gate_proj.weight", f"{one}.up_proj.weight")
+    return (
+        Entry(path=f"{path}/experts/gate_up", name=gate_up, join=1),
+        Entry(path=f"{path}/experts/down", name=f"{one}.down_proj.weight"),
+    )

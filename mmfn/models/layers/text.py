@@ -47,16 +47,17 @@ def decode(
     feed_forward: FeedForward,
     between: Mapping[int, Between] | None = None,
     cache: layer_cache.Cache | None = None,
+    name: str = "text",
 ) -> tuple[Tensor, list[Tree], layer_cache.Cache | None]:
     """`(x_TD, router statistics of every block, cache)`: all blocks, and the new cache where there is one.
 
     `angles`: cosines and sines of `rope`. `between`: see `ops.stack`. `mixer`, `feed_forward`: of all blocks; what they
-    do is decided by a block's parameters.
+    do is decided by a block's parameters. `name`: that of the stack.
     """
     block = partial(decoder.decoder_block, cfg=cfg, ops=ops, mixer=mixer, feed_forward=feed_forward)
     is_real_T = batch.segment_T < batch.num_segments
     xs: tuple[Any, ...] = (*(x.to(x_TD.dtype) for x in angles), batch.segments, is_real_T)
-    stack = partial(ops.stack, ops.layer, block, layers, x_TD, name="text", between=between)
+    stack = partial(ops.stack, ops.layer, block, layers, x_TD, name=name, between=between)
     if cache is None:
         x_TD, outs, _ = stack(*xs)
         return x_TD, [out["router"] for out in outs], None

@@ -40,7 +40,7 @@ def choose_depths(blocks: Sequence[Any], num_special: int, num_before: int, step
     L = len(blocks)
     for period in range(step, L // 4 + 1, step):
         start = next((i for i in range(L - period) if blocks[i:-period] == blocks[i + period :]), L)
-        least = max(start, num_special) + 1
+        least = max(start + period - 1, num_special) + 1  # from its first block on a kind holds what all of it share
         first = least + period + (L - least) % period
         if first + 2 * period < L:
             return Depths(first=first, period=period, front=num_before + first - period)

@@ -7,14 +7,16 @@ from dataclasses import replace
 import torch
 
 from mmfn import tree
+from mmfn.dtypes import at_least
 from mmfn.errors import UserError
 from mmfn.parallel.program import Program, Transform, noted
-from mmfn.spec import EXPERTS
+from mmfn.spec import EXPERTS, ParamSpec
 from mmfn.tree import Tree
 
-SENSITIVE = r"(.*/)?(router|\w*norm)/.*"
-"""Paths of routers and norms: few values, read by all tokens, of which a rounding moves discrete choices (the experts
-of a token) or whole rows. What else a family computes in a dtype of its own (an exponent) its specs declare."""
+SENSITIVE = r"(.*/)?((router|\w*norm)/.*|dt_bias)"
+"""Paths of routers, norms and biases of decay: few values, read by all tokens, of which a rounding moves discrete
+choices (the experts of a token), whole rows, or a product over all tokens. What else a family computes in a dtype of
+its own (an exponent) its specs declare."""
 UNCAST = {"vocab", EXPERTS}
 """Axes of the embedding, whose dtype what flows through the text has, and of what takes that without a cast."""
 
@@ -34,10 +36,10 @@ def precision(
     Parameters stay in their dtype, the master copy: `gather` casts shards before they travel, and the gradient's sum to
     the leaf's dtype. Placements do not change. `rules`: regexes over paths and the dtype those leaves are computed in
     instead, the first match wins; default: with a `compute` narrower than float32 what is `SENSITIVE` stays float32. A
-    leaf without a rule whose spec declares a dtype is computed in that. A norm's or linear layer's result has the dtype
-    of its input, whatever that of its parameters and adapter; a router's probabilities keep float32. What the embedding
-    gives is cast for a head of its own, but not for experts (their adapters included): these must be computed in one
-    dtype. Leaves of another dtype than `compute` travel in a bucket of their own. `Program.enter` hands them to
+    leaf without a rule whose spec declares a wider dtype is computed in that. A norm's or linear layer's result has the
+    dtype of its input, whatever that of its parameters and adapter; a router's probabilities keep float32. What the
+    embedding gives is cast for a head of its own, but not for experts (their adapters included): these must be computed
+    in one dtype. Leaves of another dtype than `compute` travel in a bucket of their own. `Program.enter` hands them to
     `gather`.
 
     Raises ValueError for a dtype that is not floating-point and, when applied, for a rule that matches no path and one
@@ -57,7 +59,12 @@ def precision(
         note += "".join(f", {dtype} for {pattern}" for pattern, dtype in wanted)
         program = replace(program, weights=replace(program.weights, compute=compute, reduce=reduce))
         dtypes = tree.mask(program.specs, wanted, default=False)
-        specs = tree.map(lambda s, dtype: replace(s, compute=dtype or s.compute or s.dtype), program.specs, dtypes)
+
+        def computed(leaf: ParamSpec, dtype: torch.dtype | None) -> ParamSpec:
+            declared = None if leaf.dtype is None or compute is None else at_least(leaf.dtype, compute)
+            return replace(leaf, compute=dtype or leaf.compute or declared)
+
+        specs = tree.map(computed, program.specs, dtypes)
         _check_uncast(specs, wanted, compute)
         return noted(replace(program, specs=specs), note)
 

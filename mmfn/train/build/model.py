@@ -10,10 +10,10 @@ from mmfn import tree
 from mmfn.errors import UserError
 from mmfn.interop import adapter
 from mmfn.interop.checkpoint import read_config
-from mmfn.interop.hf import init, load_hf
+from mmfn.interop.hf import init, load_hf, resolve
 from mmfn.lora import add_adapters, lora
 from mmfn.model import Model
-from mmfn.models import Family, family
+from mmfn.models import Family
 from mmfn.parallel.mesh.launch import Place, Ranks
 from mmfn.parallel.weights.host_memory import HOST_DEVICE
 from mmfn.parallel.weights.hosted import to_host
@@ -46,10 +46,9 @@ def find_device(name: str, ranks: Ranks | None = None) -> torch.device:
 
 
 def find_family(section: ModelSection) -> tuple[Family, Any]:
-    """The family of a model's folder and its config, from `config.json` alone."""
-    hf = read_config(Path(section.path))
-    model_family = family(str(hf.get("model_type")))
-    return model_family, model_family.config_from_hf(hf)
+    """The family of a model's folder and its config, from `config.json` and, of weights to load, their names."""
+    folder = Path(section.path)
+    return resolve(read_config(folder), folder if section.init == "load" else None)
 
 
 def load_model(section: ModelSection, seed: int, device: torch.device | None = None) -> Model:
@@ -110,7 +109,11 @@ def stacks_of(specs: Tree) -> dict[str, Stack]:
 def check_model(config: Config, family: Family, cfg: Any, *, is_plan: bool = False) -> None:
     """Raise ValueError for settings that do not fit a model: its stacks, towers, experts."""
     subject = Subject(
-        config=config, stacks=stacks_of(family.specs(cfg)), towers=tuple(family.towers(cfg)), is_plan=is_plan
+        config=config,
+        stacks=stacks_of(family.specs(cfg)),
+        towers=tuple(family.towers(cfg)),
+        num_ahead=family.num_ahead(cfg),
+        is_plan=is_plan,
     )
     for breach in breaches(subject):
         if not breach.warns:

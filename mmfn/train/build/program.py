@@ -40,6 +40,7 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
             num_heads=cfg.decoder.num_heads,
             num_kv_heads=cfg.decoder.num_kv_heads,
             towers=family.towers(cfg),
+            is_recurrent=family.is_recurrent(cfg),
         ),
         expert_parallel("dropless" if section.capacity is None else "capacity", capacity=section.capacity),
         *build_remat(section, list(stacks_of(specs))),

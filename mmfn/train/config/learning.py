@@ -22,6 +22,10 @@ class ObjectiveSection(ConfigSection):
         default=None,
         description="weight of the routers' load-balancing loss; null: router_aux_loss_coef as config.json has it",
     )
+    ahead_weight: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="weight of tokens predicted further ahead; null: mtp_loss_scaling_factor as config.json has it",
+    )
     chunk_size: PositiveInt | None = Field(
         default=None, description="tokens that meet the head at a time; null: as many as suit it"
     )

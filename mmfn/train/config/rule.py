@@ -19,12 +19,13 @@ class Stack:
 class Subject:
     """What rules are about. `stacks` and `towers` of the model by name: None while only the config is known.
 
-    `is_plan`: nothing is run, so that neither data nor device matter.
+    `num_ahead`: further tokens that it predicts. `is_plan`: nothing is run, so that neither data nor device matter.
     """
 
     config: Config
     stacks: Mapping[str, Stack] | None = None
     towers: tuple[str, ...] | None = None
+    num_ahead: int | None = None
     is_plan: bool = False
 
     @property

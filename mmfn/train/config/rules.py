@@ -138,6 +138,11 @@ def _router_settings(subject: Subject) -> Iterator[str]:
         yield "objective.router_aux_coef has no effect, the model has no experts; remove it"
 
 
+def _ahead_settings(subject: Subject) -> Iterator[str]:
+    if subject.num_ahead == 0 and subject.config.objective.ahead_weight is not None:
+        yield "objective.ahead_weight has no effect, the model predicts no token further ahead; remove it"
+
+
 POLICY_KINDS = {"save": ("selective",), "every": ("full", "selective"), "layers": ("uniform", "block")}
 EXPERT_OPS = ("experts", "exchange")  # of those that selective remat can keep
 
@@ -260,6 +265,7 @@ RULES = (
     # the model's kind and the device
     Rule(settings=("output.experts",), find=_expert_settings),
     Rule(settings=("objective.router_aux_coef",), find=_router_settings),
+    Rule(settings=("objective.ahead_weight",), find=_ahead_settings),
     refused(
         "train.compile model.device",
         lambda c: c.train.compile != "none" and _is_on_accelerator(c),

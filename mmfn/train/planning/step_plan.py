@@ -28,7 +28,7 @@ def plan(
     """
     stacks = setup.family.stacks(setup.cfg)
     *_, (last, L) = stacks.items()
-    V = sum(stacks.values()) - L  # blocks before those of the last stack
+    V = sum(stacks[name] for name in setup.family.towers(setup.cfg))  # blocks before those of the last stack
     mesh = recording_mesh(layout, rank, Recorder(is_fake=True))
     program = setup.build(setup.cfg, mesh)
     blocks = program.specs[last]["layers"]
