@@ -132,6 +132,34 @@ def _qwen3_omni(num_layers: int) -> dict[str, Any]:
     return {"model_type": "qwen3_omni_moe", "thinker_config": {**thinker, **heard, "tie_word_embeddings": False}}
 
 
+DELTA = {
+    "layer_types": None,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,  # short keys are divided by their length, which costs digits of float32
+    "linear_value_head_dim": 3,
+    "linear_conv_kernel_dim": 3,
+    "head_dim": 8,
+    "partial_rotary_factor": 0.5,
+    "mtp_num_hidden_layers": 1,
+    "mtp_loss_scaling_factor": 0.3,
+}
+
+
+def _qwen3_5(num_layers: int, experts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Blocks of both kinds by turns, and one that predicts further ahead."""
+    sizes = {"vocab_size": 61, "hidden_size": 20, "intermediate_size": 28, "num_attention_heads": 8}
+    tower = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 2, "temporal_patch_size": 1, **SMALL_TOWER}
+    return vision_language(
+        "qwen3_5_moe" if experts else "qwen3_5",
+        text={**sizes, **DELTA, "num_hidden_layers": num_layers, **(experts or {})},
+        vision={**tower, "num_position_embeddings": 9},
+        sections=(1, 1, 0),
+        tie_word_embeddings=not experts,
+    )
+
+
 TINY: dict[str, Callable[[int], dict[str, Any]]] = {  # text blocks -> config.json
     "dense": _qwen3_vl,
     "small": lambda num_layers: _qwen3_vl(num_layers, **SMALL_TOWER),
@@ -139,9 +167,11 @@ TINY: dict[str, Callable[[int], dict[str, Any]]] = {  # text blocks -> config.js
     "windows": _qwen2_5_vl,
     "glm": _glm,
     "omni": _qwen3_omni,
+    "delta": _qwen3_5,
+    "delta_moe": lambda num_layers: _qwen3_5(num_layers, {**EXPERTS, "shared_expert_intermediate_size": 10}),
     "toy": lambda num_layers: {"model_type": "toy", "num_layers": num_layers},
 }
-WITH_EXPERTS = ("moe", "glm", "omni", "toy")
+WITH_EXPERTS = ("moe", "glm", "omni", "delta_moe", "toy")
 MARKS = {"glm4v_moe": {VIDEO: ((3,), (4,))}}  # tokens before and behind a medium, without which it is of another kind
 
 
@@ -159,19 +189,17 @@ def family_of(name: str) -> Family:
 
 @cache
 def model_of(name: str, num_layers: int = 2) -> mmfn.Model:
-    """A model whose weights, biases and norms all matter, in float64 but for what declares a dtype; not to change."""
+    """A model whose weights, biases and norms all matter, in float64; not to change."""
     hf_config = TINY[name](num_layers)
     family_ = family(hf_config["model_type"])
     cfg = family_.config_from_hf(hf_config)
     g = torch.Generator().manual_seed(1)
 
-    def draw(leaf: Tensor, declared: spec.ParamSpec) -> Tensor:
+    def draw(leaf: Tensor) -> Tensor:
         noise = torch.randn(leaf.shape, generator=g, dtype=torch.float64)
-        value = leaf + 0.1 * noise if leaf.ndim == 1 else noise * leaf.shape[-1] ** -0.5
-        return value.to(declared.dtype or torch.float64)
+        return leaf + 0.1 * noise if leaf.ndim == 1 else noise * leaf.shape[-1] ** -0.5
 
-    specs = family_.specs(cfg)
-    params = tree.map(draw, spec.init_params(specs, 0), specs)
+    params = tree.map(draw, spec.init_params(family_.specs(cfg), 0))
     return mmfn.Model(family=family_, cfg=cfg, params=params, hf_config=hf_config)
 
 
@@ -207,7 +235,7 @@ def _lora(family: Family, cfg: Any) -> Tree:
 def _lora_of_all(family: Family, cfg: Any) -> Tree:
     *_, text = stacks = list(family.stacks(cfg))
     targets = _linear(family, cfg, [f"{name}/layers/" for name in stacks])
-    return lora.lora(family.specs(cfg), rank=2, alpha=2.0, targets=targets, is_rs=True, keep=[f"{text}/norm/weight"])
+    return lora.lora(family.specs(cfg), rank=2, alpha=2.0, targets=targets, is_rs=True, keep=[rf"{text}/norm/.*"])
 
 
 def _lora_of_the_tower(family: Family, cfg: Any) -> Tree:

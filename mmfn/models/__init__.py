@@ -139,6 +139,8 @@ class Family:
 FAMILIES = {
     "glm4v_moe": "mmfn.models.glm4v_moe",
     "qwen2_5_vl": "mmfn.models.qwen2_5_vl",
+    "qwen3_5": "mmfn.models.qwen3_5",
+    "qwen3_5_moe": "mmfn.models.qwen3_5",
     "qwen3_vl": "mmfn.models.qwen3_vl",
     "qwen3_vl_moe": "mmfn.models.qwen3_vl_moe",
     "qwen3_omni_moe": "mmfn.models.qwen3_omni",

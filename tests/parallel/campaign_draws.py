@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from mmfn.batch import Sample
+from mmfn.parallel.context.token_order import CP_KINDS, PIECE_KINDS
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.program import Transform
 from mmfn.parallel.transforms.data_parallel import data_parallel
@@ -58,7 +59,8 @@ def draw(seed: int) -> Draw:
     """A combination that nothing refuses."""
     r = random.Random(f"campaign {seed}")
     family = r.choice([name for name in tiny.TINY if name != "small"])
-    kind = r.choice(("", "", "gather", "ulysses", "ring", "usp"))
+    model = tiny.model_of(family)
+    kind = r.choice(("", "", *(PIECE_KINDS if model.family.is_recurrent(model.cfg) else CP_KINDS)))
     along = (WIDE if r.random() < 0.3 or kind == "usp" else KINDS)[kind]
     sizes = [(i, j) for i in (1, 1, 2) for j in (1, 2, 3, 4) if i * j * along.cp <= 6]
     replicate, dp = r.choice(sizes)

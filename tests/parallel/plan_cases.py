@@ -48,15 +48,7 @@ def make(
     hf, section = hf or hf_config(moe=moe, layers=layers, toy=toy), LayoutSection(**chosen)
     found = family(hf["model_type"])
     layout = section.sizes
-    config = Config.model_validate(
-        {
-            "model": {"path": ""},
-            "data": {"train": "", "token_buckets": [1], "tower_buckets": {"vision": [1]}},
-            "optimizer": {"lr": 1e-3},
-            "train": {"steps": 1},
-            "output": {"path": ""},
-        }
-    ).model_copy(update={"layout": section})
+    config = bare_config().model_copy(update={"layout": section})
 
     def build(cfg: Any, mesh: Mesh) -> Program:
         program = build_program(config, found, cfg, mesh, TRAINED[trained](found, cfg))
@@ -85,6 +77,19 @@ def make(
     return setup, layout
 
 
+def bare_config() -> Config:
+    """A config in which all is by default."""
+    return Config.model_validate(
+        {
+            "model": {"path": ""},
+            "data": {"train": "", "token_buckets": [1], "tower_buckets": {"vision": [1]}},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 1},
+            "output": {"path": ""},
+        }
+    )
+
+
 def _glm() -> dict[str, Any]:
     hf = TINY["glm"](3)
     hf["text_config"] |= {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
@@ -98,9 +103,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe": {"moe": True},
     "glm": {"hf": _glm()},
     "omni": {"hf": TINY["omni"](2)},
+    "delta": {"hf": TINY["delta"](2)},
+    "delta_moe": {"hf": TINY["delta_moe"](2)},
     "toy": {"toy": True},
 }
 """What `make` takes for each model of `tiny.TINY`."""
+
 BOTH_KEPT = {"remat": "selective", "remat_save": ["experts", "exchange"]}
 CASES: dict[str, dict[str, Any]] = {
     "one device": {},
