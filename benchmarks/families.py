@@ -19,11 +19,11 @@ IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vi
 MARKS = {"image_start_token_id": 3, "image_end_token_id": 4, "video_start_token_id": 5, "video_end_token_id": 6}
 SOUND = {"audio_token_id": 7, "audio_start_token_id": 8, "audio_end_token_id": 9}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
-LINEAR = {
-    "linear_num_key_heads": 4,
+LINEAR = {  # heads as they are published, as many to a width as in the smallest size
+    "linear_num_key_heads": 8,
     "linear_num_value_heads": 8,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
 }
 FRAMES, MELS = 300, 128  # of sound: 3 seconds
 

@@ -6,7 +6,7 @@
 
 transformers: the family's model in train mode with its default attention, on padded rows, its own loss,
 `clip_grad_norm_` and `AdamW(fused=True)`; compiled: `torch.compile(model)`. mmfn: one packed batch padded to a multiple
-of 256 tokens, `make_step` with clip and AdamW; compiled: "layer" and "step". First losses must agree.
+of 256 tokens and 64 rows of a tower, `make_step` with clip and AdamW; compiled: "layer" and "step". First losses agree.
 
 Shapes: `sft`, 8 rows with lengths log-uniform from 64 to 1,024 and the last third of each supervised; `dense`, 4 rows
 of 512, every token supervised. Sizes: those of `families.py`, which draws models and rows: `decoder`, 29 M parameters
@@ -43,7 +43,7 @@ from mmfn.train.run.allocator import retain_freed_memory
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 
-BUCKET = 256  # packed tokens and patches are padded to a multiple of it
+BUCKET, ROWS = 256, 64  # packed tokens are padded to a multiple of the one, rows of a tower of the other
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0
 VARIANTS = ("eager", "layer", "step")
 Step = Callable[[], Tensor]  # runs one training step, returns its loss
@@ -55,9 +55,7 @@ def packed(inputs: dict[str, Tensor], model: Any, dtype: torch.dtype) -> Batch:
     units = {name: sum(num_units(s, kind) for s in samples) for name, kind in kinds.items()}
     sizes = Sizes(
         tokens=math.ceil(sum(s.tokens_T.numel() for s in samples) / BUCKET) * BUCKET,
-        units={
-            name: math.ceil(n * kinds[name].rows / BUCKET) * BUCKET // kinds[name].rows for name, n in units.items()
-        },
+        units={name: math.ceil(n * kinds[name].rows / ROWS) * ROWS // kinds[name].rows for name, n in units.items()},
     )
     return batch_to(model.family.pack(samples, model.cfg, sizes), "cpu", dtype)
 
