@@ -73,8 +73,7 @@ class Config(VisionLanguageConfig):
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """The dict of a `config.json`; absent keys take the defaults of transformers 5.23.
 
-    As in transformers the load-balancing loss counts only with `output_router_logits`, by `router_aux_loss_coef`, and a
-    `tie_word_embeddings` of older files lies in `text_config`. One key is of mmfn alone: `router_bias_update_rate` of
+    In older files `tie_word_embeddings` lies in `text_config`. One key is of mmfn alone: `router_bias_update_rate` of
     `text_config`, 0 where absent (DeepSeek-V3, which brought the rule, used 0.001). Raises ValueError for values out of
     range and for settings mmfn does not implement.
     """
@@ -85,14 +84,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     text.only("use_qk_norm", False, "queries and keys are not normalised in this family")
     biased = ("q", "k", "v") if text.boolean("attention_bias", True) else ()
     block = decoder.config_from_hf(text, biased=biased, has_qk_norm=False)
-    coef = text.number("router_aux_loss_coef", 1e-4) if text.boolean("output_router_logits", False) else 0.0
     fields = shared.fields_from_hf(hf, text, ROPE, block=block, tower=_tower_from_hf(outer.section("vision_config")))
     dense = text.integer("first_k_dense_replace", 1, minimum=0)
     return Config(
         **fields,
         moe=_moe_from_hf(text, block.d_model, block.init_std, LOADS if rate else ""),
         moe_layers=frozenset(range(dense, fields["num_layers"])),
-        router_aux_coef=coef,
+        router_aux_coef=balance.weight_from_hf(text, 1e-4),
         video_start_token_id=outer.integer("video_start_token_id", 151_341, minimum=0),
         video_end_token_id=outer.integer("video_end_token_id", 151_342, minimum=0),
         bias_rate=rate,
@@ -243,15 +241,6 @@ def key_map(cfg: Config) -> KeyMap:
     What is stored of the layer behind the last, which predicts further tokens in some checkpoints, is passed through.
     """
     own, layer = "text/layers/{i}/moe", f"{TEXT_NAME}.layers.{{i}}.mlp"
-    one = f"{layer}.experts.{{e}}"
-    apart = (
-        Entry(path=f"{own}/experts/gate_up", name=(f"{one}.gate_proj.weight", f"{one}.up_proj.weight"), join=1),
-        Entry(path=f"{own}/experts/down", name=f"{one}.down_proj.weight"),
-    )
-    stacked = (
-        Entry(path=f"{own}/experts/gate_up", name=f"{layer}.experts.gate_up_proj"),
-        Entry(path=f"{own}/experts/down", name=f"{layer}.experts.down_proj"),
-    )
     pairs = {
         f"{own}/router/weight": f"{layer}.gate.weight",
         f"{own}/router/choice_bias": f"{layer}.gate.e_score_correction_bias",
@@ -264,7 +253,7 @@ def key_map(cfg: Config) -> KeyMap:
             *_tower_entries(cfg.vision),
         ),
         architecture="Glm4vMoeForConditionalGeneration",
-        layouts={"hub": apart, "transformers": stacked},
+        layouts={"hub": moe.numbered_entries(own, layer), "transformers": moe.fused_entries(own, layer)},
         copies=shared.copies(cfg),
         verbatim=(rf"model\.(language_model\.)?layers\.{cfg.num_layers}\..*",),
     )

@@ -141,7 +141,7 @@ def specs(cfg: Config) -> Tree:
         "layers": [vision.block_specs(cfg.vision)] * cfg.vision.depth,
         "merger": vision.merger_specs(cfg.vision, norm_merged=False),
     }
-    return shared.specs(cfg, [decoder.dense_specs(cfg.decoder)] * cfg.num_layers, vision=tower)
+    return shared.specs(cfg, shared.blocks(cfg), vision=tower)
 
 
 def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None = None) -> Output:

@@ -64,8 +64,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
     `mtp_num_hidden_layers` (default 0) says whether there is a block that predicts one token further ahead, and
     `mtp_loss_scaling_factor` (default 0.1) how much that counts: with 0 it is no part of the model, and its tensors are
-    copied into what is saved. As in transformers the load-balancing loss counts only with `output_router_logits`, by
-    `router_aux_loss_coef`. Raises ValueError for values out of range and for settings mmfn does not implement.
+    copied into what is saved. Raises ValueError for values out of range and for settings mmfn does not implement.
     """
     has_experts = hf["model_type"] == "qwen3_5_moe"
     text_ = shared.text_section(hf, WITH_EXPERTS if has_experts else DENSE)
@@ -73,8 +72,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     text_.only("mtp_use_dedicated_embeddings", False, "embedding and head are shared")
     outer = ConfigReader(hf).section("vision_config")
     tower = ConfigReader({"deepstack_visual_indexes": (), **outer.values}, outer.name)
-    biased = ("q", "k", "v", "o") if text_.boolean("attention_bias", False) else ()
-    block = decoder.config_from_hf(text_, biased=biased, has_gate=True, has_zero_centered_norms=True)
+    block = decoder.config_from_hf(text_, has_gate=True, has_zero_centered_norms=True)
     fields = shared.fields_from_hf(
         shared.with_defaults(hf, **TOKENS), text_, ROPE, block=block, tower=vision.config_from_hf(tower)
     )
@@ -101,7 +99,6 @@ def _with_experts(cfg: Config, text_: ConfigReader) -> Config:
     text_.only("norm_topk_prob", True, "this family divides the weights of the chosen experts by their sum")
     text_.only("mlp_only_layers", [], "all blocks have experts")
     text_.only("decoder_sparse_step", 1, "all blocks have experts")
-    is_balanced, coef = text_.boolean("output_router_logits", False), text_.number("router_aux_loss_coef", 0.001)
     experts = MoeConfig(
         d_model=cfg.decoder.d_model,
         d_ff=text_.integer("moe_intermediate_size", 512),
@@ -112,7 +109,7 @@ def _with_experts(cfg: Config, text_: ConfigReader) -> Config:
         init_std=cfg.decoder.init_std,
     )
     everywhere = frozenset(range(cfg.num_layers))
-    return replace(cfg, moe=experts, moe_layers=everywhere, router_aux_coef=coef if is_balanced else 0.0)
+    return replace(cfg, moe=experts, moe_layers=everywhere, router_aux_coef=balance.weight_from_hf(text_, 0.001))
 
 
 def without_absent(cfg: Config, names: Collection[str]) -> Config:

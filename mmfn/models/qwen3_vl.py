@@ -50,16 +50,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
 def dense_config(hf: Mapping[str, Any], text: ConfigReader) -> Config:
     """The config of everything but experts."""
-    biased = ("q", "k", "v", "o") if text.boolean("attention_bias", False) else ()
     tower = vision.config_from_hf(ConfigReader(hf).section("vision_config"))
-    block = decoder.config_from_hf(text, biased=biased)
-    return Config(**shared.fields_from_hf(hf, text, ROPE, block=block, tower=tower))
+    return Config(**shared.fields_from_hf(hf, text, ROPE, block=decoder.config_from_hf(text), tower=tower))
 
 
 def specs(cfg: Config) -> Tree:
-    """The parameters."""
-    block = decoder.dense_specs(cfg.decoder)
-    return shared.specs(cfg, [block] * cfg.num_layers, vision=vision.specs(cfg.vision))
+    """The parameters, of a model with or without experts."""
+    return shared.specs(cfg, shared.blocks(cfg), vision=vision.specs(cfg.vision))
 
 
 def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None = None) -> Output:
