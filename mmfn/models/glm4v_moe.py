@@ -40,6 +40,15 @@ DEFAULTS = {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
 }
+TOWER = {
+    "depth": 24,
+    "hidden_size": 1536,
+    "intermediate_size": 13_696,
+    "num_heads": 12,
+    "out_hidden_size": 4096,
+    "patch_size": 14,
+    "image_size": 336,
+}
 TOKENS = {"image_token_id": 151_363, "video_token_id": 151_364}
 ROPE = shared.RopeDefaults(theta=10_000.0, sections=(8, 12, 12), is_interleaved=False, part=0.5)
 TEXT_NAME, TOWER_NAME = "model.language_model", "model.visual"
@@ -98,27 +107,17 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
 
 def _tower_from_hf(hf: ConfigReader) -> TowerConfig:
+    hf = hf.with_defaults(TOWER)
     hf.only("hidden_act", "silu", "the feed-forward layers of the tower are SwiGLU")
     hf.only("attention_bias", False, "the projections of the tower have no biases")
     hf.only("attention_dropout", 0.0, "there is no dropout")
-    rotary = hf.section("rope_parameters")
-    rotary.only("rope_type", "axial", "patches turn by row and column")
-    d_out, patch_size = hf.integer("out_hidden_size", 4096), hf.integer("patch_size", 14)
+    fields = vision.fields_from_hf(hf)
     return TowerConfig(
-        depth=hf.integer("depth", 24),
-        d_model=hf.integer("hidden_size", 1536),
-        d_ff=d_out,  # and not intermediate_size, which is the merger's
-        d_merger=hf.integer("intermediate_size", 13_696),
-        num_heads=hf.integer("num_heads", 12),
-        d_out=d_out,
-        patch_size=patch_size,
-        temporal_patch_size=hf.integer("temporal_patch_size", 2),
-        merge_size=hf.integer("spatial_merge_size", 2),
-        num_positions=(hf.integer("image_size", 336, minimum=patch_size) // patch_size) ** 2,
-        num_channels=hf.integer("in_channels", 3),
-        rope_theta=rotary.number("rope_theta", 10_000.0, 1.0),
+        **fields,
+        d_ff=fields["d_out"],  # and not intermediate_size, which is the merger's
+        d_merger=hf.integer("intermediate_size"),
+        num_positions=(hf.integer("image_size", minimum=fields["patch_size"]) // fields["patch_size"]) ** 2,
         activation="swiglu",
-        init_std=hf.number("initializer_range", 0.02),
         norm_eps=hf.number("rms_norm_eps", 1e-5),
         is_rms=True,
         has_block_biases=False,

@@ -20,7 +20,7 @@ from mmfn.models import Output
 from mmfn.models.data import qwen_omni
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import BUFFERS, Entry, KeyMap
-from mmfn.models.layers import audio, balance, decoder, moe, norm, patches, rope, text, vision
+from mmfn.models.layers import audio, balance, decoder, moe, norm, patches, qwen3_tower, rope, text
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.audio import AudioConfig
 from mmfn.models.layers.cache import Cache
@@ -37,7 +37,18 @@ DEFAULTS = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
 }
+SOUND = {
+    "encoder_layers": 32,
+    "d_model": 1280,
+    "encoder_ffn_dim": 5120,
+    "encoder_attention_heads": 20,
+    "output_dim": 3584,
+    "num_mel_bins": 128,
+    "downsample_hidden_size": 480,
+    "n_window_infer": 800,
+}
 TOKENS = {"image_token_id": 151_655, "video_token_id": 151_656, "audio_token_id": 151_646}
+DEEPSTACK = (8, 16, 24)  # the blocks of the tower of vision that are tapped
 ROPE = shared.RopeDefaults(theta=1_000_000.0, sections=(24, 20, 20), is_interleaved=True)
 OUTER, PREFIX = "thinker_config", "thinker."
 PUBLISHED, IN_MEMORY = ("model", "", moe.numbered_entries), ("model.language_model", "model.", moe.fused_entries)
@@ -70,15 +81,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """The dict of a `config.json`, of the whole model or of its thinker alone; absent keys take the defaults of
     transformers 5.23.
 
-    Raises ValueError for values out of range and for settings mmfn
-    does not implement.
+    Raises ValueError for values out of range and for settings mmfn does not implement.
     """
     is_whole = OUTER in hf or hf.get("model_type") == "qwen3_omni_moe"
     ConfigReader(hf).only("quantization_config", None, "quantized weights are not supported")
     thinker = shared.with_defaults(ConfigReader(hf).section(OUTER).values if is_whole else hf, **TOKENS)
     own, text_ = ConfigReader(thinker, OUTER if is_whole else "config"), shared.text_section(thinker, DEFAULTS)
     block = decoder.config_from_hf(text_)
-    tower = vision.config_from_hf(own.section("vision_config"))
+    tower = qwen3_tower.config_from_hf(own.section("vision_config"), DEEPSTACK)
     fields = shared.fields_from_hf(thinker, text_, ROPE, block=block, tower=tower)
     return Config(
         **fields,
@@ -92,7 +102,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
         ),
         moe_layers=moe.layers_from_hf(text_, fields["num_layers"]),
         router_aux_coef=balance.weight_from_hf(text_, 0.001),
-        audio=audio.config_from_hf(own.section("audio_config")),
+        audio=audio.config_from_hf(own.section("audio_config").with_defaults(SOUND)),
         audio_token_id=own.integer("audio_token_id", minimum=0),
         positions_per_second=own.number("position_id_per_seconds", 25.0),
         prefix=PREFIX if is_whole else "",
@@ -101,7 +111,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
 def specs(cfg: Config) -> Tree:
     """The parameters."""
-    return shared.specs(cfg, shared.blocks(cfg), vision=vision.specs(cfg.vision), audio=audio.specs(cfg.audio))
+    return shared.specs(cfg, shared.blocks(cfg), vision=qwen3_tower.specs(cfg.vision), audio=audio.specs(cfg.audio))
 
 
 def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None = None) -> Output:
@@ -112,7 +122,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None
         sound, sight = batch.towers["audio"], batch.towers["vision"]
         heard_ND = audio.encode(params["audio"], sound, cfg.audio, ops)
         x_TD = text.replace_by_features(x_TD, heard_ND, sound.index_T, ops)
-        seen_ND, deepstack = vision.encode(params["vision"], sight, cfg.vision, ops)
+        seen_ND, deepstack = qwen3_tower.encode(params["vision"], sight, cfg.vision, ops)
         x_TD = text.replace_by_features(x_TD, seen_ND, sight.index_T, ops)
         for i, tapped_ND in enumerate(deepstack):
             between[i] = partial(text.add_features, features_ND=tapped_ND, index_T=sight.index_T, ops=ops)
@@ -220,7 +230,7 @@ def _entries(
     """Behind the prefix, `towers` begins the names of what sees and hears. `experts`: how they are stored."""
     seen, heard, written = f"{prefix}{towers}visual", f"{prefix}{towers}audio_tower", f"{prefix}{text_name}"
     block, layer = "text/layers/{i}/moe", f"{written}.layers.{{i}}.mlp"
-    tower = vision.names(seen, merger=("ln_q", "mlp.0", "mlp.2"), deepstack="merger_list")
+    tower = qwen3_tower.names(seen, merger=("ln_q", "mlp.0", "mlp.2"), deepstack="merger_list")
     pairs = [*moe.names(block, layer), *tower, *audio.names(heard)]
     return (
         *experts(block, layer),
