@@ -40,6 +40,15 @@ DEFAULTS = {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
 }
+TOWER = {
+    "depth": 24,
+    "hidden_size": 1536,
+    "intermediate_size": 13_696,
+    "num_heads": 12,
+    "out_hidden_size": 4096,
+    "patch_size": 14,
+    "image_size": 336,
+}
 TOKENS = {"image_token_id": 151_363, "video_token_id": 151_364}
 ROPE = shared.RopeDefaults(theta=10_000.0, sections=(8, 12, 12), is_interleaved=False, part=0.5)
 TEXT_NAME, TOWER_NAME = "model.language_model", "model.visual"
@@ -73,8 +82,7 @@ class Config(VisionLanguageConfig):
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """The dict of a `config.json`; absent keys take the defaults of transformers 5.23.
 
-    As in transformers the load-balancing loss counts only with `output_router_logits`, by `router_aux_loss_coef`, and a
-    `tie_word_embeddings` of older files lies in `text_config`. One key is of mmfn alone: `router_bias_update_rate` of
+    In older files `tie_word_embeddings` lies in `text_config`. One key is of mmfn alone: `router_bias_update_rate` of
     `text_config`, 0 where absent (DeepSeek-V3, which brought the rule, used 0.001). Raises ValueError for values out of
     range and for settings mmfn does not implement.
     """
@@ -85,14 +93,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     text.only("use_qk_norm", False, "queries and keys are not normalised in this family")
     biased = ("q", "k", "v") if text.boolean("attention_bias", True) else ()
     block = decoder.config_from_hf(text, biased=biased, has_qk_norm=False)
-    coef = text.number("router_aux_loss_coef", 1e-4) if text.boolean("output_router_logits", False) else 0.0
     fields = shared.fields_from_hf(hf, text, ROPE, block=block, tower=_tower_from_hf(outer.section("vision_config")))
     dense = text.integer("first_k_dense_replace", 1, minimum=0)
     return Config(
         **fields,
         moe=_moe_from_hf(text, block.d_model, block.init_std, LOADS if rate else ""),
         moe_layers=frozenset(range(dense, fields["num_layers"])),
-        router_aux_coef=coef,
+        router_aux_coef=balance.weight_from_hf(text, 1e-4),
         video_start_token_id=outer.integer("video_start_token_id", 151_341, minimum=0),
         video_end_token_id=outer.integer("video_end_token_id", 151_342, minimum=0),
         bias_rate=rate,
@@ -100,27 +107,17 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
 
 def _tower_from_hf(hf: ConfigReader) -> TowerConfig:
+    hf = hf.with_defaults(TOWER)
     hf.only("hidden_act", "silu", "the feed-forward layers of the tower are SwiGLU")
     hf.only("attention_bias", False, "the projections of the tower have no biases")
     hf.only("attention_dropout", 0.0, "there is no dropout")
-    rotary = hf.section("rope_parameters")
-    rotary.only("rope_type", "axial", "patches turn by row and column")
-    d_out, patch_size = hf.integer("out_hidden_size", 4096), hf.integer("patch_size", 14)
+    fields = vision.fields_from_hf(hf)
     return TowerConfig(
-        depth=hf.integer("depth", 24),
-        d_model=hf.integer("hidden_size", 1536),
-        d_ff=d_out,  # and not intermediate_size, which is the merger's
-        d_merger=hf.integer("intermediate_size", 13_696),
-        num_heads=hf.integer("num_heads", 12),
-        d_out=d_out,
-        patch_size=patch_size,
-        temporal_patch_size=hf.integer("temporal_patch_size", 2),
-        merge_size=hf.integer("spatial_merge_size", 2),
-        num_positions=(hf.integer("image_size", 336, minimum=patch_size) // patch_size) ** 2,
-        num_channels=hf.integer("in_channels", 3),
-        rope_theta=rotary.number("rope_theta", 10_000.0, 1.0),
+        **fields,
+        d_ff=fields["d_out"],  # and not intermediate_size, which is the merger's
+        d_merger=hf.integer("intermediate_size"),
+        num_positions=(hf.integer("image_size", minimum=fields["patch_size"]) // fields["patch_size"]) ** 2,
         activation="swiglu",
-        init_std=hf.number("initializer_range", 0.02),
         norm_eps=hf.number("rms_norm_eps", 1e-5),
         is_rms=True,
         has_block_biases=False,
@@ -243,15 +240,6 @@ def key_map(cfg: Config) -> KeyMap:
     What is stored of the layer behind the last, which predicts further tokens in some checkpoints, is passed through.
     """
     own, layer = "text/layers/{i}/moe", f"{TEXT_NAME}.layers.{{i}}.mlp"
-    one = f"{layer}.experts.{{e}}"
-    apart = (
-        Entry(path=f"{own}/experts/gate_up", name=(f"{one}.gate_proj.weight", f"{one}.up_proj.weight"), join=1),
-        Entry(path=f"{own}/experts/down", name=f"{one}.down_proj.weight"),
-    )
-    stacked = (
-        Entry(path=f"{own}/experts/gate_up", name=f"{layer}.experts.gate_up_proj"),
-        Entry(path=f"{own}/experts/down", name=f"{layer}.experts.down_proj"),
-    )
     pairs = {
         f"{own}/router/weight": f"{layer}.gate.weight",
         f"{own}/router/choice_bias": f"{layer}.gate.e_score_correction_bias",
@@ -264,7 +252,7 @@ def key_map(cfg: Config) -> KeyMap:
             *_tower_entries(cfg.vision),
         ),
         architecture="Glm4vMoeForConditionalGeneration",
-        layouts={"hub": apart, "transformers": stacked},
+        layouts={"hub": moe.numbered_entries(own, layer), "transformers": moe.fused_entries(own, layer)},
         copies=shared.copies(cfg),
         verbatim=(rf"model\.(language_model\.)?layers\.{cfg.num_layers}\..*",),
     )

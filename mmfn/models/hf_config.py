@@ -47,6 +47,11 @@ class ConfigReader:
                 return ConfigReader(self.values[key], self._path(key))
         return ConfigReader({}, self._path(keys[0]))
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "ConfigReader":
+        """A reader of the same values, and of `defaults` for those that are absent or null."""
+        there = {key: value for key, value in self.values.items() if value is not None}
+        return ConfigReader({**defaults, **there}, self.name)
+
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         """An int of at least `minimum`."""
         value = self.get(key, default)

@@ -35,6 +35,16 @@ DEFAULTS = {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
 }
+TOWER = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "window_size": 112,
+    "tokens_per_second": 4,
+}
 TOKENS = {"image_token_id": 151_655, "video_token_id": 151_656}
 ROPE = shared.RopeDefaults(theta=1_000_000.0, sections=(16, 24, 24), is_interleaved=False)
 BLOCK_ENDS = {"time_height_width": (0, 1, 2), "height_width": (1, 2)}
@@ -100,37 +110,26 @@ def _text_section(hf: Mapping[str, Any]) -> ConfigReader:
 
 def _vision_config(hf: ConfigReader) -> WindowVisionConfig:
     """The `vision_config` of a `config.json`."""
-    rotary = hf.section("rope_parameters")
-    rotary.only("rope_type", "axial", "patches turn by row and column")
+    hf = hf.with_defaults({**TOWER, "in_channels": hf.integer("in_chans", 3)})
+    for older, newer in (("in_chans", "in_channels"), ("spatial_patch_size", "patch_size")):
+        hf.only(older, hf.integer(newer), "it is another name of a value that is there")
     hf.only("hidden_act", "silu", "the feed-forward layer is SwiGLU")
-    patch_size, merge_size = hf.integer("patch_size", 14), hf.integer("spatial_merge_size", 2)
-    num_channels = hf.integer("in_channels", hf.integer("in_chans", 3))
-    for older, value in (("in_chans", num_channels), ("spatial_patch_size", patch_size)):
-        hf.only(older, value, "it is another name of a value that is there")
-    window = hf.integer("window_size", 112) // merge_size // patch_size
+    fields = vision.fields_from_hf(hf)
+    window = hf.integer("window_size") // fields["merge_size"] // fields["patch_size"]
     if not window:
         raise UserError(
             f"{hf.name}.window_size is {hf.get('window_size')} but must be at least one merged cell of "
-            f"{merge_size} x {patch_size} pixels; correct the model's config.json"
+            f"{fields['merge_size']} x {fields['patch_size']} pixels; correct the model's config.json"
         )
     return WindowVisionConfig(
-        depth=hf.integer("depth", 32),
-        d_model=hf.integer("hidden_size", 3584),
-        d_ff=hf.integer("intermediate_size", 3420),
-        num_heads=hf.integer("num_heads", 16),
-        d_out=hf.integer("out_hidden_size", 3584),
-        patch_size=patch_size,
-        temporal_patch_size=hf.integer("temporal_patch_size", 2),
-        merge_size=merge_size,
-        num_channels=num_channels,
-        rope_theta=rotary.number("rope_theta", 10_000.0, 1.0),
+        **fields,
+        d_ff=hf.integer("intermediate_size"),
         activation="swiglu",
-        init_std=hf.number("initializer_range", 0.02),
         is_rms=True,
         has_patch_bias=False,
         window=window,
         frame_blocks=frozenset(hf.integers("fullatt_block_indexes", (7, 15, 23, 31))),
-        positions_per_second=hf.integer("tokens_per_second", 4),
+        positions_per_second=hf.integer("tokens_per_second"),
     )
 
 
@@ -141,7 +140,7 @@ def specs(cfg: Config) -> Tree:
         "layers": [vision.block_specs(cfg.vision)] * cfg.vision.depth,
         "merger": vision.merger_specs(cfg.vision, norm_merged=False),
     }
-    return shared.specs(cfg, [decoder.dense_specs(cfg.decoder)] * cfg.num_layers, vision=tower)
+    return shared.specs(cfg, shared.blocks(cfg), vision=tower)
 
 
 def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None = None) -> Output:

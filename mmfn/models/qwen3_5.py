@@ -18,7 +18,7 @@ from mmfn.models import Output, ahead_loss
 from mmfn.models.data import qwen_vision
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import Entry, KeyMap
-from mmfn.models.layers import balance, decoder, delta, moe, mtp, norm, rope, text, vision
+from mmfn.models.layers import balance, decoder, delta, moe, mtp, norm, qwen3_tower, rope, text
 from mmfn.models.layers import cache as layer_cache
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.delta import DeltaConfig
@@ -34,6 +34,11 @@ DENSE = {
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
 }
 WITH_EXPERTS = {**DENSE, "hidden_size": 2048, "num_hidden_layers": 40, "num_key_value_heads": 2}
 ARCHITECTURES = {False: "Qwen3_5ForConditionalGeneration", True: "Qwen3_5MoeForConditionalGeneration"}
@@ -64,20 +69,15 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
     `mtp_num_hidden_layers` (default 0) says whether there is a block that predicts one token further ahead, and
     `mtp_loss_scaling_factor` (default 0.1) how much that counts: with 0 it is no part of the model, and its tensors are
-    copied into what is saved. As in transformers the load-balancing loss counts only with `output_router_logits`, by
-    `router_aux_loss_coef`. Raises ValueError for values out of range and for settings mmfn does not implement.
+    copied into what is saved. Raises ValueError for values out of range and for settings mmfn does not implement.
     """
     has_experts = hf["model_type"] == "qwen3_5_moe"
     text_ = shared.text_section(hf, WITH_EXPERTS if has_experts else DENSE)
     text_.only("attn_output_gate", True, "attention has a gate")
     text_.only("mtp_use_dedicated_embeddings", False, "embedding and head are shared")
-    outer = ConfigReader(hf).section("vision_config")
-    tower = ConfigReader({"deepstack_visual_indexes": (), **outer.values}, outer.name)
-    biased = ("q", "k", "v", "o") if text_.boolean("attention_bias", False) else ()
-    block = decoder.config_from_hf(text_, biased=biased, has_gate=True, has_zero_centered_norms=True)
-    fields = shared.fields_from_hf(
-        shared.with_defaults(hf, **TOKENS), text_, ROPE, block=block, tower=vision.config_from_hf(tower)
-    )
+    tower = qwen3_tower.config_from_hf(ConfigReader(hf).section("vision_config"))
+    block = decoder.config_from_hf(text_, has_gate=True, has_zero_centered_norms=True)
+    fields = shared.fields_from_hf(shared.with_defaults(hf, **TOKENS), text_, ROPE, block=block, tower=tower)
     weight = text_.number("mtp_loss_scaling_factor", 0.1)
     if num_ahead := text_.integer("mtp_num_hidden_layers", 0, minimum=0):
         text_.only("mtp_num_hidden_layers", 1, "one token further ahead is predicted at most")
@@ -101,7 +101,6 @@ def _with_experts(cfg: Config, text_: ConfigReader) -> Config:
     text_.only("norm_topk_prob", True, "this family divides the weights of the chosen experts by their sum")
     text_.only("mlp_only_layers", [], "all blocks have experts")
     text_.only("decoder_sparse_step", 1, "all blocks have experts")
-    is_balanced, coef = text_.boolean("output_router_logits", False), text_.number("router_aux_loss_coef", 0.001)
     experts = MoeConfig(
         d_model=cfg.decoder.d_model,
         d_ff=text_.integer("moe_intermediate_size", 512),
@@ -112,7 +111,7 @@ def _with_experts(cfg: Config, text_: ConfigReader) -> Config:
         init_std=cfg.decoder.init_std,
     )
     everywhere = frozenset(range(cfg.num_layers))
-    return replace(cfg, moe=experts, moe_layers=everywhere, router_aux_coef=coef if is_balanced else 0.0)
+    return replace(cfg, moe=experts, moe_layers=everywhere, router_aux_coef=balance.weight_from_hf(text_, 0.001))
 
 
 def without_absent(cfg: Config, names: Collection[str]) -> Config:
@@ -128,7 +127,7 @@ def specs(cfg: Config) -> Tree:
     full = decoder.specs(width, attention=decoder.attention_specs(width), **feed)
     block = {"linear_attention": decoder.specs(width, delta=delta.specs(cfg.delta), **feed), "full_attention": full}
     blocks = [block[kind] for kind in cfg.layer_types[: cfg.num_layers]]
-    tree = shared.specs(cfg, blocks, vision=vision.specs(cfg.vision))
+    tree = shared.specs(cfg, blocks, vision=qwen3_tower.specs(cfg.vision))
     return {**tree, "mtp": mtp.specs(width, full)} if cfg.num_ahead else tree
 
 
@@ -142,7 +141,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: layer_cache.
     x = text.embed(params["text"]["embed"], tokens, ops, pad_token_id=cfg.pad_token_id)
     if cache is None or cache.slots.is_prefill:
         tower = batch.towers["vision"]
-        features_ND, _ = vision.encode(params["vision"], tower, cfg.vision, ops)
+        features_ND, _ = qwen3_tower.encode(params["vision"], tower, cfg.vision, ops)
         index = torch.cat([tower.index_T, *(ahead.index_T["vision"] for ahead in batch.ahead)])
         x = text.replace_by_features(x, features_ND, index, ops)
     x_TD, *next_tokens = x.tensor_split(1 + len(batch.ahead))
@@ -191,8 +190,7 @@ def num_ahead(cfg: Config) -> int:
 
 def loss_weights(cfg: Config) -> dict[str, float]:
     """Those of what is predicted further ahead, which has no part in the routers' loss, and of that."""
-    ahead = {ahead_loss(0): cfg.ahead_weight} if cfg.num_ahead else {}
-    return {**ahead, balance.ROUTER_LOSS: cfg.router_aux_coef} if cfg.moe_layers else ahead
+    return {**({ahead_loss(0): cfg.ahead_weight} if cfg.num_ahead else {}), **shared.loss_weights(cfg)}
 
 
 def empty_cache(cfg: Config, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> list[Tree]:

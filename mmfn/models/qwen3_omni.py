@@ -6,7 +6,7 @@ on the way (deepstack) are added behind the first text blocks. A checkpoint of t
 (`talker`, `code2wav`): it is not read, and copied as it is on export. Legend: T tokens, N features, D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from mmfn.models import Output
 from mmfn.models.data import qwen_omni
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import BUFFERS, Entry, KeyMap
-from mmfn.models.layers import audio, balance, decoder, moe, norm, patches, rope, text, vision
+from mmfn.models.layers import audio, balance, decoder, moe, norm, patches, qwen3_tower, rope, text
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.audio import AudioConfig
 from mmfn.models.layers.cache import Cache
@@ -37,13 +37,25 @@ DEFAULTS = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
 }
+SOUND = {
+    "encoder_layers": 32,
+    "d_model": 1280,
+    "encoder_ffn_dim": 5120,
+    "encoder_attention_heads": 20,
+    "output_dim": 3584,
+    "num_mel_bins": 128,
+    "downsample_hidden_size": 480,
+    "n_window_infer": 800,
+}
 TOKENS = {"image_token_id": 151_655, "video_token_id": 151_656, "audio_token_id": 151_646}
+DEEPSTACK = (8, 16, 24)  # the blocks of the tower of vision that are tapped
 ROPE = shared.RopeDefaults(theta=1_000_000.0, sections=(24, 20, 20), is_interleaved=True)
 OUTER, PREFIX = "thinker_config", "thinker."
+PUBLISHED, IN_MEMORY = ("model", "", moe.numbered_entries), ("model.language_model", "model.", moe.fused_entries)
 SPEECH = (r"talker\..*", r"code2wav\..*")
 
 head, at_depth, taps, empty_cache = shared.head, shared.at_depth, shared.taps, shared.empty_cache
-lora_targets, data = shared.LORA_TARGETS, qwen_omni.DATA
+lora_targets, data, loss_weights = shared.LORA_TARGETS, qwen_omni.DATA, shared.loss_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +81,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """The dict of a `config.json`, of the whole model or of its thinker alone; absent keys take the defaults of
     transformers 5.23.
 
-    The load-balancing loss counts as in `qwen3_vl_moe`. Raises ValueError for values out of range and for settings mmfn
-    does not implement.
+    Raises ValueError for values out of range and for settings mmfn does not implement.
     """
     is_whole = OUTER in hf or hf.get("model_type") == "qwen3_omni_moe"
     ConfigReader(hf).only("quantization_config", None, "quantized weights are not supported")
     thinker = shared.with_defaults(ConfigReader(hf).section(OUTER).values if is_whole else hf, **TOKENS)
     own, text_ = ConfigReader(thinker, OUTER if is_whole else "config"), shared.text_section(thinker, DEFAULTS)
-    biased = ("q", "k", "v", "o") if text_.boolean("attention_bias", False) else ()
-    block = decoder.config_from_hf(text_, biased=biased)
-    tower = vision.config_from_hf(own.section("vision_config"))
-    coef, is_balanced = text_.number("router_aux_loss_coef", 0.001), text_.boolean("output_router_logits", False)
-    every, without = text_.integer("decoder_sparse_step", 1), text_.integers("mlp_only_layers", ())
+    block = decoder.config_from_hf(text_)
+    tower = qwen3_tower.config_from_hf(own.section("vision_config"), DEEPSTACK)
     fields = shared.fields_from_hf(thinker, text_, ROPE, block=block, tower=tower)
     return Config(
         **fields,
@@ -92,9 +100,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
             is_normed=text_.boolean("norm_topk_prob", True),
             init_std=block.init_std,
         ),
-        moe_layers=frozenset(i for i in range(fields["num_layers"]) if (i + 1) % every == 0 and i not in without),
-        router_aux_coef=coef if is_balanced else 0.0,
-        audio=audio.config_from_hf(own.section("audio_config")),
+        moe_layers=moe.layers_from_hf(text_, fields["num_layers"]),
+        router_aux_coef=balance.weight_from_hf(text_, 0.001),
+        audio=audio.config_from_hf(own.section("audio_config").with_defaults(SOUND)),
         audio_token_id=own.integer("audio_token_id", minimum=0),
         positions_per_second=own.number("position_id_per_seconds", 25.0),
         prefix=PREFIX if is_whole else "",
@@ -103,11 +111,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
 def specs(cfg: Config) -> Tree:
     """The parameters."""
-    assert cfg.moe is not None
-    dense, attention = decoder.dense_specs(cfg.decoder), decoder.attention_specs(cfg.decoder)
-    sparse = decoder.specs(cfg.decoder, attention=attention, moe=moe.specs(cfg.moe))
-    blocks = [sparse if i in cfg.moe_layers else dense for i in range(cfg.num_layers)]
-    return shared.specs(cfg, blocks, vision=vision.specs(cfg.vision), audio=audio.specs(cfg.audio))
+    return shared.specs(cfg, shared.blocks(cfg), vision=qwen3_tower.specs(cfg.vision), audio=audio.specs(cfg.audio))
 
 
 def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None = None) -> Output:
@@ -118,7 +122,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None
         sound, sight = batch.towers["audio"], batch.towers["vision"]
         heard_ND = audio.encode(params["audio"], sound, cfg.audio, ops)
         x_TD = text.replace_by_features(x_TD, heard_ND, sound.index_T, ops)
-        seen_ND, deepstack = vision.encode(params["vision"], sight, cfg.vision, ops)
+        seen_ND, deepstack = qwen3_tower.encode(params["vision"], sight, cfg.vision, ops)
         x_TD = text.replace_by_features(x_TD, seen_ND, sight.index_T, ops)
         for i, tapped_ND in enumerate(deepstack):
             between[i] = partial(text.add_features, features_ND=tapped_ND, index_T=sight.index_T, ops=ops)
@@ -137,11 +141,6 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None
     x_TD = norm.rms(ops.gather(params["text"]["norm"]), x_TD, cfg.decoder.norm_eps, ops)
     losses, stats = balance.router_losses(routers, ops), balance.router_stats(routers)
     return Output(hidden_TD=x_TD, losses=losses, stats=stats, cache=cache)
-
-
-def loss_weights(cfg: Config) -> dict[str, float]:
-    """The weight of the load-balancing loss, of a model that has a router."""
-    return {balance.ROUTER_LOSS: cfg.router_aux_coef} if cfg.moe_layers else {}
 
 
 def positions(sample: Sample, cfg: Config) -> Tensor:
@@ -208,22 +207,16 @@ def parts(cfg: Config) -> dict[str, str]:
 def key_map(cfg: Config) -> KeyMap:
     """Hugging Face names of the leaves: as published, as transformers holds them, and the first under the other prefix.
 
-    On disk an expert's matrices are tensors of their own.
+    Published, an expert's matrices are tensors of their own.
     """
-    held = _entries(cfg, f"{cfg.prefix}model.", "language_model.", f"{cfg.prefix}lm_head")
-    layer = f"{cfg.prefix}model.language_model.layers.{{i}}.mlp.experts"
-    fused = (
-        Entry(path="text/layers/{i}/moe/experts/gate_up", name=f"{layer}.gate_up_proj"),
-        Entry(path="text/layers/{i}/moe/experts/down", name=f"{layer}.down_proj"),
-    )
     whose = "ForConditionalGeneration"
     return KeyMap(
         entries=(),
         architecture=f"Qwen3OmniMoe{whose}" if cfg.prefix else f"Qwen3OmniMoeThinker{whose}",
         layouts={
-            "hub": _published(cfg, cfg.prefix),
-            "transformers": (*fused, *held),
-            "renamed": _published(cfg, "" if cfg.prefix else PREFIX),
+            "hub": _entries(cfg, cfg.prefix, *PUBLISHED),
+            "transformers": _entries(cfg, cfg.prefix, *IN_MEMORY),
+            "renamed": _entries(cfg, "" if cfg.prefix else PREFIX, *PUBLISHED),
         },
         copies={} if not cfg.is_tied else {f"{prefix}lm_head.weight": "text/embed/weight" for prefix in ("", PREFIX)},
         ignore=BUFFERS,
@@ -231,24 +224,17 @@ def key_map(cfg: Config) -> KeyMap:
     )
 
 
-def _published(cfg: Config, prefix: str) -> tuple[Entry, ...]:
-    one = f"{prefix}model.layers.{{i}}.mlp.experts.{{e}}"
-    gate_up = (f"{one}.gate_proj.weight", f"{one}.up_proj.weight")
+def _entries(
+    cfg: Config, prefix: str, text_name: str, towers: str, experts: Callable[[str, str], tuple[Entry, ...]]
+) -> tuple[Entry, ...]:
+    """Behind the prefix, `towers` begins the names of what sees and hears. `experts`: how they are stored."""
+    seen, heard, written = f"{prefix}{towers}visual", f"{prefix}{towers}audio_tower", f"{prefix}{text_name}"
+    block, layer = "text/layers/{i}/moe", f"{written}.layers.{{i}}.mlp"
+    tower = qwen3_tower.names(seen, merger=("ln_q", "mlp.0", "mlp.2"), deepstack="merger_list")
+    pairs = [*moe.names(block, layer), *tower, *audio.names(heard)]
     return (
-        Entry(path="text/layers/{i}/moe/experts/gate_up", name=gate_up, join=1),
-        Entry(path="text/layers/{i}/moe/experts/down", name=f"{one}.down_proj.weight"),
-        *_entries(cfg, prefix, "model.", f"{prefix}lm_head"),
-    )
-
-
-def _entries(cfg: Config, beginning: str, own: str, head: str) -> tuple[Entry, ...]:
-    """All but the experts; `own`: of the text."""
-    seen, heard, written = f"{beginning}visual", f"{beginning}audio_tower", f"{beginning}{own}".removesuffix(".")
-    router = ("text/layers/{i}/moe/router/weight", f"{written}.layers.{{i}}.mlp.gate.weight")
-    mergers = vision.names(seen, merger=("ln_q", "mlp.0", "mlp.2"), deepstack="merger_list")
-    pairs = [router, *mergers, *audio.names(heard)]
-    return (
+        *experts(block, layer),
         shared.patch_entry(cfg.vision, seen),
-        *shared.text_entries(written, head),
+        *shared.text_entries(written, f"{prefix}lm_head"),
         *(Entry(path=path, name=name) for path, name in pairs),
     )

@@ -13,7 +13,7 @@ from mmfn.models import Output
 from mmfn.models.data import qwen_vision
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import KeyMap
-from mmfn.models.layers import balance, decoder, moe, norm, rope, text, vision
+from mmfn.models.layers import balance, decoder, moe, norm, qwen3_tower, rope, text
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.cache import Cache
 from mmfn.models.layers.vision_language import VisionLanguageConfig as Config
@@ -31,6 +31,7 @@ DEFAULTS = {
 }
 
 TOKENS = {"image_token_id": 151_655, "video_token_id": 151_656}
+DEEPSTACK = (8, 16, 24)  # the blocks of the tower that are tapped
 ROPE = shared.RopeDefaults(theta=500_000.0, sections=(24, 20, 20), is_interleaved=True)
 TEXT_NAME, TOWER_NAME = "model.language_model", "model.visual"
 
@@ -50,16 +51,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
 def dense_config(hf: Mapping[str, Any], text: ConfigReader) -> Config:
     """The config of everything but experts."""
-    biased = ("q", "k", "v", "o") if text.boolean("attention_bias", False) else ()
-    tower = vision.config_from_hf(ConfigReader(hf).section("vision_config"))
-    block = decoder.config_from_hf(text, biased=biased)
-    return Config(**shared.fields_from_hf(hf, text, ROPE, block=block, tower=tower))
+    tower = qwen3_tower.config_from_hf(ConfigReader(hf).section("vision_config"), DEEPSTACK)
+    return Config(**shared.fields_from_hf(hf, text, ROPE, block=decoder.config_from_hf(text), tower=tower))
 
 
 def specs(cfg: Config) -> Tree:
-    """The parameters."""
-    block = decoder.dense_specs(cfg.decoder)
-    return shared.specs(cfg, [block] * cfg.num_layers, vision=vision.specs(cfg.vision))
+    """The parameters, of a model with or without experts."""
+    return shared.specs(cfg, shared.blocks(cfg), vision=qwen3_tower.specs(cfg.vision))
 
 
 def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None = None) -> Output:
@@ -72,7 +70,7 @@ def apply(params: Tree, batch: Batch, cfg: Config, ops: Ops, cache: Cache | None
     between = {}
     if cache is None or cache.slots.is_prefill:
         tower = batch.towers["vision"]
-        features_ND, deepstack = vision.encode(params["vision"], tower, cfg.vision, ops)
+        features_ND, deepstack = qwen3_tower.encode(params["vision"], tower, cfg.vision, ops)
         x_TD = text.replace_by_features(x_TD, features_ND, tower.index_T, ops)
         for i, tapped_ND in enumerate(deepstack):
             between[i] = partial(text.add_features, features_ND=tapped_ND, index_T=tower.index_T, ops=ops)

@@ -91,7 +91,7 @@ def test_odd_heads_are_refused():
 
 
 def positions_by_blocks(num_tokens, blocks):
-    """`mrope` token by token: the next position is the largest so far plus 1."""
+    """`mrope` token by token: the next position is the largest of the token before plus 1."""
     positions_3T, place_of = torch.zeros(3, num_tokens), {}
     for tokens_M, places_3M in blocks:
         place_of[int(tokens_M[0])] = places_3M
@@ -99,13 +99,13 @@ def positions_by_blocks(num_tokens, blocks):
     while token < num_tokens:
         places_3M = place_of.get(token, torch.zeros(3, 1))
         positions_3T[:, token : token + places_3M.shape[1]] = places_3M + start
-        start += float(places_3M.max()) + 1
+        start += float(places_3M[:, -1].max()) + 1
         token += places_3M.shape[1]
     return positions_3T
 
 
 @pytest.mark.parametrize("step", [1.0, 0.5, 0.125])
-def test_a_block_begins_behind_everything_before_it(step):
+def test_a_block_begins_behind_the_token_before_it(step):
     """Blocks at the start and the end, side by side and apart, of integer and of fractional places; or none."""
     generator = torch.Generator().manual_seed(0)
 

@@ -64,20 +64,23 @@ class AudioConfig:
 
 
 def config_from_hf(hf: ConfigReader) -> AudioConfig:
-    """The `audio_config` of a `config.json`. Raises ValueError for settings mmfn does not implement."""
+    """The `audio_config` of a `config.json`, a family's defaults filled in.
+
+    Raises ValueError for settings mmfn does not implement.
+    """
     hf.only("n_window", CHUNK // 2, f"a chunk of {CHUNK} frames gives {ROWS} tokens")
     hf.only("activation_function", "gelu", "the blocks have exact GELUs, as the convolutions")
     for name in ("dropout", "attention_dropout", "activation_dropout"):
         hf.only(name, 0.0, "there is no dropout")
     return AudioConfig(
-        depth=hf.integer("encoder_layers", 32),
-        d_model=hf.integer("d_model", 1280),
-        d_ff=hf.integer("encoder_ffn_dim", 5120),
-        num_heads=hf.integer("encoder_attention_heads", 20),
-        d_out=hf.integer("output_dim", 3584),
-        num_mels=hf.integer("num_mel_bins", 128),
-        d_conv=hf.integer("downsample_hidden_size", 480),
-        window=hf.integer("n_window_infer", 800, minimum=CHUNK) // CHUNK,
+        depth=hf.integer("encoder_layers"),
+        d_model=hf.integer("d_model"),
+        d_ff=hf.integer("encoder_ffn_dim"),
+        num_heads=hf.integer("encoder_attention_heads"),
+        d_out=hf.integer("output_dim"),
+        num_mels=hf.integer("num_mel_bins"),
+        d_conv=hf.integer("downsample_hidden_size"),
+        window=hf.integer("n_window_infer", minimum=CHUNK) // CHUNK,
         init_std=hf.number("initializer_range", 0.02),
     )
 

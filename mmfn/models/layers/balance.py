@@ -7,11 +7,19 @@ import torch
 from torch import Tensor
 
 from mmfn.models import Loss, Rule
+from mmfn.models.hf_config import ConfigReader
 from mmfn.models.layers import moe
 from mmfn.ops import Ops
 from mmfn.tree import Tree
 
 ROUTER_LOSS = "aux_loss"  # the name of the load-balancing loss
+
+
+def weight_from_hf(text: ConfigReader, default: float) -> float:
+    """The weight of the load-balancing loss: `router_aux_loss_coef`, as in transformers only where
+    `output_router_logits` is set."""
+    coef, is_balanced = text.number("router_aux_loss_coef", default), text.boolean("output_router_logits", False)
+    return coef if is_balanced else 0.0
 
 
 def router_losses(statistics: Sequence[Tree], ops: Ops) -> dict[str, Loss]:

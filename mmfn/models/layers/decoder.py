@@ -25,11 +25,14 @@ FeedForward = Callable[[Tree, Tensor, Tensor], tuple[Tensor, Tree]]
 """(a block's parameters, x_TD, is_real_T) -> (y_TD, router statistics or None)"""
 
 
+PROJECTIONS = ("q", "k", "v", "o")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Sizes of one decoder block.
 
-    `biased`: which of the projections "q", "k", "v", "o" carry a bias. `has_qk_norm`: queries and keys are normalised
+    `biased`: which of the `PROJECTIONS` of attention carry a bias. `has_qk_norm`: queries and keys are normalised
     by head. `has_gate`: the projection of queries gives a gate for every channel as well, head by head behind its
     queries. `has_zero_centered_norms`: norms weigh by 1 + w.
     """
@@ -60,11 +63,13 @@ def config_from_hf(text: ConfigReader, **facts: Any) -> DecoderConfig:
     """The `text_config` of a `config.json`, a family's defaults filled in. `facts`: what the file does not say.
 
     Null or absent with no default, the number of kv heads is that of query heads and a head's size what divides the
-    width among them.
+    width among them. Without a fact `biased`, `attention_bias` says whether all projections have one (default: none).
     """
     text.only("hidden_act", "silu", "the feed-forward layer is SwiGLU")
     text.only("attention_dropout", 0.0, "there is no dropout")
     num_heads, d_model = text.integer("num_attention_heads"), text.integer("hidden_size")
+    if "biased" not in facts:
+        facts["biased"] = PROJECTIONS if text.boolean("attention_bias", False) else ()
     return DecoderConfig(
         d_model=d_model,
         d_ff=text.integer("intermediate_size"),

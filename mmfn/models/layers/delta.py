@@ -55,15 +55,15 @@ class DeltaConfig:
 
 
 def config_from_hf(text: ConfigReader) -> DeltaConfig:
-    """The `text_config` of a `config.json`."""
+    """The `text_config` of a `config.json`, a family's defaults filled in."""
     text.only("hidden_act", "silu", "so are the convolution and the gate")
     return DeltaConfig(
         d_model=text.integer("hidden_size"),
-        num_key_heads=text.integer("linear_num_key_heads", 16),
-        num_value_heads=text.integer("linear_num_value_heads", 32),
-        key_dim=text.integer("linear_key_head_dim", 128),
-        value_dim=text.integer("linear_value_head_dim", 128),
-        kernel_size=text.integer("linear_conv_kernel_dim", 4),
+        num_key_heads=text.integer("linear_num_key_heads"),
+        num_value_heads=text.integer("linear_num_value_heads"),
+        key_dim=text.integer("linear_key_head_dim"),
+        value_dim=text.integer("linear_value_head_dim"),
+        kernel_size=text.integer("linear_conv_kernel_dim"),
         norm_eps=text.number("rms_norm_eps", 1e-6),
         init_std=text.number("initializer_range", 0.02),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfn.dtypes import wide
 from mmfn.errors import UserError
+from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import Entry
 from mmfn.models.layers import decoder, linear
 from mmfn.ops import Ops
@@ -48,6 +49,12 @@ class MoeConfig(RouteConfig):
         if self.num_chosen > most:
             of = f" in topk_group {self.num_chosen_groups} of n_group {self.num_groups}" if self.num_groups > 1 else ""
             raise UserError(f"num_experts_per_tok is {self.num_chosen} of {most} experts{of}; correct one of them")
+
+
+def layers_from_hf(text: ConfigReader, num_layers: int) -> frozenset[int]:
+    """Which blocks have experts: every `decoder_sparse_step`-th (default: all) but those of `mlp_only_layers`."""
+    every, without = text.integer("decoder_sparse_step", 1), text.integers("mlp_only_layers", ())
+    return frozenset(i for i in range(num_layers) if (i + 1) % every == 0 and i not in without)
 
 
 def specs(cfg: MoeConfig) -> Tree:

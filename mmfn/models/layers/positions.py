@@ -4,7 +4,9 @@ Legend: T tokens, B blocks, M tokens of a block, or of all of them.
 """
 
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,13 +20,14 @@ Block = tuple[Tensor, Tensor]
 
 
 def mrope(num_tokens: int, blocks: Iterable[Block], ends: Sequence[int] = (0, 1, 2)) -> Tensor:
-    """float32[3, T], (temporal, height, width) positions: a block begins behind everything before it.
+    """float32[3, T], (temporal, height, width) positions: a block begins behind the token before it.
 
     A token's position is the start of its block plus its place in it, and a block starts at the largest position of the
     token before it plus 1 (the first at 0). A token that is in none of `blocks` is a block of its own, at place 0: so
     text advances all three by one. `blocks`: in the order of their first tokens; no two share a token. `ends`: the
     coordinates whose largest place ends a block; with fewer than all three, the next one may start below positions of
-    this one. Places may be fractions: sums are in float32, as in the reference.
+    this one. Places may be fractions: sums are in float32, as in the reference. (The last token of an image or a video
+    lies behind all of it; of a video and its sound, by turns in one block, the last token alone counts there too.)
 
     >>> row_column = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1.0]])  # an image of 2 x 2 features
     >>> mrope(7, [(torch.arange(1, 5), row_column)])[1].tolist()  # text, the image, two more of text
@@ -65,32 +68,40 @@ def blocks_of(sample: Sample, places: Mapping[int, Iterable[Tensor]]) -> Iterato
     block: they share their start, however they interleave. Raises ValueError where a run does not match its media.
     """
     left = {kind: iter(blocks) for kind, blocks in places.items()}
-    runs_T = torch.where(sample.kinds_T == AUDIO, VIDEO, sample.kinds_T)
-    runs, lengths = torch.unique_consecutive(runs_T, return_counts=True)
+    kinds, lengths = torch.unique_consecutive(sample.kinds_T, return_counts=True)
     tokens_T, end = torch.arange(sample.kinds_T.numel()), 0
-    for run, length in zip(runs.tolist(), lengths.tolist(), strict=True):
-        first, end = end, end + length
+    pieces = zip(kinds.tolist(), lengths.tolist(), strict=True)
+    for run, group in groupby(pieces, lambda piece: VIDEO if piece[0] == AUDIO else piece[0]):
+        there: Counter[int] = Counter()
+        for kind, length in group:
+            there[kind] += length
+        first, end = end, end + there.total()
+        if len(there) > 1:
+            yield tokens_T[first:end], _by_turns(sample, sample.kinds_T[first:end], there, left)
+            continue
         while run != TEXT and first < end:
-            kinds_M = sample.kinds_T[first:end]
-            own = {kind: next(left[kind], torch.zeros(3, 0)) for kind in sorted(set(kinds_M.tolist()))}
-            sizes = {kind: block.shape[1] for kind, block in own.items()}
-            _check_run(sample, kinds_M, sizes)
-            if len(own) == 1:
-                (places_3M,) = own.values()
-            else:
-                places_3M = torch.empty(3, len(kinds_M))
-                for kind, block_3M in own.items():
-                    places_3M[:, kinds_M == kind] = block_3M
+            places_3M = _next(sample, left[kind], end - first)
             yield tokens_T[first : first + places_3M.shape[1]], places_3M
             first += places_3M.shape[1]
 
 
-def _check_run(sample: Sample, kinds_M: Tensor, sizes: Mapping[int, int]) -> None:
-    """Raise ValueError where the next medium of each kind does not fit the rest of a run."""
-    for kind, size in sizes.items():
-        there = int((kinds_M == kind).sum())
-        if not 0 < size <= there or (len(sizes) > 1 and size < there):
-            raise UserError(
-                f"sample {sample.id!r} has a run of placeholder tokens with {there} left where the next image, frame, "
-                f"video or clip gives {size}; make the text and the media agree"
-            )
+def _by_turns(
+    sample: Sample, kinds_M: Tensor, there: Mapping[int, int], left: Mapping[int, Iterator[Tensor]]
+) -> Tensor:
+    """Places of a run that is one medium of each of its kinds."""
+    places_3M = torch.empty(3, len(kinds_M))
+    for kind, number in sorted(there.items()):
+        places_3M[:, kinds_M == kind] = _next(sample, left[kind], number, is_all=True)
+    return places_3M
+
+
+def _next(sample: Sample, left: Iterator[Tensor], number: int, *, is_all: bool = False) -> Tensor:
+    """Places of the next medium. Raises ValueError where they do not fit the `number` of tokens left in a run."""
+    places_3M = next(left, None)
+    size = 0 if places_3M is None else places_3M.shape[1]
+    if places_3M is None or not 0 < size <= number or (is_all and size < number):
+        raise UserError(
+            f"sample {sample.id!r} has a run of placeholder tokens with {number} left where the next image, frame, "
+            f"video or clip gives {size}; make the text and the media agree"
+        )
+    return places_3M

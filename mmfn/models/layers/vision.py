@@ -1,8 +1,7 @@
-"""Vision towers: patch embedding, interpolated position embedding, blocks and patch mergers.
+"""Pieces of vision towers: patch embedding, interpolated position embedding, blocks and patch mergers.
 
-Features are merged patches. Those tapped behind earlier blocks (deepstack) pass mergers of their own. `specs` and
-`encode` are the tower of the Qwen3 models; the pieces serve all: which norm, biases and feed-forward layer a block has,
-its parameters say.
+A family puts its tower together of them (that of the Qwen3 models: `qwen3_tower`). Features are merged patches. Which
+norm, biases and feed-forward layer a block has, its parameters say.
 
 Legend: P patches, F values of a flattened patch, D width, H heads, C channels of a head, R = C / 2, N merged features.
 """
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
+from typing import Any
 
 from torch import Tensor
 
@@ -23,8 +23,6 @@ from mmfn.models.layers.interpolation import Taps
 from mmfn.ops import Between, Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
-
-_MERGER = ("norm", "up", "down")  # leaves of a merger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,50 +78,22 @@ class VisionConfig:
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
 
 
-def config_from_hf(hf: ConfigReader) -> VisionConfig:
-    """The `vision_config` of a `config.json`."""
+def fields_from_hf(hf: ConfigReader) -> dict[str, Any]:
+    """The fields of `VisionConfig` that all families read alike, of a `vision_config` with a family's defaults."""
     rotary = hf.section("rope_parameters")
     rotary.only("rope_type", "axial", "patches turn by row and column")
-    activations = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-    return VisionConfig(
-        depth=hf.integer("depth", 27),
-        d_model=hf.integer("hidden_size", 1152),
-        d_ff=hf.integer("intermediate_size", 4304),
-        num_heads=hf.integer("num_heads", 16),
-        d_out=hf.integer("out_hidden_size", 3584),
-        patch_size=hf.integer("patch_size", 16),
-        temporal_patch_size=hf.integer("temporal_patch_size", 2),
-        merge_size=hf.integer("spatial_merge_size", 2),
-        num_positions=hf.integer("num_position_embeddings", 2304),
-        num_channels=hf.integer("in_channels", 3),
-        deepstack=hf.integers("deepstack_visual_indexes", (8, 16, 24)),
-        rope_theta=rotary.number("rope_theta", 10_000.0, 1.0),
-        activation=hf.choice("hidden_act", activations, "gelu_pytorch_tanh"),
-        init_std=hf.number("initializer_range", 0.02),
-    )
-
-
-def specs(cfg: VisionConfig) -> Tree:
-    """The parameters of the tower."""
     return {
-        "patch_embed": patch_embed_specs(cfg),
-        "positions": position_specs(cfg),
-        "layers": [block_specs(cfg) for _ in range(cfg.depth)],
-        "merger": merger_specs(cfg, norm_merged=False),
-        "deepstack": [merger_specs(cfg, norm_merged=True) for _ in cfg.deepstack],
+        "depth": hf.integer("depth"),
+        "d_model": hf.integer("hidden_size"),
+        "num_heads": hf.integer("num_heads"),
+        "d_out": hf.integer("out_hidden_size"),
+        "patch_size": hf.integer("patch_size"),
+        "temporal_patch_size": hf.integer("temporal_patch_size", 2),
+        "merge_size": hf.integer("spatial_merge_size", 2),
+        "num_channels": hf.integer("in_channels", 3),
+        "rope_theta": rotary.number("rope_theta", 10_000.0, 1.0),
+        "init_std": hf.number("initializer_range", 0.02),
     }
-
-
-def encode(params: Tree, tower: Tower, cfg: VisionConfig, ops: Ops) -> tuple[Tensor, list[Tensor]]:
-    """`(features_ND, taps)`: merged features of all images and frames, and those tapped behind earlier blocks."""
-    x_PD = patch_embed(params["patch_embed"], tower.inputs_UF, ops)
-    x_PD = x_PD + position_embed(params["positions"], tower.coords_P4, ops).to(x_PD.dtype)
-    taps = {
-        i: partial(tap, merger, cfg=cfg, ops=ops) for i, merger in zip(cfg.deepstack, params["deepstack"], strict=True)
-    }
-    frames = [tower.segments[0]] * cfg.depth
-    x_PD, features = run_blocks(params["layers"], x_PD, tower.coords_P4, frames, cfg, ops, between=taps)
-    return merge(params["merger"], x_PD, cfg, ops, norm_merged=False), [features[i] for i in sorted(features)]
 
 
 def run_blocks(
@@ -144,11 +114,6 @@ def run_blocks(
     block = partial(vision_block, cfg=cfg, ops=ops)
     x_PD, _, taps = ops.stack(ops.layer, block, layers, x_PD, *angles, name="vision", each=segments, between=between)
     return x_PD, taps
-
-
-def tap(params: Tree, x_PD: Tensor, *, cfg: VisionConfig, ops: Ops) -> tuple[Tensor, Tensor]:
-    """`(x_PD, features_ND)`: what a merger makes of the patches behind a block, which go on as they are."""
-    return x_PD, merge(params, x_PD, cfg, ops, norm_merged=True)
 
 
 def row_ids(tower: Tower, cfg: VisionConfig, prefix: str) -> list[tuple[str, Tensor]]:
@@ -250,29 +215,3 @@ def merge(params: Tree, x_PD: Tensor, cfg: VisionConfig, ops: Ops, *, norm_merge
     else:
         x = norm.either(params["norm"], x_PD, cfg.norm_eps, ops).reshape(merged)
     return linear.apply(params["down"], ops.gelu(linear.apply(params["up"], x, ops)), ops)
-
-
-def names(
-    name: str,
-    *,
-    merger: Sequence[str] = ("norm", "linear_fc1", "linear_fc2"),
-    deepstack: str = "deepstack_merger_list",
-) -> list[tuple[str, str]]:
-    """`(path, Hugging Face name)` of the tower of the Qwen3 models, there under `name`.
-
-    `merger`: what the norm, the up and the down projection of a merger are called there; `deepstack`: the mergers of
-    what is tapped.
-    """
-    pairs = {
-        "patch_embed": "patch_embed.proj",
-        "positions": "pos_embed",
-        "layers/{i}/attention_norm": "blocks.{i}.norm1",
-        "layers/{i}/attention/qkv": "blocks.{i}.attn.qkv",
-        "layers/{i}/attention/o": "blocks.{i}.attn.proj",
-        "layers/{i}/mlp_norm": "blocks.{i}.norm2",
-        "layers/{i}/mlp/up": "blocks.{i}.mlp.linear_fc1",
-        "layers/{i}/mlp/down": "blocks.{i}.mlp.linear_fc2",
-        **{f"merger/{own}": f"merger.{their}" for own, their in zip(_MERGER, merger, strict=True)},
-        **{f"deepstack/{{i}}/{own}": f"{deepstack}.{{i}}.{their}" for own, their in zip(_MERGER, merger, strict=True)},
-    }
-    return [(f"vision/{own}/{{leaf}}", f"{name}.{their}.{{leaf}}") for own, their in pairs.items()]

@@ -15,7 +15,7 @@ from mmfn.batch import IGNORE, IMAGE, TEXT, VIDEO, Batch, Laid, Media, Sample, T
 from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.keymap import Entry
-from mmfn.models.layers import balance, decoder, linear, moe, patches, vision
+from mmfn.models.layers import balance, decoder, linear, moe, patches, qwen3_tower, vision
 from mmfn.models.layers import cache as layer_cache
 from mmfn.models.layers.decoder import DecoderConfig
 from mmfn.models.layers.moe import MoeConfig
@@ -259,7 +259,7 @@ def patch_entry(cfg: VisionConfig, name: str) -> Entry:
 
 def entries(cfg: VisionLanguageConfig, text: str, tower: str) -> tuple[Entry, ...]:
     """Hugging Face names of the leaves of a text, there under `text`, and a tower of the Qwen3 models."""
-    own = (Entry(path=path, name=name) for path, name in vision.names(tower))
+    own = (Entry(path=path, name=name) for path, name in qwen3_tower.names(tower))
     return (patch_entry(cfg.vision, tower), *text_entries(text), *own)
 
 
