@@ -206,16 +206,17 @@ def test_bfloat16_follows_transformers(pair):
 def assert_rounds_alike(oracle, rounded, model, dtype, **limits):
     """Both sides round in other places; here the logits are no further from the exact ones than bfloat16 explains.
 
-    Over several inputs: that of one moves by a half where a rounding flips the choice of an expert.
+    By the median over inputs: in a few a rounding sends tokens to other experts, here or there, and decides all.
     """
-    own, their = 0.0, 0.0
-    for seed in range(6):
+    errors = []
+    for seed in range(7):
         inputs = oracles.inputs(oracle.config, seed, rows=1, images=1, videos=0, **limits)
         got_TV, want_TV = mmfn.logits(model, mmfn.batch_from_hf(inputs, model)), oracles.real_logits(rounded, inputs)
         assert got_TV.dtype == want_TV.dtype == dtype
         exact_TV = oracles.real_logits(oracle, inputs)
-        own, their = (e + (x - exact_TV).abs().mean().item() for e, x in ((own, got_TV), (their, want_TV)))
-    assert own < 1.5 * their + 6e-3
+        errors.append([(x - exact_TV).detach().abs().mean() for x in (got_TV, want_TV)])
+    own, their = torch.tensor(errors).median(0).values
+    assert own < 1.5 * their + 1e-3
 
 
 @pytest.mark.parametrize(("text", "vision"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float64")])

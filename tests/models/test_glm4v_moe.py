@@ -188,9 +188,9 @@ def test_a_step_moves_the_bias_by_the_loads_where_it_is_told_to(rate, is_finite)
         counts_E = sum(output.counts[path] for output in outputs)
         change_E = rate * torch.sign(counts_E.mean() - counts_E)
         assert bool(change_E.any()) == (rate > 0)
-        assert after[path].dtype == torch.float32
-        want_E = before[path] + (change_E.float() if is_finite else 0.0)
-        torch.testing.assert_close(after[path], want_E, rtol=0, atol=1e-7)
+        assert after[path].dtype == before[path].dtype == torch.float64  # the model's, which is wider than float32
+        want_E = before[path] + (change_E if is_finite else 0.0)
+        torch.testing.assert_close(after[path], want_E, rtol=0, atol=1e-12)
 
 
 def test_without_a_rate_nothing_is_counted():
