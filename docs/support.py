@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmfn import tree
 from mmfn.models import FAMILIES, Family, family
+from mmfn.parallel.context.token_order import CP_KINDS, PIECE_KINDS
+from mmfn.spec import has_experts
 from mmfn.train.objective import OBJECTIVES
 from tests import tiny
 
@@ -84,7 +85,10 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("data parallel, replicated", CELL, r", replicate 2, fsdp, "),
         Row("HSDP", CELL, r", replicate 2, dp \d, fsdp, "),
         Row("ranks without media or labels", CELL, ", asymmetric, first half"),
-        *(Row(f"context parallel, {kind}", LAYOUT, rf"\b{kind}\b") for kind in ("gather", "ulysses", "ring", "usp")),
+        *(
+            Row(f"context parallel, {kind}", LAYOUT, rf"\b{kind}\b", "" if kind in PIECE_KINDS else "pieces")
+            for kind in CP_KINDS
+        ),
         Row("expert parallel", LAYOUT, r"\bep \d", needs="experts"),
         Row("expert and context parallel", LAYOUT, r"\bcp \d.*\bep \d", needs="experts"),
         Row("sharded head", LAYOUT, "head sharded"),
@@ -112,21 +116,14 @@ ROWS: dict[str, tuple[Row, ...]] = {
 }
 
 
-def _has_experts(model: Family, cfg: Any) -> bool:
-    return any("experts" in leaf.axes for leaf in tree.leaves(model.specs(cfg)))
-
-
 NEEDS: dict[str, tuple[Callable[[Family, Any], Any], str]] = {  # of a tiny model, and what a cell says without it
-    "experts": (_has_experts, "no experts"),
+    "experts": (lambda model, cfg: has_experts(model.specs(cfg)), "no experts"),
+    "pieces": (lambda model, cfg: not model.is_recurrent(cfg), "refused: no state passes through cut segments"),
     "ahead": (lambda model, cfg: model.num_ahead(cfg), "no layer for it"),
     "losses": (lambda model, cfg: model.loss_weights(cfg), "no routers"),
     "rules": (lambda model, cfg: model.rules(cfg), "no such leaf"),
 }
-REASONS: dict[tuple[str, str], str] = {
-    (f"context parallel, {kind}", name): "refused: no state passes through cut segments"
-    for kind in ("ring", "usp")
-    for name in ("qwen3_5", "qwen3_5_moe")
-}
+REASONS: dict[tuple[str, str], str] = {}
 """(mechanism, model_type) -> why no test proves it, in a few words."""
 
 

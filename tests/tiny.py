@@ -171,7 +171,6 @@ TINY: dict[str, Callable[[int], dict[str, Any]]] = {  # text blocks -> config.js
     "delta_moe": lambda num_layers: _qwen3_5(num_layers, {**EXPERTS, "shared_expert_intermediate_size": 10}),
     "toy": lambda num_layers: {"model_type": "toy", "num_layers": num_layers},
 }
-WITH_EXPERTS = ("moe", "glm", "omni", "delta_moe", "toy")
 MARKS = {"glm4v_moe": {VIDEO: ((3,), (4,))}}  # tokens before and behind a medium, without which it is of another kind
 
 
@@ -185,6 +184,13 @@ def family(model_type: str) -> Family:
 def family_of(name: str) -> Family:
     """The family of a tiny model."""
     return family(TINY[name](2)["model_type"])
+
+
+@cache
+def has_experts(name: str) -> bool:
+    """Whether blocks of a tiny model have experts."""
+    family_ = family_of(name)
+    return spec.has_experts(family_.specs(family_.config_from_hf(TINY[name](2))))
 
 
 @cache

@@ -145,13 +145,13 @@ FAMILIES = {
     "qwen3_vl_moe": "mmfn.models.qwen3_vl_moe",
     "qwen3_omni_moe": "mmfn.models.qwen3_omni",
 }
-PARTS = {"qwen3_omni_moe_thinker": "qwen3_omni_moe"}
-"""Model types of parts that are saved alone -> the family whose they are, which tells them apart by the config."""
+ALIASES = {"qwen3_omni_moe_thinker": "qwen3_omni_moe"}
+"""Model types of a part that is saved alone -> the family it is of, which tells it from the whole by the config."""
 
 
 def family(model_type: str) -> Family:
     """The family of a `model_type` in a Hugging Face config. Raises ValueError naming the nearest known one."""
-    model_type = PARTS.get(model_type, model_type)
+    model_type = ALIASES.get(model_type, model_type)
     if model_type not in FAMILIES:
         near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)
         raise UserError(

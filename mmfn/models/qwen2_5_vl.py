@@ -53,7 +53,7 @@ NAMES = {"hub": ("model", "visual"), "transformers": ("model.language_model", "m
 head, parts, at_depth = shared.head, shared.parts, shared.at_depth
 empty_cache, lora_targets, row_ids = shared.empty_cache, shared.LORA_TARGETS, shared.row_ids
 kinds, example = shared.kinds, shared.example
-data = qwen2_vision.data_side(templates=("qwen3_vl",))
+data = qwen2_vision.SIDE
 
 
 @dataclass(frozen=True, kw_only=True)

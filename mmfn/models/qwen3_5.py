@@ -50,7 +50,7 @@ TEXT_NAME, TOWER_NAME = "model.language_model", "model.visual"
 head, at_depth, taps = shared.head, shared.at_depth, shared.taps
 positions, towers, lay, kinds, example = shared.positions, shared.towers, shared.lay, shared.kinds, shared.example
 lora_targets = (r"text/layers/\d+/(attention/(q|k|v|o)|delta/(qkv|z|o))",)
-data = qwen_vision.data_side(templates=("qwen3_vl",))
+data = qwen_vision.SIDE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ PUBLISHED, IN_MEMORY = ("model", "", moe.numbered_entries), ("model.language_mod
 SPEECH = (r"talker\..*", r"code2wav\..*")
 
 head, at_depth, taps, empty_cache = shared.head, shared.at_depth, shared.taps, shared.empty_cache
-lora_targets, data, loss_weights = shared.LORA_TARGETS, qwen_omni.DATA, shared.loss_weights
+lora_targets, data, loss_weights = shared.LORA_TARGETS, qwen_omni.SIDE, shared.loss_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Published checkpoints: names, shapes and counts of every size in `configs/models`, without a download.
 
-A size is tested as soon as `FAMILIES` has its model_type. What a file holds is in `tests/goldens/names.json`, written
-by transformers and independent of mmfn; what was published beside it (counts of parameters and tensors) stands here.
+What a file holds is in `tests/goldens/names.json`, written by transformers and independent of mmfn; what was published
+beside it (counts of parameters and tensors) stands here.
 """
 
 import json
@@ -18,8 +18,6 @@ from tests.goldens import make_name_goldens as goldens
 
 SIZES = goldens.sizes()
 NAMES = json.loads(goldens.PAGE.read_text(encoding="utf-8"))
-WITH_FAMILY = [name for name, hf in SIZES.items() if hf["model_type"] in FAMILIES]
-WITHOUT_FAMILY: set[str] = set()
 VERBATIM = ("talker.", "code2wav.")  # parts of a model that are not trained here
 
 
@@ -59,8 +57,8 @@ def test_every_size_has_its_names_and_its_count():
     assert set(SIZES) == set(NAMES) == set(COUNTS)
 
 
-def test_sizes_without_a_family():
-    assert {hf["model_type"] for hf in SIZES.values()} - set(FAMILIES) == WITHOUT_FAMILY
+def test_every_family_has_a_published_size_and_every_size_a_family():
+    assert {hf["model_type"] for hf in SIZES.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -73,7 +71,7 @@ def test_the_golden_is_what_transformers_declares_and_what_was_published(name):
     assert counts.tensors in (len(shapes), None)
 
 
-@pytest.mark.parametrize("name", WITH_FAMILY)
+@pytest.mark.parametrize("name", SIZES)
 def test_every_name_and_shape_of_the_published_file_and_no_other(name):
     model = family(SIZES[name]["model_type"])
     cfg = model.config_from_hf(SIZES[name])
@@ -85,14 +83,14 @@ def test_every_name_and_shape_of_the_published_file_and_no_other(name):
     assert not any(key_map.is_ignored(key) or key_map.is_verbatim(key) for key in stored)
 
 
-@pytest.mark.parametrize("name", WITH_FAMILY)
+@pytest.mark.parametrize("name", SIZES)
 def test_the_count_is_the_published_one_to_the_last_digit(name):
     model = family(SIZES[name]["model_type"])
     leaves = tree.leaves(model.specs(model.config_from_hf(SIZES[name])))
     assert sum(prod(leaf.shape) for leaf in leaves) == COUNTS[name].elements
 
 
-@pytest.mark.parametrize("name", WITH_FAMILY)
+@pytest.mark.parametrize("name", SIZES)
 def test_a_plan_takes_the_config_without_a_download(name):
     loaded = with_world(read(str(goldens.MODELS / name / "config.json"), []), 256)
     model, cfg = find_family(loaded.config.model)

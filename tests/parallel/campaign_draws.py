@@ -59,15 +59,15 @@ def draw(seed: int) -> Draw:
     """A combination that nothing refuses."""
     r = random.Random(f"campaign {seed}")
     family = r.choice([name for name in tiny.TINY if name != "small"])
-    model = tiny.model_of(family)
+    model, has_experts = tiny.model_of(family), tiny.has_experts(family)
     kind = r.choice(("", "", *(PIECE_KINDS if model.family.is_recurrent(model.cfg) else CP_KINDS)))
     along = (WIDE if r.random() < 0.3 or kind == "usp" else KINDS)[kind]
     sizes = [(i, j) for i in (1, 1, 2) for j in (1, 2, 3, 4) if i * j * along.cp <= 6]
     replicate, dp = r.choice(sizes)
     ranks = dp * along.cp
-    ep = r.choice([n for n in (1, 2, 4) if ranks % n == 0]) if family in tiny.WITH_EXPERTS else 1
+    ep = r.choice([n for n in (1, 2, 4) if ranks % n == 0]) if has_experts else 1
     dtypes = [torch.float64] * 4 + [torch.float32] + [torch.bfloat16] * (family == "dense")
-    ties = r.choice(("", "", "zero", "repeated")) if family in tiny.WITH_EXPERTS else ""
+    ties = r.choice(("", "", "zero", "repeated")) if has_experts else ""
     dtype = r.choice(dtypes) if ties != "repeated" else torch.float64
     if family == "toy" and dtype == torch.float32:
         dtype = (
@@ -76,7 +76,7 @@ def draw(seed: int) -> Draw:
     moved = r.choice(((), (), (), ("activations",), ("parameters",), ("activations", "parameters")))
     writers = ("adamw", "sgd", "rules", "ema") if "parameters" in moved else ("adamw", "sgd", "muon", "rules", "ema")
     kinds = ["none", "full", "every 2", "uniform", "block", "attention", "matmul", "towers"]
-    kinds += ["experts"] * (family in tiny.WITH_EXPERTS) + ["exchange"] * (4 if ep > 1 else 0)
+    kinds += ["experts"] * has_experts + ["exchange"] * (4 if ep > 1 else 0)
     trained = r.choice(("all", "all", "all", *(name for name in tiny.TRAINED if name != "all")))
     optimizer = r.choice(writers)
     return Draw(

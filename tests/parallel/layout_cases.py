@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mmfn.parallel.context.token_order import PIECE_KINDS
+from tests import tiny
 from tests.parallel.conformance import BATCHES
-from tests.tiny import TINY, WITH_EXPERTS, model_of
 
 Case = dict[str, Any]
 """Settings of the section `layout`; "batch": a name in BATCHES; "moe": a model with experts; "trained": in TRAINED."""
@@ -166,8 +166,9 @@ def families_of(case: Case) -> list[str]:
     """The tiny models a case is for: of experts or not, with as many heads as Ulysses needs, and no state that passes
     from token to token where the ranks cut segments."""
     ranks = {"ulysses": case.get("cp", 1), "usp": case.get("ulysses", 1)}.get(case.get("kind", ""), 1)
-    names = WITH_EXPERTS if has_experts(case) else [name for name in TINY if name not in ("small", "moe")]
-    models = {name: model_of(name) for name in names}
+    alike = () if has_experts(case) else ("small", "moe")  # to "dense", where experts do not matter
+    names = [name for name in tiny.TINY if name not in alike and (tiny.has_experts(name) or not has_experts(case))]
+    models = {name: tiny.model_of(name) for name in names}
     is_cut = case.get("cp", 1) > 1 and case.get("kind") not in PIECE_KINDS
     return [
         name

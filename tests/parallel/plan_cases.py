@@ -1,4 +1,4 @@
-"""Tiny steps to plan: two families, all kinds of layouts, built as training builds them."""
+"""Tiny steps to plan: every family, all kinds of layouts, built as training builds them."""
 
 from dataclasses import replace
 from functools import partial
@@ -98,16 +98,13 @@ def _glm() -> dict[str, Any]:
 
 
 MODELS: dict[str, dict[str, Any]] = {
+    **{name: {"hf": hf_config_of(2)} for name, hf_config_of in TINY.items()},
     "dense": {},
-    "windows": {"hf": TINY["windows"](2)},
     "moe": {"moe": True},
     "glm": {"hf": _glm()},
-    "omni": {"hf": TINY["omni"](2)},
-    "delta": {"hf": TINY["delta"](2)},
-    "delta_moe": {"hf": TINY["delta_moe"](2)},
     "toy": {"toy": True},
 }
-"""What `make` takes for each model of `tiny.TINY`."""
+"""What `make` takes for each model of `tiny.TINY`; of some, a model in which products weigh more."""
 
 BOTH_KEPT = {"remat": "selective", "remat_save": ["experts", "exchange"]}
 CASES: dict[str, dict[str, Any]] = {
@@ -162,12 +159,10 @@ CASES: dict[str, dict[str, Any]] = {
     "ep, cp": {"moe": True, "dp": 2, "cp": 2, "ep": 4},
     "ep, exchange kept": {"moe": True, "dp": 2, "ep": 2, "remat": "selective", "remat_save": ["exchange"]},
     "capacity": {"moe": True, "dp": 2, "ep": 2, "capacity": 1.5},
-    "omni": MODELS["omni"],
+    **{name: chosen for name, chosen in MODELS.items() if name not in ("dense", "small", "moe")},
     "omni, ep, cp": {**MODELS["omni"], "dp": 2, "cp": 2, "ep": 2, "remat": "full"},
-    "glm": MODELS["glm"],
     "glm, ep, remat": {**MODELS["glm"], "dp": 2, "ep": 2, "remat": "full"},
     "glm, lora, cp": {**MODELS["glm"], "trained": "lora", "cp": 2, "micro_batches": 2},
-    "toy": {"toy": True},
     "toy, text only": {"toy": True, "side": 0, "micro_batches": 2},
     "toy, hsdp": {"toy": True, "replicate": 2, "dp": 2, "remat": "full"},
     "toy, ring, ep": {"toy": True, "dp": 2, "cp": 2, "ep": 4, "kind": "ring", "remat": "selective"},

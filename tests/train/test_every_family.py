@@ -70,7 +70,7 @@ def test_every_optimizer_writes_what_its_formula_says(name: str, optimizer: str)
 
 def mesh_cell(name: str) -> conformance.Cell:
     """Tokens and parameters over ranks, and experts where there are any."""
-    layout = Layout(cp=2, ep=2 if name in tiny.WITH_EXPERTS else 1)
+    layout = Layout(cp=2, ep=2 if tiny.has_experts(name) else 1)
     return conformance.Cell(
         layout=layout,
         name="processes",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,16 @@ class VideoSpec:
             pixels=ImageSpec.from_hf(config, defaults),
             **{name: defaults[name] if value is None else value for name, value in frames.items()},
         )
+
+
+Spec = TypeVar("Spec", bound=VideoSpec)
+
+
+def needed(spec: Spec | None) -> Spec:
+    """Raise ValueError where a checkpoint has no settings of videos."""
+    if spec is None:
+        raise UserError("the model's folder has no video_preprocessor_config.json; add it or remove the videos")
+    return spec
 
 
 def preprocess_video(frames_u8: Tensor, spec: ImageSpec, *, is_frame_budget: bool = False) -> Media:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mmfn.batch import Media
 from mmfn.errors import UserError
-from mmfn.models.data import DataSide, MediaByKind, Sampling
-from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
-from mmfn.models.data.frames import VideoSpec, preprocess_video
+from mmfn.models.data import Sampling, qwen_vision
+from mmfn.models.data.chat import ChatFormat, MediaText
+from mmfn.models.data.frames import VideoSpec, needed, preprocess_video
 from mmfn.models.data.pixels import ImageSpec, preprocess_image
-from mmfn.models.data.qwen_vision import INPUTS, VisionProcessor, facts, media_from_hf, num_tokens
+from mmfn.models.data.qwen_vision import VisionProcessor
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image|>", "<|video|>"
 IMAGE_START, IMAGE_END = "<|begin_of_image|>", "<|end_of_image|>"
@@ -73,27 +73,20 @@ class GlmProcessor(VisionProcessor):
 
     def sampling(self) -> Sampling:
         """See `sample_frames`."""
-        spec = self._video_spec()
+        spec = needed(self.video_spec)
         return Sampling(fps=spec.fps, select=partial(sample_frames, spec=spec))
 
     def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
         """See `frames.preprocess_video`; a group of frames has the time of its first. An odd number of frames becomes
         even before the budget counts them."""
-        spec = self._video_spec().pixels
+        spec = needed(self.video_spec).pixels
         frames_u8 = torch.cat([frames_u8, frames_u8[-1:].expand(len(frames_u8) % 2, -1, -1, -1)])
         media = preprocess_video(frames_u8, spec)
         return replace(media, times=tuple(times[:: spec.temporal_patch_size]))
 
-    def texts(self, media: MediaByKind) -> TextsByKind:
+    def text(self, kind: str, media: Media) -> MediaText:
         """See `image_text` and `video_text`."""
-        write = {"image": image_text, "video": video_text}
-        merge_size = self.image_spec.merge_size
-        return {kind: [write[kind](one, merge_size) for one in items] for kind, items in media.items()}
-
-    def _video_spec(self) -> TimedVideoSpec:
-        if self.video_spec is None:
-            raise UserError("the model's folder has no video_preprocessor_config.json; add it or remove the videos")
-        return self.video_spec
+        return {"image": image_text, "video": video_text}[kind](media, self.image_spec.merge_size)
 
 
 def sample_frames(num_frames: int, rate: float, spec: TimedVideoSpec) -> list[int]:
@@ -150,12 +143,8 @@ def video_spec_from_hf(config: Mapping[str, Any]) -> TimedVideoSpec:
     return TimedVideoSpec(**{name: getattr(spec, name) for name in ("pixels", "fps", *bounds)}, max_duration=seconds)
 
 
-SIDE = DataSide(
+SIDE = replace(
+    qwen_vision.SIDE,
     chat=ChatFormat(placeholders=PLACEHOLDERS, tokens=TOKENS, templates=()),
-    sections=("image_processor",),
     processor=processor,
-    facts=facts,
-    input_keys=tuple(key for keys in INPUTS.values() for key in keys),
-    media_from_hf=media_from_hf,
-    num_tokens=num_tokens,
 )

@@ -3,6 +3,7 @@
 Source: the processors of transformers 5.23.0. Legend: T frames, N videos.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from mmfn.batch import Media
 from mmfn.errors import UserError
-from mmfn.models.data import DataSide, MediaByKind, Sampling, qwen_vision
-from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
+from mmfn.models.data import MediaByKind, Sampling, qwen_vision
+from mmfn.models.data.chat import MediaText
 from mmfn.models.data.frames import VideoSpec, preprocess_video
-from mmfn.models.data.pixels import ImageSpec, preprocess_image
-from mmfn.models.data.qwen_vision import IMAGE_DEFAULTS, IMAGE_PAD, VIDEO_PAD
+from mmfn.models.data.pixels import ImageSpec
+from mmfn.models.data.qwen_vision import IMAGE_DEFAULTS, IMAGE_PAD, VIDEO_PAD, VisionProcessor
 
 SECONDS = "second_per_grid_ts"  # of transformers' processor: how long each step in time of a video lasts
-PLACEHOLDERS = {"image": re.escape(IMAGE_PAD), "video": re.escape(VIDEO_PAD)}  # the marks around them stay
+PADS = {"image": IMAGE_PAD, "video": VIDEO_PAD}
+PLACEHOLDERS = {kind: re.escape(pad) for kind, pad in PADS.items()}  # the marks around them stay
 VIDEO_DEFAULTS = {
     **IMAGE_DEFAULTS,
     "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
@@ -33,22 +35,14 @@ MAX_VIDEO_TOKENS = 128_000  # of merged patches, a tenth of which is for text
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockProcessor:
+class BlockProcessor(VisionProcessor):
     """A `MediaProcessor` of images, and of videos whose `video_spec` bounds the pixels of each frame.
 
     `max_video_tokens`: the frames of a video share the pixels of 0.9 times so many merged patches; None: no such bound.
     """
 
-    image_spec: ImageSpec
     video_spec: VideoSpec
     max_video_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        qwen_vision.check_same_patches(self.image_spec, self.video_spec.pixels)
-
-    def image(self, image_u8: Tensor) -> Media:
-        """See `pixels.preprocess_image`."""
-        return preprocess_image(image_u8, self.image_spec)
 
     def sampling(self) -> Sampling:
         """See `sample_groups`."""
@@ -60,15 +54,9 @@ class BlockProcessor:
         media = preprocess_video(frames_u8, spec, is_frame_budget=True)
         return replace(media, seconds_per_grid=spec.temporal_patch_size / rate)
 
-    def audio(self, wave_S: Tensor, rate: int) -> Media:
-        """Such a model hears nothing."""
-        raise UserError("the model takes no sound; remove it from the sample")
-
-    def texts(self, media: MediaByKind) -> TextsByKind:
-        """The placeholder token, once per feature."""
-        write = {"image": qwen_vision.image_text, "video": video_text}
-        merge_size = self.image_spec.merge_size
-        return {kind: [write[kind](one, merge_size) for one in items] for kind, items in media.items()}
+    def text(self, kind: str, media: Media) -> MediaText:
+        """The placeholder token, once per feature: that of a video in one run over all of its steps in time."""
+        return MediaText(text=PADS[kind], counts=(math.prod(media.grid) // self.image_spec.merge_size**2,))
 
     def _frame_spec(self, num_frames: int) -> ImageSpec:
         """Source: `Qwen2VLVideoProcessor.resize` (`cap_pixels_per_frame`)."""
@@ -78,12 +66,6 @@ class BlockProcessor:
         total = int(self.max_video_tokens * (spec.patch_size * spec.merge_size) ** 2 * 0.9)
         share = total * spec.temporal_patch_size // num_frames
         return replace(spec, max_pixels=max(min(spec.max_pixels, share), int(spec.min_pixels * 1.05)))
-
-
-def video_text(media: Media, merge_size: int) -> MediaText:
-    """One run of the placeholder token over all of its steps in time."""
-    (count,) = qwen_vision.image_text(media, merge_size).counts
-    return MediaText(text=VIDEO_PAD, counts=(count,))
 
 
 def sample_groups(num_frames: int, rate: float, spec: VideoSpec) -> list[int]:
@@ -148,13 +130,10 @@ def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any, *, seconds: str = SECO
     return {**media, "video": timed}
 
 
-def data_side(templates: tuple[str, ...]) -> DataSide:
-    """The data side of a family that differs from the others in its chat templates alone."""
-    other = qwen_vision.data_side(templates)
-    return replace(
-        other,
-        chat=ChatFormat(placeholders=PLACEHOLDERS, tokens=qwen_vision.TOKENS, templates=templates),
-        processor=processor,
-        input_keys=(*other.input_keys, SECONDS),
-        media_from_hf=media_from_hf,
-    )
+SIDE = replace(
+    qwen_vision.SIDE,
+    chat=replace(qwen_vision.SIDE.chat, placeholders=PLACEHOLDERS),
+    processor=processor,
+    input_keys=(*qwen_vision.SIDE.input_keys, SECONDS),
+    media_from_hf=media_from_hf,
+)

@@ -12,15 +12,15 @@ from torch import Tensor
 from mmfn.batch import Media
 from mmfn.errors import UserError
 from mmfn.models.data import DataSide, Fact, MediaByKind, qwen2_vision, qwen_vision
-from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
+from mmfn.models.data.chat import ChatFormat, MediaText
 from mmfn.models.data.inputs import integers, pair
 from mmfn.models.data.mel import SoundSpec, log_mel
 from mmfn.models.data.qwen2_vision import BlockProcessor
-from mmfn.models.data.qwen_vision import IMAGE_PAD, VIDEO_PAD
+from mmfn.models.data.qwen_vision import VIDEO_PAD
 from mmfn.models.layers import audio
 
 AUDIO_PAD, AUDIO_START, AUDIO_END = "<|audio_pad|>", "<|audio_start|>", "<|audio_end|>"
-PADS = {"image": IMAGE_PAD, "video": VIDEO_PAD, "audio": AUDIO_PAD}
+PADS = {**qwen2_vision.PADS, "audio": AUDIO_PAD}
 TOKENS = {
     **qwen_vision.TOKENS,
     "audio_token_id": AUDIO_PAD,
@@ -55,13 +55,9 @@ class OmniProcessor(BlockProcessor):
             raise UserError(f"sound at {rate} Hz is not resampled yet; convert it to {self.sound_spec.rate} Hz")
         return audio.clip_of(log_mel(wave_S, self.sound_spec))
 
-    def texts(self, media: MediaByKind) -> TextsByKind:
+    def text(self, kind: str, media: Media) -> MediaText:
         """A medium is its placeholder, once for every feature: the marks around it are the template's."""
-        merged = self.image_spec.merge_size**2
-        return {
-            kind: [MediaText(text=PADS[kind], counts=(_num_tokens(kind, one, merged),)) for one in items]
-            for kind, items in media.items()
-        }
+        return MediaText(text=PADS[kind], counts=(_num_tokens(kind, media, self.image_spec.merge_size**2),))
 
 
 def video_with_sound(video: Media, clip: Media, *, merge_size: int, per_second: float) -> MediaText:
@@ -97,8 +93,8 @@ def processor(sections: Mapping[str, Mapping[str, Any]], cfg: Any) -> OmniProces
     return OmniProcessor(**specs, sound_spec=SoundSpec.from_hf(sections["feature_extractor"], SOUND_DEFAULTS))
 
 
-def facts(cfg: Any, processor: Any) -> list[Fact]:
-    """Of an `OmniProcessor`; `cfg`: a config with `vision` and `audio`."""
+def facts(cfg: Any, processor: OmniProcessor) -> list[Fact]:
+    """`cfg`: a config with `vision` and `audio`."""
     mels = Fact(name="num_mel_bins", config=cfg.audio.num_mels, processor=processor.sound_spec.num_mels)
     return [*qwen_vision.facts(cfg, processor), mels]
 
@@ -137,7 +133,7 @@ def _num_tokens(kind: str, media: Media, merged: int) -> int:
     return audio.num_rows(media.grid[0]) if kind == "audio" else math.prod(media.grid) // merged
 
 
-DATA = DataSide(
+SIDE = DataSide(
     chat=ChatFormat(
         placeholders={kind: re.escape(pad) for kind, pad in PADS.items()}, tokens=TOKENS, templates=("qwen3_vl",)
     ),

@@ -13,7 +13,7 @@ from mmfn.batch import Media
 from mmfn.errors import UserError
 from mmfn.models.data import DataSide, Fact, MediaByKind, Sampling
 from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
-from mmfn.models.data.frames import VideoSpec, group_times, preprocess_video, sample_frames
+from mmfn.models.data.frames import VideoSpec, group_times, needed, preprocess_video, sample_frames
 from mmfn.models.data.inputs import grids_from_hf
 from mmfn.models.data.pixels import CHANNELS, ImageSpec, preprocess_image
 
@@ -69,12 +69,12 @@ class VisionProcessor:
 
     def sampling(self) -> Sampling:
         """See `frames.sample_frames`."""
-        spec = self._video_spec()
+        spec = needed(self.video_spec)
         return Sampling(fps=spec.fps, select=partial(sample_frames, spec=spec))
 
     def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
         """See `frames.preprocess_video`; a group of frames has the time that lies between its first and last."""
-        spec = self._video_spec().pixels
+        spec = needed(self.video_spec).pixels
         groups = group_times(times, spec.temporal_patch_size)
         return replace(preprocess_video(frames_u8, spec), times=tuple(groups))
 
@@ -83,15 +83,12 @@ class VisionProcessor:
         raise UserError("the model takes no sound; remove it from the sample")
 
     def texts(self, media: MediaByKind) -> TextsByKind:
-        """See `image_text` and `video_text`."""
-        write = {"image": image_text, "video": video_text}
-        merge_size = self.image_spec.merge_size
-        return {kind: [write[kind](one, merge_size) for one in items] for kind, items in media.items()}
+        """See `text`."""
+        return {kind: [self.text(kind, one) for one in items] for kind, items in media.items()}
 
-    def _video_spec(self) -> VideoSpec:
-        if self.video_spec is None:
-            raise UserError("the model's folder has no video_preprocessor_config.json; add it or remove the videos")
-        return self.video_spec
+    def text(self, kind: str, media: Media) -> MediaText:
+        """See `image_text` and `video_text`."""
+        return {"image": image_text, "video": video_text}[kind](media, self.image_spec.merge_size)
 
 
 def check_same_patches(image: ImageSpec, video: ImageSpec) -> None:
@@ -150,14 +147,12 @@ def num_tokens(kind: str, media: Media, cfg: Any) -> int:
     return math.prod(media.grid) // int(cfg.vision.merge_size**2)
 
 
-def data_side(templates: tuple[str, ...]) -> DataSide:
-    """The data side of a family that differs from the others in its chat templates alone."""
-    return DataSide(
-        chat=ChatFormat(placeholders=PLACEHOLDERS, tokens=TOKENS, templates=templates),
-        sections=("image_processor",),
-        processor=processor,
-        facts=facts,
-        input_keys=tuple(key for keys in INPUTS.values() for key in keys),
-        media_from_hf=media_from_hf,
-        num_tokens=num_tokens,
-    )
+SIDE = DataSide(
+    chat=ChatFormat(placeholders=PLACEHOLDERS, tokens=TOKENS, templates=("qwen3_vl",)),
+    sections=("image_processor",),
+    processor=processor,
+    facts=facts,
+    input_keys=tuple(key for keys in INPUTS.values() for key in keys),
+    media_from_hf=media_from_hf,
+    num_tokens=num_tokens,
+)

@@ -129,7 +129,7 @@ def test_a_video_is_one_run_and_each_step_lasts_as_its_frames(processor):
 
 
 def test_marks_stay_around_a_placeholder():
-    chat = qwen2_vision.data_side(("qwen3_vl",)).chat
+    chat = qwen2_vision.SIDE.chat
     text = "<|vision_start|><|video_pad|><|vision_end|><|image_pad|>"
     assert chat.pattern.sub("X", text) == "<|vision_start|>X<|vision_end|>X"
 

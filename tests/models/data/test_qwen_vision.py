@@ -60,14 +60,14 @@ def test_videos_need_their_settings():
     ],
 )
 def test_placeholders(text, kinds):
-    chat = qwen_vision.data_side(("qwen3_vl",)).chat
+    chat = qwen_vision.SIDE.chat
     matches = list(chat.pattern.finditer(text))
     assert [match.lastgroup for match in matches] == kinds
     assert all("<|vision_start|>" in match.group() or match.start() for match in matches if match.lastgroup == "video")
 
 
 def test_training_templates_lie_beside_the_models():
-    for name in qwen_vision.data_side(("qwen3_vl",)).chat.templates:
+    for name in qwen_vision.SIDE.chat.templates:
         assert "{%- generation -%}" in read_template(name)
 
 
