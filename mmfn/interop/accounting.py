@@ -39,8 +39,8 @@ def account(where: Path | str, specs: Tree, key_map: KeyMap, tensors: Mapping[st
     spare = {name: tensor for name, tensor in tensors.items() if name not in names}
     copies = {name: path for name, path in key_map.copies.items() if name in spare}
     rest = [name for name in spare if name not in copies and not key_map.is_ignored(name)]
-    verbatim = tuple(name for name in rest if key_map.is_verbatim(name))
-    unexpected = [name for name in rest if not key_map.is_verbatim(name)]
+    verbatim = key_map.verbatim_of(rest)
+    unexpected = sorted(set(rest) - set(verbatim))
     check(where, names, tensors, unexpected)
     leaves: dict[str, list[Pair]] = {}
     for name, target in names.items():

@@ -237,8 +237,10 @@ def rules(cfg: Config) -> dict[str, Rule]:
 def key_map(cfg: Config) -> KeyMap:
     """Hugging Face names of the leaves. The hub stores experts one by one, transformers holds them stacked.
 
-    What is stored of the layer behind the last, which predicts further tokens in some checkpoints, is passed through.
+    What is stored of the layer behind the last, which predicts further tokens in some checkpoints, is passed through:
+    its `eh_proj` tells it from a plain block, of which the config knows nothing.
     """
+    ahead = rf"model\.(language_model\.)?layers\.{cfg.num_layers}\."
     own, layer = "text/layers/{i}/moe", f"{TEXT_NAME}.layers.{{i}}.mlp"
     pairs = {
         f"{own}/router/weight": f"{layer}.gate.weight",
@@ -254,7 +256,8 @@ def key_map(cfg: Config) -> KeyMap:
         architecture="Glm4vMoeForConditionalGeneration",
         layouts={"hub": moe.numbered_entries(own, layer), "transformers": moe.fused_entries(own, layer)},
         copies=shared.copies(cfg),
-        verbatim=(rf"model\.(language_model\.)?layers\.{cfg.num_layers}\..*",),
+        verbatim=(f"{ahead}.*",),
+        signs={f"{ahead}.*": f"{ahead}eh_proj.*"},
     )
 
 

@@ -7,7 +7,7 @@ Legend: E experts, F ffn width, D model width.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -75,7 +75,8 @@ class KeyMap:
     - `copies`: names that may repeat a leaf (a tied head), with its path: accepted when equal to it, never written;
     - `ignore`: regexes of names that are not read and not written (buffers that transformers computes);
     - `verbatim`: regexes of names that are not read but copied, byte for byte, into a checkpoint that is saved (parts
-      of a model that are not trained here).
+      of a model that are not trained here). `signs`: of some of these the regex of a name that must be there too, which
+      tells such a part from one that the config forgot.
     """
 
     entries: tuple[Entry, ...]
@@ -84,6 +85,7 @@ class KeyMap:
     copies: Mapping[str, str] = field(default_factory=dict)
     ignore: tuple[str, ...] = BUFFERS
     verbatim: tuple[str, ...] = ()
+    signs: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if absent := {"hub", "transformers"} - set(self.layouts):
@@ -113,9 +115,11 @@ class KeyMap:
         """Whether a stored name, that of no leaf, is not read."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignore)
 
-    def is_verbatim(self, name: str) -> bool:
-        """Whether a stored name, that of no leaf, is copied as it is."""
-        return any(re.fullmatch(pattern, name) for pattern in self.verbatim)
+    def verbatim_of(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of all stored names of no leaf that are copied as they are: what their `signs` say is such a part."""
+        signs = {pattern: self.signs.get(pattern, pattern) for pattern in self.verbatim}
+        there = [pattern for pattern, sign in signs.items() if any(re.fullmatch(sign, name) for name in names)]
+        return tuple(name for name in names if any(re.fullmatch(pattern, name) for pattern in there))
 
     def _tensors(self, path: str, leaf: ParamSpec, layout: str) -> Iterator[tuple[str, DiskTensor]]:
         for entry, pattern in self._patterns[layout]:

@@ -114,6 +114,11 @@ def edited(inputs, key, edit):
             lambda i: i | {"image_grid_thw": i["image_grid_thw"].double()},
             "image_grid_thw is of torch.float64 but integers",
         ),
+        (
+            lambda i: i | {"pixel_values": i["pixel_values"].byte()},
+            "pixel_values is of torch.uint8 but floats are needed",
+        ),
+        (lambda i: i | {"pixel_values": i["pixel_values"] * 1j}, "pixel_values is of torch.complex64 but floats are"),
         (lambda i: i | {"pixel_values": "an image"}, "pixel_values of type str is no rectangular array of numbers"),
         (lambda i: edited(i, "input_ids", lambda x: x.__setitem__((0, 0), 97)), r"range over \d+..97 but .* has 97"),
         (lambda i: edited(i, "input_ids", lambda x: x.__setitem__((0, 0), -1)), "range over -1"),

@@ -243,6 +243,18 @@ def test_experts_lie_one_by_one_and_the_bias_keeps_float32(pair, tmp_path):
         torch.testing.assert_close(oracles.real_logits(back, inputs), oracles.real_logits(oracle, inputs))
 
 
+@pytest.mark.parametrize("layout", ["hub", "transformers"])
+def test_a_block_that_the_config_does_not_count_is_refused(pair, layout, tmp_path):
+    """It is no layer that predicts further tokens, which would pass through."""
+    _, model = pair
+    mmfn.save_hf(tmp_path / "short", model, layout=layout)
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] -= 1
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"layers\.2\..* belongs to no parameter; .*config and weights must belong"):
+        mmfn.load_hf(tmp_path / "short")
+
+
 def test_the_published_model_parses():
     """Names and counts of its file: test_published.py. Here as the library holds it, experts stacked."""
     cfg = glm4v_moe.config_from_hf(PUBLISHED)

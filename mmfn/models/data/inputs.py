@@ -16,6 +16,13 @@ def integers(key: str, tensor: Tensor) -> Tensor:
     return tensor.to("cpu", torch.int64)
 
 
+def floats(key: str, tensor: Tensor) -> Tensor:
+    """The tensor. Raises ValueError where it holds no real numbers, such as the bytes of an image."""
+    if not tensor.is_floating_point():
+        raise UserError(f"{key} is of {tensor.dtype} but floats are needed; pass the processor's own result")
+    return tensor
+
+
 def pair(inputs: Mapping[str, Tensor], first: str, second: str) -> tuple[Tensor, Tensor] | None:
     """Two entries that come together; None without both. Raises ValueError for one alone."""
     if first not in inputs and second not in inputs:
@@ -37,7 +44,7 @@ def grids_from_hf(
     both = pair(inputs, values_key, grids_key)
     if both is None:
         return []
-    values_UF, grids_N3 = both[0], integers(grids_key, both[1])
+    values_UF, grids_N3 = floats(values_key, both[0]), integers(grids_key, both[1])
     if grids_N3.ndim != 2 or grids_N3.shape[1] != 3 or bool((grids_N3 < 1).any()):
         raise UserError(f"{grids_key} of shape {list(grids_N3.shape)} must be [media, 3] with entries of at least 1")
     if bool((grids_N3[:, 1:] % merge_size).any()):

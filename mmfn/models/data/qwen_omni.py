@@ -13,7 +13,7 @@ from mmfn.batch import Media
 from mmfn.errors import UserError
 from mmfn.models.data import DataSide, Fact, MediaByKind, qwen2_vision, qwen_vision
 from mmfn.models.data.chat import ChatFormat, MediaText
-from mmfn.models.data.inputs import integers, pair
+from mmfn.models.data.inputs import floats, integers, pair
 from mmfn.models.data.mel import SoundSpec, log_mel
 from mmfn.models.data.qwen2_vision import BlockProcessor
 from mmfn.models.data.qwen_vision import VIDEO_PAD
@@ -110,7 +110,7 @@ def _clips(inputs: Mapping[str, Tensor], num_mels: int) -> list[Media]:
     both = pair(inputs, SOUND, LENGTHS)
     if both is None:
         return []
-    features_NFU, mask_NU = both[0], integers(LENGTHS, both[1])
+    features_NFU, mask_NU = floats(SOUND, both[0]), integers(LENGTHS, both[1])
     N, U = mask_NU.shape if mask_NU.ndim == 2 else (-1, -1)
     if list(features_NFU.shape) != [N, num_mels, U]:
         raise UserError(
