@@ -28,9 +28,12 @@ Further = Callable[[], Tensor]
 """Hidden states [T, D] that the head scores for a token further ahead; computed where its cross entropy counts."""
 
 
+AHEAD = "ce_ahead_"  # what names of losses of tokens further ahead begin with
+
+
 def ahead_loss(i: int) -> str:
     """The name of the cross entropy of the token that `Batch.ahead[i]` names: `ce_ahead_1`, ..."""
-    return f"ce_ahead_{i + 1}"
+    return f"{AHEAD}{i + 1}"
 
 
 @dataclass(frozen=True, kw_only=True)

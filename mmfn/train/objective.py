@@ -19,7 +19,7 @@ from torch import Tensor
 from mmfn.batch import IGNORE, Batch
 from mmfn.errors import UserError
 from mmfn.lora import with_drops
-from mmfn.models import Family, Output, ahead_loss
+from mmfn.models import AHEAD, Family, Output, ahead_loss
 from mmfn.ops import Ops, portable
 from mmfn.ops.cross_entropy import check_settings
 from mmfn.tree import Tree
@@ -261,7 +261,7 @@ def _check_names(out: Output, family: Family) -> None:
     """Raise ValueError where a loss or a stat of a family would hide another metric, of which the guard reads one."""
     for name in (*out.losses, *out.stats):
         is_twice = name in out.losses and name in out.stats
-        if is_twice or name in STEP_METRICS or name.startswith((ahead_loss(0)[:-1], COUNTS)):
+        if is_twice or name in STEP_METRICS or name.startswith((AHEAD, COUNTS)):
             raise UserError(
                 f"family {family.name!r} has a loss or a stat named {name!r}, which would hide another metric of that "
                 "name; give it a name of its own"
