@@ -66,7 +66,7 @@ def draw(seed: int) -> Draw:
     replicate, dp = r.choice(sizes)
     ranks = dp * along.cp
     ep = r.choice([n for n in (1, 2, 4) if ranks % n == 0]) if has_experts else 1
-    dtypes = [torch.float64] * 4 + [torch.float32] + [torch.bfloat16] * (family == "dense")
+    dtypes = [torch.float64] * 4 + [torch.float32] + [torch.bfloat16] * (3 if family == "dense" else 0)
     ties = r.choice(("", "", "zero", "repeated")) if has_experts else ""
     dtype = r.choice(dtypes) if ties != "repeated" else torch.float64
     if family == "toy" and dtype == torch.float32:
