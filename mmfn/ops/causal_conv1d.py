@@ -19,8 +19,8 @@ from torch import Tensor
 from mmfn.batch import Segments
 from mmfn.dtypes import wide
 from mmfn.ops.attention import check_offsets, read_offsets
-from mmfn.ops.custom import Context, operator
-from mmfn.ops.kernel import Kernel
+from mmfn.ops.custom import Context, operator, turns
+from mmfn.ops.kernel import Kernel, Whole
 
 BLOCK_VALUES = 2**17
 """Values worked on at a time: 512 KiB of float32, which a core's cache holds with the others of its block."""
@@ -101,7 +101,7 @@ def _blocks(offsets_N: Tensor, x_TD: Tensor) -> Iterator[tuple[int, int, int, in
     """Segments in blocks of tokens: the segment's first token, the block's, and those behind the block and segment."""
     rows = max(1, BLOCK_VALUES // max(1, x_TD.shape[1]))
     for first, last in itertools.pairwise(read_offsets(offsets_N, x_TD).tolist()):
-        for start in range(first, last, rows):
+        for start in turns(range(first, last, rows), x_TD):
             yield first, start, min(last, start + rows), last
 
 
@@ -177,4 +177,5 @@ CONV_GRAD = operator(
     is_whole=True,
 )
 _conv = CONV.with_gradient(_save, _gradient)
-KERNEL = Kernel(causal_conv1d, operators={CONV.name: None, CONV_GRAD.name: None}, results=(CONV.name,))
+OPERATORS = {op.name: Whole(op.direct) for op in (CONV, CONV_GRAD)}
+KERNEL = Kernel(causal_conv1d, operators=OPERATORS, results=(CONV.name,))

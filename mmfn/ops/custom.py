@@ -55,7 +55,7 @@ def function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Calla
 class Operator:
     """A torch operator, `traced`, and the Python function it runs, `direct`: the same numbers, without its dispatch.
 
-    `is_whole`: it stays one operator under a plan's mode too, whose work a formula counts.
+    `is_whole`: it stays one operator under a plan's mode too, whose work and workspace its `Whole` counts.
     """
 
     name: str
@@ -99,10 +99,18 @@ class Operator:
 def operator(name: str, direct: Callable[..., Any], fake: Callable[..., Any], *, is_whole: bool = False) -> Operator:
     """Register `direct` as the torch operator `name`; it writes to none of its arguments and returns new tensors.
 
-    Its annotations are the operator's schema. `fake`: the same function of tensors without values. `is_whole`: a plan
-    counts its work by the operator's formula, and not what it holds meanwhile, where a trace of it would be long (a
-    loop over pieces of a row).
+    Its annotations are the operator's schema. `fake`: the same function of tensors without values. `is_whole`: a trace
+    of it is long (a loop over pieces of a row), so that a plan counts it as its `Whole` says; its loops are `turns`.
     """
     traced = torch.library.custom_op(name, direct, mutates_args=())
     traced.register_fake(fake)
     return Operator(name, direct, traced, is_whole)
+
+
+def turns(loop: range, x: Tensor) -> range:
+    """The turns of a loop over pieces of x: all, but the first three where x is on the meta device.
+
+    There a function runs only to tell what it holds, and by the third turn that is all: what the first begins with,
+    what the second still has of the first, and what the third finds as every later one does.
+    """
+    return loop[:3] if x.is_meta else loop

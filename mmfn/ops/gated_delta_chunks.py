@@ -22,6 +22,7 @@ tokens. In chunks a block of heads of values has as many of keys.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from mmfn.dtypes import wide
 from mmfn.ops.attention import read_offsets
+from mmfn.ops.custom import turns
 
 CHUNK = 64
 """Tokens of a chunk: float32 is off by 1e-6 of float64 at 64, twice that at 128, and products of 32 are slower."""
@@ -98,7 +100,7 @@ def entry_backward(
     do_THV: Tensor, q_TKC: Tensor, k_TKC: Tensor, g_TH: Tensor, beta_TH: Tensor, offsets_N: Tensor
 ) -> Tensor:
     """The gradient of the state before the first token from that of the output; it does not depend on v."""
-    T, run_T, _ = _prepare(offsets_N, do_THV)
+    T, run_T = _runs(offsets_N, do_THV)
     do_THV, q_TKC, k_TKC, g_TH, beta_TH = (x[:T] for x in (do_THV, q_TKC, k_TKC, g_TH, beta_TH))
     dtype, scale = wide(do_THV.dtype), q_TKC.shape[2] ** -0.5
     dstate_HCV = do_THV.new_zeros(do_THV.shape[1], k_TKC.shape[2], do_THV.shape[2], dtype=dtype)
@@ -121,18 +123,26 @@ def end_states(
         end_NHCV = v_THV.new_zeros(len(offsets_N) - 1, H, C, V, dtype=dtype)
     else:
         end_NHCV = state_NHCV.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    more = end_NHCV.shape[3] - V
-    bounds = read_offsets(offsets_N, v_THV).tolist()
-    for end_HCV, first, last in zip(end_NHCV, bounds[:-1], bounds[1:], strict=True):
-        k_LKC, v_LHV, g_LH, beta_LH = (x[first:last] for x in (k_TKC, v_THV, g_TH, beta_TH))
-        run_L = torch.zeros(last - first, dtype=torch.int64, device=v_THV.device)
-        for keys, groups in _blocks(k_LKC, v_LHV):
-            k = _unit(_to_chunks(k_LKC[:, keys].to(dtype)))[0]
-            for heads in groups:
-                v = F.pad(_to_chunks(v_LHV[:, heads].to(dtype)), (0, more))
-                chunks = _chunks(k, v, g_LH[:, heads], beta_LH[:, heads], run_L)
-                end_HCV[heads] = _scan(chunks, end_HCV[heads])[-1]
+    for n, (first, last) in _segments(offsets_N, v_THV):
+        _to_end_(end_NHCV[n], *(x[first:last] for x in (k_TKC, v_THV, g_TH, beta_TH)))
     return end_NHCV
+
+
+def _to_end_(state_HCV: Tensor, k_LKC: Tensor, v_LHV: Tensor, g_LH: Tensor, beta_LH: Tensor) -> None:
+    """Bring a state from before the first token of one segment behind its last."""
+    run_L, more = torch.zeros(len(v_LHV), dtype=torch.int64, device=v_LHV.device), state_HCV.shape[2] - v_LHV.shape[2]
+    for keys, groups in _blocks(k_LKC, v_LHV):
+        k = _unit(_to_chunks(k_LKC[:, keys].to(state_HCV.dtype)))[0]
+        for heads in groups:
+            v = F.pad(_to_chunks(v_LHV[:, heads].to(state_HCV.dtype)), (0, more))
+            chunks = _chunks(k, v, g_LH[:, heads], beta_LH[:, heads], run_L)
+            state_HCV[heads] = _scan(chunks, state_HCV[heads])[-1]
+
+
+def _segments(offsets_N: Tensor, x: Tensor) -> list[tuple[int, tuple[int, int]]]:
+    """Number, first and last token of every segment; for x on the meta device (see `turns`) one of each length."""
+    segments = list(enumerate(pairwise(read_offsets(offsets_N, x).tolist())))
+    return list({last - first: (n, (first, last)) for n, (first, last) in segments}.values()) if x.is_meta else segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +202,7 @@ def _scan(chunks: _Chunks, state_HCV: Tensor) -> Tensor:
     """States before every chunk and, last, behind all: [B + 1, H, C, V]."""
     states = state_HCV.new_empty(len(chunks.k) + 1, *state_HCV.shape)
     states[0] = state_HCV
-    for i in range(len(chunks.k)):
+    for i in turns(range(len(chunks.k)), chunks.k):
         u_HLV = torch.baddbmm(chunks.u[i], chunks.y[i], states[i], alpha=-1)
         torch.mul(states[i], chunks.whole[i], out=states[i + 1]).baddbmm_(chunks.leaving[i].mT, u_HLV)
     return states
@@ -203,7 +213,7 @@ def _scan_back(chunks: _Chunks, entering_q: Tensor, do: Tensor, du: Tensor, dend
     dstates = dend_HCV.new_empty(len(chunks.k) + 1, *dend_HCV.shape)
     dstates[-1] = dend_HCV
     torch.matmul(entering_q.mT, do, out=dstates[:-1])
-    for i in reversed(range(len(chunks.k))):
+    for i in turns(range(len(chunks.k))[::-1], chunks.k):
         du_HLV = torch.baddbmm(du[i], chunks.leaving[i], dstates[i + 1])
         dstates[i].baddbmm_(chunks.y[i].mT, du_HLV, alpha=-1).addcmul_(dstates[i + 1], chunks.whole[i])
     return dstates
@@ -271,18 +281,24 @@ def _blocks(k_TKC: Tensor, v_THV: Tensor) -> Iterator[tuple[slice, list[slice]]]
     """Blocks of heads of keys, and those of values that use them: as many at a time. Head h uses h // (H / K)."""
     (T, K, C), (H, V) = k_TKC.shape, v_THV.shape[1:]
     size, groups = max(1, BLOCK_VALUES // max(1, T * max(C, V))), H // K
-    for i in range(0, K if T else 0, size):
+    for i in turns(range(0, K if T else 0, size), k_TKC):
         end = min(K, i + size)
-        yield slice(i, end), [slice(i * groups + j, end * groups, groups) for j in range(groups)]
+        yield slice(i, end), [slice(i * groups + j, end * groups, groups) for j in turns(range(groups), k_TKC)]
 
 
 def _prepare(offsets_N: Tensor, *xs_T: Tensor) -> tuple[int, Tensor, list[Tensor]]:
     """Tokens of all segments, the number of each one's segment, and results like `xs_T`, zero behind those tokens."""
-    num_tokens, outs = int(read_offsets(offsets_N, xs_T[0])[-1]), [x.new_empty(x.shape) for x in xs_T]
+    num_tokens, run_T = _runs(offsets_N, xs_T[0])
+    outs = [x.new_empty(x.shape) for x in xs_T]
     for out in outs:
         out[num_tokens:] = 0
-    run_T = torch.searchsorted(offsets_N, torch.arange(num_tokens), right=True).to(xs_T[0].device)
     return num_tokens, run_T, outs
+
+
+def _runs(offsets_N: Tensor, x: Tensor) -> tuple[int, Tensor]:
+    """Tokens of all segments, and the number of each one's segment on x's device."""
+    num_tokens = int(read_offsets(offsets_N, x)[-1])
+    return num_tokens, torch.searchsorted(offsets_N, torch.arange(num_tokens), right=True).to(x.device)
 
 
 def _state(chunks: _Chunks, state_HCV: Tensor | None, heads: slice) -> Tensor:

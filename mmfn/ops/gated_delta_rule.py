@@ -19,7 +19,7 @@ from mmfn.ops import flops
 from mmfn.ops import gated_delta_chunks as chunks
 from mmfn.ops.attention import check_offsets
 from mmfn.ops.custom import Context, operator
-from mmfn.ops.kernel import Kernel
+from mmfn.ops.kernel import Kernel, Whole
 
 
 def gated_delta_rule(
@@ -227,10 +227,10 @@ _rule = RULE.with_gradient(_save, _gradient)
 
 OPERATORS = flops.register(
     {
-        RULE.name: chunks.forward_flops,
-        RULE_GRAD.name: chunks.backward_flops,
-        ENTRY_GRAD.name: chunks.entry_flops,
-        STATE.name: chunks.states_flops,
+        RULE.name: Whole(RULE.direct, chunks.forward_flops),
+        RULE_GRAD.name: Whole(RULE_GRAD.direct, chunks.backward_flops),
+        ENTRY_GRAD.name: Whole(ENTRY_GRAD.direct, chunks.entry_flops),
+        STATE.name: Whole(STATE.direct, chunks.states_flops),
     }
 )
 KERNEL = Kernel(gated_delta_rule, operators=OPERATORS, results=(RULE.name,))

@@ -16,6 +16,22 @@ Operators = Mapping[str, Formula | None]
 
 
 @dataclass(frozen=True, eq=False)
+class Whole:
+    """The formula of an operator that a plan counts as one (`mmfn.ops.custom.Operator.is_whole`).
+
+    `body`: what it runs. A plan runs it once for all calls of the same shapes and offsets, on tensors without values,
+    to learn its workspace: the bytes alive beside arguments and results. `flops`: None where it multiplies no matrices.
+    """
+
+    body: Callable[..., Any]
+    flops: Formula | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> int:
+        """FLOPs of one call."""
+        return self.flops(*args, **kwargs) if self.flops is not None else 0
+
+
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """A function, called as it is, and its declaration.
 

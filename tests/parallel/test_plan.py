@@ -97,12 +97,7 @@ def test_what_is_kept_of_an_exchange_is_counted() -> None:
         assert of_site[2] == of_site[0] != of_site[1]
 
 
-UNCOUNTED = pytest.mark.xfail(strict=True, reason="what an operator that loops holds meanwhile (Operator.is_whole)")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=UNCOUNTED) if name.startswith("delta") else name for name in SAMPLE]
-)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_the_peak_is_that_of_the_allocator(name: str) -> None:
     """torch's own allocation events know nothing of the recorder."""
     setup, layout = make(**CASES[name])

@@ -127,6 +127,32 @@ class _Like(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=_META)
 
 
+class _Values(NamedTuple):
+    """Integers that are known, such as offsets."""
+
+    values: Any
+    dtype: torch.dtype
+
+    def make(self) -> Tensor:
+        """A tensor of them on the host."""
+        return torch.tensor(self.values, dtype=self.dtype)
+
+
+def freeze(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments as a key: floating-point tensors by shape, integers in vectors by value."""
+    return tuple(
+        _Values(tuple(x.tolist()), x.dtype)
+        if isinstance(x, Tensor) and not x.dtype.is_floating_point
+        else _freeze([x])[0]
+        for x in args
+    )
+
+
+def thaw(key: Sequence[Any]) -> list[Any]:
+    """The arguments of `freeze`, floating-point tensors on the meta device."""
+    return _thaw(key)
+
+
 def _outputs(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """New meta tensors, of shapes that are worked out once for each kind of call."""
     made = _shapes_of(func, _freeze(args), tuple(kwargs), _freeze(list(kwargs.values())))
@@ -157,7 +183,7 @@ def _freeze(values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _thaw(values: Sequence[Any]) -> list[Any]:
-    return [v.make() if isinstance(v, _Like) else _thaw(v[1]) if v[0] is list else v[1] for v in values]
+    return [v.make() if isinstance(v, _Like | _Values) else _thaw(v[1]) if v[0] is list else v[1] for v in values]
 
 
 def _to_meta(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmfn.ops import Ops, flops, kernels
-from mmfn.ops.kernel import Formula
+from mmfn.ops.kernel import Formula, Whole
 from mmfn.parallel.mesh.axis import InProcess
 from mmfn.parallel.mesh.layout import Layout, Mesh, Partition, make_mesh
 from mmfn.parallel.planning import fake_tensors as shapes
@@ -161,13 +162,15 @@ class Recorder(EagerMode):
         self._turn()
         is_shaped = self.is_fake and func is not _MOVED
         out = shapes.run(func, types, args, kwargs) if is_shaped else func(*args, **kwargs)
-        if not types and (formula := self._formula(func)) is not None:
-            work = formula(*args, **kwargs, out_val=out)
+        formula = None if types else self._formula(func)
+        if formula is not None and (work := formula(*args, **kwargs, out_val=out)):
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
         site = args[2] if func is _COUNTED else "exchanged" if func is _MOVED else None
         for x in (out,) if isinstance(out, Tensor) else out if isinstance(out, Sequence) else ():
             if isinstance(x, Tensor):
                 self.allocate(x, site)
+        if isinstance(formula, Whole):
+            self._pass(workspace(formula.body, shapes.freeze(args)))
         return out
 
     @property
@@ -197,6 +200,11 @@ class Recorder(EagerMode):
             self._events += 1
 
         self._alive[key] = index, weakref.ref(storage, free)
+
+    def _pass(self, num_bytes: int) -> None:
+        """Count bytes that were alive within the operator that has just run."""
+        self.allocations.append(Allocation(num_bytes, self.site, self.phase, self._events, self._events + 1))
+        self._events += 2
 
     def hold(self, phase: str, tensors: Iterable[Any]) -> None:
         """Count tensors that were made outside, under the name of a phase."""
@@ -344,6 +352,19 @@ class Recorder(EagerMode):
         if a.site == "exchanged" and not outlives:
             return "communication"
         return "activations" if outlives else "temporaries"
+
+
+@lru_cache(maxsize=2**12)
+def workspace(body: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """The most bytes that an operator's body holds beside its arguments (`fake_tensors.freeze`) and its results."""
+    tensors = shapes.thaw(args)
+    with Recorder(is_fake=True) as recorder:
+        recorder.hold("batch", tensors)
+        recorder.begin()
+        out = body(*tensors)
+        remains = sum(a.num_bytes for a in recorder.allocations if a.died < 0)
+        del out
+    return recorder.trace().peak.total - remains
 
 
 @dataclass(frozen=True)
