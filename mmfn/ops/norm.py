@@ -39,7 +39,7 @@ def rms_norm_gated(x_D: Tensor, gate_D: Tensor, weight_D: Tensor, eps: float) ->
     """`rms_norm(x, weight, eps) * silu(gate)`, the product and silu in float32 or wider; in x's shape and dtype.
 
     Shapes and dtypes as in `rms_norm`; `gate_D` as x. Raises ValueError for other shapes. Source: the gated norm of
-    Qwen3.5 in transformers 5.23, casts included.
+    Gated DeltaNet layers in transformers 5.23, casts included.
     """
     _check_gated(x_D, gate_D, weight_D)
     if is_eager(x_D):
