@@ -67,6 +67,10 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"layout.compute_rules": {}}, "layout.compute_rules has no effect where all is computed in float32"),
     ({"layout.dp": 2, "layout.reduce_dtype": "float32"}, "layout.reduce_dtype has no effect where all is computed"),
     ({"optimizer.master": True}, "optimizer.master has no effect with model.dtype 'float32'"),
+    (
+        {"data.columns": {"messages": "turns"}},
+        "data.format, data.columns, data.tags, data.ignore: columns need a format",
+    ),
     ({"data.max_tokens": 65}, "data.max_tokens 65 is above the largest token bucket of (64,); lower it"),
     ({"data.workers": 0, "data.ahead": 9}, "data.ahead has no effect with workers 0"),
     (

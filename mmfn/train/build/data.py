@@ -35,13 +35,15 @@ def load_model_processor(path: str, template: str | None = None) -> Processor:
     return load_processor(folder, source)
 
 
-def open_dataset(config: Config, path: str, processor: Processor) -> Dataset:
-    """One of the config's data files, checked as far as it can be without opening media."""
+def open_dataset(config: Config, path: str, processor: Processor, max_samples: int | None = None) -> Dataset:
+    """One of the config's data files, or its first entries, checked as far as it can be without opening media."""
     return Dataset(
         path,
         processor,
         media_root=config.data.root,
         max_tokens=config.data.max_tokens,
+        max_samples=max_samples,
+        dialect=config.data.dialect,
         cache_bytes=config.data.cache_mib * 2**20,
     )
 

@@ -79,7 +79,7 @@ def prepare(loaded: Loaded, say: Callable[[str], None], place: Place | None = No
         check_output(loaded)
     objective = build_objective(config.objective)  # an unknown name is found first
     processor = load_model_processor(config.model.path, config.data.template)
-    train_set = open_dataset(config, config.data.train, processor)
+    train_set = open_dataset(config, config.data.train, processor, config.data.max_samples)
     held_out = open_dataset(config, config.data.eval, processor) if config.data.eval is not None else None
     if world.size > 1:
         check_same(files_in_common(config), world)

@@ -14,6 +14,7 @@ from mmfn.train.config.layout import RematStack
 from mmfn.train.config.learning import LoraSection
 from mmfn.train.config.rule import Breach, Rule, Stack, Subject, asked, idle, refused
 from mmfn.train.config.schema import Config
+from mmfn.train.dialect import check_dialect
 
 
 def _is_alone(c: Config) -> bool:
@@ -194,6 +195,10 @@ RULES = (
     ),
     idle("optimizer.master", lambda c: c.model.dtype == "float32", "with model.dtype 'float32'"),
     # data
+    asked(
+        "data.format data.columns data.tags data.ignore",
+        lambda c: check_dialect(c.data.dialect),
+    ),
     refused(
         "data.max_tokens data.token_buckets",
         lambda c: c.data.max_tokens is not None and c.data.max_tokens > c.data.token_buckets[-1],

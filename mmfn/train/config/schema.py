@@ -16,7 +16,8 @@ from mmfn.train.config.learning import (
     OptimizerSection,
     ScheduleSection,
 )
-from mmfn.train.config.section import Buckets, ConfigSection, Dtype
+from mmfn.train.config.section import Buckets, ConfigSection, Different, Dtype, Patterns
+from mmfn.train.dialect import Dialect
 
 
 class ModelSection(ConfigSection):
@@ -41,6 +42,21 @@ class DataSection(ConfigSection):
 
     train: str = Field(description="training set, JSON or JSONL (docs/data.md)")
     eval: str | None = Field(default=None, description="held-out set in the same format; null: no evaluation")
+    format: Literal["auto", "messages", "openai", "llava", "sharegpt", "multimodal_tool", "alpaca"] = Field(
+        default="auto", description="what entries look like (docs/data.md); auto: found out for each"
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="keys of an entry that are called otherwise than in the format: {messages: turns}"
+    )
+    tags: dict[str, str] = Field(
+        default={}, description="the same of turns and their speakers: {role_tag: role, user_tag: user}"
+    )
+    ignore: Annotated[Patterns, Different] = Field(
+        default=(), description="keys of entries and turns that are left out; any other unknown key is refused"
+    )
+    max_samples: PositiveInt | None = Field(
+        default=None, description="how many entries of `train` are used, from the first on; null: all"
+    )
     root: str | None = Field(
         default=None, description="folder that media paths resolve in; null: the data file's own folder"
     )
@@ -65,6 +81,11 @@ class DataSection(ConfigSection):
     cache_mib: Annotated[int, Field(ge=0)] = Field(
         default=256, description="memory for prepared samples, in MiB; 0: no cache"
     )
+
+    @property
+    def dialect(self) -> Dialect:
+        """How entries are to be read."""
+        return Dialect(format=self.format, columns=self.columns, tags=self.tags, ignore=self.ignore)
 
 
 class TrainSection(ConfigSection):

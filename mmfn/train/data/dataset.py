@@ -15,6 +15,7 @@ from mmfn.train.data.image import decode_image
 from mmfn.train.data.processor import Processor, encode_sample
 from mmfn.train.data.records import Message, Record, count_media, plain_text, read_records
 from mmfn.train.data.video import decode_frames, decode_video
+from mmfn.train.dialect import Dialect
 
 
 class Dataset:
@@ -27,16 +28,19 @@ class Dataset:
         *,
         media_root: str | PathLike[str] | None = None,
         max_tokens: int | None = None,
+        max_samples: int | None = None,
+        dialect: Dialect | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
         """Read and check the whole file (media are opened when their sample is asked for).
 
         `media_root`: folder inside which all media paths must lie, by default the file's own. `max_tokens`: longest
-        sample accepted. `cache_bytes`: finished samples kept in memory, at most; 0 keeps none. Raises ValueError naming
-        the file and entry.
+        sample accepted. `max_samples`: how many entries are read, from the first on. `dialect`: the format they are in,
+        by default found out. `cache_bytes`: finished samples kept in memory, at most; 0 keeps none. Raises ValueError
+        naming the file and entry.
         """
         self.path = Path(path)
-        self.records = read_records(self.path)
+        self.records = read_records(self.path, dialect, max_samples)
         self.processor = processor
         self.max_tokens = max_tokens
         self.media_root = Path(media_root if media_root is not None else self.path.parent).resolve()

@@ -82,13 +82,16 @@ def test_both_file_forms(tmp_path, form):
             "message 1: 'content' must be a string or a list of parts, got None",
         ),
         ({"messages": [{"role": "user", "content": 3}]}, "'content' must be a string"),
-        ({"messages": [{"role": "user", "contents": "x"}]}, "unknown key 'contents', nearest is 'content'"),
+        (
+            {"messages": [{"role": "user", "contents": "x"}]},
+            "unknown key 'contents' of a message of the user, nearest is 'content'",
+        ),
         (
             {"messages": [QUESTION, {"role": "system", "content": "x"}]},
             "message 1: the 'system' message must come first",
         ),
         (
-            {"messages": [QUESTION, {"role": "assistant", "content": "<image>"}]},
+            {"messages": [QUESTION, {"role": "assistant", "content": [IMAGE_PART]}]},
             "cannot stand in a message of the assistant",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "'type' of text, image, video or audio"),
