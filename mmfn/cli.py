@@ -1,4 +1,4 @@
-"""The command line: `mmfn train CONFIG [key=value ...]`, `mmfn eval ...`, `mmfn generate ...`; also `python -m mmfn`.
+"""The command line: `mmfn train CONFIG [key=value ...]`, `mmfn eval ...`, `mmfn data ...`; also `python -m mmfn`.
 
 Whatever a user can get wrong ends in one sentence on standard error and exit code 2, with nothing half-written; a fault
 of the program keeps its traceback and exits with 1. Of several ranks (`torchrun --nproc-per-node N -m mmfn ...`) the
@@ -21,7 +21,13 @@ from mmfn import __version__
 from mmfn.errors import UserError
 from mmfn.parallel.mesh import launch
 
-COMMANDS = {"train": "train", "eval": "evaluate", "plan": "plan", "generate": "generate"}  # and its module
+COMMANDS = {
+    "train": "train",
+    "eval": "evaluate",
+    "plan": "plan",
+    "generate": "generate",
+    "data": "data",
+}  # and its module
 KERNELS = ("portable", "reference", "cuda", "npu")
 ON_RANKS = ("train", "eval")
 FAULT, USAGE_ERROR, INTERRUPTED = 1, 2, 130
@@ -144,7 +150,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--kernels", choices=KERNELS, default="portable", help="the table of ops that computes (default portable)"
     )
+    _add_data(command("data", "work on data sets"))
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = "write a data set of any format as messages, one line for each entry"
+    sub = actions.add_parser("convert", help=text, description=text)
+    sub.add_argument("source", metavar="IN", help="JSON or JSONL file (docs/data.md)")
+    sub.add_argument("out", metavar="OUT", help="JSONL file to write")
+    sub.add_argument("--to", choices=("messages",), default="messages", help="format to write (default messages)")
+    sub.add_argument("--format", default="auto", metavar="NAME", help="as data.format (default auto)")
+    sub.add_argument("--column", action="append", default=[], metavar="NAME=KEY", help="as in data.columns; repeatable")
+    sub.add_argument("--tag", action="append", default=[], metavar="NAME=VALUE", help="as in data.tags; repeatable")
+    sub.add_argument("--ignore", action="append", default=[], metavar="KEY", help="as in data.ignore; repeatable")
 
 
 def _sentence(error: BaseException, args: argparse.Namespace) -> str | None:

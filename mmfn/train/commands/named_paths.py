@@ -7,7 +7,7 @@ from mmfn.errors import UserError
 from mmfn.train.planning.request import read
 from mmfn.train.run.folder import input_paths
 
-ARGUMENTS = ("config", "checkpoint", "out", "json", "html", "adapter")
+ARGUMENTS = ("config", "checkpoint", "out", "json", "html", "adapter", "source")
 
 
 def named_paths(args: argparse.Namespace) -> list[Path]:
