@@ -286,7 +286,7 @@ def test_the_tables_of_the_command_line_are_those_of_ops() -> None:
     assert tuple(TABLES) == cli.KERNELS
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["data"], ["data", "convert"]])
 def test_help_needs_no_torch(command: list[str]) -> None:
     code = (
         f"import sys\nfrom mmfn import cli\ntry: cli.main({[*command, '--help']!r})\n"

@@ -12,6 +12,7 @@ from PIL import Image
 from mmfn.batch import IGNORE, IMAGE, VIDEO
 from mmfn.models.layers.patches import lay_frames
 from mmfn.train.data import Dataset, dataset, decode_frames, decode_image
+from mmfn.train.dialect import Dialect
 
 
 @pytest.fixture
@@ -149,6 +150,23 @@ def test_placeholder_tokens_in_the_text_are_refused(folder, processor):
     messages = [{"role": "user", "content": "<|image_pad|>"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(ValueError, match=r"sample 'x' of .*1 image placeholders for 0 images"):
         Dataset(_write(folder, messages=messages), processor).sample(0)
+
+
+def test_the_first_samples_alone(digits, processor):
+    few, all_ = (Dataset(digits / "eval.json", processor, max_samples=n) for n in (3, None))
+    assert few.records == all_.records[:3]
+    assert len(all_) > 3
+
+
+def test_a_file_in_words_of_its_own(folder, processor):
+    entry = {"talk": [{"from": "me", "value": "<image>?"}, {"from": "gpt", "value": "a"}], "image": "media/0.png"}
+    (folder / "own.json").write_text(json.dumps([entry]))
+    dialect = Dialect(format="sharegpt", columns={"messages": "talk"}, tags={"user_tag": "me"})
+    messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]
+    known = Dataset(_write(folder, messages=messages, images=["media/0.png"]), processor).sample(0)
+    sample = Dataset(folder / "own.json", processor, dialect=dialect).sample(0)
+    assert torch.equal(sample.tokens_T, known.tokens_T)
+    assert torch.equal(sample.labels_T, known.labels_T)
 
 
 def test_long_samples_are_refused_not_cut(folder, processor):

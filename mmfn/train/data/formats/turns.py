@@ -27,9 +27,10 @@ def read_turns(entry: Mapping[str, Any], columns: Names, tags: Names) -> list[di
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{key!r} must be a list of at least one message, got {show(raw)}; write the turns there")
     messages = system_message(entry, columns)
+    roles = {tags[name]: role for name, role in ROLES.items() if name in tags}
     for place, turn in enumerate(raw):
         try:
-            message = _read_turn(turn, tags, key)
+            message = _read_turn(turn, tags, roles, key)
             if message["role"] == "system" and messages:
                 raise UserError("the system turn must come first and stand alone; join it with the first")
         except UserError as error:
@@ -50,12 +51,11 @@ def system_message(entry: Mapping[str, Any], columns: Names) -> list[dict[str, A
     return [{"role": "system", "content": text}] if text else []
 
 
-def _read_turn(turn: Any, tags: Names, column: str) -> dict[str, Any]:
+def _read_turn(turn: Any, tags: Names, roles: Names, column: str) -> dict[str, Any]:
     speaker_key, text_key = tags["role_tag"], tags["content_tag"]
     if not isinstance(turn, dict) or not {speaker_key, text_key} <= turn.keys():
         raise UserError(f"a turn of {column!r} needs {speaker_key!r} and {text_key!r}, got {show(turn)}; write both")
     check_keys(turn, (speaker_key, text_key), "a turn")
-    roles = {tags[name]: role for name, role in ROLES.items() if name in tags}
     speaker, text = turn[speaker_key], turn[text_key]
     if not isinstance(speaker, str) or speaker not in roles:
         raise UserError(
