@@ -117,6 +117,7 @@ def render(
     is_prompt: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the character spans the assistant wrote. Raises as `encode` does."""
+    _check_place(messages, tools, chat.original or chat.templates[0])
     expected = _render(messages, chat, chat.original, tools, is_prompt)[0] if chat.original else None
     if expected is not None and is_prompt:  # nothing of a prompt is supervised, so its own template is all it takes
         return expected, []
@@ -128,6 +129,19 @@ def render(
         "the checkpoint's chat template has no {% generation %} block and renders these messages unlike the training "
         f"templates of mmfn ({', '.join(chat.format.templates)}); give a template with generation blocks"
     )
+
+
+def _check_place(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, template: str
+) -> None:
+    """What a template does not even mention it would drop without a word."""
+    said = {key for message in messages for key in ("reasoning_content", "tool_calls") if message.get(key)}
+    for key in sorted(said | ({"tools"} if tools else set())):
+        if key not in template:
+            raise UserError(
+                f"the chat template has no place for {key!r} and would drop it; write it into the content as the model "
+                "writes it, or give a template that has one"
+            )
 
 
 def _render(

@@ -204,6 +204,24 @@ def test_bad_templates(tokenizer):
 
 
 @pytest.mark.parametrize(
+    "source", ["", PLAIN.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")]
+)
+@pytest.mark.parametrize("key", ["reasoning_content", "tool_calls", "tools"])
+def test_what_a_template_would_drop_is_refused(tokenizer, source, key):
+    """The family's training template writes calls and tools, a plain one neither, and no one here thoughts."""
+    chat = make_chat(tokenizer, source) if source else replace(make_chat(tokenizer), original="")
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    more = {"reasoning_content": {"reasoning_content": "hm"}, "tool_calls": {"tool_calls": [call]}, "tools": {}}[key]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x", **more}]
+    tools = [call] if key == "tools" else None
+    if not source and key != "reasoning_content":
+        assert '"name": "f"' in render(messages, chat, tools=tools)[0]
+        return
+    with pytest.raises(ValueError, match=f"has no place for '{key}' and would drop it; write it into the content"):
+        render(messages, chat, tools=tools)
+
+
+@pytest.mark.parametrize(
     "source", ["{{ 1 / 0 }}", "{{ '{a}'.format() }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% if %}"]
 )
 def test_a_template_that_fails(tokenizer, source):
