@@ -80,7 +80,8 @@ def check_dialect(dialect: Dialect) -> None:
             if names:
                 raise UserError(f"{kind} need a format; set one of {', '.join(FORMATS)} instead of 'auto'")
         for key in dialect.ignore:
-            if any(key in (*row.columns.values(), *row.tags.values()) for row in FORMATS.values()):
+            read = {name for row in FORMATS.values() for name in (*row.columns.values(), *row.tags.values())}
+            if key in (*read, *map(singular, _MEDIA)):
                 raise UserError(f"{key!r} is to be ignored but some format reads it; set the format, or remove it")
         return
     if dialect.format not in FORMATS:
@@ -95,17 +96,25 @@ def check_dialect(dialect: Dialect) -> None:
             if not key:
                 raise UserError(f"{kind} {name!r} is empty; give it the name that the file uses")
     columns, tags = resolve(dialect)
+    one_medium = {
+        f"one of {name}": singular(columns[name]) for name in _MEDIA if singular(columns[name]) != columns[name]
+    }
     speakers = {name: tag for name, tag in tags.items() if name not in ("role_tag", "content_tag")}
     parts = {name: tag for name, tag in tags.items() if name not in speakers}
-    for kind, names in (("columns", columns), ("tags", speakers), ("tags", parts)):
+    for kind, names in (("columns", {**columns, **one_medium}), ("tags", speakers), ("tags", parts)):
         seen: dict[str, str] = {}
         for name, key in names.items():
             if key in seen:
                 raise UserError(f"{kind} {seen[key]!r} and {name!r} both stand for {key!r}; give them different names")
             seen[key] = name
     for key in dialect.ignore:
-        if key in (*columns.values(), *parts.values()):
+        if key in (*columns.values(), *one_medium.values(), *parts.values()):
             raise UserError(f"{key!r} is to be ignored but format {dialect.format!r} reads it; remove it from the list")
+
+
+def singular(column: str) -> str:
+    """What the key of a list of media is called where there is one of them: images -> image."""
+    return column.removesuffix("s")
 
 
 def resolve(dialect: Dialect) -> tuple[Names, Names]:

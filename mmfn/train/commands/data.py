@@ -27,7 +27,10 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     lines = [_line(form, record) for form, record in read_forms(source, dialect)]
     if not lines:
         raise UserError(f"dataset {args.source!r} is empty; it must hold at least one conversation")
-    write_text(out, "".join(lines))
+    try:
+        write_text(out, "".join(lines))
+    except OSError as error:
+        raise UserError(f"OUT {args.out!r} cannot be written ({error.strerror}); choose another place") from error
     say(f"wrote {len(lines)} entries to {args.out}")
     if out.parent.resolve() != source.parent.resolve():
         say(f"paths of media are unchanged; set data.root={source.parent} to train on it")

@@ -84,6 +84,18 @@ def test_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: st
     assert again.read_bytes() == out.read_bytes()
 
 
+def test_a_disk_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / ".out.jsonl.x"))
+
+    monkeypatch.setattr("mmfn.train.commands.data.write_text", fail)
+    (tmp_path / "in.json").write_text(json.dumps(SETS["llava"][0]))
+    assert cli.main(["data", "convert", str(tmp_path / "in.json"), str(tmp_path / "out.jsonl")]) == 2
+    assert "out.jsonl' cannot be written (Permission denied); choose another place" in capsys.readouterr().err
+
+
 def test_it_says_where_media_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in.json").write_text(json.dumps(SETS["llava"][0]))
     (tmp_path / "to").mkdir()

@@ -1,10 +1,13 @@
 """Every format is the same conversation in other words; what none of them knows is refused by name."""
 
+import copy
 import json
+import random
 from typing import Any
 
 import pytest
 
+from mmfn.errors import UserError
 from mmfn.train.data.records import Record, parse_record, read_records
 from mmfn.train.dialect import FORMATS, Dialect, check_dialect
 
@@ -320,6 +323,74 @@ def test_what_is_wrong_is_said_in_one_short_sentence(tmp_path, entry, message):
     assert ";" in str(error.value)  # the fix
 
 
+WHOLE = [
+    PLAIN,
+    WITH_TOOLS,
+    {"conversations": SHAREGPT_TOOLS, "tools": [json.dumps(TOOL)], "system": "x", "image": []},
+    {"messages": ROLE_TOOLS, "tools": json.dumps([TOOL])},
+    {**ALPACA, "history": [["a", "b"]]},
+    {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": [URL_PART]}]},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "video", "video": ["a", "b"]}, {"type": "text", "text": "c"}]}
+        ]
+    },
+]
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    "",
+    "x",
+    "[]",
+    "{",
+    "<image>",
+    [],
+    {},
+    [[]],
+    [None],
+    ["x"],
+    [{}],
+    {"type": []},
+    {"x": "y"},
+]
+
+
+def mutated(value: Any, rand: random.Random) -> Any:
+    """A value in which one place, at any depth, is something else, is missing, or stands under another name."""
+    if isinstance(value, dict | list) and value and rand.random() < 0.8:
+        items = value if isinstance(value, list) else [*value.items()]
+        place = rand.randrange(len(items))
+        if isinstance(value, list):
+            return [*value[:place], mutated(value[place], rand), *value[place + 1 :]]
+        key, inner = items[place]
+        if rand.random() < 0.2:
+            return {name: item for name, item in value.items() if name != key} | (
+                {"kex": inner} if rand.random() < 0.5 else {}
+            )
+        return {**value, key: mutated(inner, rand)}
+    return copy.deepcopy(rand.choice(ODD))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_wrong_is_a_sentence(seed):
+    """Read as any format, a broken entry either is a record or is refused; nothing else comes of it."""
+    rand = random.Random(seed)
+    sentences = []
+    for _ in range(500):
+        entry = rand.choice(WHOLE)
+        for _ in range(rand.randint(1, 3)):
+            entry = mutated(entry, rand)
+        try:
+            assert isinstance(read(entry, rand.choice(["auto", "auto", *FORMATS])), Record)
+        except UserError as error:
+            sentences.append(str(error))
+    assert 250 < len(sentences) < 500
+    assert not any("\n" in sentence for sentence in sentences)
+
+
 def test_a_key_that_stands_twice(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}')
@@ -358,6 +429,12 @@ def test_a_key_that_stands_twice(tmp_path):
             {"format": "sharegpt", "tags": {"role_tag": "value"}},
             "tags 'role_tag' and 'content_tag' both stand for 'value'",
         ),
+        (
+            {"format": "llava", "columns": {"videos": "image"}},
+            "columns 'videos' and 'one of images' both stand for 'image'",
+        ),
+        ({"format": "llava", "ignore": ("image",)}, "'image' is to be ignored but format 'llava' reads it"),
+        ({"ignore": ("video",)}, "'video' is to be ignored but some format reads it"),
         ({"format": "sharegpt", "ignore": ("from",)}, "'from' is to be ignored but format 'sharegpt' reads it"),
     ],
 )

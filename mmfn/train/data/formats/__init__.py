@@ -13,7 +13,7 @@ from mmfn.train.data.entries import check_keys, show
 from mmfn.train.data.formats.alpaca import read_alpaca
 from mmfn.train.data.formats.openai import list_messages, read_openai
 from mmfn.train.data.formats.turns import read_turns
-from mmfn.train.dialect import Dialect, Names, resolve
+from mmfn.train.dialect import Dialect, Names, resolve, singular
 
 MEDIA = ("image", "video", "audio")
 Reader = Callable[[Mapping[str, Any], Names, Names], list[Any]]
@@ -43,8 +43,8 @@ def to_messages(entry: Any, dialect: Dialect) -> dict[str, Any]:
     turns = entry.get(columns["messages"]) if "messages" in columns else None
     if dialect.ignore and isinstance(turns, list):
         entry = {**entry, columns["messages"]: [_without(turn, dialect.ignore) for turn in turns]}
-    singular = [columns[f"{kind}s"].removesuffix("s") for kind in MEDIA]
-    check_keys(entry, ("id", *columns.values(), *singular), f"an entry in format {dialect.format}")
+    single = [singular(columns[f"{kind}s"]) for kind in MEDIA]
+    check_keys(entry, ("id", *columns.values(), *single), f"an entry in format {dialect.format}")
     form: dict[str, Any] = {"id": entry["id"]} if "id" in entry else {}
     form["messages"] = READERS[dialect.format](entry, columns, tags)
     for kind in MEDIA:
@@ -102,10 +102,10 @@ def _without(item: Any, ignore: tuple[str, ...]) -> Any:
 
 def _media(entry: Mapping[str, Any], key: str) -> list[Any] | None:
     """`images` (or LLaVA's `image`), a path or a list of paths, as a list; None where there are none."""
-    singular = key.removesuffix("s")
-    values = {name: entry[name] for name in (key, singular) if entry.get(name) is not None}
+    single = singular(key)
+    values = {name: entry[name] for name in (key, single) if entry.get(name) is not None}
     if len(values) > 1:
-        raise UserError(f"an entry needs one of {singular!r} and {key!r}, not both; join them in {key!r}")
+        raise UserError(f"an entry needs one of {single!r} and {key!r}, not both; join them in {key!r}")
     raw = next(iter(values.values()), None)
     if raw is None or isinstance(raw, list):
         return raw

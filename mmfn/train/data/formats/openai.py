@@ -39,7 +39,7 @@ def _read_message(place: int, message: Any) -> Any:
 
 def _read_part(part: Any) -> Any:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in _URLS:
+    if not isinstance(kind, str) or kind not in _URLS:
         return part
     check_keys(part, ("type", kind), f"a part of type {kind}")
     url = part.get(kind)
