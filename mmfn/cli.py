@@ -158,6 +158,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = "write a data set of any format as messages, one line for each entry"
     sub = actions.add_parser("convert", help=text, description=text)
+    sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     sub.add_argument("source", metavar="IN", help="JSON or JSONL file (docs/data.md)")
     sub.add_argument("out", metavar="OUT", help="JSONL file to write")
     sub.add_argument("--to", choices=("messages",), default="messages", help="format to write (default messages)")

@@ -9,6 +9,7 @@ from typing import Any
 from mmfn.errors import UserError
 
 _SHOWN_CHARACTERS = 100
+IGNORE_IT = "correct or remove it, or name it in data.ignore"
 
 
 def read_entries(path: Path) -> Iterator[Any]:
@@ -51,13 +52,13 @@ def check_text(entry: Any) -> None:
         raise UserError("the entry is nested too deeply; flatten it") from None
 
 
-def check_keys(item: Mapping[str, Any], known: Iterable[str], what: str) -> None:
+def check_keys(item: Mapping[str, Any], known: Iterable[str], what: str, fix: str = "correct or remove it") -> None:
     """Raises ValueError for a key that is not known, naming the nearest one. `what`: "an entry", "a text part"."""
     known = list(known)
     for key in item:
         if key not in known:
             near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown key {key!r} of {what}, nearest is {near!r}; correct or remove it")
+            raise UserError(f"unknown key {key!r} of {what}, nearest is {near!r}; {fix}")
 
 
 def show(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mmfn.errors import UserError
 from mmfn.train.data.calls import check_answers, read_calls, read_tools
-from mmfn.train.data.entries import check_keys, check_text, read_entries, show
+from mmfn.train.data.entries import IGNORE_IT, check_keys, check_text, read_entries, show
 from mmfn.train.data.formats import MEDIA, to_messages
 from mmfn.train.dialect import Dialect
 
@@ -126,7 +126,7 @@ def _parse_message(message: Any, place: int) -> dict[str, Any]:
         if not isinstance(role, str) or role not in KEYS:
             check_keys(message, {key: None for keys in KEYS.values() for key in keys}, "a message")
             raise UserError(f"'role' must be one of {list(KEYS)}, got {show(role)}; correct it")
-        check_keys(message, KEYS[role], f"a message of the {role}")
+        check_keys(message, KEYS[role], f"a message of the {role}", IGNORE_IT)
         if role == "system" and place > 0:
             raise UserError(
                 "the 'system' message must come first; chat templates drop a later one, join it with the first"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mmfn import cli
+from mmfn.errors import UserError
 from mmfn.train.data.records import read_records
 from mmfn.train.dialect import Dialect
 
@@ -94,6 +95,12 @@ def test_a_disk_that_cannot_be_written(
     (tmp_path / "in.json").write_text(json.dumps(SETS["llava"][0]))
     assert cli.main(["data", "convert", str(tmp_path / "in.json"), str(tmp_path / "out.jsonl")]) == 2
     assert "out.jsonl' cannot be written (Permission denied); choose another place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["data", "--debug", "convert"], ["data", "convert", "--debug"]])
+def test_debug_shows_the_traceback(tmp_path: Path, args: list[str]) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        cli.main([*args, str(tmp_path / "nowhere.json"), str(tmp_path / "out.jsonl")])
 
 
 def test_it_says_where_media_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

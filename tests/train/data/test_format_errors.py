@@ -245,6 +245,17 @@ def test_whatever_is_wrong_is_a_sentence(seed):
     assert not any("\n" in sentence for sentence in sentences)
 
 
+def test_it_says_what_can_be_ignored():
+    """Keys of entries, turns and messages; those of parts and calls are no business of a data set's maker."""
+    for entry, _ in WRONG_KEYS:
+        with pytest.raises(ValueError, match="unknown key") as error:
+            read(entry)
+        is_inner = any(
+            f" of {what}" in str(error.value) for what in ("a part", "a tool", "a function", "an image", "a message,")
+        )
+        assert ("or name it in data.ignore" in str(error.value)) != is_inner
+
+
 def test_a_key_that_stands_twice(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}')

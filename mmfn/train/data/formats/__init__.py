@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mmfn.errors import UserError
-from mmfn.train.data.entries import check_keys, show
+from mmfn.train.data.entries import IGNORE_IT, check_keys, show
 from mmfn.train.data.formats.alpaca import read_alpaca
 from mmfn.train.data.formats.openai import list_messages, read_openai
 from mmfn.train.data.formats.turns import read_turns
@@ -44,7 +44,7 @@ def to_messages(entry: Any, dialect: Dialect) -> dict[str, Any]:
     if dialect.ignore and isinstance(turns, list):
         entry = {**entry, columns["messages"]: [_without(turn, dialect.ignore) for turn in turns]}
     single = [singular(columns[f"{kind}s"]) for kind in MEDIA]
-    check_keys(entry, ("id", *columns.values(), *single), f"an entry in format {dialect.format}")
+    check_keys(entry, ("id", *columns.values(), *single), f"an entry in format {dialect.format}", IGNORE_IT)
     form: dict[str, Any] = {"id": entry["id"]} if "id" in entry else {}
     form["messages"] = READERS[dialect.format](entry, columns, tags)
     for kind in MEDIA:

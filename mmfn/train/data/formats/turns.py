@@ -9,7 +9,7 @@ from typing import Any
 
 from mmfn.errors import UserError
 from mmfn.train.data.calls import read_calls
-from mmfn.train.data.entries import check_keys, decode, show
+from mmfn.train.data.entries import IGNORE_IT, check_keys, decode, show
 from mmfn.train.dialect import Names
 
 ROLES = {
@@ -55,7 +55,7 @@ def _read_turn(turn: Any, tags: Names, roles: Names, column: str) -> dict[str, A
     speaker_key, text_key = tags["role_tag"], tags["content_tag"]
     if not isinstance(turn, dict) or not {speaker_key, text_key} <= turn.keys():
         raise UserError(f"a turn of {column!r} needs {speaker_key!r} and {text_key!r}, got {show(turn)}; write both")
-    check_keys(turn, (speaker_key, text_key), "a turn")
+    check_keys(turn, (speaker_key, text_key), "a turn", IGNORE_IT)
     speaker, text = turn[speaker_key], turn[text_key]
     if not isinstance(speaker, str) or speaker not in roles:
         raise UserError(
