@@ -11,8 +11,9 @@ from torch import Tensor
 from mmfn.errors import UserError
 from mmfn.train.limits import LIMITS, Limits, check_regular
 
-# Formats that Pillow decodes itself. Of the others EPS runs Ghostscript, a program, and some are mere stubs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "TGA", "ICO")
+# Formats that Pillow decodes itself and whose size it knows before. EPS runs Ghostscript, a program; what is in ICO
+# may be larger than it says; some of the others are mere stubs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "TGA")
 WHITE = (255, 255, 255, 255)
 
 

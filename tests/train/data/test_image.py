@@ -1,5 +1,6 @@
 """Image files of all modes against Pillow and transformers' own steps, and files that must not be decoded."""
 
+import hashlib
 import io
 import os
 import struct
@@ -12,6 +13,8 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
+from mmfn.models.data.pixels import ImageSpec, preprocess_image
+from mmfn.models.data.qwen_vision import IMAGE_DEFAULTS
 from mmfn.train.data import Limits
 from mmfn.train.data.image import decode_image
 
@@ -21,12 +24,13 @@ MODES = {  # suffixes that hold a mode without changing it
     "LA": ("png", "tiff"),
     "P": ("png", "gif", "bmp", "tiff"),
     "RGB": ("png", "jpg", "tiff", "bmp", "webp", "jp2", "ppm", "tga"),
-    "RGBA": ("png", "tiff", "webp", "tga", "ico"),
+    "RGBA": ("png", "tiff", "webp", "tga"),
     "CMYK": ("jpg", "tiff"),
     "YCbCr": ("jpg", "tiff"),
     "PA": ("gif",),
 }
 CASES = [(mode, suffix, seed) for mode, suffixes in MODES.items() for suffix in suffixes for seed in (0, 1)]
+LOSSLESS = ("png", "tiff", "bmp", "webp", "ppm", "jp2", "tga")
 
 
 def pixels(height, width):
@@ -75,10 +79,24 @@ def test_images_of_all_modes_are_those_of_the_library(tmp_path, mode, suffix, se
     image_u8 = decode_image(path)
     assert image_u8.dtype == torch.uint8
     assert image_u8.shape[0] == 3
-    if suffix != "ico":  # which keeps no odd sizes
-        assert image_u8.shape[1:] == (image.height, image.width)
+    assert image_u8.shape[1:] == (image.height, image.width)
     assert torch.equal(image_u8, library(path))
     assert torch.equal(image_u8, decode_image(path.read_bytes()))
+
+
+@pytest.mark.parametrize("place", range(9))
+def test_files_become_the_patches_of_the_torchvision_backend(tmp_path, media_goldens, place):
+    """From a file to what the encoder reads; whether it lies on its side or holds an alpha changes nothing."""
+    case, suffix = media_goldens["images"][place], LOSSLESS[place % len(LOSSLESS)]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = picture(*case["shape"])
+    image.save(tmp_path / f"plain.{suffix}", lossless=True)
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    for name in (f"plain.{suffix}", "alpha.png", "turned.png"):
+        media = preprocess_image(decode_image(tmp_path / name), ImageSpec.from_hf(case["config"], IMAGE_DEFAULTS))
+        assert hashlib.sha256(media.inputs_UF.contiguous().numpy().tobytes()).hexdigest() == case["sha256"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -208,12 +226,13 @@ def test_a_bomb_is_refused_by_what_it_says_of_its_size(tmp_path):
             Limits(image_pixels=pixels_)
 
 
-def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
-    """Of EPS files Pillow has Ghostscript make pictures."""
+def test_formats_that_are_not_read(tmp_path, monkeypatch):
+    """Pillow has Ghostscript, a program, make pictures of EPS files; an ICO file may hold more than it says."""
     monkeypatch.setattr("subprocess.Popen", None)
-    picture(5, 6).save(tmp_path / "a.eps")
-    with pytest.raises(ValueError, match="cannot identify image file"):
-        decode_image(tmp_path / "a.eps")
+    for suffix in ("eps", "ico"):
+        picture(32, 32).save(tmp_path / f"a.{suffix}")
+        with pytest.raises(ValueError, match="cannot identify image file"):
+            decode_image(tmp_path / f"a.{suffix}")
 
 
 def test_a_pipe_is_refused_not_waited_for(tmp_path):
