@@ -199,20 +199,23 @@ def test_a_track_with_loss_sounds_the_same(tmp_path):
 
 
 def test_a_playlist_reads_no_other_file(tmp_path):
-    """FFmpeg knows them by their content, whatever they are called."""
-    pytest.importorskip("av", reason="PyAV is an optional dependency")
-    (tmp_path / "root").mkdir()
+    """FFmpeg by itself would follow them out of the folder, by a path or by a link."""
+    av = pytest.importorskip("av", reason="PyAV is an optional dependency")
+    root = tmp_path / "root"
+    root.mkdir()
     secret = write_video(tmp_path / "secret.mp4", tones(RATE, RATE, 1).T, "aac", RATE, "mono")
-    for text in (
-        f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{secret}\n#EXT-X-ENDLIST\n",
-        "ffconcat version 1.0\nfile '../secret.mp4'\n",
-    ):
-        path = tmp_path / "root" / "clip.mp4"
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"clip\.mp4' could not be decoded \(it is neither a sound file nor"):
-            decode_audio(path, RATE)
-        with pytest.raises(ValueError, match=r"clip\.mp4' could not be decoded"):
-            decode_video(path, Sampling(fps=2.0, select=lambda num_frames, rate: [0]))
+    (root / "link.mp4").symlink_to(secret)
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{secret}\n#EXT-X-ENDLIST\n"
+    for name, text in (("clip.m3u8", playlist), ("clip.mp4", "ffconcat version 1.0\nfile link.mp4\n")):
+        (root / name).write_text(text)
+        with av.open(str(root / name)) as container:
+            assert next(container.decode(audio=0)).samples > 0
+        with pytest.raises(
+            ValueError, match=r"could not be decoded \(it is neither a sound file nor a video of a known"
+        ):
+            decode_audio(root / name, RATE)
+        with pytest.raises(ValueError, match=rf"{name}' could not be decoded"):
+            decode_video(root / name, Sampling(fps=2.0, select=lambda num_frames, rate: [0]))
 
 
 def test_without_pyav_only_sound_files_are_read(tmp_path, monkeypatch):
