@@ -94,6 +94,12 @@ def test_samples_are_parts_of_the_largest(tmp_path, coding):
     assert (decode_audio(write(tmp_path / "a.wav", samples, coding=coding), RATE) * 2**15).tolist() == samples.tolist()
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 7, 8, 9, 12, 17])
+def test_channels_are_mixed_as_by_the_library(tmp_path, channels):
+    path = write(tmp_path / "a.wav", tones(NUM_SAMPLES, 44_100, channels), 44_100, "FLOAT")
+    assert np.array_equal(decode_audio(path, RATE).numpy(), load_audio(str(path), RATE, backend="soundfile"))
+
+
 def test_channels_are_averaged(tmp_path):
     samples = np.array([[8, 16], [-4, 4]], dtype="<i2")
     assert (decode_audio(write(tmp_path / "a.wav", samples), RATE) * 2**15).tolist() == [12.0, 0.0]
