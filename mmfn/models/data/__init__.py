@@ -43,8 +43,11 @@ class MediaProcessor(Protocol):
     def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
         """Of uint8[T, 3, H, W], the times of the frames in seconds, and how many there are per second of the video."""
 
-    def audio(self, wave_S: Tensor, rate: int) -> Media:
-        """Of float32[S], values in [-1, 1], at `rate` samples per second."""
+    def sound_rate(self) -> int:
+        """Samples per second that `audio` takes. Raises ValueError where the model hears nothing."""
+
+    def audio(self, wave_S: Tensor) -> Media:
+        """Of float32[S], values in [-1, 1], `sound_rate` samples per second."""
 
     def texts(self, media: MediaByKind) -> TextsByKind:
         """What is written for the media of one sample."""

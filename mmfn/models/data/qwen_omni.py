@@ -49,10 +49,12 @@ class OmniProcessor(BlockProcessor):
 
     sound_spec: SoundSpec
 
-    def audio(self, wave_S: Tensor, rate: int) -> Media:
+    def sound_rate(self) -> int:
+        """That of the feature extractor."""
+        return self.sound_spec.rate
+
+    def audio(self, wave_S: Tensor) -> Media:
         """See `mel.log_mel`."""
-        if rate != self.sound_spec.rate:
-            raise UserError(f"sound at {rate} Hz is not resampled yet; convert it to {self.sound_spec.rate} Hz")
         return audio.clip_of(log_mel(wave_S, self.sound_spec))
 
     def text(self, kind: str, media: Media) -> MediaText:

@@ -78,9 +78,13 @@ class VisionProcessor:
         groups = group_times(times, spec.temporal_patch_size)
         return replace(preprocess_video(frames_u8, spec), times=tuple(groups))
 
-    def audio(self, wave_S: Tensor, rate: int) -> Media:
+    def sound_rate(self) -> int:
         """Such a model hears nothing."""
         raise UserError("the model takes no sound; remove it from the sample")
+
+    def audio(self, wave_S: Tensor) -> Media:
+        """Raises as `sound_rate` does."""
+        raise UserError(f"the model takes no sound, got {wave_S.numel()} samples; remove them")
 
     def texts(self, media: MediaByKind) -> TextsByKind:
         """See `text`."""

@@ -13,7 +13,7 @@ from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.program import Program
 from mmfn.train.config.schema import Config
-from mmfn.train.data import Dataset, Loader, Processor, load_processor
+from mmfn.train.data import Dataset, Limits, Loader, Processor, load_processor
 from mmfn.train.data.tokenizer import read_json
 
 
@@ -45,6 +45,7 @@ def open_dataset(config: Config, path: str, processor: Processor, max_samples: i
         max_samples=max_samples,
         dialect=config.data.dialect,
         cache_bytes=config.data.cache_mib * 2**20,
+        limits=Limits(image_pixels=config.data.max_image_pixels, audio_seconds=config.data.max_audio_seconds),
     )
 
 

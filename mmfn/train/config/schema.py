@@ -18,6 +18,7 @@ from mmfn.train.config.learning import (
 )
 from mmfn.train.config.section import Buckets, ConfigSection, Different, Dtype, Patterns
 from mmfn.train.dialect import Dialect
+from mmfn.train.limits import LIMITS, PILLOWS_PIXELS
 
 
 class ModelSection(ConfigSection):
@@ -80,6 +81,13 @@ class DataSection(ConfigSection):
     ahead: PositiveInt = Field(default=4, description="steps prepared ahead, at most")
     cache_mib: Annotated[int, Field(ge=0)] = Field(
         default=256, description="memory for prepared samples, in MiB; 0: no cache"
+    )
+    max_image_pixels: Annotated[int, Field(ge=1, le=PILLOWS_PIXELS)] = Field(
+        default=LIMITS.image_pixels,
+        description="refuse images of more pixels before they are decoded, at most 178956970",
+    )
+    max_audio_seconds: Annotated[float, Field(gt=0)] = Field(
+        default=LIMITS.audio_seconds, description="refuse longer sounds before they are decoded"
     )
 
     @property

@@ -8,12 +8,14 @@ from mmfn.train.data.processor import Processor, encode_sample, load_processor
 from mmfn.train.data.template import Chat, Encoded, encode, make_chat
 from mmfn.train.data.tokenizer import load_tokenizer
 from mmfn.train.data.video import decode_frames, decode_video
+from mmfn.train.limits import Limits
 
 __all__ = [
     "Agreed",
     "Chat",
     "Dataset",
     "Encoded",
+    "Limits",
     "Loader",
     "Processor",
     "Share",

@@ -16,6 +16,7 @@ from mmfn.train.data.processor import Processor, encode_sample
 from mmfn.train.data.records import Message, Record, count_media, plain_text, read_records
 from mmfn.train.data.video import decode_frames, decode_video
 from mmfn.train.dialect import Dialect
+from mmfn.train.limits import LIMITS, Limits
 
 
 class Dataset:
@@ -31,19 +32,21 @@ class Dataset:
         max_samples: int | None = None,
         dialect: Dialect | None = None,
         cache_bytes: int = 256 * 2**20,
+        limits: Limits = LIMITS,
     ) -> None:
         """Read and check the whole file (media are opened when their sample is asked for).
 
         `media_root`: folder inside which all media paths must lie, by default the file's own. `max_tokens`: longest
         sample accepted. `max_samples`: how many entries are read, from the first on. `dialect`: the format they are in,
-        by default found out. `cache_bytes`: finished samples kept in memory, at most; 0 keeps none. Raises ValueError
-        naming the file and entry.
+        by default found out. `cache_bytes`: finished samples kept in memory, at most; 0 keeps none. `limits`: of the
+        media files that are decoded. Raises ValueError naming the file and entry.
         """
         self.path = Path(path)
         self.records = read_records(self.path, dialect, max_samples)
         self.processor = processor
         self.max_tokens = max_tokens
         self.media_root = Path(media_root if media_root is not None else self.path.parent).resolve()
+        self.limits = limits
         self._cache: dict[int, Sample] = {}
         self._cache_room = cache_bytes
         self._lock = threading.Lock()
@@ -116,7 +119,7 @@ class Dataset:
             raise UserError(f"sample {record.id!r} of {str(self.path)!r}: {error}") from error
 
     def _image(self, name: str) -> Media:
-        image_u8 = decode_image(self._resolve(name))
+        image_u8 = decode_image(self._resolve(name), self.limits)
         try:
             return self.processor.media.image(image_u8)
         except UserError as error:
@@ -128,13 +131,14 @@ class Dataset:
             frames, times, rate = decode_video(self._resolve(name), sampling)
         else:
             rate = sampling.fps
-            frames, times = decode_frames([self._resolve(frame) for frame in name], rate)
+            frames, times = decode_frames([self._resolve(frame) for frame in name], rate, self.limits)
         return self.processor.media.video(frames, times, rate)
 
     def _audio(self, name: str) -> Media:
-        wave_S, rate = decode_audio(self._resolve(name))
+        media = self.processor.media
+        wave_S = decode_audio(self._resolve(name), media.sound_rate(), self.limits)
         try:
-            return self.processor.media.audio(wave_S, rate)
+            return media.audio(wave_S)
         except UserError as error:
             raise UserError(f"sound {name!r}: {error}") from error
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from mmfn.errors import UserError
 from mmfn.models.data import Sampling
-from mmfn.train.data.image import check_regular, decode_image
+from mmfn.train.data.image import decode_image
+from mmfn.train.limits import LIMITS, Limits, check_regular
+
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,aac"  # FFmpeg's names
 
 
 def decode_video(source: str | PathLike[str], sampling: Sampling) -> tuple[Tensor, list[float], float]:
@@ -29,7 +32,7 @@ def decode_video(source: str | PathLike[str], sampling: Sampling) -> tuple[Tenso
         ) from error
     try:
         check_regular(source)
-        with av.open(str(source)) as container:
+        with open_container(av, source) as container:
             stream = container.streams.video[0]
             arrays, total = _decode_frames(container, stream, sampling)
             rate = float(stream.average_rate)
@@ -39,12 +42,20 @@ def decode_video(source: str | PathLike[str], sampling: Sampling) -> tuple[Tenso
     return frames, [index / rate for index, _ in arrays], len(arrays) / total * rate
 
 
-def decode_frames(sources: Sequence[str | PathLike[str] | bytes], fps: float) -> tuple[Tensor, list[float]]:
+def open_container(av: Any, source: str | PathLike[str]) -> Any:
+    """A file opened by PyAV (`av`), if it holds its media itself: a playlist (HLS, concat, ...) under the name of a
+    video would have FFmpeg read any other file, outside the media root too."""
+    return av.open(f"file:{source}", options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+
+
+def decode_frames(
+    sources: Sequence[str | PathLike[str] | bytes], fps: float, limits: Limits = LIMITS
+) -> tuple[Tensor, list[float]]:
     """Frame images, already sampled at `fps` -> (uint8[T, 3, H, W], their times in seconds).
 
     Raises ValueError when a frame does not decode or frames differ in size.
     """
-    frames = [decode_image(source) for source in sources]
+    frames = [decode_image(source, limits) for source in sources]
     shapes = sorted({tuple(frame.shape[1:]) for frame in frames})
     if len(shapes) > 1:
         raise UserError(f"the frames of a video must have one size, got {shapes} (height, width); resize them")

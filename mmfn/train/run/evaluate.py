@@ -175,7 +175,7 @@ def answer(
     record = parse_record({"messages": [message], "images": list(images), "audios": list(audios)}, "prompt")
     media = {
         "image": [processor.media.image(decode_image(path)) for path in record.images],
-        "audio": [processor.media.audio(*decode_audio(path)) for path in record.audios],
+        "audio": [processor.media.audio(decode_audio(path, processor.media.sound_rate())) for path in record.audios],
     }
     sample = encode_sample(record.messages, processor, media, is_prompt=True, id=record.id)
     (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids, ops=ops)

@@ -31,16 +31,17 @@ def sound(seconds, seed=0):
 
 @pytest.mark.parametrize(("seconds", "count"), [(1.0, 13), (2.37, 31), (0.5, 7), (0.0126, 1)])
 def test_a_clip_is_its_placeholder_as_often_as_it_has_features(processor, seconds, count):
-    clip = processor.audio(sound(seconds), RATE)
+    clip = processor.audio(sound(seconds))
     (text,) = processor.texts({"audio": [clip]})["audio"]
     assert (text.text, text.counts) == ("<|audio_pad|>", (count,))
     assert clip.inputs_UF.shape == (-(-clip.grid[0] // 100) * 100, 128)
     assert not clip.inputs_UF[clip.grid[0] :].any()
 
 
-def test_another_rate_is_refused(processor):
-    with pytest.raises(ValueError, match="sound at 8000 Hz is not resampled yet; convert it to 16000 Hz"):
-        processor.audio(sound(1.0), 8000)
+def test_sound_is_wanted_at_the_rate_of_the_feature_extractor(processor):
+    assert processor.sound_rate() == RATE
+    slow = {**SECTIONS, "feature_extractor": {"feature_size": 128, "sampling_rate": 8000}}
+    assert qwen_omni.processor(slow, None).sound_rate() == 8000
 
 
 def test_a_step_of_a_video_lasts_as_long_as_its_frames(processor):

@@ -181,7 +181,7 @@ def test_long_samples_are_refused_not_cut(folder, processor):
 
 def test_cache_is_bounded_and_changes_nothing(digits, processor, monkeypatch):
     decoded = []
-    monkeypatch.setattr(dataset, "decode_image", lambda path: decoded.append(path) or decode_image(path))
+    monkeypatch.setattr(dataset, "decode_image", lambda path, limits: decoded.append(path) or decode_image(path))
     size = 16 * 96 * 4 + 3 * 48 * 8  # patches in float32, three rows of 48 int64
     data, bare = (Dataset(digits / "eval.json", processor, cache_bytes=n) for n in (2 * size + 1, 0))
     first = [data.sample(i) for i in range(4)]
