@@ -6,6 +6,7 @@ as the dense layer. Every row of the last ones has an image of 224 x 224 and, wh
 """
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,36 +26,93 @@ LINEAR = {  # heads as they are published, as many to a width as in the smallest
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
+SHARED = {"shared_expert_intermediate_size": 192}
+GROUPS = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
+INTERLEAVED = {"mrope_section": [12, 10, 10], "mrope_interleaved": True}  # of heads of 64 channels
+PARTLY = {"mrope_section": [3, 3, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
+POSITIONS = {"patch_size": 16, "num_position_embeddings": 196}
+TAPPED = {**POSITIONS, "deepstack_visual_indexes": [1, 3]}
 FRAMES, MELS = 300, 128  # of sound: 3 seconds
+AUDIO_TOWER = {
+    "d_model": 384,
+    "encoder_layers": 6,
+    "encoder_attention_heads": 6,
+    "encoder_ffn_dim": 1536,
+    "num_mel_bins": MELS,
+    "n_window": 50,
+    "n_window_infer": 400,
+    "downsample_hidden_size": 64,
+}
+Values = dict[str, Any]
 
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
-    "qwen3_vl_moe": (transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration),
-    "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
-    "qwen3_5": (transformers.Qwen3_5Config, transformers.Qwen3_5ForConditionalGeneration),
-    "qwen3_5_moe": (transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration),
-    "glm4v_moe": (transformers.Glm4vMoeConfig, transformers.Glm4vMoeForConditionalGeneration),
-    "qwen3_omni_moe": (
-        transformers.Qwen3OmniMoeThinkerConfig,
-        transformers.Qwen3OmniMoeThinkerForConditionalGeneration,
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the library calls a family, and how its config differs: of rope, the text, the tower and around them."""
+
+    classes: tuple[Any, Any]
+    rope: Values = field(default_factory=lambda: INTERLEAVED)
+    text: Values = field(default_factory=dict)
+    vision: Values = field(default_factory=lambda: TAPPED)
+    outer: Values = field(default_factory=lambda: IDS)
+    audio: Values | None = None
+
+
+RECIPES = {
+    "qwen3_vl": Recipe(classes=(transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration)),
+    "qwen3_vl_moe": Recipe(
+        classes=(transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration), text=EXPERTS
+    ),
+    "qwen2_5_vl": Recipe(
+        classes=(transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
+        rope={"mrope_section": [12, 10, 10]},
+        vision={"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [2, 5]},
+    ),
+    "qwen3_5": Recipe(
+        classes=(transformers.Qwen3_5Config, transformers.Qwen3_5ForConditionalGeneration),
+        rope=PARTLY,
+        text=LINEAR,
+        vision=POSITIONS,
+    ),
+    "qwen3_5_moe": Recipe(
+        classes=(transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration),
+        rope=PARTLY,
+        text={**LINEAR, **EXPERTS, **SHARED},
+        vision=POSITIONS,
+    ),
+    "glm4v_moe": Recipe(
+        classes=(transformers.Glm4vMoeConfig, transformers.Glm4vMoeForConditionalGeneration),
+        rope={"mrope_section": [6, 5, 5], "partial_rotary_factor": 0.5},
+        text={**EXPERTS, **GROUPS},
+        vision={"patch_size": 14, "image_size": 224},
+        outer={"image_token_id": 1, "video_token_id": 2, **MARKS},
+    ),
+    "qwen3_omni_moe": Recipe(
+        classes=(
+            transformers.Qwen3OmniMoeThinkerConfig,
+            transformers.Qwen3OmniMoeThinkerForConditionalGeneration,
+        ),
+        text=EXPERTS,
+        outer={**IDS, **SOUND},
+        audio=AUDIO_TOWER,
     ),
 }
-SIZES = ("decoder", "vlm", "tiny", *CLASSES)
+SIZES = ("decoder", "vlm", "tiny", *RECIPES)
 
 
-def model_type(size: str) -> str:
-    """The family of a size."""
-    return size if size in CLASSES else "qwen3_vl"
+def recipe(size: str) -> Recipe:
+    """That of the family of a size."""
+    return RECIPES.get(size, RECIPES["qwen3_vl"])
 
 
 def library_class(size: str) -> Any:
     """The library's model of a size."""
-    return CLASSES[model_type(size)][1]
+    return recipe(size).classes[1]
 
 
 def config(size: str) -> Any:
     """The library's config of a size's model; all share the decoder's shape except `tiny`."""
-    family = model_type(size)
+    own = recipe(size)
     d_model, d_ff, num_layers, vocab = (64, 96, 2, 512) if size == "tiny" else (512, 1536, 4, 16_384)
     text = {
         "vocab_size": vocab,
@@ -64,41 +122,14 @@ def config(size: str) -> Any:
         "num_attention_heads": d_model // 64,
         "num_key_value_heads": max(1, d_model // 128),
         "head_dim": 64,
-        "rope_parameters": _rope(family),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **own.rope},
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
+        **own.text,
     }
-    text |= EXPERTS if "moe" in family else {}
-    text |= LINEAR if family.startswith("qwen3_5") else {}
-    outer: dict[str, Any] = dict(IDS)
-    if family == "qwen3_5_moe":
-        text["shared_expert_intermediate_size"] = 192
-    if family == "glm4v_moe":
-        text |= {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
-        outer = {"image_token_id": 1, "video_token_id": 2, **MARKS}
-    if family == "qwen3_omni_moe":
-        outer |= SOUND | {"audio_config": _audio(d_model)}
-    if family == "qwen2_5_vl":
-        del text["head_dim"]
-    outer |= {"text_config": text, "vision_config": _vision(size, d_model), "tie_word_embeddings": False}
-    return CLASSES[family][0](**outer)
-
-
-def _rope(family: str) -> dict[str, Any]:
-    """Sections for heads of 64 channels, all of which turn but in two families."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]}
-    if family.startswith("qwen3_5"):
-        rope |= {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}
-    if family == "glm4v_moe":
-        rope |= {"mrope_section": [6, 5, 5], "partial_rotary_factor": 0.5}
-    return rope | ({} if family in ("glm4v_moe", "qwen2_5_vl") else {"mrope_interleaved": True})
-
-
-def _vision(size: str, d_model: int) -> dict[str, Any]:
     depth, d_vision = (1, 32) if size in ("decoder", "tiny") else (6, 384)
-    family = model_type(size)
-    tower = {
+    vision = {
         "depth": depth,
         "hidden_size": d_vision,
         "intermediate_size": 4 * d_vision,
@@ -106,29 +137,11 @@ def _vision(size: str, d_model: int) -> dict[str, Any]:
         "out_hidden_size": d_model,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
+        **own.vision,
+        **({"deepstack_visual_indexes": [0]} if depth == 1 else {}),
     }
-    if family == "qwen2_5_vl":
-        return {**tower, "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [2, 5]}
-    if family == "glm4v_moe":
-        return {**tower, "patch_size": 14, "image_size": 224}
-    tower |= {"patch_size": 16, "num_position_embeddings": 196}
-    if family.startswith("qwen3_5"):
-        return tower
-    return {**tower, "deepstack_visual_indexes": [0] if depth == 1 else [1, 3]}
-
-
-def _audio(d_model: int) -> dict[str, Any]:
-    return {
-        "d_model": 384,
-        "encoder_layers": 6,
-        "encoder_attention_heads": 6,
-        "encoder_ffn_dim": 1536,
-        "num_mel_bins": MELS,
-        "n_window": 50,
-        "n_window_infer": 400,
-        "output_dim": d_model,
-        "downsample_hidden_size": 64,
-    }
+    audio = {} if own.audio is None else {"audio_config": {**own.audio, "output_dim": d_model}}
+    return own.classes[0](**own.outer, **audio, text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
 def draw_inputs(size: str, shape: str, seed: int, cfg: Any) -> dict[str, Tensor]:
@@ -150,7 +163,7 @@ def draw_inputs(size: str, shape: str, seed: int, cfg: Any) -> dict[str, Tensor]
         "labels": pad(labels, batch_first=True, padding_value=IGNORE),
         **media,
     }
-    if model_type(size) != "qwen3_omni_moe":
+    if recipe(size).audio is None:
         inputs["mm_token_type_ids"] = pad(kinds, batch_first=True)
     return inputs
 
@@ -167,7 +180,7 @@ def _media(size: str, num_rows: int, cfg: Any, g: torch.Generator) -> dict[str, 
         "pixel_values": torch.randn(num_rows * side**2, values, generator=g),
         "image_grid_thw": torch.tensor([[1, side, side]] * num_rows),
     }
-    if model_type(size) == "qwen3_omni_moe":
+    if recipe(size).audio is not None:
         media["runs"].append((AUDIO, 7, (8, 9), 13 * FRAMES // 100))
         media["input_features"] = torch.randn(num_rows, MELS, FRAMES, generator=g)
         media["feature_attention_mask"] = torch.ones(num_rows, FRAMES, dtype=torch.int64)

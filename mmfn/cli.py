@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a Hugging Face checkpoint")
     sub.add_argument("prompt", metavar="PROMPT", help="what the user says; <image>, <audio> mark where media stand")
     sub.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    sub.add_argument("--audio", action="append", default=[], metavar="FILE", help="a WAV file; may be repeated")
+    sub.add_argument("--audio", action="append", default=[], metavar="FILE", help="a sound file; may be repeated")
     sub.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of that checkpoint, in peft's format")
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
