@@ -6,24 +6,32 @@
 #   make demo-audio  train a small model that hears on synthetic telephone tones (a minute)
 #   make test     the fast test suite          make test-full   with the slow tests
 #   make check    format, lint, types, tests   make check-full   the same with the slow tests
+#   make test-npu  checks every call of ops.table("npu") against torch_npu itself, which is installed beside (no NPU is needed)
 #   make format   rewrite files in the project's format
 #   make house    draw which package imports which into docs/architecture.md
+#   make schema   write the JSON schema of the settings, for editors, to configs/schema.json
+#   make configs  plan the ready configs again and write what is expected of them
+#   make migrating  draw what becomes of another system's settings into docs/migrating.md
 #   make support  draw which mechanism works for which family into docs/support.md
+#   make npu      draw which operators of torch_npu are called, and what is proved of them, into docs/npu.md
+#   make evidence  measure what the cards of docs/evidence state, and draw their index (minutes each)
 #
 # A machine with an accelerator: give its torch, for instance  make demo TORCH="torch==2.13.0 --index-url URL".
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
+TORCH_NPU ?= torch_npu==2.13.0
 JOBS ?= 2
 DEMO := build/demo
 
 BIN := .venv/bin
 STAMP := .venv/installed
+NPU_STAMP := .venv-npu/installed
 
 # Test processes share the cores: one thread each is faster than several that compete.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo demo-video demo-text demo-audio demo-lora test test-full lint check check-full format house support clean
+.PHONY: demo demo-video demo-text demo-audio demo-lora test test-full test-npu lint check check-full format house support npu schema configs migrating evidence clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -66,6 +74,16 @@ test: $(STAMP)
 test-full: $(STAMP)
 	$(PYTEST)
 
+# An environment of its own: where torch_npu is installed without CANN, torch cannot be imported as usual.
+$(NPU_STAMP): pyproject.toml
+	test -x .venv-npu/bin/python || "$(PYTHON)" -m venv .venv-npu
+	.venv-npu/bin/python -m pip install --quiet $(TORCH) $(TORCH_NPU)
+	.venv-npu/bin/python -m pip install --quiet -e . 'pytest>=8.0'
+	touch $@
+
+test-npu: $(NPU_STAMP)
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 .venv-npu/bin/python -m pytest -m npu tests/npu
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -84,6 +102,24 @@ house: $(STAMP)
 
 support: $(STAMP)
 	$(BIN)/python -m docs.support
+
+npu: $(STAMP)
+	$(BIN)/python -m docs.npu
+
+configs: $(STAMP)
+	$(BIN)/python configs/generate.py --refresh
+
+migrating: $(STAMP)
+	$(BIN)/python docs/migrating.py
+
+schema: $(STAMP)
+	$(BIN)/mmfn config schema --out configs/schema.json
+
+evidence: $(STAMP)
+	for card in docs/evidence/cards/*.yaml; do \
+		$(BIN)/mmfn verify $$card --out docs/evidence/$$(basename $$card .yaml).md || exit 1; \
+	done
+	$(BIN)/python -m docs.cards
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

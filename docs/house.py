@@ -32,14 +32,28 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "train.data": (*CORE, "models", "model", *PROGRAMS, "train"),
     "train.config": (*CORE, "models", *PROGRAMS, "train"),
     "train.build": (*CORE, "models", "model", "interop", *PROGRAMS, *STEP, "train.config", "train.run"),
-    "train.run": (*CORE, "models", "model", "interop", *PROGRAMS, *STEP, *RUNS, "train.report"),
-    "train.planning": (*CORE, "models", "model", "interop", *PROGRAMS, "parallel.planning", *STEP, *RUNS),
-    "train.report": (*CORE, "train", *RUNS),
-    "train.commands": (*CORE, "model", "interop", *PROGRAMS, "parallel.planning", *STEP, *RUNS, "train.planning"),
+    "train.checkpoint": (*CORE, "models", "interop", "parallel.mesh", "parallel.weights"),
+    "train.run": (
+        *(*CORE, "models", "model", "interop", *PROGRAMS, "parallel.planning", *STEP, *RUNS),
+        *("train.checkpoint", "train.report"),
+    ),
+    "train.planning": (
+        *(*CORE, "models", "model", "interop", *PROGRAMS, "parallel.planning", *STEP, *RUNS),
+        "train.checkpoint",
+    ),
+    "train.report": (*CORE, "train", "train.data", *RUNS),
+    "train.survey": ("core", "models", "train.data", "train.report"),
+    "train.benchmarks": (*CORE, "models", "parallel.mesh", "train", "train.data", "train.run"),
+    "train.evidence": (*CORE, "model", "interop", *PROGRAMS, *STEP, *RUNS, "train.checkpoint"),
+    "train.doctor": ("core", "ops", "parallel.mesh", "parallel.planning", "train.evidence"),
+    "train.commands": (
+        *(*CORE, "models", "model", "interop", *PROGRAMS, "parallel.planning", *STEP, *RUNS),
+        *("train.planning", "train.report", "train.survey", "train.evidence", "train.benchmarks", "train.doctor"),
+    ),
 }
 """Room -> the rooms it may import. "core": the modules of mmfn itself; "train": those that lie in it alone."""
 EXCEPTIONS = {"mmfn.interop.module": ("train",)}  # the nn.Module view of a model can return its loss
-SURFACE = ("mmfn", "mmfn.__main__", "mmfn.cli")  # these import everything, lazily
+SURFACE = ("mmfn", "mmfn.__main__", "mmfn.arguments", "mmfn.cli")  # these import everything, lazily
 
 
 def modules() -> dict[str, Path]:

@@ -124,10 +124,12 @@ def write_model(out: Path) -> None:
     write_json(out / "video_preprocessor_config.json", {**names, **video})
 
 
-def make_tokenizer(special: Sequence[str] = SPECIAL, template: str = "") -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    special: Sequence[str] = SPECIAL, template: str = "", end: str = "<|im_end|>"
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges (one token per byte) and the special tokens of Qwen, in their published order.
 
-    `template`: of chats, by default that of Qwen3-VL.
+    `template`: of chats, by default that of Qwen3-VL. `end`: the token that ends an answer.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
@@ -142,7 +144,7 @@ def make_tokenizer(special: Sequence[str] = SPECIAL, template: str = "") -> PreT
     raw.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKS])
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
-        eos_token="<|im_end|>",
+        eos_token=end,
         pad_token="<|endoftext|>",
         model_max_length=131072,
         clean_up_tokenization_spaces=False,

@@ -2,7 +2,7 @@
 
 import sys
 
-from mmfn.cli import main
+from mmfn.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

@@ -8,6 +8,7 @@ Legend: T tokens, N segments, U inputs of an encoder, P its rows, F values of an
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from mmfn.errors import UserError
 IGNORE = -100  # label of a token that is not supervised
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3  # kinds of tokens; the first three as in `mm_token_type_ids` of transformers
 
-HOST_FIELDS = ("host_N", "items_I")  # what stays in the host's memory wherever a batch is
+PIECE = 256  # rows that are made floats at a time
+Read = TypeVar("Read", "Media", "Tower")
+HOST_FIELDS = ("host_N", "items_I", "num_labels")  # what stays in the host's memory wherever a batch is
 
 
 @tree.register
@@ -64,19 +67,52 @@ class Segments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Levels:
+    """What bytes stand for: `(byte - 255 * mean) / (255 * std)`, with a mean and a std for each channel.
+
+    A row has the values of one channel behind those of another, equally many of each.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def floats(self, bytes_UF: Tensor) -> Tensor:
+        """uint8[U, F] -> float32[U, F], on the same device.
+
+        The bits of transformers' image processors (torchvision backend), which fuse 255 into mean and std before they
+        use them. On a CPU in pieces that stay in its cache: touching memory takes as long as all else.
+        """
+        device, num = bytes_UF.device, len(bytes_UF)
+        mean, std = ((torch.tensor(v) * 255.0)[:, None].to(device) for v in (self.mean, self.std))
+        floats_UF = torch.empty(bytes_UF.shape, dtype=torch.float32, device=device)
+        piece = PIECE if device.type == "cpu" else max(1, num)
+        for start in range(0, num, piece):
+            part_UF = floats_UF[start : start + piece].copy_(bytes_UF[start : start + piece])
+            part_UF.view(len(part_UF), len(self.mean), -1).sub_(mean).div_(std)
+        return floats_UF
+
+
+@dataclass(frozen=True, kw_only=True)
 class Media:
     """What an encoder reads of one image, video or clip.
 
-    `inputs_UF`: float32[U, F], the inputs in the encoder's order (pieces of an image, chunks of
-    sound). `grid`: how they lie, (time, height, width). `times`: when each of the `grid[0]`
-    steps in time is, in seconds, as the family tells it, and `seconds_per_grid`: how long one lasts; () and 0 where the
-    family does not ask.
+    `inputs_UF`: the inputs in the encoder's order (pieces of an image, chunks of sound), float32[U, F], or uint8[U, F]
+    with the `levels` that they stand for: a quarter of the memory, up to the device. `grid`: how they lie, (time,
+    height, width). `times`: when each of the `grid[0]` steps in time is, in seconds, as the family tells it, and
+    `seconds_per_grid`: how long one lasts; () and 0 where the family does not ask. `sound`: the clip of a video that is
+    heard along with it, which is one of its sample's audios.
     """
 
     inputs_UF: Tensor
     grid: tuple[int, int, int]
     times: tuple[float, ...] = ()
     seconds_per_grid: float = 0.0
+    sound: "Media | None" = None
+    levels: Levels | None = None
+
+    def in_floats(self) -> "Media":
+        """The same with float32 inputs."""
+        return _in_floats(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +168,10 @@ class TowerKind:
 class Laid:
     """What an encoder reads of one sample, laid on the host by the family; all in the order of rows.
 
-    `inputs`: tensors float32[., F] that lie end to end. `coords_P4`: int32[P, 4], what the encoder needs to know of
-    a row's place. `segments`: for each list its lengths in rows; together they cover all rows. `items`: lengths in
-    units of what may lie on any rank; no segment of any list crosses from one to the next. `index_T`: int64[T], the
-    feature (of this sample) that replaces each token's embedding, -1 where none does.
+    `inputs`: tensors [., F] that lie end to end, float32 or the bytes of the sample's media. `coords_P4`: int32[P, 4],
+    what the encoder needs to know of a row's place. `segments`: for each list its lengths in rows; together they cover
+    all rows. `items`: lengths in units of what may lie on any rank; no segment of any list crosses from one to the
+    next. `index_T`: int64[T], the feature (of this sample) that replaces each token's embedding, -1 where none does.
     """
 
     inputs: tuple[Tensor, ...]
@@ -150,7 +186,8 @@ class Laid:
 class Tower:
     """What one encoder reads of a batch.
 
-    `inputs_UF`: float[U, F]. `coords_P4`: int32[P, 4], see `Laid` (padding: 0, 0, 1, 1). `segments`: one or more lists
+    `inputs_UF`: float[U, F], or uint8[U, F] with the `levels` that they stand for until `to` brings them to the device
+    (padding: 0). `coords_P4`: int32[P, 4], see `Laid` (padding: 0, 0, 1, 1). `segments`: one or more lists
     (frames, windows) of what attends to itself alone. `ids_P`: int64[P], which row it is, wherever it lies:
     `number << 32 | place among its sample's rows`, or -1 (padding). `items_I`: int32[I] on the host, lengths in units
     of what may lie on any rank, 0 at the end. `index_T`: int64[T], the row of the features that replaces the token's
@@ -163,6 +200,7 @@ class Tower:
     ids_P: Tensor
     items_I: Tensor
     index_T: Tensor
+    levels: Levels | None = field(default=None, metadata={"static": True})
 
 
 @tree.register
@@ -170,14 +208,16 @@ class Tower:
 class Ahead:
     """What a token sees and predicts one place further ahead, shifted on the host within its segment.
 
-    `tokens_T`: int64[T], the next token (0 where there is none). `labels_T`, `weights_T`: as those of `Batch`, of the
-    token behind the one that `Batch.labels_T` names. `index_T`: by tower, the feature that replaces the next token.
+    `tokens_T`: int64[T], the next token (0 where there is none). `labels_T`, `weights_T`, `num_labels`: as those of
+    `Batch`, of the token behind the one that `Batch.labels_T` names. `index_T`: by tower, the feature that replaces the
+    next token.
     """
 
     tokens_T: Tensor
     labels_T: Tensor
     weights_T: Tensor
     index_T: Mapping[str, Tensor]
+    num_labels: Tensor | None = None
 
 
 @tree.register
@@ -194,6 +234,8 @@ class Batch:
     name. `ahead`: one for each further token that is predicted. `aux_weight`: 0-D, what losses of the whole batch
     count. `is_weighed`: whether `weights_T` and `aux_weight` are those of a global step. `salts`: those of the dropout
     masks of a training step, by path (`mmfn.lora.salts_of`); None, as everywhere else: nothing is dropped.
+    `num_labels`: 0-D int64 on the host, how many tokens have a label and a weight; None: whoever asks counts them on
+    the device.
     """
 
     tokens_T: Tensor
@@ -207,6 +249,7 @@ class Batch:
     ahead: tuple[Ahead, ...] = ()
     aux_weight: Tensor = field(default_factory=lambda: torch.zeros(()))
     salts: Mapping[str, Tensor] | None = None
+    num_labels: Tensor | None = None
     is_weighed: bool = field(default=False, metadata={"static": True})
 
     @property
@@ -216,15 +259,24 @@ class Batch:
 
 
 def to(batch: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-    """The batch on another device, but for what stays on the host (`HOST_FIELDS`).
+    """The batch on a device, as a model takes it (`in_floats`), but for what stays on the host (`HOST_FIELDS`).
 
     With `dtype`, the inputs of towers are cast too (weights stay float32 or wider).
     """
-    moved: Batch = tree.map_with_path(lambda path, x: x if is_on_host(path) else x.to(device), batch)
+    moved = in_floats(tree.map_with_path(lambda path, x: x if is_on_host(path) else x.to(device), batch))
     if dtype is None:
         return moved
     towers = {name: replace(tower, inputs_UF=tower.inputs_UF.to(dtype)) for name, tower in moved.towers.items()}
     return replace(moved, towers=towers)
+
+
+def in_floats(batch: Batch) -> Batch:
+    """The batch where it is, its bytes made the float32 that they stand for."""
+    return replace(batch, towers={name: _in_floats(tower) for name, tower in batch.towers.items()})
+
+
+def _in_floats(x: Read) -> Read:
+    return x if x.levels is None else replace(x, inputs_UF=x.levels.floats(x.inputs_UF), levels=None)
 
 
 def is_on_host(path: str) -> bool:
@@ -233,7 +285,10 @@ def is_on_host(path: str) -> bool:
 
 
 def map_tokens(batch: Batch, fn: Callable[[Tensor], Tensor]) -> Batch:
-    """`fn` of every tensor that has a value per token (its last dim), those of towers and of what is ahead too."""
+    """`fn` of every tensor that has a value per token (its last dim), those of towers and of what is ahead too.
+
+    What is known of the number of labels is not known of what `fn` gives.
+    """
     return replace(
         batch,
         tokens_T=fn(batch.tokens_T),
@@ -243,5 +298,6 @@ def map_tokens(batch: Batch, fn: Callable[[Tensor], Tensor]) -> Batch:
         segment_T=fn(batch.segment_T),
         token_ids_T=fn(batch.token_ids_T),
         towers={name: replace(tower, index_T=fn(tower.index_T)) for name, tower in batch.towers.items()},
-        ahead=tuple(tree.map(fn, further) for further in batch.ahead),
+        ahead=tuple(tree.map(fn, replace(further, num_labels=None)) for further in batch.ahead),
+        num_labels=None,
     )

@@ -1,4 +1,6 @@
-"""The exception of a mistake that whoever calls can correct."""
+"""The exceptions that are no fault of the program, and the codes a process ends with (docs/running.md)."""
+
+FAULT, USAGE_ERROR, LOST, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 
 
 class UserError(ValueError):
@@ -7,3 +9,15 @@ class UserError(ValueError):
     A command line shows the sentence alone. Any other exception is a fault of the program and keeps its traceback: so
     kernels, which only the program calls, raise plain ValueErrors.
     """
+
+
+class MissingPackageError(UserError):
+    """An optional package is not installed. What a run learns must not depend on that: it is no `BadSample`."""
+
+
+class Stop(Exception):  # noqa: N818  # it is no error
+    """A run that ends before its last step because it was asked to, on all ranks. `code`: that of the process."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code

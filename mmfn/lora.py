@@ -249,13 +249,23 @@ def merge(params: Tree) -> Tree:
         return params
     own = params.get("lora", {})
     return {
-        name: _merged(child, own[name]) if name in own else merge(child)
+        name: merge_weight(child, own[name]) if name in own else merge(child)
         for name, child in params.items()
         if name != "lora"
     }
 
 
-def _merged(weight: Tensor, adapter: Adapter) -> Tensor:
+def without_adapters(params: Tree) -> Tree:
+    """The parameters of the plain model, as they were before there were adapters."""
+    if isinstance(params, list):
+        return [without_adapters(child) for child in params]
+    if not isinstance(params, dict):
+        return params
+    return {name: without_adapters(child) for name, child in params.items() if name != "lora"}
+
+
+def merge_weight(weight: Tensor, adapter: Adapter) -> Tensor:
+    """`merge` of one weight, or of some of its rows with those rows of `b`."""
     dtype = wide(weight.dtype)
     delta: Tensor = adapter.scale * (adapter.b.to(dtype) @ adapter.a.to(dtype))
     return (weight.to(dtype) + delta).to(weight.dtype)

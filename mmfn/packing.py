@@ -5,7 +5,7 @@ Legend: T tokens, N segments, U inputs of an encoder, P its rows, F values of an
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,21 @@ class Sizes:
 def num_units(sample: Sample, kind: TowerKind) -> int:
     """Units that an encoder reads of a sample, as many as its family must lay."""
     return sum(medium.inputs_UF.shape[0] for medium in sample.media(*kind.media)) // kind.inputs
+
+
+def read_alike(samples: Sequence[Sample], kinds: Mapping[str, TowerKind]) -> Sequence[Sample]:
+    """The samples, their media in floats where those of one tower are bytes that do not all stand for the same."""
+    read = [{m.levels for sample in samples for m in sample.media(*kind.media)} for kind in kinds.values()]
+    if all(len(levels) < 2 for levels in read):
+        return samples
+    return [
+        replace(
+            sample,
+            images=tuple(medium.in_floats() for medium in sample.images),
+            videos=tuple(medium.in_floats() for medium in sample.videos),
+        )
+        for sample in samples
+    ]
 
 
 def pack(
@@ -133,13 +148,16 @@ def _tower(
     rooms = [size * most if is_static else len(x) for x, most in zip(lists, kind.segments_per_unit, strict=True)]
     items = torch.tensor([n for own in laid for n in own.items], dtype=torch.int32)
     no_place_P4 = torch.tensor([[0, 0, 1, 1]], dtype=torch.int32).expand(rest * kind.rows, 4)
+    levels = next((medium.levels for sample in samples for medium in sample.media(*kind.media)), None)
+    no_inputs_UF = torch.zeros(rest * kind.inputs, kind.values, dtype=torch.uint8 if levels else None)
     return Tower(
-        inputs_UF=torch.cat([*(x for own in laid for x in own.inputs), torch.zeros(rest * kind.inputs, kind.values)]),
+        inputs_UF=torch.cat([*(x for own in laid for x in own.inputs), no_inputs_UF]),
         coords_P4=torch.cat([*(own.coords_P4 for own in laid), no_place_P4]),
         segments=tuple(Segments.of(_offsets(x, room)) for x, room in zip(lists, rooms, strict=True)),
         ids_P=torch.cat([*ids, torch.full((rest * kind.rows,), -1)]),
         items_I=pad(items, (0, size - len(items) if is_static else 0)),
         index_T=index_T,
+        levels=levels,
     )
 
 
@@ -221,6 +239,9 @@ def _laid_facts(sample: Sample, laid: Laid, kind: TowerKind) -> Iterator[tuple[b
     shapes = [list(x.shape) for x in laid.inputs]
     odd = next((x for x in shapes if x[1:] != [kind.values]), None)
     yield odd is None, f"inputs of shape {odd}", f"shape [., {kind.values}]"
+    is_bytes = any(medium.levels for medium in sample.media(*kind.media))
+    dtype = next((x.dtype for x in laid.inputs if x.is_floating_point() == is_bytes), None)
+    yield dtype is None, f"inputs of {dtype}", "torch.uint8 of media with levels, floats of others"
     of = f"for its items of {units} units"
     num, most = sum(x[0] for x in shapes), units * kind.inputs
     yield num == most, f"{num} inputs", f"{most} {of}"

@@ -66,8 +66,19 @@ def schema(operator: Any) -> Any:
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
-    """Stop the program where a 0-D bool on the device is false; the host does not wait for it."""
-    torch._assert_async(condition, message)
+    """Stop the program where a 0-D bool on the device is false; the host does not wait for it.
+
+    A device without a kernel for that does not look: it would wait for the CPU, which looks in its place.
+    """
+    if _has_kernel("aten::_assert_async.msg", condition.device):
+        torch._assert_async(condition, message)
+
+
+def _has_kernel(operator: str, device: torch.device) -> bool:
+    """Whether a device has a kernel of its own; one that torch does not bring itself may lack it, and then copies all
+    there is to the CPU and back."""
+    key = torch._C._dispatch_key_for_device(device.type)
+    return key != "PrivateUse1" or torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 def tell_compiler(is_true: bool) -> None:
@@ -157,6 +168,11 @@ def fused_adamw_(*lists: list[Tensor], **settings: Any) -> None:
     torch._fused_adamw_(*lists, **settings)
 
 
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether a device has that kernel for a rate that is a tensor."""
+    return _has_kernel("aten::_fused_adamw_.tensor_lr", device)
+
+
 def fused_sgd_(*lists: list[Tensor], **settings: Any) -> None:
     """`(params, grads, buffers)`, in place; nothing is written where `found_inf` is 1."""
     torch._fused_sgd_(*lists, **settings)
@@ -170,3 +186,22 @@ def foreach_mul_(tensors: list[Tensor], factor: Tensor) -> None:
 def foreach_norm(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The Euclidean norm of each tensor, summed in `dtype`."""
     return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+
+
+# ---- what a device's memory held
+
+
+def record_memory(device: torch.device, *, is_on: bool) -> None:
+    """Begin or end the history of a device's memory, where torch keeps one."""
+    if record := _memory(device, "_record_memory_history"):
+        record("all" if is_on else None)
+
+
+def write_memory(device: torch.device, path: str) -> None:
+    """Write that history, for pytorch.org/memory_viz, where torch keeps one."""
+    if dump := _memory(device, "_dump_snapshot"):
+        dump(path)
+
+
+def _memory(device: torch.device, name: str) -> Callable[..., None] | None:
+    return getattr(getattr(torch.get_device_module(device), "memory", None), name, None)

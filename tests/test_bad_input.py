@@ -146,7 +146,7 @@ BROKEN_DATA: dict[str, tuple[Any, list[str]]] = {
     ),
     "path outside the folder": ({**GOOD, "id": "bad", "images": ["../good.png"]}, ["entry 1", "'../good.png'"]),
     "unknown role": ({"id": "bad", "messages": [{"role": "human", "content": "?"}]}, ["entry 1", "'human'"]),
-    "nothing to learn": ({"id": "bad", "messages": user("?")[:1]}, ["'bad'", "assistant"]),
+    "nothing to learn": ({"id": "bad", "messages": user("?")[:1]}, ["'bad'", "; give it "]),
     "no messages": ({"id": "bad", "text": "?"}, ["entry 1", "'messages'"]),
     "no object": (7, ["entry 1", "int"]),
 }
@@ -200,6 +200,8 @@ def test_broken_data_file(content: str, expected: str, tmp_path: Path, complaint
         ({"optimizer.no_decay": [".*nrom.*"], "optimizer.weight_decay": 0.1}, ["'.*nrom.*' matches none"]),
         ({"data.tower_buckets": {"vision": [126]}}, ["must be multiples of 4, what makes a feature, got 126"]),
         ({"data.template": "nowhere.jinja"}, ["data.template 'nowhere.jinja' cannot be read"]),
+        ({"data.template": "/dev/null"}, ["data.template '/dev/null' is empty; give a template"]),
+        ({"data.root": "nowhere"}, ["data.root 'nowhere' is no folder"]),
         ({"optimizer.lrate": 1.0}, [":", "'optimizer.lrate'", "'optimizer.lr'"]),
     ],
     ids=str,
@@ -243,6 +245,19 @@ def test_eval_needs_a_set_and_a_place(
     assert "lies in a folder that does not exist" in capsys.readouterr().err
     assert cli.main(["eval", str(make_config()), "--out", str(tmp_path)]) == 2
     assert "is a folder; give the path of a file" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path)]) == 2
+    assert f"mmfn eval CONFIG model.init=load model.path={tmp_path}" in capsys.readouterr().err
+
+
+def test_a_run_is_no_checkpoint_but_has_one(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint").symlink_to(checkpoint)
+    assert cli.main(["generate", str(tmp_path / "run"), "Which?"]) == 2
+    assert f"pass a complete checkpoint folder, such as {tmp_path / 'run' / 'checkpoint'}" in capsys.readouterr().err
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "out")]) == 2
+    assert "is a Hugging Face checkpoint already; give a run with checkpoint.every" in capsys.readouterr().err
 
 
 def test_nothing_to_learn_is_found_with_the_first_check_too(tmp_path: Path, complaint: Callable[..., str]) -> None:
@@ -250,7 +265,7 @@ def test_nothing_to_learn_is_found_with_the_first_check_too(tmp_path: Path, comp
     for check in ("all", "first"):
         sentence = complaint({"data.train": str(tmp_path / "set.json"), "data.check": check})
         assert "sample 'mute' of" in sentence
-        assert "has nothing to learn; give it a turn of the assistant" in sentence
+        assert "has nothing to learn; give it an answer of the assistant that is learned" in sentence
 
 
 def test_the_checkpoint_of_the_run_itself_is_kept(

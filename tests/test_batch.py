@@ -6,9 +6,23 @@ import pytest
 import torch
 
 from mmfn import tree
-from mmfn.batch import AUDIO, IGNORE, IMAGE, TEXT, VIDEO, Laid, Media, Sample, Segments, TowerKind, to
+from mmfn.batch import (
+    AUDIO,
+    IGNORE,
+    IMAGE,
+    TEXT,
+    VIDEO,
+    Laid,
+    Levels,
+    Media,
+    Sample,
+    Segments,
+    TowerKind,
+    in_floats,
+    to,
+)
 from mmfn.models.layers.patches import lay_frames, tower_kind
-from mmfn.packing import Sizes, num_units, pack
+from mmfn.packing import Sizes, num_units, pack, read_alike
 
 F = 5
 
@@ -170,6 +184,48 @@ def test_a_batch_is_a_pytree(two):
     assert "towers/vision/segments/0/offsets_N" in tree.paths(batch)
     spread = tree.map(lambda x: x, Segments.of(torch.zeros(2), spread="cp"))
     assert spread.spread == "cp"
+
+
+LEVELS = Levels(mean=(0.5,) * F, std=(0.25, 0.5, 1.0, 0.3, 0.2))
+
+
+def in_bytes(one, levels=LEVELS):
+    """A sample whose images and videos are bytes."""
+    read = {
+        kind: tuple(replace(m, inputs_UF=m.inputs_UF.byte(), levels=levels) for m in getattr(one, kind))
+        for kind in ("images", "videos")
+    }
+    return replace(one, **read)
+
+
+def test_bytes_become_floats_on_the_device(two):
+    text, mixed = two
+    host = packed(text, in_bytes(mixed), num_patches=24)
+    tower = host.towers["vision"]
+    assert (tower.inputs_UF.dtype, tower.levels) == (torch.uint8, LEVELS)
+    assert not tower.inputs_UF[16:].any()
+    want_UF = packed(text, mixed).towers["vision"].inputs_UF.byte()
+    want_UF = (want_UF.float() - 127.5) / (torch.tensor(LEVELS.std) * 255)
+    for moved in (in_floats(host), to(host, "cpu")):
+        assert moved.towers["vision"].levels is None
+        assert torch.equal(moved.towers["vision"].inputs_UF[:16], want_UF)
+    assert to(host, "cpu", torch.bfloat16).towers["vision"].inputs_UF.dtype == torch.bfloat16
+    assert to(host, "meta").towers["vision"].inputs_UF.dtype == torch.float32
+
+
+def test_media_that_are_read_otherwise_are_packed_in_floats(two):
+    """As are those of a checkpoint that normalises videos otherwise than images, and of a processor's own result."""
+    mixed = in_bytes(two[1])
+    others = replace(mixed.videos[0], levels=replace(LEVELS, mean=(0.25,) * F)), mixed.videos[0].in_floats()
+    for video in others:
+        (own,) = read_alike([replace(mixed, videos=(video,))], KINDS)
+        tower = packed(own).towers["vision"]
+        assert tower.levels is None
+        assert torch.equal(tower.inputs_UF[:8], mixed.images[0].in_floats().inputs_UF)
+        assert torch.equal(tower.inputs_UF[8:], video.in_floats().inputs_UF)
+    assert read_alike([mixed], KINDS)[0] is mixed
+    with pytest.raises(ValueError, match=r"inputs of torch\.uint8 but must give torch\.uint8 of media with levels"):
+        packed(in_bytes(two[1], None))
 
 
 def test_moving_casts_patches_only(two):

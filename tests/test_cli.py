@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from mmfn import cli
+from mmfn import arguments, cli
 from mmfn.errors import UserError
 from mmfn.ops import TABLES, portable
 from mmfn.train.commands import train as train_command
@@ -102,11 +103,11 @@ def test_print_config_writes_nothing(make_config: Callable[..., Path], capsys: p
         ["--print-config", *settings],
         [settings[0], "--print-config", settings[1]],
     )
-    for arguments in orders:
-        assert cli.main(["train", str(path), *arguments]) == 0
+    for order in orders:
+        assert cli.main(["train", str(path), *order]) == 0
         printed = capsys.readouterr().out
         assert yaml.safe_load(printed)["train"]["seed"] == 3
-    assert "# override" in printed
+    assert "# command line" in printed
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -146,6 +147,23 @@ def test_limits_of_the_machine_are_one_sentence(
     assert re.fullmatch(r"mmfn: error: the machine is at its limit \(.+\); use .+\n", capsys.readouterr().err)
     with pytest.raises(type(error)):
         cli.main(["train", str(make_config()), "--debug"])
+
+
+@pytest.mark.parametrize("command", ["replay RUN --step 1", "replay OTHER --step 1 --against RUN", "report OTHER RUN"])
+def test_a_file_of_a_run_that_cannot_be_read_is_one_sentence(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever argument has named the run."""
+    words = [str(tmp_path / word.lower()) if word.isupper() else word for word in command.split()]
+
+    def fail(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "run" / "metrics.jsonl"))
+
+    name = words[0]
+    module = import_module(f"mmfn.train.commands.{name}")
+    monkeypatch.setattr(module, {"replay": "replay", "report": "read_log"}[name], fail)
+    assert cli.main(words) == 2
+    assert re.fullmatch(r"mmfn: error: .*Permission denied: '.*metrics.jsonl'\n", capsys.readouterr().err)
 
 
 def test_other_errors_of_the_program_keep_their_traceback(
@@ -283,7 +301,7 @@ def test_wrong_arguments_are_one_sentence(args: list[str], expected: str, capsys
 
 
 def test_the_tables_of_the_command_line_are_those_of_ops() -> None:
-    assert tuple(TABLES) == cli.KERNELS
+    assert tuple(TABLES) == arguments.KERNELS
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["data"], ["data", "convert"]])

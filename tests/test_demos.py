@@ -50,12 +50,13 @@ def test_moving_digits(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert min(ways.values()) > 60
     digits = (load_digits().images * (255 / 16)).astype(np.uint8)
     order = rng.permutation(len(digits), 0, "digits")
-    everything = Sampling(fps=2.0, select=lambda num_frames, rate: list(range(num_frames)))
+    everything = Sampling(fps=2.0, select=lambda num, rate: list(range(num)), size=lambda *shape: shape[1:])
     for split, known in ((train, order[:1437]), (held_out, order[1437:])):
         patterns = {digits[i].tobytes() for i in known}
         for entry in split[:20]:
-            frames, times, rate = decode_video(tmp_path / "a" / entry["videos"][0], everything)
-            assert (times, rate) == ([i / 2 for i in range(8)], 2.0)
+            footage = decode_video(tmp_path / "a" / entry["videos"][0], everything)
+            frames = footage.frames_u8
+            assert (footage.times, footage.rate) == ([i / 2 for i in range(8)], 2.0)
             assert torch.equal(frames[:, 0], frames[:, 1])
             rows, columns = module.DIRECTIONS[entry["messages"][1]["content"]]
             moved = [np.roll(frames[0, 0].numpy(), (t * rows, t * columns), (0, 1)) for t in range(8)]

@@ -10,7 +10,7 @@ import torch
 import mmfn
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/architecture.md", "docs/config.md", "docs/data.md", "docs/support.md")
+PAGES = ("README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")))
 
 
 def test_python_blocks_run(full_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,6 +274,21 @@ def test_fused_adamw_(is_taken):
     torch.testing.assert_close(m, 0.1 * torch.tensor([0.25, 2.0]) if is_taken else torch.zeros(2))
 
 
+def test_has_fused_adamw():
+    assert private.has_fused_adamw(torch.device("cpu"))
+    assert private.has_fused_adamw(torch.device("meta"))
+    assert not private.has_fused_adamw(torch.device("privateuseone"))
+
+
+def test_assert_on_device_waits_for_no_other():
+    class Condition:
+        device = torch.device("privateuseone")
+
+    private.assert_on_device(Condition(), "nothing is looked at")
+    with pytest.raises(RuntimeError, match="a label"):
+        private.assert_on_device(torch.tensor(False), "a label")
+
+
 @pytest.mark.parametrize("is_taken", [True, False])
 def test_fused_sgd_(is_taken):
     p, g, buffer = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]), torch.tensor([1.0, 1.0])
@@ -294,3 +309,20 @@ def test_foreach_mul_():
 def test_foreach_norm():
     norms = private.foreach_norm([torch.tensor([3.0, 4.0]).bfloat16(), torch.zeros(2, 2)], torch.float64)
     assert [(n.item(), n.dtype) for n in norms] == [(5, torch.float64), (0, torch.float64)]
+
+
+def test_record_memory(tmp_path):
+    """A device without a history of its memory writes none."""
+    private.record_memory(torch.device("cpu"), is_on=True)
+    private.write_memory(torch.device("cpu"), str(tmp_path / "memory.pickle"))
+    private.record_memory(torch.device("cpu"), is_on=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_write_memory(tmp_path):
+    private.record_memory(torch.device("cuda"), is_on=True)
+    torch.ones(1 << 20, device="cuda")
+    private.write_memory(torch.device("cuda"), str(tmp_path / "memory.pickle"))
+    private.record_memory(torch.device("cuda"), is_on=False)
+    assert b"ones" in (tmp_path / "memory.pickle").read_bytes()

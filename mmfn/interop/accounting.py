@@ -29,13 +29,21 @@ class Account:
     layout: str
 
 
-def account(where: Path | str, specs: Tree, key_map: KeyMap, tensors: Mapping[str, FileTensor]) -> Account:
+def account(
+    where: Path | str,
+    specs: Tree,
+    key_map: KeyMap,
+    tensors: Mapping[str, FileTensor],
+    options: Mapping[str, Mapping[str, DiskTensor]] | None = None,
+) -> Account:
     """The use of all `tensors` by name.
 
-    Raises ValueError naming tensor, file and nearest name for a missing or unexpected tensor, a wrong shape or kind of
-    dtype, and tensors in different layouts. `where`: the checkpoint, in messages.
+    `options`: the layouts they may have, by default those of the key map. Raises ValueError naming tensor, file and
+    nearest name for a missing or unexpected tensor, a wrong shape or kind of dtype, and tensors in different layouts.
+    `where`: the checkpoint, in messages.
     """
-    layout, names = _choose_layout(where, specs, key_map, tensors)
+    options = options or {layout: key_map.disk_tensors(specs, layout) for layout in key_map.layouts}
+    layout, names = _choose_layout(where, options, tensors)
     spare = {name: tensor for name, tensor in tensors.items() if name not in names}
     copies = {name: path for name, path in key_map.copies.items() if name in spare}
     rest = [name for name in spare if name not in copies and not key_map.is_ignored(name)]
@@ -94,14 +102,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _choose_layout(
-    where: Path | str, specs: Tree, key_map: KeyMap, tensors: Mapping[str, FileTensor]
-) -> tuple[str, dict[str, DiskTensor]]:
+    where: Path | str, options: Mapping[str, Mapping[str, DiskTensor]], tensors: Mapping[str, FileTensor]
+) -> tuple[str, Mapping[str, DiskTensor]]:
     """The layout that most names and shapes fit, and its tensors by name.
 
     One tensor alone may fit two layouts (a square one does), so all are asked together. Raises ValueError when they
     do not agree.
     """
-    options = {layout: key_map.disk_tensors(specs, layout) for layout in key_map.layouts}
 
     def fits(layout: str, name: str) -> bool:
         target = options[layout].get(name)

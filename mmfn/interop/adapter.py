@@ -7,23 +7,20 @@ Source: peft 0.21 (`LoraConfig`, `ParamWrapper`, `get_peft_model_state_dict`), t
 Legend: r rank, E experts.
 """
 
-import json
-import os
-import tempfile
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 
 from mmfn import tree
-from mmfn.dtypes import at_least
 from mmfn.errors import UserError
-from mmfn.interop import peft_config
-from mmfn.interop.checkpoint import load_file
+from mmfn.interop import export, peft_config
+from mmfn.interop.checkpoint import Weights, open_adapted
 from mmfn.interop.peft_config import CONFIG, ends, is_target
 from mmfn.lora import Adapter, adapt, adapters_of, layers
 from mmfn.model import Model
@@ -36,30 +33,32 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name: peft wraps a model twice
 
 
-def save(folder: str | PathLike[str], model: Model, specs: Tree, base: str = "") -> None:
+def save(folder: str | PathLike[str], model: Model, specs: Tree, base: str = "", *, overwrite: bool = False) -> None:
     """Write a model's adapters, and what else is trained, as peft reads them; the folder appears complete or not.
 
     `specs`: those of `model.params` (`mmfn.lora.lora`). `base`: the name or folder of the model without adapters.
-    Raises ValueError for a folder that is not empty and for what peft's format cannot express (see `disk_tensors`).
+    `overwrite` replaces an adapter. Raises ValueError for a folder that is neither empty nor an adapter to overwrite,
+    and for what peft's format cannot express (see `disk_tensors`).
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"target {folder} exists and is not an empty folder; choose another")
-    leaves = dict(tree.items(model.params))
-    names = disk_tensors(specs, *_plain(model))
-    tensors = {name: t.to_disk(leaves[t.path]).detach().cpu().contiguous() for name, t in names.items()}
+    export.check_target(Path(folder).resolve(), overwrite=overwrite, config=CONFIG)
+    what = contents(model, specs, base)
+    leaves = ((path, leaf) for path, leaf in tree.items(model.params) if path in what.leaves)
+    export.save(Path(folder), what, (export.Piece.whole(path, leaf) for path, leaf in leaves))
+
+
+def contents(model: Model, specs: Tree, base: str = "", texts: Mapping[str, str] | None = None) -> export.Contents:
+    """What the folder of `save` is going to hold; of parameters dtypes alone count, they may be shards.
+
+    `texts`: further files by name. Raises ValueError for what peft's format cannot express.
+    """
     config = settings(specs, *_plain(model)) | {"base_model_name_or_path": base}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        try:
-            save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:  # its form of a full disk
-            raise OSError(f"adapter {str(folder)!r} cannot be written: {error}") from error
-        os.chmod(fresh / WEIGHTS, 0o644)  # safetensors makes files only the owner can read
-        os.rename(fresh, folder)
+    return export.contents(
+        disk_tensors(specs, *_plain(model)),
+        {path: leaf.dtype for path, leaf in tree.items(model.params)},
+        {CONFIG: export.json_text(config), **(texts or {})},
+        max_shard_bytes=sys.maxsize,  # peft reads one file
+        single=WEIGHTS,
+    )
 
 
 def load(folder: str | PathLike[str], model: Model) -> Model:
@@ -68,12 +67,25 @@ def load(folder: str | PathLike[str], model: Model) -> Model:
     Every stored tensor is used once and every leaf filled once. Raises ValueError for an adapter of another model and
     for settings that mmfn does not have (see `read`).
     """
+    values, (plain, _) = dict(tree.items(model.params)), _plain(model)
+    device, dtype = next(iter(values.values())).device, model_dtype(model.params, plain)
+    with open_weights(folder, model, dtype, device) as weights:
+        values |= {path: weights.read_slice(path) for path in weights.account.leaves}
+    return replace(model, params=tree.map_with_path(lambda path, leaf: values[path], weights.specs))
+
+
+@contextmanager
+def open_weights(
+    folder: str | PathLike[str], model: Model, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Iterator[Weights]:
+    """The open weights of a folder that peft or `save` wrote, adapters and what is trained in full: `dtype` or wider.
+
+    Of `model` the config alone counts. Raises ValueError as `load` does.
+    """
     specs = read(folder, *_plain(model))
-    values, declared = dict(tree.items(model.params)), {path: leaf.dtype for path, leaf in tree.items(specs)}
-    device, dtype = next(iter(values.values())).device, model_dtype(model.params, specs)
-    stored = load_file(Path(folder) / WEIGHTS, disk_tensors(specs, *_plain(model)))
-    values |= {path: leaf.to(device=device, dtype=at_least(declared[path], dtype)) for path, leaf in stored.items()}
-    return replace(model, params=tree.map_with_path(lambda path, leaf: values[path], specs))
+    names = disk_tensors(specs, *_plain(model))
+    with open_adapted(Path(folder) / WEIGHTS, specs, names, dtype=dtype, device=device) as weights:
+        yield weights
 
 
 def read(folder: str | PathLike[str], plain: Tree, key_map: KeyMap) -> Tree:

@@ -4,7 +4,7 @@ Accounting is strict and two-way (`accounting`) and comes before a value is read
 rank's shard, is then read from the tensors and the slices of them that hold it, and from nothing else.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -17,7 +17,7 @@ from torch import Tensor
 from mmfn import tree
 from mmfn.dtypes import at_least
 from mmfn.errors import UserError
-from mmfn.interop.accounting import Account, account, check
+from mmfn.interop.accounting import Account, Pair, account, check
 from mmfn.interop.files import DTYPES, INDEX, SINGLE, FileTensor, open_file, read_json, scan
 from mmfn.models.disk_tensor import DiskTensor, Ranges, sizes, slices, whole
 from mmfn.models.keymap import KeyMap
@@ -61,17 +61,20 @@ class Weights:
         Reads of the files what lies in `ranges`; where a dim of the leaf is stored as several, all along that dim.
         Raises ValueError where a copy of the leaf (a tied head) differs from it there.
         """
-        pairs = self.account.leaves[path]
-        leaf: ParamSpec = pairs[0][1].leaf
-        ranges = whole(leaf.shape) if ranges is None else ranges
-        dtype = at_least(leaf.dtype, self.dtype or _widest([source for source, _ in pairs]))
+        pairs, dtype = self.account.leaves[path], self.dtype_of(path)
+        ranges = whole(pairs[0][1].leaf.shape) if ranges is None else ranges
         parts = [(source, part) for source, target in pairs if (part := target.part(ranges)) is not None]
-        values = [part.from_disk(source.read(part.disk)) for source, part in parts]
         for copy in self.account.copies.get(path, ()):
             for source, part in parts:
                 _check_copy(copy, source, part.disk)
-        places = [part.place for _, part in parts]
-        return _assemble(values, places, sizes(ranges), dtype=dtype, device=self.device)
+        values = ((part.place, part.from_disk(source.read(part.disk))) for source, part in parts)  # one at a time
+        return _assemble(values, sizes(ranges), dtype=dtype, device=self.device)
+
+    def dtype_of(self, path: str) -> torch.dtype:
+        """What a leaf is read in."""
+        pairs = self.account.leaves[path]
+        leaf: ParamSpec = pairs[0][1].leaf
+        return at_least(leaf.dtype, self.dtype or _widest([source for source, _ in pairs]))
 
     def read(self, shards: Mapping[str, Ranges] | None = None) -> Tree:
         """All leaves in the structure of the specs, those with `shards`, by path, in part."""
@@ -116,18 +119,27 @@ def load_params(
         return weights.read(shards)
 
 
-def load_file(file: Path, names: Mapping[str, DiskTensor]) -> dict[str, Tensor]:
-    """`{path: leaf}` of one safetensors file with the tensors `names` and no others.
+@contextmanager
+def open_adapted(
+    file: Path,
+    specs: Tree,
+    names: Mapping[str, DiskTensor],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Weights]:
+    """The weights of one safetensors file with the tensors `names`, which hold some of the leaves, and no others.
 
-    Raises ValueError as `load_params` does.
+    Raises ValueError as `open_weights` does.
     """
     with ExitStack() as stack:
         tensors = open_file(file, stack)
         check(file.parent, names, tensors, [name for name in tensors if name not in names])
-        return {
-            target.path: target.from_disk(tensors[name].read()).clone(memory_format=torch.contiguous_format)
-            for name, target in names.items()
-        }
+        leaves: dict[str, list[Pair]] = {}
+        for name, target in names.items():
+            leaves.setdefault(target.path, []).append((tensors[name], target))
+        uses = Account(leaves=leaves, copies={}, verbatim=(), layout="transformers")
+        yield Weights(specs=specs, account=uses, dtype=dtype, device=device)
 
 
 def from_tensors(tensors: Mapping[str, Tensor], specs: Tree, key_map: KeyMap) -> Tree:
@@ -146,26 +158,23 @@ def from_tensors(tensors: Mapping[str, Tensor], specs: Tree, key_map: KeyMap) ->
         values = [target.from_disk(source.read()) for source, target in pairs]
         if len(values) == 1:
             return values[0]
-        places, first = [target.ranges for _, target in pairs], values[0]
+        places = [target.ranges for _, target in pairs]
         dtype = reduce(torch.promote_types, [value.dtype for value in values])
-        return _assemble(values, places, tuple(leaf.shape), dtype=dtype, device=first.device)
+        return _assemble(zip(places, values, strict=True), tuple(leaf.shape), dtype=dtype, device=values[0].device)
 
     return tree.map_with_path(build, specs)
 
 
 def _assemble(
-    values: Sequence[Tensor],
-    places: Sequence[Ranges],
+    values: Iterable[tuple[Ranges, Tensor]],
     shape: tuple[int, ...],
     *,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
     """A tensor with each value at its place: one copy, contiguous whatever the order on disk, no view of a file."""
-    if len(values) == 1:
-        return values[0].to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
     out = torch.empty(shape, dtype=dtype, device=device)
-    for value, place in zip(values, places, strict=True):
+    for place, value in values:
         out[slices(place)].copy_(value)
     return out
 

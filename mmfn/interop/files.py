@@ -28,6 +28,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """What parameters can be stored in, by the names of safetensors."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class FileTensor:
     @classmethod
     def of(cls, name: str, value: Tensor) -> "FileTensor":
         """A tensor in memory."""
-        dtype = next((code for code, dtype in DTYPES.items() if dtype == value.dtype), str(value.dtype))
-        return cls(name, "it", tuple(value.shape), dtype, value)
+        return cls(name, "it", tuple(value.shape), CODES.get(value.dtype, str(value.dtype)), value)
 
     def read(self, ranges: Ranges | None = None) -> Tensor:
         """The values, or those in `ranges`, without those outside: a view of a mapped file or of the tensor."""
@@ -92,7 +92,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; pass a complete checkpoint folder") from error
+        inner = path.parent / "checkpoint"  # of a run
+        near = f", such as {inner}" if (inner / path.name).is_file() else ""
+        raise UserError(f"{path} does not exist; pass a complete checkpoint folder{near}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
@@ -109,19 +111,26 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
             raise UserError(
                 f"checkpoint {folder} holds pickled *.bin weights, which can run code; convert them to {SINGLE}"
             )
-        raise UserError(f"checkpoint {folder} holds neither {SINGLE} nor {INDEX}; fetch its weights")
+        raise UserError(
+            f"checkpoint {folder} holds neither {SINGLE} nor {INDEX}; fetch its weights, or begin with "
+            "random ones (model.init=random)"
+        )
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX} has no weight_map of tensor names to files; fetch it again")
-    files: dict[str, set[str] | None] = {}
+    files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(
-                f"{folder / INDEX} puts tensor {name!r} into {file!r}; a safetensors file beside it is expected"
-            )
-        if not (folder / file).is_file():
-            raise UserError(f"weight file {folder / file} is missing but {INDEX} lists it; fetch it")
-        names = files.setdefault(file, set())
-        assert names is not None
-        names.add(name)
-    return files
+        if not isinstance(file, str) or file not in files:  # one file holds thousands of tensors
+            _check_file(folder, name, file)
+        files.setdefault(file, set()).add(name)
+    return dict(files)
+
+
+def _check_file(folder: Path, name: str, file: Any) -> None:
+    """Raise ValueError unless `file`, where the index puts tensor `name`, is a weight file of the folder."""
+    if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        raise UserError(
+            f"{folder / INDEX} puts tensor {name!r} into {file!r}; a safetensors file beside it is expected"
+        )
+    if not (folder / file).is_file():
+        raise UserError(f"weight file {folder / file} is missing but {INDEX} lists it; fetch it")

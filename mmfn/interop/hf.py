@@ -2,7 +2,9 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mmfn import spec, tree
-from mmfn.dtypes import at_least
 from mmfn.errors import UserError
 from mmfn.interop import checkpoint, export, verbatim
 from mmfn.model import Model
@@ -27,15 +28,35 @@ def load_hf(path: str | PathLike[str], dtype: torch.dtype | None = None, device:
     one sentence, for a config mmfn does not support, for weights that do not fit it exactly (see
     `checkpoint.load_params`), and for a dtype or device that parameters cannot have. No remote code, no pickle.
     """
+    with open_hf(path, dtype, device) as (model, weights):
+        return replace(model, params=weights.read())
+
+
+@contextmanager
+def open_hf(
+    path: str | PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Model, checkpoint.Weights]]:
+    """The model of a folder, still without parameters, and its open weights, of which any part can be read.
+
+    Raises ValueError as `load_hf` does, before a value is read; but for a copy (tied head) that differs from its
+    original, which is found by whoever reads the part.
+    """
     _check_dtype(dtype)
     _check_device(device)
     folder = Path(path)
-    hf_config = checkpoint.read_config(folder)
-    model_family, cfg = resolve(hf_config, folder)
-    specs, key_map = model_family.specs(cfg), model_family.key_map(cfg)
+    model = blank(checkpoint.read_config(folder), folder)
+    specs, key_map = model.family.specs(model.cfg), model.family.key_map(model.cfg)
     with checkpoint.open_weights(folder, specs, key_map, dtype=dtype, device=device) as weights:
-        params, extra = weights.read(), weights.account.verbatim
-    return Model(family=model_family, cfg=cfg, params=params, hf_config=hf_config, verbatim=extra)
+        yield replace(model, verbatim=weights.account.verbatim), weights
+
+
+def blank(hf_config: Mapping[str, Any], folder: Path | None = None) -> Model:
+    """A model without parameters. `folder`: that of its weights, whose absent parts it lacks.
+
+    Raises ValueError for an unsupported config.
+    """
+    model_family, cfg = resolve(hf_config, folder)
+    return Model(family=model_family, cfg=cfg, params={}, hf_config=copy.deepcopy(dict(hf_config)))
 
 
 def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None = None) -> Model:
@@ -45,9 +66,8 @@ def init(hf_config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype | None 
     Raises ValueError for an unsupported config or dtype.
     """
     _check_dtype(dtype)
-    model_family, cfg = resolve(hf_config)
-    params = spec.init_params(model_family.specs(cfg), seed, dtype)
-    return Model(family=model_family, cfg=cfg, params=params, hf_config=copy.deepcopy(dict(hf_config)))
+    model = blank(hf_config)
+    return replace(model, params=spec.init_params(model.family.specs(model.cfg), seed, dtype))
 
 
 def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
@@ -56,22 +76,9 @@ def to_hf(values: Tree, model: Model, layout: str = "hub") -> dict[str, Tensor]:
     A tied head is absent. `layout`: "hub", or "transformers" for tensors as that library holds them, where a family's
     differ. Raises ValueError for another layout, and when the structure or a shape differs from the parameters'.
     """
-    specs = model.family.specs(model.cfg)
+    _check_leaves(values, model)
     leaves = dict(tree.items(values))
-    if leaves.keys() != (paths := set(tree.paths(specs))):
-        odd = sorted(leaves.keys() ^ paths)[0]
-        plain = "mmfn.lora.merge(params), which adds adapters to their weights"
-        raise UserError(
-            f"the tree has {len(leaves)} leaves and the model {len(paths)} parameters, {odd!r} is in one of them only; "
-            f"pass {plain if '/lora/' in odd else 'a tree shaped like model.params'}"
-        )
-    for path, leaf in tree.items(specs):
-        if tuple(leaves[path].shape) != tuple(leaf.shape):
-            raise UserError(
-                f"leaf {path!r} has shape {list(leaves[path].shape)} but the parameter has {list(leaf.shape)}; pass a "
-                "tree shaped like model.params"
-            )
-    tensors = model.family.key_map(model.cfg).disk_tensors(specs, layout)
+    tensors = model.family.key_map(model.cfg).disk_tensors(model.family.specs(model.cfg), layout)
     return {name: tensor.to_disk(leaves[tensor.path]) for name, tensor in tensors.items()}
 
 
@@ -100,18 +107,54 @@ def save_hf(
     Raises ValueError when the folder exists and is neither empty nor a checkpoint to overwrite, when transformers would
     misread the layout because a tensor is square, and when `assets` lack what is to be copied.
     """
+    _check_leaves(model.params, model)
+    what = checkpoint_contents(model, assets, max_shard_bytes=max_shard_bytes, layout=layout)
+    export.check_target(Path(path).resolve(), overwrite=overwrite)
+    export.save(Path(path), what, (export.Piece.whole(name, leaf) for name, leaf in tree.items(model.params)))
+
+
+def checkpoint_contents(
+    model: Model,
+    assets: str | PathLike[str] | None = None,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    layout: str = "hub",
+    texts: Mapping[str, str] | None = None,
+) -> export.Contents:
+    """What a checkpoint of the model is going to hold; of its parameters dtypes alone count, they may be shards.
+
+    `texts`: further files by name, in place of those in `assets`. The rest, and what is raised, is that of `save_hf`.
+    """
     specs, key_map = model.family.specs(model.cfg), model.family.key_map(model.cfg)
     export.check_layout(specs, key_map, layout)
-    names, source = key_map.disk_tensors(specs, layout), None if assets is None else Path(assets)
-    export.write(
-        Path(path),
-        {n: v.to(at_least(names[n].leaf.dtype, v.dtype)) for n, v in to_hf(model.params, model, layout).items()},
-        _config_to_save(model),
+    source = None if assets is None else Path(assets)
+    return export.contents(
+        key_map.disk_tensors(specs, layout),
+        {path: leaf.dtype for path, leaf in tree.items(model.params)},
+        {"config.json": export.json_text(config_to_save(model)), **(texts or {})},
         assets=source,
         extra=verbatim.find(source, model.verbatim),
         max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
     )
+
+
+def _check_leaves(values: Tree, model: Model) -> None:
+    """Raise ValueError unless a tree is shaped like the parameters of a model."""
+    specs = model.family.specs(model.cfg)
+    leaves = dict(tree.items(values))
+    if leaves.keys() != (paths := set(tree.paths(specs))):
+        odd = sorted(leaves.keys() ^ paths)[0]
+        plain = "mmfn.lora.merge(params), which adds adapters to their weights"
+        raise UserError(
+            f"the tree has {len(leaves)} leaves and the model {len(paths)} parameters, {odd!r} is in one of them only; "
+            f"pass {plain if '/lora/' in odd else 'a tree shaped like model.params'}"
+        )
+    for path, leaf in tree.items(specs):
+        if tuple(leaves[path].shape) != tuple(leaf.shape):
+            raise UserError(
+                f"leaf {path!r} has shape {list(leaves[path].shape)} but the parameter has {list(leaf.shape)}; pass a "
+                "tree shaped like model.params"
+            )
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
@@ -143,7 +186,7 @@ def resolve(hf_config: Mapping[str, Any], folder: Path | None = None) -> tuple[F
     return model_family, cfg if names is None else model_family.without_absent(cfg, names)
 
 
-def _config_to_save(model: Model) -> dict[str, Any]:
+def config_to_save(model: Model) -> dict[str, Any]:
     """The config with the model's dtype, which transformers loads the weights as, in all sections that have one."""
     config: dict[str, Any] = json.loads(json.dumps(dict(model.hf_config)))
     dtype = spec.model_dtype(model.params, model.family.specs(model.cfg))

@@ -4,19 +4,18 @@ So a dtype that torch does not have survives, and a part of many gigabytes passe
 """
 
 import json
-import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 from mmfn.errors import UserError
 from mmfn.interop import files
+from mmfn.interop.weight_files import LENGTH, Stored
 
 PIECE_BYTES = 8 * 2**20
-_LENGTH = struct.Struct("<Q")  # of the header, at the start of a safetensors file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,11 @@ class Span:
     def nbytes(self) -> int:
         """Number of bytes."""
         return self.stop - self.start
+
+    @property
+    def stored(self) -> Stored:
+        """What a header says of it."""
+        return Stored(dtype=self.dtype, shape=self.shape, nbytes=self.nbytes)
 
     @property
     def order(self) -> tuple[bool, int]:
@@ -66,44 +70,31 @@ def find(folder: Path | None, names: Collection[str]) -> dict[str, Span]:
     return {name: headers[tensors[name].file][name] for name in names}
 
 
-def write(file: Path, spans: Mapping[str, Span]) -> None:
-    """A safetensors file of the tensors; empty ones, then those of the widest elements, come first: all are aligned."""
-    ordered = dict(sorted(spans.items(), key=lambda item: item[1].order))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, span in ordered.items():
-        header[name] = {
-            "dtype": span.dtype,
-            "shape": list(span.shape),
-            "data_offsets": [offset, offset + span.nbytes],
-        }
-        offset += span.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH.size)
-    with open(file, "wb") as target:
-        target.write(_LENGTH.pack(len(text)) + text)
-        for span in ordered.values():
-            with open(span.file, "rb") as source:
-                _copy(source, target, span)
+def pieces(spans: Mapping[str, Span], index: int, size: int) -> Iterator[tuple[str, int, bytes]]:
+    """`(name, offset, bytes)` of the pieces of tensors that are the turn of process `index` of `size`.
 
-
-def _copy(source: BinaryIO, target: BinaryIO, span: Span) -> None:
-    source.seek(span.start)
-    left = span.nbytes
-    while left:
-        piece = source.read(min(left, PIECE_BYTES))
-        if not piece:
-            raise OSError(f"weight file {span.file} ends {left} bytes early; it changed while it was copied")
-        target.write(piece)
-        left -= len(piece)
+    Raises OSError where a file has become shorter.
+    """
+    turns = cycle(range(size))
+    for name, span in spans.items():
+        with open(span.file, "rb") as source:
+            for start in range(span.start, span.stop, PIECE_BYTES):
+                if next(turns) != index:
+                    continue
+                count = min(PIECE_BYTES, span.stop - start)
+                source.seek(start)
+                piece = source.read(count)
+                if left := count - len(piece):
+                    raise OSError(f"weight file {span.file} ends {left} bytes early; it changed while it was copied")
+                yield name, start - span.start, piece
 
 
 def _spans(file: Path) -> dict[str, Span]:
     """Every tensor of a safetensors file, whose header was checked when it was opened."""
     with open(file, "rb") as stream:
-        (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
+        (length,) = LENGTH.unpack(stream.read(LENGTH.size))
         header = json.loads(stream.read(length))
-    base = _LENGTH.size + length
+    base = LENGTH.size + length
     return {
         name: Span(
             file=file,

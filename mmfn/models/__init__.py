@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mmfn.batch import Batch, Laid, Sample, TowerKind
+from mmfn.batch import Batch, Laid, Sample, TowerKind, in_floats
 from mmfn.errors import UserError
 from mmfn.models.data import DataSide
 from mmfn.models.keymap import KeyMap
-from mmfn.packing import Sizes, pack
+from mmfn.models.work import Flow
+from mmfn.packing import Sizes, pack, read_alike
 from mmfn.spec import stacks
 from mmfn.tree import Tree
 
@@ -114,8 +115,10 @@ class Family:
     data: DataSide  # media, chats, and what processors return
     example: Callable[[int, int, Any], Sample]  # (tokens, side of an image in inputs of its encoder, cfg): to plan with
     row_ids: Callable[[Batch, Any], Sequence[tuple[str, Tensor]]]  # see `mmfn.lora.with_drops`
+    flow: Callable[[Any], Flow]  # cfg -> the stages of the forward pass, of which FLOPs are counted
     # what not all families have
     taps: Callable[[Any], int] = nothing  # cfg -> how many of the first text blocks are treated unlike the others
+    experts_per_token: Callable[[Any], int] = nothing  # cfg -> of those that blocks with experts have
     is_recurrent: Callable[[Any], bool] = never  # cfg -> whether layers carry a state from token to token
     num_ahead: Callable[[Any], int] = nothing  # cfg -> further tokens that are predicted
     without_absent: Callable[[Any, Collection[str]], Any] = (
@@ -135,8 +138,14 @@ class Family:
 
         Raises ValueError for samples that do not fit the model or the sizes.
         """
+        return in_floats(self.pack_bytes(samples, cfg, sizes))
+
+    def pack_bytes(self, samples: Sequence[Sample], cfg: Any, sizes: Sizes | None = None) -> Batch:
+        """`pack` for `mmfn.batch.to`: what media have as bytes are bytes still, a quarter of the memory up to there."""
+        kinds = self.towers(cfg)
+        samples = read_alike(samples, kinds)
         positions, laid = [self.positions(s, cfg) for s in samples], [self.lay(s, cfg) for s in samples]
-        return pack(samples, positions, laid, self.towers(cfg), sizes or Sizes(), self.num_ahead(cfg))
+        return pack(samples, positions, laid, kinds, sizes or Sizes(), self.num_ahead(cfg))
 
 
 FAMILIES = {

@@ -4,10 +4,13 @@
 >>> up_3 = DiskTensor(path="gate_up", ranges=((3, 4), (4, 8), (0, 6)), dims=(0, 1, 2), shape=(4, 6), leaf=spec)
 >>> up_3.part(((2, 4), (0, 8), (0, 3))).disk, up_3.part(((2, 4), (0, 8), (0, 3))).place
 (((0, 4), (0, 3)), ((1, 2), (4, 8), (0, 3)))
+>>> list(up_3.part(((2, 4), (0, 8), (0, 3))).runs())  # where the elements of `place` are stored, 3 at a time
+[(0, 3), (6, 3), (12, 3), (18, 3)]
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 from torch import Tensor
@@ -37,6 +40,24 @@ def slices(ranges: Ranges) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in ranges)
 
 
+def overlap(ranges: Ranges, others: Ranges) -> Ranges:
+    """What two boxes of one tensor have in common; a dim that they share nothing of stops where it starts, or before.
+
+    >>> overlap(((0, 4), (2, 8)), ((3, 9), (0, 6)))
+    ((3, 4), (2, 6))
+    """
+    return tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(ranges, others, strict=True))
+
+
+def within(ranges: Ranges, outer: Ranges) -> Ranges:
+    """A box counted from where the one around it begins.
+
+    >>> within(((3, 4), (2, 6)), ((3, 9), (0, 6)))
+    ((0, 1), (2, 6))
+    """
+    return tuple((start - base, stop - base) for (start, stop), (base, _) in zip(ranges, outer, strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiskTensor:
     """A tensor on disk that holds `ranges` of the leaf `path`.
@@ -62,9 +83,11 @@ class DiskTensor:
 
     def part(self, ranges: Ranges) -> "Part | None":
         """What a shard with these `ranges` of the leaf needs of this tensor; None where that is nothing."""
-        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(self.ranges, ranges, strict=True)]
-        if any(start >= stop for start, stop in common):
-            return None
+        common: list[tuple[int, int]] = []
+        for (a, b), (c, d) in zip(self.ranges, ranges, strict=True):
+            common.append((max(a, c), min(b, d)))
+            if common[-1][0] >= common[-1][1]:
+                return None
         starts, extent = [start for start, _ in self.ranges], sizes(self.ranges)
         local = [(start - base, stop - base) for (start, stop), base in zip(common, starts, strict=True)]
         ordered = [local[d] for d in self.dims]
@@ -75,6 +98,8 @@ class DiskTensor:
             read=sizes(read),
             crop=tuple((a - base, b - base) for (a, b), (base, _) in zip(ordered, read, strict=True)),
             dims=self.dims,
+            extent=tuple(extent[d] for d in self.dims),
+            box=tuple(ordered),
         )
 
 
@@ -83,7 +108,8 @@ class Part:
     """What a shard needs of a tensor on disk: `disk`, ranges of the tensor, go to `place`, ranges of the shard.
 
     `read`: the shape of what is read, in the leaf's dims as ordered on disk, of which `crop` is needed: less than all
-    only where a dim of the shard is stored as several.
+    only where a dim of the shard is stored as several. `extent`: the shape of the whole tensor in those dims, of which
+    `box` is exactly what goes to `place`.
     """
 
     disk: Ranges
@@ -91,10 +117,33 @@ class Part:
     read: tuple[int, ...]
     crop: Ranges
     dims: tuple[int, ...]
+    extent: tuple[int, ...]
+    box: Ranges
 
     def from_disk(self, tensor: Tensor) -> Tensor:
         """The elements of `place` from those of `disk`: a view of a contiguous tensor."""
         return tensor.reshape(self.read)[slices(self.crop)].permute(_inverse(self.dims))
+
+    def to_disk(self, shard: Tensor) -> Tensor:
+        """Of a shard the elements of `place` in the order in which they are stored: a view."""
+        return shard[slices(self.place)].permute(self.dims)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Where the tensor stores the elements of `to_disk`, in their order: `(first element, how many)` of each run.
+
+        It stores all of its elements in row-major order, whatever its shape there.
+        """
+        num_outer = len(self.extent)  # dims behind these are whole: what lies in them is one run
+        while num_outer and self.box[num_outer - 1] == (0, self.extent[num_outer - 1]):
+            num_outer -= 1
+        strides = [prod(self.extent[dim + 1 :]) for dim in range(num_outer)]
+        if not strides:
+            yield 0, prod(self.extent)
+            return
+        (start, stop), stride = self.box[num_outer - 1], strides[-1]
+        outer = (range(a * step, b * step, step) for (a, b), step in zip(self.box, strides[:-1], strict=False))
+        for offsets in product(*outer):
+            yield sum(offsets) + start * stride, (stop - start) * stride
 
 
 def _disk_ranges(

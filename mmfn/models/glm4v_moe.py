@@ -26,6 +26,7 @@ from mmfn.models.layers.cache import Cache
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.models.layers.vision import VisionConfig
 from mmfn.models.layers.vision_language import VisionLanguageConfig
+from mmfn.models.work import Stage
 from mmfn.ops import Ops
 from mmfn.ops.route import RouteConfig
 from mmfn.spec import normal, spec
@@ -57,6 +58,7 @@ LOADS = "loads"  # the rule of the bias
 
 head, parts, at_depth, empty_cache = shared.head, shared.parts, shared.at_depth, shared.empty_cache
 lora_targets, row_ids, example = shared.LORA_TARGETS, shared.row_ids, shared.example
+experts_per_token = shared.experts_per_token
 positions, towers, lay, loss_weights = shared.positions, shared.towers, shared.lay, shared.loss_weights
 data = glm_vision.SIDE
 
@@ -215,6 +217,12 @@ def merge(params: Tree, x_PD: Tensor, cfg: TowerConfig, ops: Ops) -> Tensor:
     x_ND = linear.apply(kernel, x_PD.reshape(-1, cfg.merged * cfg.d_model), ops)
     x_ND = norm.layer(params["norm"], linear.apply(params["proj"], x_ND, ops), MERGER_EPS, ops)
     return decoder.mlp(params, ops.gelu(x_ND), ops)
+
+
+def flow(cfg: Config) -> dict[str, list[Stage]]:
+    """The stages of the tower and of the text."""
+    merger = (("downsample",), ("proj",), ("norm",), ("gate", "up"), ("down",))
+    return {"vision": vision.flow(cfg.vision, merger=merger), "text": shared.text_flow(cfg)}
 
 
 def kinds(tokens_T: Tensor, cfg: Config) -> Tensor:

@@ -23,6 +23,7 @@ from mmfn.models.layers import decoder, norm, patches, rope, text, vision
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.cache import Cache
 from mmfn.models.layers.positions import mrope
+from mmfn.models.work import Stage
 from mmfn.ops import Ops
 from mmfn.tree import Tree
 
@@ -212,6 +213,12 @@ def towers(cfg: Config) -> dict[str, TowerKind]:
     windows = (vision.depth - num_full) * vision.window**2 * vision.merged
     matmul_patches = (matmuls + windows) // num_full
     return {"vision": patches.tower_kind(vision.merge_size, vision.patch_values, matmul_patches, num_lists=2)}
+
+
+def flow(cfg: Config) -> dict[str, list[Stage]]:
+    """The stages of the tower, in windows or whole frames by turns, and of the text."""
+    lists = [int(i in cfg.vision.frame_blocks) for i in range(cfg.vision.depth)]
+    return {"vision": vision.flow(cfg.vision, lists=lists), "text": shared.text_flow(cfg)}
 
 
 def lay(sample: Sample, cfg: Config) -> dict[str, Laid]:

@@ -23,6 +23,7 @@ from mmfn.models.layers import cache as layer_cache
 from mmfn.models.layers import vision_language as shared
 from mmfn.models.layers.delta import DeltaConfig
 from mmfn.models.layers.moe import MoeConfig
+from mmfn.models.work import Stage
 from mmfn.ops import Ops
 from mmfn.tree import Tree
 
@@ -49,8 +50,9 @@ TEXT_NAME, TOWER_NAME = "model.language_model", "model.visual"
 
 head, at_depth, taps = shared.head, shared.at_depth, shared.taps
 positions, towers, lay, kinds, example = shared.positions, shared.towers, shared.lay, shared.kinds, shared.example
+experts_per_token = shared.experts_per_token
 lora_targets = (r"text/layers/\d+/(attention/(q|k|v|o)|delta/(qkv|z|o))",)
-data = qwen_vision.SIDE
+data = replace(qwen_vision.SIDE, chat=replace(qwen_vision.SIDE.chat, templates=("qwen3_5", "qwen3_5_nothink")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,19 @@ def mixed(params: Tree, *xs: Any, cfg: Config, ops: Ops) -> tuple[Tensor, Tree]:
     if "delta" in params:
         return delta.mix(params, *xs, cfg=cfg.delta, ops=ops)
     return decoder.attend(params, *xs, cfg=cfg.decoder, ops=ops)
+
+
+def flow(cfg: Config) -> dict[str, list[Stage]]:
+    """The stages of the tower, of the text, whose mixers are of two kinds, and of the block ahead."""
+    mixers = [
+        shared.attention_flow(f"text/layers/{i}/attention", cfg)
+        if kind == "full_attention"
+        else delta.flow(f"text/layers/{i}/delta", cfg.delta)
+        for i, kind in enumerate(cfg.layer_types[: cfg.num_layers])
+    ]
+    ahead = [*mtp.flow("mtp", shared.attention_flow("mtp/layers/0/attention", cfg)), shared.head_flow(cfg, 1)]
+    found = {**shared.flow(cfg), "text": shared.text_flow(cfg, mixers)}
+    return {**found, ahead_loss(0): ahead} if cfg.num_ahead else found
 
 
 def is_recurrent(cfg: Config) -> bool:

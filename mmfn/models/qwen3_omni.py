@@ -26,6 +26,7 @@ from mmfn.models.layers.audio import AudioConfig
 from mmfn.models.layers.cache import Cache
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.models.layers.positions import mrope
+from mmfn.models.work import Stage
 from mmfn.ops import Ops
 from mmfn.tree import Tree
 
@@ -196,6 +197,14 @@ def example(num_tokens: int, side: int, cfg: Config) -> Sample:
 def row_ids(batch: Batch, cfg: Config) -> list[tuple[str, Tensor]]:
     """Which rows parameters compute with, by the beginning of their path."""
     return [*shared.row_ids(batch, cfg), ("audio/", batch.towers["audio"].ids_P)]
+
+
+experts_per_token = shared.experts_per_token
+
+
+def flow(cfg: Config) -> dict[str, list[Stage]]:
+    """The stages of both towers and of the text."""
+    return {"audio": audio.flow(cfg.audio), **shared.flow(cfg)}
 
 
 def parts(cfg: Config) -> dict[str, str]:

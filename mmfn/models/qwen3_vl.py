@@ -38,7 +38,7 @@ TEXT_NAME, TOWER_NAME = "model.language_model", "model.visual"
 head, parts, at_depth, taps = shared.head, shared.parts, shared.at_depth, shared.taps
 empty_cache, lora_targets, row_ids = shared.empty_cache, shared.LORA_TARGETS, shared.row_ids
 positions, towers, lay, kinds, example = shared.positions, shared.towers, shared.lay, shared.kinds, shared.example
-data = qwen_vision.SIDE
+data, flow = qwen_vision.SIDE, shared.flow
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:

@@ -28,6 +28,7 @@ specs, apply, data, loss_weights = qwen3_vl.specs, qwen3_vl.apply, qwen3_vl.data
 head, parts, at_depth, taps = shared.head, shared.parts, shared.at_depth, shared.taps
 empty_cache, lora_targets, row_ids = shared.empty_cache, shared.LORA_TARGETS, shared.row_ids
 positions, towers, lay, kinds, example = shared.positions, shared.towers, shared.lay, shared.kinds, shared.example
+experts_per_token, flow = shared.experts_per_token, shared.flow
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:

@@ -31,7 +31,15 @@ from mmfn.ops import (
     rotary,
     route,
 )
-from mmfn.ops.cross_entropy import OPERATORS, Method, cpu_method, linear_cross_entropy, linear_cross_entropy_reference
+from mmfn.ops.cross_entropy import (
+    ACCELERATOR_BYTES,
+    CHUNK_BYTES,
+    OPERATORS,
+    Method,
+    cpu_method,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 from mmfn.ops.kernel import Kernel
 from mmfn.tree import Tree
 
@@ -121,6 +129,7 @@ class CrossEntropy(Protocol):
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         chunk: int | None = None,
+        num_labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -212,6 +221,7 @@ class Ops:
     place_features: Callable[[Tensor, Tensor], Tensor] = place_features
     kept: Callable[[Tensor, int], Tensor] = keep_all
     psum: Callable[[Tensor], Tensor] = identity
+    logit_bytes: int = CHUNK_BYTES  # of float32 logits that its loss holds at a time
     notes: tuple[str, ...] = ()  # what was chosen when the table was made, and why
 
 
@@ -252,12 +262,12 @@ def reference() -> Ops:
     )
 
 
-def portable(*, cross_entropy: str = "auto") -> Ops:
+def portable(*, cross_entropy: str = "auto", logit_bytes: int = CHUNK_BYTES) -> Ops:
     """Fast plain torch, the CPU default.
 
     `cross_entropy`: the method of `linear_cross_entropy` for bfloat16 on a CPU, "logits" or "attention", or "auto": the
-    faster one on this machine (`mmfn.ops.cross_entropy.cpu_method`). `notes` say which and why. All else takes logits.
-    Raises ValueError for another method.
+    faster one on this machine (`mmfn.ops.cross_entropy.cpu_method`). `notes` say which and why. All else takes logits,
+    `logit_bytes` of them at a time. Raises ValueError for another method.
     """
     methods: dict[str, tuple[Method, str]] = {
         "auto": cpu_method(),
@@ -294,28 +304,52 @@ def portable(*, cross_entropy: str = "auto") -> Ops:
         dispatch=dispatch.DISPATCH,
         experts=experts.KERNEL,
         combine=dispatch.COMBINE,
-        linear_cross_entropy=Kernel(partial(linear_cross_entropy, method=method), operators=OPERATORS),
+        linear_cross_entropy=Kernel(
+            partial(linear_cross_entropy, method=method, chunk_bytes=logit_bytes), operators=OPERATORS
+        ),
+        logit_bytes=logit_bytes,
         notes=(f"cross entropy of bfloat16 on a CPU by {name} ({reason})",),
     )
 
 
-TABLES: Mapping[str, Callable[[], Ops] | None] = {
+def _cuda() -> Ops:
+    """The table for GPUs, a module of its own likewise."""
+    from mmfn.ops.cuda import cuda
+
+    return cuda()
+
+
+def _npu() -> Ops:
+    """The table for NPUs; a module of its own, which nobody else reads."""
+    from mmfn.ops.npu import npu
+
+    return npu()
+
+
+TABLES: Mapping[str, Callable[[], Ops]] = {
     "portable": portable,
     "reference": reference,
-    "cuda": None,
-    "npu": None,
+    "cuda": _cuda,
+    "npu": _npu,
 }
-"""Name of a table -> the function that makes it; None for one that is still to be written."""
+"""Name of a table -> the function that makes it."""
+
+
+def planned_table(name: str) -> Ops:
+    """The table that a plan takes for the one of a name.
+
+    Operators of NPUs are only where torch_npu is, so theirs is planned as the portable one, with an accelerator's
+    chunks of logits.
+    """
+    return portable(cross_entropy="logits", logit_bytes=ACCELERATOR_BYTES) if name == "npu" else table(name)
 
 
 def table(name: str) -> Ops:
     """The table of a name in `TABLES`, made for this machine: `table("portable")`.
 
     What depends on the machine (its vector units, threads) is chosen here, once, and told in `notes`; the ops depend on
-    their arguments alone. Raises ValueError for another name, and for one that has no table yet.
+    their arguments alone. Raises ValueError for another name, and for one that this machine cannot have.
     """
-    make, names = TABLES.get(name), ", ".join(repr(n) for n, make in TABLES.items() if make)
-    if make is None:
-        problem = "has no table of ops yet" if name in TABLES else "is no table of ops"
-        raise UserError(f"{name!r} {problem}; use one of {names}")
-    return make()
+    if name not in TABLES:
+        raise UserError(f"{name!r} is no table of ops; use one of {', '.join(map(repr, TABLES))}")
+    return TABLES[name]()

@@ -332,11 +332,13 @@ def _dense_channels(x_THC: Tensor) -> Tensor:
     return x_THC if x_THC.stride(-1) == 1 else x_THC.contiguous()
 
 
-def _fake(q_THC: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def fake(q_THC: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """`forward` of tensors without values."""
     return q_THC.new_empty(q_THC.shape), q_THC.new_empty(q_THC.shape[:2], dtype=wide(q_THC.dtype))
 
 
-def _fake_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def fake_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` of tensors without values."""
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -352,8 +354,8 @@ def _gradient(ctx: Context, do_THC: Tensor | None, *_: Tensor | None) -> tuple[T
     return *ATTENTION_GRAD(do_THC, *ctx.saved_tensors, ctx.settings, None), None, None, None
 
 
-ATTENTION = operator("mmfn::attention", forward, _fake)
-ATTENTION_GRAD = operator("mmfn::attention_grad", backward, _fake_grad)
+ATTENTION = operator("mmfn::attention", forward, fake)
+ATTENTION_GRAD = operator("mmfn::attention_grad", backward, fake_grad)
 _attend = ATTENTION.with_gradient(_save, _gradient)
 
 OPERATORS = flops.register(

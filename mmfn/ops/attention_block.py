@@ -30,7 +30,8 @@ def attention_block(
     differentiable by autograd. CPU and meta tensors only. Raises ValueError for shapes, dtypes or offsets that do not
     fit and for tensors of another device.
     """
-    _check(q_THC, k_SKC, v_SKC, segments, keys, is_causal)
+    _check_device(q_THC)
+    check_block(q_THC, k_SKC, v_SKC, segments, keys, is_causal)
     qkv, key_offsets_N = (q_THC.detach(), k_SKC.detach(), v_SKC.detach()), None if keys is None else keys.host_N
     o_THC, lse_TH = attention.ATTENTION(*qkv, segments.host_N, is_causal, key_offsets_N)
     return o_THC, lse_TH
@@ -53,7 +54,8 @@ def attention_block_grad(
     With the `o_THC` and `lse_TH` of all keys (not of this block alone) the gradients of blocks add up to those of the
     whole. Raises ValueError as `attention_block` does.
     """
-    _check(q_THC, k_SKC, v_SKC, segments, keys, is_causal)
+    _check_device(q_THC)
+    check_block(q_THC, k_SKC, v_SKC, segments, keys, is_causal)
     key_offsets_N = None if keys is None else keys.host_N
     dq_THC, dk_SKC, dv_SKC = attention.ATTENTION_GRAD(
         do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_TH, segments.host_N, is_causal, key_offsets_N
@@ -110,14 +112,23 @@ def attention_block_grad_reference(
     return dq_THC, dk_SKC, dv_SKC
 
 
-def _check(
-    q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, keys: Segments | None, is_causal: bool
-) -> None:
-    attention.check_inputs(q_THC, k_SKC, v_SKC, segments, keys or segments)
+def _check_device(q_THC: Tensor) -> None:
     if q_THC.device.type not in ("cpu", "meta"):
         raise ValueError(
             f"attention_block is made for CPU tensors but got q on {q_THC.device}; use that device's table"
         )
+
+
+def check_block(
+    q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, segments: Segments, keys: Segments | None, is_causal: bool
+) -> None:
+    """Raise ValueError unless shapes, dtypes and offsets of a block fit."""
+    attention.check_inputs(q_THC, k_SKC, v_SKC, segments, keys or segments)
+    check_keys(q_THC, k_SKC, segments, keys, is_causal)
+
+
+def check_keys(q_THC: Tensor, k_SKC: Tensor, segments: Segments, keys: Segments | None, is_causal: bool) -> None:
+    """Raise ValueError unless keys are those of the queries, or have segments of their own and no causal mask."""
     if keys is None and q_THC.shape[0] != k_SKC.shape[0]:
         raise ValueError(f"there are {q_THC.shape[0]} queries and {k_SKC.shape[0]} keys; pass `keys`, their segments")
     if keys is not None and (is_causal or keys.offsets_N.shape != segments.offsets_N.shape):

@@ -39,6 +39,7 @@ Method = Literal["logits", "attention", "attention_if_exact"]
 
 CHUNK_BYTES = 160 * 2**20  # of float32 logits; smaller chunks read and write the head's gradient more often
 MAX_CHUNK = 512  # rows; larger chunks are no faster
+ACCELERATOR_BYTES = 8 * CHUNK_BYTES  # products of some thousand rows fill one: 2,048 of a vocabulary of 150,000
 MAX_THREADS = 8  # for which attention has work
 
 
@@ -52,7 +53,9 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
+    num_labels: Tensor | None = None,
     method: Method = "logits",
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """`(loss, ce)` of a linear head: what is minimised, and the plain weighted cross entropy, which is a constant.
 
@@ -63,14 +66,15 @@ def linear_cross_entropy(
     A token is supervised if its label is not `IGNORE` and its weight is not 0; with none the sums are 0 and so are the
     gradients. `x_TD`, `weight_VD`, `bias_V`: one floating dtype. `labels_T`: int64[T] in [0, V) or `IGNORE`.
     `weights_T`: floating[T], a constant. Both results are float32[] (float64[] for float64). A gradient that is not
-    needed is not computed. On a GPU the number of supervised rows is read by the host.
+    needed is not computed. `num_labels`: 0-D int64 on the host, the number of supervised tokens; without it the host
+    reads it of the device.
 
     `method`: "logits", whose gradients of head and bias are accumulated in float32 (or float64) and cast once;
     "attention" (`mmfn.ops.vocabulary_attention`: CPU, neither bias nor label smoothing), which holds no logits and
     rounds more often; or "attention_if_exact": attention for bfloat16 inputs that it takes, unless a weight is
     negative, and logits for all others. Which is faster depends on the machine, so a table chooses (`cpu_method`).
-    `chunk`: rows of logits held at a time, by default `chunk_rows(V)`; with attention, rows that meet the head at a
-    time, by default and at most 2,048.
+    `chunk`: rows of logits held at a time, by default `chunk_rows(V, chunk_bytes)`; with attention, rows that meet the
+    head at a time, by default and at most 2,048.
 
     Raises ValueError for shapes, dtypes, labels or settings that do not fit. Source: chunked gradients in the forward
     as in Hsu et al. 2024, "Liger kernel" (arXiv:2410.10989); z-loss: Chowdhery et al. 2022, "PaLM" (arXiv:2204.02311),
@@ -79,13 +83,14 @@ def linear_cross_entropy(
     check_head(x_TD, weight_VD, bias_V, labels_T, weights_T)
     check_settings(z_loss, label_smoothing, chunk)
     method = _applicable(method, x_TD, bias_V, label_smoothing)
-    rows = chunk or 0  # an operator takes no None for the default
+    rows = chunk or (0 if method != "logits" else chunk_rows(weight_VD.shape[0], chunk_bytes))  # 0: attention's own
     needs = needed(x_TD, weight_VD, bias_V)
     if is_eager(x_TD):
         compute = partial(
             _compute,
             labels_T=labels_T,
             weights_T=weights_T,
+            num_labels=num_labels,
             rows=rows,
             z_loss=z_loss,
             label_smoothing=label_smoothing,
@@ -95,7 +100,7 @@ def linear_cross_entropy(
         loss, ce = gradients_in_forward(compute, x_TD, weight_VD, bias_V)
     else:
         settings = (rows, z_loss, label_smoothing, method)
-        loss, ce, *_ = LOSS.traced(x_TD, weight_VD, bias_V, labels_T, weights_T, *settings, needs)
+        loss, ce, *_ = LOSS.traced(x_TD, weight_VD, bias_V, labels_T, weights_T, num_labels, *settings, needs)
     return loss, ce
 
 
@@ -109,11 +114,13 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
+    num_labels: Tensor | None = None,
     method: Method = "logits",
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` with all logits at once, in float32 or float64 behind the head.
 
-    `chunk` and `method` change nothing. Legend: N supervised tokens.
+    `chunk`, `num_labels` and `method` change nothing. Legend: N supervised tokens.
     """
     is_supervised_T = (labels_T != IGNORE) & (weights_T != 0)
     labels_N, weights_N = labels_T[is_supervised_T], weights_T[is_supervised_T].to(wide(x_TD.dtype))
@@ -125,9 +132,11 @@ def linear_cross_entropy_reference(
     return (losses_N * weights_N).sum(), (ce_N * weights_N).sum().detach()
 
 
-def chunk_rows(num_vocabulary: int) -> int:
-    """Rows per chunk: the largest power of two whose float32 logits fit `CHUNK_BYTES`, in [1, `MAX_CHUNK`]."""
-    return min(MAX_CHUNK, power_of_two(max(1, CHUNK_BYTES // (4 * num_vocabulary))))
+def chunk_rows(num_vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows per chunk: the largest power of two whose float32 logits fit the bytes, from 1 to `MAX_CHUNK` for
+    `CHUNK_BYTES`, and likewise more for more bytes."""
+    rows = power_of_two(max(1, chunk_bytes // (4 * num_vocabulary)))
+    return min(MAX_CHUNK * chunk_bytes // CHUNK_BYTES, rows)
 
 
 def power_of_two(most: int) -> int:
@@ -212,6 +221,7 @@ def _compute(
     *,
     labels_T: Tensor,
     weights_T: Tensor,
+    num_labels: Tensor | None,
     rows: int,
     z_loss: float,
     label_smoothing: float,
@@ -220,7 +230,7 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """The two losses and the gradients of the first, those asked for."""
     V, dtype = weight_VD.shape[0], wide(x_TD.dtype)
-    index_N = supervised(labels_T, weights_T, V)
+    index_N = supervised(labels_T, weights_T, V, num_labels)
     labels_N, weights_N = labels_T[index_N], weights_T[index_N].to(dtype)
     if method == "attention" or (method == "attention_if_exact" and not bool((weights_N < 0).any())):
         return _by_attention(x_TD, weight_VD, index_N, labels_N, weights_N, z_loss, rows or QUERIES, needs)
@@ -300,6 +310,7 @@ def _flat(
     bias_V: Tensor | None,
     labels_T: Tensor,
     weights_T: Tensor,
+    num_labels: Tensor | None,
     rows: int,
     z_loss: float,
     label_smoothing: float,
@@ -313,6 +324,7 @@ def _flat(
         bias_V,
         labels_T=labels_T,
         weights_T=weights_T,
+        num_labels=num_labels,
         rows=rows,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
@@ -343,9 +355,9 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _gradient(ctx: Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 10
+        return (None,) * 11
     saved = zip(ctx.saved_tensors, ctx.settings, strict=True)
-    return *(grad * dloss if is_needed else None for grad, is_needed in saved), *(None,) * 7
+    return *(grad * dloss if is_needed else None for grad, is_needed in saved), *(None,) * 8
 
 
 LOSS = operator("mmfn::linear_cross_entropy", _flat, _fake)

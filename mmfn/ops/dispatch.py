@@ -29,7 +29,7 @@ def dispatch(x_TD: Tensor, experts_TX: Tensor, num_experts: int) -> tuple[Tensor
     of one expert are in the order of tokens. `counts_E`: int64[E], how many rows each expert has; `place_TX`:
     int64[T, X], the row of each of a token's experts. Raises ValueError for other shapes. Oracle: `dispatch_reference`.
     """
-    _check_experts(x_TD, experts_TX)
+    check_experts(x_TD, experts_TX)
     T, X = experts_TX.shape
     sorted_R, order_R = experts_TX.flatten().sort(stable=True)
     ends_E = torch.searchsorted(sorted_R, torch.arange(num_experts, device=x_TD.device), right=True)
@@ -42,7 +42,7 @@ def dispatch(x_TD: Tensor, experts_TX: Tensor, num_experts: int) -> tuple[Tensor
 
 def dispatch_reference(x_TD: Tensor, experts_TX: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """`dispatch` one expert after the other."""
-    _check_experts(x_TD, experts_TX)
+    check_experts(x_TD, experts_TX)
     pairs = [(experts_TX == e).nonzero() for e in range(num_experts + 1)]
     tokens_R, choices_R = torch.cat(pairs).unbind(1)
     place_TX = torch.zeros_like(experts_TX)
@@ -57,26 +57,28 @@ def combine(y_RD: Tensor, place_TX: Tensor, weights_TX: Tensor) -> Tensor:
     `y_RD`: floating[R, D]. `place_TX`: int64[T, X], every row once (as `dispatch` gives them). `weights_TX`: of y's
     dtype. Returns y's dtype. Raises ValueError for other shapes and dtypes. Oracle: `combine_reference`.
     """
-    _check_rows(y_RD, place_TX, weights_TX)
+    check_rows(y_RD, place_TX, weights_TX)
     y_TD: Tensor = _weighted(y_RD, place_TX, weights_TX)
     return y_TD
 
 
 def combine_reference(y_RD: Tensor, place_TX: Tensor, weights_TX: Tensor) -> Tensor:
     """`combine` with all rows at once."""
-    _check_rows(y_RD, place_TX, weights_TX)
+    check_rows(y_RD, place_TX, weights_TX)
     dtype = wide(y_RD.dtype)
     return (y_RD[place_TX].to(dtype) * weights_TX[..., None].to(dtype)).sum(1).to(y_RD.dtype)
 
 
-def _check_experts(x_TD: Tensor, experts_TX: Tensor) -> None:
+def check_experts(x_TD: Tensor, experts_TX: Tensor) -> None:
+    """Raise ValueError unless tokens and their experts fit."""
     if x_TD.ndim != 2 or experts_TX.ndim != 2 or x_TD.shape[0] != experts_TX.shape[0]:
         raise ValueError(
             f"x_TD {tuple(x_TD.shape)} and experts_TX {tuple(experts_TX.shape)} must be [T, D] and [T, X] with one T"
         )
 
 
-def _check_rows(y_RD: Tensor, place_TX: Tensor, weights_TX: Tensor) -> None:
+def check_rows(y_RD: Tensor, place_TX: Tensor, weights_TX: Tensor) -> None:
+    """Raise ValueError unless rows, their places and weights fit."""
     if y_RD.ndim != 2 or place_TX.shape != weights_TX.shape or place_TX.numel() != y_RD.shape[0]:
         raise ValueError(
             f"y_RD {tuple(y_RD.shape)}, place_TX {tuple(place_TX.shape)} and weights_TX {tuple(weights_TX.shape)} must "

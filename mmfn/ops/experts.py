@@ -7,15 +7,20 @@ the counts, and one matmul per expert otherwise: on a CPU the kernel is that loo
 Legend: R routed rows, E experts, D width, F feed-forward width (of `grouped_linear`: widths in and out).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmfn.ops import flops
 from mmfn.ops.activation import swiglu, swiglu_reference
-from mmfn.ops.custom import Context, operator
+from mmfn.ops.custom import Context, Operator, operator
 from mmfn.ops.kernel import Kernel
 from mmfn.tree import Tree
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_RD, weight_EFD, counts_E) -> y_RF, as `grouped_linear`
 
 
 def experts(x_RD: Tensor, counts_E: Tensor, weights: Tree) -> Tensor:
@@ -28,8 +33,13 @@ def experts(x_RD: Tensor, counts_E: Tensor, weights: Tree) -> Tensor:
     Raises ValueError for shapes, dtypes or counts that do not fit. Source: experts with fused weights in transformers
     5.23; oracle `experts_reference`.
     """
-    gate_RF, up_RF = _adapted(x_RD, counts_E, weights, "gate_up").chunk(2, dim=-1)
-    return _adapted(swiglu(gate_RF, up_RF), counts_E, weights, "down")
+    return experts_by(partial(grouped_linear, counts_E=counts_E), x_RD, weights)
+
+
+def experts_by(product: Callable[[Tensor, Tensor], Tensor], x_RD: Tensor, weights: Tree) -> Tensor:
+    """`experts` with another grouped product `(x_RD, weight_EFD) -> y_RF`."""
+    gate_RF, up_RF = adapted(product, x_RD, weights, "gate_up").chunk(2, dim=-1)
+    return adapted(product, swiglu(gate_RF, up_RF), weights, "down")
 
 
 def experts_reference(x_RD: Tensor, counts_E: Tensor, weights: Tree) -> Tensor:
@@ -47,14 +57,13 @@ def experts_reference(x_RD: Tensor, counts_E: Tensor, weights: Tree) -> Tensor:
     return torch.cat([*parts, torch.zeros_like(left_RD)])
 
 
-def _adapted(x_RD: Tensor, counts_E: Tensor, weights: Tree, name: str) -> Tensor:
-    """`grouped_linear` with one of the weights and its adapter, if it has one."""
-    y_RF = grouped_linear(x_RD, weights[name], counts_E)
+def adapted(product: Callable[[Tensor, Tensor], Tensor], x_RD: Tensor, weights: Tree, name: str) -> Tensor:
+    """`product(x_RD, weight)` with one of the weights and its adapter, if it has one."""
+    y_RF = product(x_RD, weights[name])
     adapter = weights.get("lora", {}).get(name)
     if adapter is None:
         return y_RF
-    low_RF = grouped_linear(x_RD, adapter.a, counts_E)
-    return y_RF + grouped_linear(adapter.scale * low_RF, adapter.b, counts_E)
+    return y_RF + product(adapter.scale * product(x_RD, adapter.a), adapter.b)
 
 
 def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
@@ -64,12 +73,13 @@ def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     expert, on x's device. On an accelerator the counts are read by the host unless x is bfloat16 and D and F are
     multiples of 8 (a requirement of the kernel). Raises ValueError for shapes, dtypes or counts that do not fit.
     """
-    _check(x_RD, weight_EFD, counts_E)
+    check(x_RD, weight_EFD, counts_E)
     y_RF: Tensor = _product(x_RD, weight_EFD, counts_E)
     return y_RF
 
 
-def _check(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> None:
+def check(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> None:
+    """Raise ValueError unless rows, weights and counts fit."""
     if x_RD.ndim != 2 or weight_EFD.ndim != 3 or weight_EFD.shape[2] != x_RD.shape[1]:
         raise ValueError(
             f"x_RD {tuple(x_RD.shape)} and weight_EFD {tuple(weight_EFD.shape)} must be [R, D] and [E, F, D] with one D"
@@ -89,6 +99,19 @@ def _has_kernel(x_RD: Tensor, y_RF: Tensor) -> bool:
     return x_RD.device.type == "cuda" and x_RD.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
+def multiply_at_once(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """y_RF of `grouped_linear` by torch's grouped kernel, which leaves the rows behind the last expert's unwritten."""
+    ends_E = _ends(counts_E)
+    y_RF = F.grouped_mm(x_RD.contiguous(), weight_EFD.transpose(1, 2), offs=ends_E)
+    is_padding_R = torch.arange(x_RD.shape[0], device=x_RD.device) >= ends_E[-1]
+    return y_RF.masked_fill_(is_padding_R[:, None], 0)
+
+
+def weight_grad_at_once(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+    """The gradient [E, F, D] of the weight by torch's grouped kernel."""
+    return F.grouped_mm(dy_RF.contiguous().t(), x_RD.contiguous(), offs=_ends(counts_E))
+
+
 def _ends(counts_E: Tensor) -> Tensor:
     return counts_E.cumsum(0).to(torch.int32)
 
@@ -105,10 +128,7 @@ def _multiply(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     R = x_RD.shape[0]
     y_RF = x_RD.new_empty(R, weight_EFD.shape[1])
     if _has_kernel(x_RD, y_RF):
-        ends_E = _ends(counts_E)
-        y_RF = F.grouped_mm(x_RD.contiguous(), weight_EFD.transpose(1, 2), offs=ends_E)
-        is_padding_R = torch.arange(R, device=x_RD.device) >= ends_E[-1]
-        return y_RF.masked_fill_(is_padding_R[:, None], 0)
+        return multiply_at_once(x_RD, weight_EFD, counts_E)
     counts = _read(counts_E, R)
     used = sum(counts)
     x_parts, y_parts = (torch.split(part, counts) for part in (x_RD[:used], y_RF[:used]))
@@ -121,7 +141,7 @@ def _multiply(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 def _weight_grad(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor) -> Tensor:
     """The gradient [E, F, D] of the weight: `dy.T @ x` over each expert's rows."""
     if _has_kernel(x_RD, dy_RF):
-        return F.grouped_mm(dy_RF.contiguous().t(), x_RD.contiguous(), offs=_ends(counts_E))
+        return weight_grad_at_once(dy_RF, x_RD, counts_E)
     counts = _read(counts_E, x_RD.shape[0])
     used = sum(counts)
     dw_EFD = x_RD.new_empty(len(counts), dy_RF.shape[1], x_RD.shape[1])
@@ -143,17 +163,28 @@ def _save(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradient(ctx: Context, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x_RD, weight_EFD, counts_E = ctx.saved_tensors
-    needs_dx, needs_dw, _ = ctx.needs_input_grad
-    dx_RD = PRODUCT(dy_RF, weight_EFD.transpose(1, 2), counts_E) if needs_dx else None
-    dw_EFD = WEIGHT_GRAD(dy_RF, x_RD, counts_E) if needs_dw else None
-    return dx_RD, dw_EFD, None
+def product_operators(
+    name: str, multiply: Product, weight_grad: Product, *, is_whole: bool = False
+) -> tuple[Product, Operator, Operator]:
+    """`multiply(x_RD, weight_EFD, counts_E)` with gradients, as the operators `name` and `name` + "_grad".
+
+    `weight_grad(dy_RF, x_RD, counts_E)` is the gradient of the weight; that of x is a product, too. `is_whole`: what
+    they run is no product to a plan.
+    """
+
+    def gradient(ctx: Context, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_RD, weight_EFD, counts_E = ctx.saved_tensors
+        needs_dx, needs_dw, _ = ctx.needs_input_grad
+        dx_RD = forward(dy_RF, weight_EFD.transpose(1, 2), counts_E) if needs_dx else None
+        dw_EFD = backward(dy_RF, x_RD, counts_E) if needs_dw else None
+        return dx_RD, dw_EFD, None
+
+    forward = operator(name, multiply, _fake, is_whole=is_whole)
+    backward = operator(f"{name}_grad", weight_grad, _fake_grad, is_whole=is_whole)
+    return forward.with_gradient(_save, gradient), forward, backward
 
 
-PRODUCT = operator("mmfn::grouped_linear", _multiply, _fake)
-WEIGHT_GRAD = operator("mmfn::grouped_linear_grad", _weight_grad, _fake_grad)
-_product = PRODUCT.with_gradient(_save, _gradient)
+_product, PRODUCT, WEIGHT_GRAD = product_operators("mmfn::grouped_linear", _multiply, _weight_grad)
 
 OPERATORS = flops.register({"mmfn::grouped_linear": flops.grouped, "mmfn::grouped_linear_grad": flops.grouped_grad})
 KERNEL = Kernel(experts, operators=OPERATORS, results=("mmfn::grouped_linear",))

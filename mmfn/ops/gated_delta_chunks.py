@@ -362,6 +362,13 @@ def states_flops(
     return _in_chunks(offsets_N.diff()) * H * (_chunks_flops(C, V) + 2 * C * V * 2)
 
 
+def token_flops(num_heads: int, C: int, V: int) -> dict[str, int]:
+    """Of a token: `forward`, and of the `backward` what it does not compute again (the chunks, the scan, u, q k^T)."""
+    forward = _chunks_flops(C, V) + 2 * CHUNK * (C + V) + 2 * C * V * 4
+    backward = 2 * CHUNK * (1 + 3 * C + 4 * V) + 2 * C * V * 8
+    return {"forward": num_heads * forward, "backward": num_heads * backward}
+
+
 def _chunks_flops(C: int, V: int) -> int:
     """Of a token and head in `_chunks`: the sum, products of keys, the inverse (CHUNK / 2s times two of s^3), U, Y."""
     return 2 * CHUNK * (1 + 2 * C + V) + 2 * (CHUNK**2 - 1) // 3

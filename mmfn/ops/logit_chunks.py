@@ -28,12 +28,14 @@ STAGE_VALUES = 2**20  # logits become gradients in pieces of this many values, w
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, head and bias; None where not asked for
 
 
-def supervised(labels_T: Tensor, weights_T: Tensor, num_vocabulary: int) -> Tensor:
-    """Places of the supervised tokens: int64[N], whose number the host reads.
+def supervised(labels_T: Tensor, weights_T: Tensor, num_vocabulary: int, num_labels: Tensor | None = None) -> Tensor:
+    """Places of the supervised tokens: int64[N]. The host reads their number unless it has it, in `num_labels`.
 
-    Raises ValueError for a label of one that is no token id; on an accelerator the device raises, and nobody waits.
+    Raises ValueError for a label of one that is no token id, and for another number of them; on an accelerator the
+    device raises, and nobody waits.
     """
-    index_N = ((labels_T != IGNORE) & (weights_T != 0)).nonzero()[:, 0]
+    is_label_T = (labels_T != IGNORE) & (weights_T != 0)
+    index_N = is_label_T.nonzero()[:, 0] if num_labels is None else _first(is_label_T, int(num_labels))
     labels_N = labels_T[index_N]
     if labels_T.device.type not in ("cpu", "meta"):
         is_token = ((labels_N >= 0) & (labels_N < num_vocabulary)).all()
@@ -44,6 +46,21 @@ def supervised(labels_T: Tensor, weights_T: Tensor, num_vocabulary: int) -> Tens
             "them"
         )
     return index_N
+
+
+def _first(is_label_T: Tensor, num: int) -> Tensor:
+    """Places of what is true, `num` of them, in order; each goes to its slot, all that is false to one behind."""
+    T, device = is_label_T.shape[0], is_label_T.device
+    message = f"num_labels is {num} but another number of tokens has a label and a weight; weigh the batch again"
+    place_T = is_label_T.cumsum(0)
+    if device.type != "cpu":
+        assert_on_device(is_label_T.sum() == num, message)
+    elif T and int(place_T[-1]) != num:
+        raise ValueError(message)
+    slot_T = torch.where(is_label_T, place_T - 1, num)
+    return torch.zeros(num + 1, dtype=torch.int64, device=device).scatter(0, slot_T, torch.arange(T, device=device))[
+        :num
+    ]
 
 
 def aligned(rows: int) -> int:

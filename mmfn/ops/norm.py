@@ -21,7 +21,7 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     with before the cast. Raises ValueError when the weight is not [D]. Source: Zhang and Sennrich 2019
     (arXiv:1910.07467), with the casts of text models in transformers 5.23, whose weight is never wider than x.
     """
-    _check(x_D, weight_D)
+    check(x_D, weight_D)
     if is_eager(x_D):
         y_D: Tensor = _eager_rms_norm(x_D, weight_D, eps)
         return y_D
@@ -41,7 +41,7 @@ def rms_norm_gated(x_D: Tensor, gate_D: Tensor, weight_D: Tensor, eps: float) ->
     Shapes and dtypes as in `rms_norm`; `gate_D` as x. Raises ValueError for other shapes. Source: the gated norm of
     Gated DeltaNet layers in transformers 5.23, casts included.
     """
-    _check_gated(x_D, gate_D, weight_D)
+    check_gated(x_D, gate_D, weight_D)
     if is_eager(x_D):
         y_D: Tensor = _eager_rms_norm_gated(x_D, gate_D, weight_D, eps)
         return y_D
@@ -50,7 +50,7 @@ def rms_norm_gated(x_D: Tensor, gate_D: Tensor, weight_D: Tensor, eps: float) ->
 
 def rms_norm_gated_reference(x_D: Tensor, gate_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`rms_norm_gated` as it is written there."""
-    _check_gated(x_D, gate_D, weight_D)
+    check_gated(x_D, gate_D, weight_D)
     wide_D = x_D.to(wide(x_D.dtype))
     normed_D = (wide_D * torch.rsqrt(wide_D.square().mean(-1, keepdim=True) + eps)).to(x_D.dtype) * weight_D
     return (normed_D * F.silu(gate_D.to(wide(gate_D.dtype)))).to(x_D.dtype)
@@ -62,8 +62,8 @@ def layer_norm(x_D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Ten
     `x_D`: floating[..., D]. `weight_D`, `bias_D`: [D] of x's dtype or wider. Returns x's shape and dtype. Raises
     ValueError when weight or bias is not [D]. Source: Ba et al. 2016 (arXiv:1607.06450); `torch.nn.LayerNorm`.
     """
-    _check(x_D, weight_D)
-    _check(x_D, bias_D)
+    check(x_D, weight_D)
+    check(x_D, bias_D)
     dtype = torch.promote_types(weight_D.dtype, bias_D.dtype)  # kernels of accelerators take one dtype
     return F.layer_norm(x_D.to(dtype), weight_D.shape, weight_D.to(dtype), bias_D.to(dtype), eps).to(x_D.dtype)
 
@@ -76,15 +76,17 @@ def layer_norm_reference(x_D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: flo
     return (normed_D * weight_D + bias_D).to(x_D.dtype)
 
 
-def _check(x_D: Tensor, weight_D: Tensor) -> None:
+def check(x_D: Tensor, weight_D: Tensor) -> None:
+    """Raise ValueError unless a weight or bias is [D]."""
     if x_D.ndim < 1 or weight_D.shape != x_D.shape[-1:]:
         raise ValueError(
             f"weight or bias has shape {tuple(weight_D.shape)} but x has {tuple(x_D.shape)}; give it x's last dim"
         )
 
 
-def _check_gated(x_D: Tensor, gate_D: Tensor, weight_D: Tensor) -> None:
-    _check(x_D, weight_D)
+def check_gated(x_D: Tensor, gate_D: Tensor, weight_D: Tensor) -> None:
+    """Raise ValueError unless the weight is [D] and the gate of x's shape."""
+    check(x_D, weight_D)
     if gate_D.shape != x_D.shape:
         raise ValueError(f"the gate has shape {tuple(gate_D.shape)} but x has {tuple(x_D.shape)}; make them agree")
 

@@ -20,6 +20,15 @@ def rotary(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     of x and cos; returns x's shape and dtype. Raises ValueError for shapes that do not fit, or angles that need a
     gradient. Source: Su et al. 2021 (arXiv:2104.09864); `apply_rotary_pos_emb` in transformers 5.23.
     """
+    check(x_THC, cos_TR, sin_TR)
+    if is_eager(x_THC):
+        y_THC: Tensor = _eager_rotary(x_THC, cos_TR, sin_TR)
+        return y_THC
+    return _halves(x_THC, cos_TR, sin_TR)
+
+
+def check(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
+    """Raise ValueError unless the angles are constants of shapes that fit."""
     T, _, C = x_THC.shape
     if cos_TR.ndim != 2 or cos_TR.shape != sin_TR.shape or cos_TR.shape[0] != T or 2 * cos_TR.shape[1] > C:
         raise ValueError(
@@ -28,10 +37,6 @@ def rotary(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         )
     if cos_TR.requires_grad or sin_TR.requires_grad:
         raise ValueError("cos_TR or sin_TR requires a gradient but rotary treats angles as constants; detach them")
-    if is_eager(x_THC):
-        y_THC: Tensor = _eager_rotary(x_THC, cos_TR, sin_TR)
-        return y_THC
-    return _halves(x_THC, cos_TR, sin_TR)
 
 
 def rotary_reference(x_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

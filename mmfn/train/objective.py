@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from mmfn.batch import IGNORE, Batch
+from mmfn.batch import IGNORE, Ahead, Batch
 from mmfn.errors import UserError
 from mmfn.lora import with_drops
 from mmfn.models import AHEAD, Family, Output, ahead_loss
@@ -24,6 +24,7 @@ from mmfn.ops import Ops, portable
 from mmfn.ops.cross_entropy import check_settings
 from mmfn.tree import Tree
 
+Labelled = TypeVar("Labelled", Batch, Ahead)
 Weighting = Callable[[Tensor], Tensor]
 """counts_DAN: int64[D, A, N], the supervised tokens of each sample -> float64[D, A, N], the weight of each of them."""
 
@@ -131,7 +132,8 @@ def alone(counts_AN: Tensor) -> tuple[Tensor, int]:
 
 
 def weigh(microbatches: Sequence[Batch], objective: Named, exchange: Exchange = alone) -> list[Batch]:
-    """All micro-batches of one step with `weights_T` and `aux_weight` set; only labels and segments are read.
+    """All micro-batches of one step with `weights_T`, `num_labels` and `aux_weight` set; only labels and segments are
+    read.
 
     Weights are worked out on the host, where batches of a data set are. They are float32, or float64 where the batch's
     own `weights_T` are; zero where a token is not supervised. A token further ahead has the weight of any other of its
@@ -211,18 +213,19 @@ def loss_fn(
     _check_names(out, family)
     weight_VD = family.head(params, cfg, ops)
 
-    def token_losses(hidden_TD: Tensor, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
+    def token_losses(hidden_TD: Tensor, tokens: Batch | Ahead) -> tuple[Tensor, Tensor]:
         return ops.linear_cross_entropy(
             hidden_TD.to(weight_VD.dtype),  # a head may be computed in a wider dtype than the blocks
             weight_VD,
-            labels_T,
-            weights_T,
+            tokens.labels_T,
+            tokens.weights_T,
+            num_labels=tokens.num_labels,
             z_loss=objective.z_loss,
             label_smoothing=objective.label_smoothing,
             chunk=objective.chunk,
         )
 
-    value, ce = token_losses(out.hidden_TD, batch.labels_T, batch.weights_T)
+    value, ce = token_losses(out.hidden_TD, batch)
     metrics = {"tokens": (batch.labels_T != IGNORE).sum()}
     ahead = {ahead_loss(i): pair for i, pair in enumerate(zip(batch.ahead, out.ahead, strict=True))}
     weights = _weights_of((*ahead, *out.losses), objective, family, cfg)
@@ -230,7 +233,7 @@ def loss_fn(
     for name, weight in counting.items():
         if name in ahead:
             tokens, further = ahead[name]
-            more, metrics[name] = token_losses(further(), tokens.labels_T, tokens.weights_T)
+            more, metrics[name] = token_losses(further(), tokens)
         else:
             more = batch.aux_weight * out.losses[name]()
             metrics[name] = more.detach()
@@ -295,13 +298,13 @@ def _spread(batch: Batch, weights_N: Tensor, share: float) -> Batch:
     padded_N = torch.nn.functional.pad(weights_N[: batch.num_segments], (0, 1)).to(dtype).to(device)
     weights_T = padded_N[batch.segment_T]
 
-    def of(labels_T: Tensor) -> Tensor:
-        return torch.where(labels_T != IGNORE, weights_T, 0.0)
+    def weighed(tokens: Labelled) -> Labelled:
+        own_T = torch.where(tokens.labels_T != IGNORE, weights_T, 0.0)
+        return replace(tokens, weights_T=own_T, num_labels=own_T.count_nonzero().cpu())
 
     return replace(
-        batch,
-        weights_T=of(batch.labels_T),
-        ahead=tuple(replace(further, weights_T=of(further.labels_T)) for further in batch.ahead),
+        weighed(batch),
+        ahead=tuple(map(weighed, batch.ahead)),
         aux_weight=batch.weights_T.new_full((), share),
         is_weighed=True,
     )

@@ -1,17 +1,15 @@
 """Reading and writing Hugging Face checkpoints: round trips with transformers, and what is refused."""
 
 import json
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import mmfn
 from mmfn import tree
-from mmfn.interop import adapter, export, hf
+from mmfn.interop import adapter, hf
 from mmfn.interop.hf import from_hf
 from mmfn.lora import add_adapters, lora
 from mmfn.models import family
@@ -291,82 +289,6 @@ def test_assets_are_copied_and_weights_are_not(folder, tmp_path):
     assert (tmp_path / "out" / "merges.txt").read_text() == "merges.txt"
     modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
     assert modes == {(folder / "README.md").stat().st_mode & 0o777}  # readable as any new file is
-
-
-def test_the_target_is_complete_or_untouched(folder, tmp_path, monkeypatch):
-    model = mmfn.load_hf(folder)
-    target = tmp_path / "out"
-    mmfn.save_hf(target, model)
-    before = {p.name: p.read_bytes() for p in target.iterdir()}
-    with pytest.raises(ValueError, match="is not an empty folder; choose another or pass overwrite=True"):
-        mmfn.save_hf(target, model)
-    changed = replace(model, params=tree.map(lambda p: p + 1, model.params))
-
-    def fail(*_args, **_kwargs):
-        raise OSError("disk full")
-
-    def fail_as_safetensors_does(*_args, **_kwargs):
-        raise SafetensorError("No space left on device")
-
-    for failure, message in (
-        (fail, "disk full"),
-        (fail_as_safetensors_does, "model.safetensors cannot be written: No "),
-    ):
-        monkeypatch.setattr(export, "save_file", failure)
-        with pytest.raises(OSError, match=message):
-            mmfn.save_hf(target, changed, overwrite=True)
-    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
-    monkeypatch.undo()
-    mmfn.save_hf(target, changed, max_shard_bytes=15_000, overwrite=True)
-    assert not (target / "model.safetensors").exists()
-    assert_params_equal(mmfn.load_hf(target).params, changed.params)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub", "out"]  # no temporary folder is left
-
-
-@pytest.mark.parametrize("at", [1, 2])
-def test_an_interrupt_while_publishing_keeps_the_old_checkpoint(at, folder, tmp_path, monkeypatch):
-    model = mmfn.load_hf(folder)
-    target = tmp_path / "out"
-    mmfn.save_hf(target, model)
-    renames = []
-
-    def interrupted(source, destination, rename=os.rename):
-        renames.append(source)
-        if len(renames) == at:
-            raise KeyboardInterrupt
-        rename(source, destination)
-
-    monkeypatch.setattr(os, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        mmfn.save_hf(target, replace(model, params=tree.map(lambda p: p + 1, model.params)), overwrite=True)
-    monkeypatch.undo()
-    assert_params_equal(mmfn.load_hf(target).params, model.params)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub", "out"]
-
-
-def test_links_are_followed(folder, tmp_path):
-    model = mmfn.load_hf(folder)
-    changed = replace(model, params=tree.map(lambda p: p + 1, model.params))
-    disk = tmp_path / "disk"
-    for name in ("empty", "absent"):
-        if name == "empty":
-            (disk / name).mkdir(parents=True)
-        link = tmp_path / name
-        link.symlink_to(disk / name)
-        for written in (model, changed):
-            mmfn.save_hf(link, written, overwrite=True)
-            assert link.is_symlink()
-            assert_params_equal(mmfn.load_hf(disk / name).params, written.params)
-    mmfn.save_hf(tmp_path / "copy", mmfn.load_hf(tmp_path / "absent"), assets=tmp_path / "absent")
-    assert_params_equal(mmfn.load_hf(tmp_path / "copy").params, changed.params)
-
-
-def test_only_a_checkpoint_is_overwritten(folder, tmp_path):
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "notes.txt").write_text("keep")
-    with pytest.raises(ValueError, match=r"work is no checkpoint \(no config.json\) and stays as it is"):
-        mmfn.save_hf(tmp_path / "work", mmfn.load_hf(folder), overwrite=True)
-    assert (tmp_path / "work" / "notes.txt").read_text() == "keep"
 
 
 def test_saving_refuses_bad_arguments(folder, tmp_path):

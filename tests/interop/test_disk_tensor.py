@@ -1,6 +1,7 @@
 """Leaves that are stored in several tensors: whole and by slices, in three generations of names."""
 
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from mmfn import spec, tree
-from mmfn.interop import export, files
+from mmfn.interop import export
 from mmfn.interop.checkpoint import from_tensors, load_params, open_weights
 from mmfn.models.disk_tensor import slices, whole
 from mmfn.models.keymap import Entry, KeyMap
+from tests.interop import reads
 from tests.interop.split_cases import BLOCK, HUB, KEY_MAP, SPECS, E, by_hand, write
 
 LAYOUTS = list(KEY_MAP.layouts)
@@ -42,43 +44,7 @@ def assert_equal(a, b):
 @pytest.fixture
 def count_reads(monkeypatch):
     """Bytes that were taken out of files, by name of the tensor."""
-    counts: dict[str, int] = {}
-
-    class Slice:
-        def __init__(self, name, view):
-            self.name, self.view = name, view
-            self.get_shape, self.get_dtype = view.get_shape, view.get_dtype
-
-        def __getitem__(self, index):
-            value = self.view[index]
-            counts[self.name] = counts.get(self.name, 0) + value.nbytes
-            return value
-
-    class File:
-        def __init__(self, path, framework):
-            self.file = open_file(path, framework=framework)
-
-        def __enter__(self):
-            self.handle = self.file.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            self.file.__exit__(*error)
-
-        def keys(self):
-            return self.handle.keys()
-
-        def get_slice(self, name):
-            return Slice(name, self.handle.get_slice(name))
-
-        def get_tensor(self, name):
-            value = self.handle.get_tensor(name)
-            counts[name] = counts.get(name, 0) + value.nbytes
-            return value
-
-    open_file = files.safe_open
-    monkeypatch.setattr(files, "safe_open", File)
-    return counts
+    return reads.count(monkeypatch)[threading.current_thread().name]
 
 
 def test_every_generation_loads_to_the_same_leaves(folder, params):
@@ -104,9 +70,9 @@ def test_names_shapes_and_values_are_those_written_by_hand(layout, params):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_generation_is_written(layout, max_shard_bytes, params, tmp_path):
     """The tensors of a leaf are views of one memory, which files do not share."""
-    leaves = dict(tree.items(params))
-    tensors = {n: t.to_disk(leaves[t.path]) for n, t in KEY_MAP.disk_tensors(SPECS, layout).items()}
-    export.write(tmp_path / "out", tensors, {}, assets=None, extra={}, max_shard_bytes=max_shard_bytes, overwrite=False)
+    dtypes = {path: leaf.dtype for path, leaf in tree.items(params)}
+    what = export.contents(KEY_MAP.disk_tensors(SPECS, layout), dtypes, {}, max_shard_bytes=max_shard_bytes)
+    export.save(tmp_path / "out", what, (export.Piece.whole(*item) for item in tree.items(params)))
     found = {n: v for file in (tmp_path / "out").glob("*.safetensors") for n, v in load_file(file).items()}
     want = by_hand(params, layout)
     assert found.keys() == want.keys()

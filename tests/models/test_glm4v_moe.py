@@ -20,11 +20,11 @@ from mmfn.models import family, glm4v_moe
 from mmfn.ops import portable
 from mmfn.parallel.program import Program
 from mmfn.train import optim
+from mmfn.train.evidence.float64 import float64
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 from tests import oracles, tiny
 from tests.batches import packed, wide
-from tests.f64 import float64
 from tests.oracles import ATOL, RTOL
 
 FAMILY = "glm4v_moe"

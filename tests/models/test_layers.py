@@ -64,9 +64,11 @@ def test_a_patch_embedding_is_the_convolution():
         {"weight": weight.flatten(1), "bias": bias}, patches_PF.flatten(1), op_tables.portable()
     )
     torch.testing.assert_close(got_PD, F.conv3d(patches_PF, weight, bias).flatten(1), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"bytes still; bring it to the device by mmfn\.batch\.to"):
+        vision.patch_embed({"weight": weight.flatten(1)}, patches_PF.flatten(1).byte(), op_tables.portable())
 
 
-def test_the_cache_is_written_out_of_place():
+def test_the_cache_is_written_in_place_and_grows():
     (layer,) = cache.empty(1, (2, 4, 1, 3), torch.float32, torch.device("cpu"))
     slots = cache.Slots(
         rows_T=torch.tensor([0, 0, 1, 0]),
@@ -75,13 +77,22 @@ def test_the_cache_is_written_out_of_place():
         is_prefill=True,
     )
     k_TKC = torch.arange(1.0, 13).view(4, 1, 3)
-    written = cache.write(layer, slots, k_TKC, -k_TKC)
-    assert not layer["k"].any()
+    written = cache.write_(layer, slots, k_TKC, -k_TKC)
+    assert written is layer
     assert torch.equal(written["k"][0, :2], k_TKC[:2])
     assert torch.equal(written["k"][1, 0], k_TKC[2])
     assert torch.equal(written["k"][0, 3], k_TKC[3])  # padding, in the spare column
     assert torch.equal(written["v"], -written["k"])
     assert not written["k"][1, 1:].any()
+    memory = {"state": torch.arange(2.0)[:, None]}  # of a layer without columns
+    grown, same = cache.with_columns([layer, memory], 6)
+    assert grown["k"].shape == (2, 6, 1, 3)
+    assert torch.equal(grown["v"][:, :4], layer["v"])
+    assert not grown["v"][:, 4:].any()
+    assert same["state"] is memory["state"]
+    second, of_memory = cache.with_rows([layer, memory], [1])
+    assert torch.equal(second["k"], layer["k"][1:])
+    assert torch.equal(of_memory["state"], torch.tensor([[1.0]]))
 
 
 def test_odd_heads_are_refused():

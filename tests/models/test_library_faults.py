@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from mmfn.train.evidence.float64 import float64
 from tests import oracles
-from tests.f64 import float64
 from tests.oracles.conversations import AUDIO, VIDEO, interleave, num_audio_tokens
 from tests.oracles.models import block_positions, frames_as_images
 from tests.oracles.recipes import (

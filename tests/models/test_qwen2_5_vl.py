@@ -18,9 +18,9 @@ from mmfn.models import family, qwen2_5_vl
 from mmfn.models.layers.patches import lay_windows
 from mmfn.ops import portable
 from mmfn.packing import Sizes
+from mmfn.train.evidence.float64 import float64
 from tests import oracles, tiny
 from tests.batches import wide
-from tests.f64 import float64
 from tests.goldens import make_name_goldens
 from tests.oracles.models import block_positions
 

@@ -18,10 +18,10 @@ import mmfn
 from mmfn import lora, tree
 from mmfn import ops as op_tables
 from mmfn.models import ahead_loss
+from mmfn.train.evidence.float64 import float64
 from mmfn.train.objective import Objective, loss_terms
 from tests import oracles
 from tests.batches import packed, wide
-from tests.f64 import float64
 from tests.tiny import TINY, model_of, random_samples
 
 Params = dict[str, Tensor]

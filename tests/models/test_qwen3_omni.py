@@ -16,9 +16,9 @@ from mmfn.models import family
 from mmfn.models.layers import audio
 from mmfn.parallel.context.tower_split import split_tower
 from mmfn.parallel.mesh.axis import Axis
+from mmfn.train.evidence.float64 import float64
 from tests import oracles
 from tests.batches import wide
-from tests.f64 import float64
 from tests.oracles.conversations import interleave, num_audio_tokens
 from tests.tiny import model_of
 

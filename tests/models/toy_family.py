@@ -10,6 +10,7 @@ Legend: T tokens, U inputs, P rows, N features, D width, E experts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.batch import AUDIO, IGNORE, IMAGE, TEXT, Ahead, Batch, Laid, Media, Sample, Tower, TowerKind
-from mmfn.models import Output, ahead_loss
+from mmfn.models import Output, ahead_loss, work
 from mmfn.models.keymap import Entry, KeyMap
 from mmfn.models.layers import balance, decoder, linear, moe, norm, rope, text
 from mmfn.models.layers import cache as layer_cache
 from mmfn.models.layers.decoder import DecoderConfig
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.models.layers.positions import mrope
+from mmfn.models.work import Stage
 from mmfn.ops import Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
@@ -178,6 +180,27 @@ def lay(sample: Sample, cfg: Config) -> dict[str, Laid]:
     return found
 
 
+def flow(cfg: Config) -> dict[str, list[Stage]]:
+    """The stages of both towers, the text and the second head."""
+    mixer = [work.attention(f"text/layers/{i}/attention", 16, work.CAUSAL_PAIRS) for i in range(cfg.num_layers)]
+    blocks = [stage for i, stages in enumerate(mixer) for stage in work.block(f"text/layers/{i}", stages)]
+    text_ = [Stage(parameters=("text/embed",), share=0), *blocks, Stage(parameters=("text/norm",))]
+    ahead = [Stage(parameters=("mtp/join",)), Stage(parameters=("mtp/norm",))]
+    return {
+        **{name: _tower_flow(name, kind) for name, kind in KINDS.items()},
+        "text": [*text_, Stage(parameters=("head",), count=work.labels(0))],
+        ahead_loss(0): [*ahead, Stage(parameters=("head",), count=work.labels(1))],
+    }
+
+
+def _tower_flow(name: str, kind: TowerKind) -> list[Stage]:
+    lists, rows = [min(i, len(kind.segments_per_unit) - 1) for i in range(2)], work.rows(name)
+    blocks = [work.attention(f"{name}/layers/{i}", D, work.pairs(name, k), rows) for i, k in enumerate(lists)]
+    entry = Stage(parameters=(f"{name}/entry",), count=rows)
+    last = Stage(parameters=(f"{name}/exit",), count=rows, share=Fraction(kind.features, kind.rows))
+    return [entry, *(stage for stages in blocks for stage in stages), last]
+
+
 def kinds(tokens_T: Tensor, cfg: Config) -> Tensor:
     """Token 1 stands for images, token 2 for sound."""
     return torch.where(tokens_T == 1, IMAGE, torch.where(tokens_T == 2, AUDIO, TEXT))
@@ -210,6 +233,11 @@ def taps(cfg: Config) -> int:
 
 
 num_ahead = taps
+
+
+def experts_per_token(cfg: Config) -> int:
+    """That of its routers."""
+    return cfg.moe.num_chosen
 
 
 def loss_weights(cfg: Config) -> dict[str, float]:

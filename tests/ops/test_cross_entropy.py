@@ -330,11 +330,34 @@ def test_the_operator_passes_torchs_own_checks():
         ("attention", 0.0, None, True, True, False),
         ("attention", 0.0, None, False, True, False),
     ):
-        args = (x.detach(), head.detach(), bias, labels, weights, 4, 0.1, smoothing, method, needs)
+        args = (x.detach(), head.detach(), bias, labels, weights, None, 4, 0.1, smoothing, method, needs)
         operator = torch.ops.mmfn.linear_cross_entropy.default
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
         _, _, *grads = operator(*args)
         assert [g.numel() > 0 for g in grads] == needs
+
+
+@pytest.mark.parametrize("labels", [[3, IGNORE, 0, 2, IGNORE], [IGNORE] * 3, [1, 2], []], ids=str)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_number_of_labels_that_is_known_changes_nothing(labels, is_compiled):
+    labels_T, weights_T = (
+        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor([1.0, 2, 0, 3, 4][: len(labels)]).double(),
+    )
+    x, head = torch.randn(len(labels), 6).double().requires_grad_(), torch.randn(7, 6).double().requires_grad_()
+    num = ((labels_T != IGNORE) & (weights_T != 0)).sum()
+    fn = torch.compile(linear_cross_entropy, backend="aot_eager") if is_compiled else linear_cross_entropy
+    found, expected = (fn(x, head, labels_T, weights_T, num_labels=n)[0] for n in (num, None))
+    assert torch.equal(found, expected)
+    for a, b in zip(*(torch.autograd.grad(loss, (x, head)) for loss in (found, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_number_of_labels_is_refused():
+    (x, head), labels, weights = draw(9, 7, 4)
+    for num in (labels.numel() + 1, 0):
+        with pytest.raises(ValueError, match=f"num_labels is {num} but another number of tokens has a label and a w"):
+            linear_cross_entropy(x, head, labels, weights, num_labels=torch.tensor(num))
 
 
 @pytest.mark.parametrize(("total", "rows"), [(1, 1), (2, 2), (3, 2), (4095, 2048), (4096, 4096)])

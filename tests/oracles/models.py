@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.f64 import float64
+from mmfn.train.evidence.float64 import float64
 from tests.oracles.conversations import groups, is_heard_and_seen
 from tests.oracles.recipes import RECIPES, model_type
 
@@ -38,7 +38,7 @@ def oracle_class(cfg: Any) -> Any:
 def build(cfg: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A model of transformers with informative weights, its plain attention and experts, in eval mode.
 
-    One in float64 has its tables in float64 too, and is to be called inside `tests.f64.float64()`.
+    One in float64 has its tables in float64 too, and is to be called inside `mmfn.train.evidence.float64.float64()`.
     """
     torch.manual_seed(seed)
     with float64() if dtype == torch.float64 else nullcontext():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mmfn
 from mmfn import tree
-from mmfn.batch import Batch, Sample
+from mmfn.batch import Batch, Sample, is_on_host
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import Call, World, run_virtual
 from mmfn.parallel.program import Program, Transform, pipe
@@ -27,6 +27,7 @@ from tests.batches import packed, wide
 
 NUM_SAMPLES = 8
 PAD_TOKENS = 48  # a batch rank's tokens are padded to a multiple of this, which up to 8 cp ranks of any kind divide
+Move = Callable[[Tensor], Tensor]
 TOKEN_AXES = ("cp", "ring", "ulysses", "ep")  # what travels along them depends on the batch
 RTOL = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 6e-2}  # of a leaf's largest value
 
@@ -92,12 +93,12 @@ def _sample(model: mmfn.Model, number: int, numbers: Sequence[int], is_supervise
     return tiny.sample(model.family, model.cfg, number, media, is_supervised=is_supervised)
 
 
-def prepared(cell: Cell, mesh: Mesh, *, donate: bool = True) -> tuple[Step, State, Batch]:
-    """The step, its first state and this rank's share of the batch."""
+def prepared(cell: Cell, mesh: Mesh, *, donate: bool = True, to: Move = lambda x: x) -> tuple[Step, State, Batch]:
+    """The step, its first state and this rank's share of the batch; `to`: where, and in what, they are computed."""
     model = tiny.model_of(cell.family, cell.num_layers)
     specs = tiny.TRAINED[cell.trained](model.family, model.cfg)
     program = pipe(Program.of(specs, mesh=mesh), *cell.transforms)
-    params = tiny.with_adapters(model.params, specs)
+    params = tree.map(to, tiny.with_adapters(model.params, specs))
     if mesh.layout.world > 1:
         params = shard_params(params, program.specs, mesh)
     # With beta1 = 0 the first moment is the clipped gradient. A large eps keeps the update smooth where it is tiny.
@@ -107,13 +108,18 @@ def prepared(cell: Cell, mesh: Mesh, *, donate: bool = True) -> tuple[Step, Stat
     rate = schedule("constant", peak=1e-2, num_steps=1)
     step = make_step(model.family, model.cfg, program, "per_token_loss", optimizer, schedule=rate, donate=donate)
     own = program.split(batch_of(cell, mesh["batch"].index, mesh["batch"].size))
+    own = tree.map_with_path(lambda path, x: x if is_on_host(path) else to(x), own)
     return step, init_state(params, optimizer, specs), own
 
 
 def outcome(cell: Cell, mesh: Mesh) -> dict[str, Tensor]:
     """One step as this rank of the mesh sees it: metrics, whole clipped gradients and whole updated parameters."""
     step, state, batch = prepared(cell, mesh)
-    state, metrics = step(state, [batch])
+    return values(*step(state, [batch]), mesh)
+
+
+def values(state: State, metrics: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """What a step gave, by path."""
     found = {f"metrics/{name}": value for name, value in metrics.items()}
     for kind, leaves in (("gradients", state["opt"][1]["m"]), ("params", state["params"])):
         found |= {f"{kind}/{path}": whole(leaf, mesh) for path, leaf in tree.items(leaves)}

@@ -1,5 +1,7 @@
 """Joining ranks, where they compute, and who speaks when one fails; plain values between ranks."""
 
+import importlib
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from mmfn.errors import LOST
 from mmfn.parallel.mesh import launch
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.host_values import gather_values, wait_for_all
@@ -73,18 +76,46 @@ def test_several_ranks_need_a_device_with_a_backend() -> None:
         pass
 
 
-def test_only_the_first_failing_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_failing_rank_speaks_and_all_have_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(launch, "GRACE_S", 0.1)
     store = HashStore()
-    assert [Ranks(index=i, size=3, store=store).fail() for i in (2, 0, 1)] == [True, False, False]
-    assert Ranks().fail()
+    assert [Ranks(index=i, size=3, store=store).fail(7 + i) for i in (2, 0, 1)] == [None, 9, 9]
+    assert Ranks(index=2, size=3, store=store).fail(2) == 9  # another thread of the first one
+    assert store.add("told", 0) == 3  # every rank counts once
+    assert Ranks().fail(1) is None
 
     class Gone:
         def add(self, key: str, amount: int) -> int:
             raise RuntimeError("Connection reset by peer")
 
     gone: Any = Gone()
-    assert not Ranks(index=1, size=2, store=gone).fail()
+    for index, speaks in ((0, False), (1, True), (2, True), (3, False)):  # of two machines with two ranks
+        assert Ranks(index=index, size=4, local=index % 2, local_size=2, store=gone).fail(1) == LOST
+        assert capsys.readouterr().err == (f"mmfn: error: {launch.STORE_LOST}\n" if speaks else "")
+
+
+def test_the_first_rank_waits_for_no_rank_that_is_gone() -> None:
+    store = HashStore()
+    assert Ranks(size=2, store=store).fail(2) is None
+    launch.count_told(store, 1)
+    launch.count_told(store, 1)
+    assert store.add("told", 0) == 2
+
+
+def test_several_ranks_print_errors_of_torch_only(clean: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    module = importlib.import_module("torch.distributed.rendezvous")  # a function of that name hides it
+    clean.setattr(module, "rendezvous", lambda *args, **settings: iter([(store, 1, 2)]))
+    for name, value in zip(launch.VARIABLES, ("1", "2", "1", "nowhere", "1"), strict=True):
+        clean.setenv(name, value)
+    for level, expected in ((None, "ERROR"), ("INFO", "INFO")):
+        clean.setenv(launch.LOG_LEVEL, level or "")
+        if level is None:
+            clean.delenv(launch.LOG_LEVEL)
+        assert launch.join() == Ranks(index=1, size=2, local=1, local_size=2, store=store)
+        assert os.environ[launch.LOG_LEVEL] == expected
 
 
 LEAVE = """

@@ -82,7 +82,7 @@ def test_an_axis_of_one_rank_is_never_connected() -> None:
         asked.append(name)
 
     make_mesh(Layout(dp=2), 1, connect)
-    assert sorted(asked) == ["batch", "dp", "edp", "shard", "world"]
+    assert sorted(asked) == ["batch", "dp", "edp", "saves", "shard", "world"]
 
 
 def test_axes_over_the_same_ranks_share_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +98,7 @@ def test_axes_over_the_same_ranks_share_a_process_group(monkeypatch: pytest.Monk
         ([[0, 2], [1, 3]], "gloo"),  # dp, batch
         ([[0, 1], [2, 3]], "gloo"),  # ring, cp
         ([[0, 1, 2, 3]], "gloo"),  # shard, world, edp
+        ([[0, 1, 2, 3]], "gloo"),  # saves, whose collectives may not meet those of a step
     ]
     assert mesh["dp"].transport is mesh["batch"].transport is not mesh["cp"].transport
-    assert mesh["world"].transport is mesh["shard"].transport is mesh["edp"].transport
+    assert mesh["world"].transport is mesh["shard"].transport is mesh["edp"].transport is not mesh["saves"].transport

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mmfn import cli, tree
+from mmfn.ops.logit_chunks import aligned
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.parallel.planning import devices, plan
@@ -76,6 +77,26 @@ def test_what_selective_remat_keeps_is_computed_once_and_counted() -> None:
     for site in ("attention", "experts"):
         for phase in ("forward", "backward"):
             assert actual[phase, site] == expected[phase, site] > 0
+
+
+@pytest.mark.parametrize("trained", ["all", "decoder", "lora"])
+def test_mfu_counts_what_the_model_needs_and_hfu_what_is_computed_again(trained: str) -> None:
+    """The trace, but that the backward of attention computes scores again, one product of five, that the head has zero
+    rows, and that the gradient of a norm's weight is written as a product."""
+    cpu = devices.device("cpu")
+    plain, again, many = (
+        step_plan.plan(*make(trained=trained, **chosen), cpu)
+        for chosen in ({}, {"remat": "full"}, {"micro_batches": 3, "cp": 2, "kind": "ulysses"})
+    )
+    work = {(w.phase, w.site): w.flops for w in plain.work if w.site in ("attention", "linear", "head")}
+    scores, num_labels = work["backward", "attention"] // 5, 54
+    zero_rows = work["forward", "head"] * (aligned(num_labels) - num_labels) // aligned(num_labels)
+    assert plain.model_flops == sum(work.values()) - scores - zero_rows
+    assert again.model_flops == plain.model_flops
+    assert again.flops > plain.flops
+    assert plain.mfu == pytest.approx(plain.model_flops / (plain.time.total_s * cpu.flops))
+    assert again.mfu < plain.mfu < plain.time.hfu
+    assert many.model_flops == 3 * plain.model_flops  # a batch of two ranks has twice as many samples
 
 
 def test_what_is_kept_of_an_exchange_is_counted() -> None:
@@ -166,6 +187,9 @@ def test_extended_traces_equal_whole_ones(name: str) -> None:
     assert "and extended" in short.notes[-1]
     assert "all 11" in whole.notes[-1]
     assert replace(short, notes=()) == replace(whole, notes=())
+    bytes_and_files = [plan.notes[-2].partition(", at most")[0] for plan in (short, whole)]
+    assert bytes_and_files[0].startswith("checkpoint: ")
+    assert bytes_and_files[0] == bytes_and_files[1]
 
 
 def test_depths_fit_the_pattern() -> None:
@@ -231,6 +255,9 @@ def test_time_model() -> None:
     assert time.hfu == pytest.approx(0.25)
     update = devices.predict(0.0, chosen.flops, 0.8 * chosen.memory_bandwidth, [], chosen)
     assert (update.compute_s, update.update_s, update.total_s) == pytest.approx((0, 2 + 1, 3))
+    share = 0.8 * chosen.host_link
+    hosted = devices.predict(chosen.flops, 0.0, 0.0, [ahead], chosen, stashed_bytes=share, hosted_bytes=2 * share)
+    assert (hosted.overlapped_s, hosted.update_s, hosted.total_s) == pytest.approx((3 + 2, 4, 5 + 4))
     assert devices.wire_bytes("all_gather", 10, 4) == 30
     assert devices.wire_bytes("reduce_scatter", 40, 4) == 30
     assert devices.wire_bytes("all_reduce", 40, 4) == 60

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfn.batch import IGNORE
+from mmfn.ops.cross_entropy import chunk_rows
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.program import Program, lower, pipe
@@ -58,7 +59,8 @@ def tokens_of(index: int, num_tokens: int, every: int, num_vocabulary: int) -> t
 
 def part_of(mesh: Mesh, num_vocabulary: int) -> Slice:
     axis = mesh["shard"]
-    return Slice(axis=axis, num_vocabulary=num_vocabulary, start=rows(num_vocabulary, axis.size, axis.index)[0])
+    start = rows(num_vocabulary, axis.size, axis.index)[0]
+    return Slice(axis=axis, num_vocabulary=num_vocabulary, start=start, rows=chunk_rows(num_vocabulary))
 
 
 def run_rank(

@@ -11,8 +11,9 @@ from torch import Tensor
 from mmfn import tree
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.weights.sharding import shard_params, whole_params
-from mmfn.train.build.data import build_loader, load_model_processor, open_dataset
-from mmfn.train.build.model import load_model, model_specs
+from mmfn.train.build.data import build_loader, open_dataset
+from mmfn.train.build.model import model_specs
+from mmfn.train.build.processor import load_model_processor
 from mmfn.train.build.program import build_program
 from mmfn.train.build.run import Run
 from mmfn.train.build.step import build_step
@@ -21,6 +22,7 @@ from mmfn.train.data import agree
 from mmfn.train.run import loop
 from mmfn.tree import Tree
 from tests.batches import wide
+from tests.train.whole_model import load_model
 
 MakeConfig = Callable[..., Path]
 # several micro-batches, unevenly many per rank
@@ -54,7 +56,7 @@ def take_steps(
     params = start(tree.map(Tensor.double, model.params), specs)
     model = replace(model, params=params if mesh.layout.world == 1 else shard_params(params, specs, mesh))
     program = build_program(config, model.family, model.cfg, mesh)
-    data = open_dataset(config, config.data.train, load_model_processor(config.model.path))
+    data = open_dataset(config.data, config.data.train, load_model_processor(config.model.path))
     loader = build_loader(config, data, model, program)
     step, state = build_step(config, model, program)
     empty, found = loader.empty(), []

@@ -1,11 +1,13 @@
 """The configuration: precedence, origins, and one clear sentence for every mistake."""
 
+import ast
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mmfn.train.config.load import describe, known_keys, load_config
+from mmfn.train.config.schema import DataSection
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """\
@@ -51,7 +53,7 @@ def test_describe_lists_every_value_with_its_origin_and_reads_back(config_file: 
     text = describe(loaded)
     values = yaml.safe_load(text)
     assert [f"{s}.{k}" for s, section in values.items() for k in section] == list(known_keys())
-    assert "# override" in text
+    assert "# command line" in text
     assert "# default" in text
     assert f"# {config_file}:1" in text
     again = tmp_path / "again.yaml"
@@ -117,7 +119,7 @@ def test_dtypes_with_effect_are_taken(config_file: Path) -> None:
         ("train.steps=many", "override: train.steps is 'many' but input should be a valid integer"),
         ("train.steps=1.5", "train.steps is 1.5"),
         ("train.steps=true", "train.steps is True"),
-        ("train.steps=", "train.steps is None"),
+        ("train.steps=", "train.steps and train.epochs: one of the two says how long the run is"),
         ("train.steps=0", "input should be greater than 0"),
         ("optimizer.lr=.nan", "finite"),
         ("train.compile=all", "train.compile is 'all' but input should be 'none', 'layer' or 'step'"),
@@ -258,6 +260,20 @@ def test_every_key_is_documented() -> None:
     for key, meaning in known_keys().items():
         assert meaning, f"{key} has no description"
         assert f"`{key}`" in page, f"docs/config.md does not list {key}"
+
+
+def test_every_setting_is_read() -> None:
+    """Outside of its declaration and the rules; the bounds of media are read by composed names."""
+    files = [path for path in (ROOT / "mmfn").rglob("*.py") if path.name != "rules.py"]
+    names = {
+        node.attr for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+    }
+    bounds = {f"{kind}_{name}_pixels": 1 for kind in ("image", "video") for name in ("min", "max")}
+    bounds |= {"video_fps": 2.0, "video_maxlen": 4}
+    required = {"train": "", "token_buckets": [1], "tower_buckets": {}}
+    settings = DataSection(**required, **bounds).media_settings
+    assert sum(map(len, settings.values())) == len(bounds)
+    assert [key for key in known_keys() if key.partition(".")[2] not in names | bounds.keys()] == []
 
 
 def test_demo_config_is_valid() -> None:

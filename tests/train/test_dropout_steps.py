@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mmfn
 from mmfn import rng, tree
-from mmfn.batch import Batch, Sample
+from mmfn.batch import Batch, Sample, in_floats
 from mmfn.lora import adapters_of, add_adapters, lora
 from mmfn.models import FAMILIES
 from mmfn.parallel.mesh.layout import Mesh, single_mesh
@@ -204,6 +204,7 @@ def test_the_seed_of_a_run_is_that_of_its_masks(make_config: MakeConfig) -> None
         settings = [[f"lora.dropout={dropout}", f"train.seed={seed}"] for seed in (0, 1)]
         runs = [prepare(load_config(path, own), lambda text: None) for own in settings]
         share = runs[0].loader.share(0)
-        found = [run.step(tree.map(torch.clone, runs[0].state), share.microbatches)[1] for run in runs]
+        batches = [in_floats(batch) for batch in share.microbatches]
+        found = [run.step(tree.map(torch.clone, runs[0].state), batches)[1] for run in runs]
         assert found[0]["loss"] == found[1]["loss"]
         assert (found[0]["grad_norm"] == found[1]["grad_norm"]) == is_same

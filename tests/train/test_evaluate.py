@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,20 +12,20 @@ from tokenizers import normalizers
 
 import mmfn
 from mmfn import tree
-from mmfn.batch import IGNORE
-from mmfn.ops import portable
-from mmfn.train.build.data import eos_token_ids, load_model_processor
+from mmfn.batch import IGNORE, in_floats
+from mmfn.models.data.chat import read_template
+from mmfn.train.build.processor import eos_token_ids, load_model_processor
 from mmfn.train.build.run import Run, prepare
+from mmfn.train.chat_options import ChatOptions
 from mmfn.train.config.load import load_config
 from mmfn.train.data import Dataset, load_processor
+from mmfn.train.forward import Forward
 from mmfn.train.run import evaluate as evaluation_module
+from mmfn.train.run.answer import AnswerSettings, answer_prompts, encode_prompt, text_of
 from mmfn.train.run.evaluate import (
     Answer,
     Evaluation,
-    answer,
     evaluate,
-    loss_pair,
-    text_of,
     to_json,
     truth_tokens,
 )
@@ -52,8 +53,8 @@ def test_totals() -> None:
 def test_answers_do_not_depend_on_the_batch(run: Run) -> None:
     done: list[int] = []
     args = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
-    together = evaluate(run.model, run.held_out, batch_samples=24, **args)
-    apart = evaluate(run.model, run.held_out, batch_samples=7, on_batch=done.append, **args)
+    together = evaluate(Forward.of(run.model), run.held_out, batch_samples=24, **args)
+    apart = evaluate(Forward.of(run.model), run.held_out, batch_samples=7, on_batch=done.append, **args)
     assert done == [7, 14, 21, 24]
     assert together.answers == apart.answers
     assert together.loss_sum == pytest.approx(apart.loss_sum, rel=1e-5)
@@ -94,7 +95,7 @@ def test_the_tokens_that_are_trained_are_right_answers(
 ) -> None:
     """A model that gives a sample's own supervised tokens has accuracy 1, and none with one token more."""
     answer_of_data, template, shown = ANSWERS[kind]
-    processor = load_model_processor(str(small_demo / "model"), None)
+    processor = load_model_processor(str(small_demo / "model"))
     if template is not None:
         processor = load_processor(small_demo / "model", template)
     if kind == "normalised":
@@ -111,10 +112,48 @@ def test_the_tokens_that_are_trained_are_right_answers(
     assert tail[-len(own) :] == own
     wrong = [] if is_right else processor.chat.tokenizer("!")["input_ids"]
     monkeypatch.setattr(evaluation_module, "generate", lambda *args, **kwargs: [[*wrong, *own]])
-    found = evaluate(run.model, held_out, batch_samples=1, max_new_tokens=64, eos_token_ids=run.eos_token_ids)
+    found = evaluate(
+        Forward.of(run.model), held_out, batch_samples=1, max_new_tokens=64, eos_token_ids=run.eos_token_ids
+    )
     assert found.accuracy == float(is_right)
     assert found.answers[0].truth.startswith(shown)
     assert "<|im_end|>" not in found.answers[0].truth
+
+
+LEARNED = {  # template, options, `loss` of the last answer, and its text
+    "not learned": ("qwen3_vl", {}, False, "<think>\na\n</think>\n\nb"),
+    "history is masked": ("qwen3_vl_thinking", {"mask_history": True}, True, "<think>\na\n</think>\n\nb"),
+    "all is learned": ("qwen3_vl_thinking", {"train_on_prompt": True}, None, "b"),
+    "an empty think block is not": ("qwen3_vl_thinking", {"train_empty_thinking": False}, None, "b"),
+    "the prompt has an empty block": ("qwen3_5", {"enable_thinking": False}, None, "b"),
+    "the prompt opens a block": ("qwen3_5", {"enable_thinking": True}, None, "<think>\na\n</think>\n\nb"),
+    "the model opens it": ("qwen3_omni", {}, None, "<think>\na\n</think>\n\nb"),
+}
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_the_answer_of_the_data_is_right_whatever_is_learned(
+    run: Run, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The truth is all of the last answer behind the prompt, once, and is followed by nothing."""
+    name, options, loss, words = LEARNED[kind]
+    processor = load_processor(small_demo / "model", read_template(name), ChatOptions(**options))
+    talk = [("user", "one"), ("assistant", "first"), ("user", "two"), ("assistant", words), ("user", "three")]
+    messages = [{"role": role, "content": text} for role, text in talk]
+    messages[3] |= {} if loss is None else {"loss": loss}
+    (tmp_path / "d.json").write_text(json.dumps([{"messages": messages}]))
+    held_out = Dataset(tmp_path / "d.json", processor)
+    own = truth_tokens(held_out.answer(0), held_out.prompt(0)[0])
+    monkeypatch.setattr(evaluation_module, "generate", lambda *args, **kwargs: [own])
+    found = evaluate(
+        Forward.of(run.model), held_out, batch_samples=1, max_new_tokens=64, eos_token_ids=run.eos_token_ids
+    )
+    assert found.accuracy == 1.0
+    prompt = processor.chat.tokenizer.decode(held_out.prompt(0)[0].tokens_T)
+    whole = prompt[prompt.rindex("assistant\n") :] + found.answers[0].truth
+    assert whole.count("b") == 1
+    assert whole.endswith("b")
+    assert "first" not in found.answers[0].truth
 
 
 def test_what_is_behind_the_last_answer_is_not_its_truth(run: Run, small_demo: Path, tmp_path: Path) -> None:
@@ -127,27 +166,31 @@ def test_what_is_behind_the_last_answer_is_not_its_truth(run: Run, small_demo: P
 
 
 def test_single_answer_equals_evaluation(run: Run) -> None:
-    args = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
-    evaluation = evaluate(run.model, run.held_out, batch_samples=24, **args)
+    args: Any = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
+    forward = Forward.of(run.model)
+    evaluation = evaluate(forward, run.held_out, batch_samples=24, **args)
     for expected in evaluation.answers[:3]:
-        for prompt in (expected.question, "<image>" + expected.question):
-            text = answer(run.model, run.processor, prompt, list(expected.images), **args)
-            assert text == expected.prediction.strip()
+        prompts = [
+            encode_prompt(run.processor, prompt, images=expected.images)
+            for prompt in (expected.question, "<image>" + expected.question)
+        ]
+        texts = answer_prompts(forward, run.processor.chat.tokenizer, prompts, AnswerSettings(**args))
+        assert texts == [expected.prediction] * 2
 
 
 def test_answer_refuses_wrong_counts(run: Run) -> None:
-    path = str(run.held_out.media_root / run.held_out.records[0].images[0])
+    path = str(run.held_out.find_medium(0, run.held_out.records[0].images[0]))
     with pytest.raises(ValueError, match="2 image placeholders for 1 image"):
-        answer(run.model, run.processor, "<image><image>?", [path], max_new_tokens=1, eos_token_ids=())
+        encode_prompt(run.processor, "<image><image>?", images=[path])
 
 
 def test_loss_equals_cross_entropy_of_the_logits(run: Run) -> None:
     samples = [run.held_out.sample(i) for i in range(5)]
-    value, weight = loss_pair(run.model, samples, portable())
+    value, weight = Forward.of(run.model).loss_sums(samples, [0] * 5)[0]
     expected, count = 0.0, 0
     for sample in samples:
         (batch,) = run.loader.pack([sample])
-        logits_TV = mmfn.logits(run.model, batch)
+        logits_TV = mmfn.logits(run.model, in_floats(batch))
         labels_T = sample.labels_T[1:]
         expected += torch.nn.functional.cross_entropy(logits_TV[:-1], labels_T, reduction="sum").item()
         count += int((labels_T != -100).sum())
@@ -160,7 +203,7 @@ def test_the_loss_is_that_of_next_tokens_alone() -> None:
     model = model_of("toy")
     samples = random_samples(model, seed=3, num=4)
     bad = {**model.params, "mtp": tree.map(lambda x: x * torch.nan, model.params["mtp"])}
-    value, weight = loss_pair(replace(model, params=bad), samples, portable())
+    value, weight = Forward.of(replace(model, params=bad)).loss_sums(samples, [0] * 4)[0]
     batch = packed(model, samples)
     logits_TV = mmfn.logits(model, batch)
     expected = torch.nn.functional.cross_entropy(logits_TV, batch.labels_T, reduction="sum")
@@ -172,7 +215,7 @@ def test_eos_ids_come_from_the_generation_config(run: Run, tmp_path: Path) -> No
     tokenizer = run.processor.chat.tokenizer
     both = tuple(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     assert run.eos_token_ids == both
-    assert eos_token_ids(tmp_path, run.processor, 282) == (both[0],)
+    assert eos_token_ids(tmp_path, run.processor, 282) == both  # those of the family
     assert run.processor.chat.tokenizer.eos_token_id == both[0]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
     assert eos_token_ids(tmp_path, run.processor, 282) == (5,)

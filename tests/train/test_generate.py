@@ -10,6 +10,8 @@ from mmfn import ops as op_tables
 from mmfn import tree
 from mmfn.batch import Segments
 from mmfn.lora import add_adapters, lora
+from mmfn.train import generate as generation
+from mmfn.train.sampling import Sampling
 from tests import oracles
 
 
@@ -40,6 +42,31 @@ def test_ids_equal_transformers(family, seed, tmp_path):
     model = mmfn.load_hf(oracles.save(oracle, tmp_path))
     got = mmfn.generate(model, mmfn.batch_from_hf(inputs, model), max_new_tokens=10)
     assert got == continued(oracle, inputs, 10)
+
+
+MEDIA = {  # what the rows of a call have, and whether videos are heard
+    "videos": {"images": 0, "videos": 3, "audios": 0, "sound": False},
+    "images and videos": {"images": 2, "videos": 2, "audios": 0, "sound": False},
+    "sound": {"images": 0, "videos": 0, "audios": 3},
+    "heard videos": {"images": 0, "videos": 2, "audios": 0, "sound": True},
+    "all": {"images": 2, "videos": 2, "audios": 2, "sound": True},
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("media", MEDIA)
+def test_ids_of_every_kind_of_media_equal_transformers(pair, media, seed):
+    """Greedy, and with the penalty for what stands there already: of one row, as the library counts padding in."""
+    oracle, model = pair
+    is_heard = "audio_config" in oracle.config.sub_configs
+    limits = MEDIA[media] if is_heard or not MEDIA[media].get("sound") else {**MEDIA[media], "sound": False}
+    rows = 1 if seed else 3
+    inputs = oracles.inputs(oracle.config, 40 + seed, rows=rows, pad="left", **limits)
+    batch = mmfn.batch_from_hf(inputs, model)
+    assert mmfn.generate(model, batch, 12) == continued(oracle, inputs, 12)
+    if rows == 1:
+        got = mmfn.generate(model, batch, 12, sampling=Sampling(repetition_penalty=1.4))
+        assert got == continued(oracle, inputs, 12, repetition_penalty=1.4)
 
 
 def test_rows_stop_at_an_end_token(pair):
@@ -148,3 +175,71 @@ def test_bad_arguments_are_refused(pair):
         mmfn.generate(model, batch, 0)
     with pytest.raises(ValueError, match="no row to continue"):
         mmfn.generate(model, replace(batch, segments=Segments.of(torch.zeros(3, dtype=torch.int32))))
+
+
+def test_a_cache_that_grows_and_rows_that_leave_change_nothing(pair, monkeypatch):
+    """Rows end at many different steps; in the smallest steps of room, and with all room at once."""
+    oracle, model = pair
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 11, rows=6), model)
+    stops, sampling, found = range(0, model.cfg.vocab_size, 7), Sampling(temperature=2.0), {}
+    for room in (1, 5, 1000):
+        monkeypatch.setattr(generation, "ROOM", room)
+        found[room] = mmfn.generate(model, batch, 24, eos_token_ids=stops, sampling=sampling)
+    assert len({len(row) for row in found[1]}) > 2
+    assert found[1] == found[5] == found[1000]
+    free = mmfn.generate(model, batch, 24, sampling=sampling)
+    ends = [next((i for i, token in enumerate(row) if token in stops), 23) for row in free]
+    assert found[1] == [row[: end + 1] for row, end in zip(free, ends, strict=True)]
+
+
+def test_rows_leave_the_batch_and_the_cache_doubles(pair, monkeypatch):
+    oracle, model = pair
+    monkeypatch.setattr(generation, "ROOM", 1)
+    rows, columns = [], []
+
+    def watched(params, batch, cfg, ops, cache=None):
+        rows.append(batch.num_segments)
+        columns.append(max(leaf.shape[1] for layer in cache.layers for name, leaf in layer.items() if name in "kv"))
+        return model.family.apply(params, batch, cfg, ops, cache)
+
+    has_attention = any("attention" in layer for layer in model.params["text"]["layers"])
+    watching = replace(model, family=replace(model.family, apply=watched))
+    batch = mmfn.batch_from_hf(oracles.inputs(oracle.config, 12, rows=4, images=0, videos=0), model)
+    longest = batch.segments.longest
+
+    def end(numbers, tokens):  # one row at every second step
+        ended.append(len(ended))
+        return [numbers[0]] if len(ended) % 2 == 0 else []
+
+    ended = []
+    assert has_attention
+    answers = mmfn.generate(watching, batch, 2 * longest, on_step=end)
+    assert [len(row) for row in answers] == [2, 4, 6, 8]
+    assert rows == [4, 4, 4, 4, 2, 2, 1, 1]
+    assert columns[0] == longest + 1
+    assert set(columns) <= {longest + 1, 2 * (longest + 1)}
+
+
+def test_what_is_drawn_for_a_row_is_its_own(pair):
+    """Whatever the batch it is in, given its number."""
+    oracle, model = pair
+    inputs = oracles.inputs(oracle.config, 13, rows=4)
+    sampling = Sampling(temperature=2.0, top_p=0.95, repetition_penalty=1.2, seed=5)
+    together = mmfn.generate(model, mmfn.batch_from_hf(inputs, model), 8, sampling=sampling)
+    rows = oracles.rows_of(inputs)
+    alone = [
+        mmfn.generate(model, mmfn.batch_from_hf(row, model), 8, sampling=sampling, rows=[i])[0]
+        for i, row in enumerate(rows)
+    ]
+    assert together == alone
+    other = mmfn.generate(model, mmfn.batch_from_hf(rows[0], model), 8, sampling=sampling, rows=[1])
+    assert other[0] != alone[0]
+    assert mmfn.generate(model, mmfn.batch_from_hf(inputs, model), 8, sampling=replace(sampling, seed=6)) != together
+
+
+def test_the_penalty_counts_prompts_as_transformers_does(pair):
+    """Without padding, which the library counts as a token that is there."""
+    oracle, model = pair
+    for row in oracles.rows_of(oracles.inputs(oracle.config, 14, rows=3)):
+        got = mmfn.generate(model, mmfn.batch_from_hf(row, model), 8, sampling=Sampling(repetition_penalty=1.7))
+        assert got == continued(oracle, row, 8, repetition_penalty=1.7)

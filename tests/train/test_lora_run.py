@@ -13,12 +13,14 @@ import mmfn
 from mmfn import cli, tree
 from mmfn.interop import adapter
 from mmfn.interop.checkpoint import read_config
-from mmfn.lora import adapters_of
+from mmfn.lora import adapters_of, merge
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import virtual
+from mmfn.parallel.weights.sharding import whole_params
 from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
+from mmfn.train.forward import Forward
 from mmfn.train.run import loop
 from mmfn.train.run.evaluate import evaluate
 from mmfn.train.run.progress import Progress
@@ -79,7 +81,7 @@ def test_a_run_with_adapters(make_config: MakeConfig, base: Path, tmp_path: Path
 
     held_out = prepared(config, f"output.path={tmp_path / 'other'}").held_out
     answers = [
-        evaluate(model, held_out, batch_samples=24, max_new_tokens=3, eos_token_ids=())
+        evaluate(Forward.of(model), held_out, batch_samples=24, max_new_tokens=3, eos_token_ids=())
         for model in (result.model, mmfn.load_hf(result.saved["checkpoint"]))
     ]
     assert answers[0].loss == pytest.approx(answers[1].loss, rel=1e-5)
@@ -106,24 +108,28 @@ def test_what_is_written(chosen: str, written: str, make_config: MakeConfig, bas
 
 
 def test_a_run_on_a_mesh(make_config: MakeConfig, base: Path, tmp_path: Path) -> None:
-    """Shards are cut from the same draws, the same is dropped, and the first rank writes whole adapters."""
+    """Shards are cut from the same draws, the same is dropped, and all ranks write one adapter."""
     changes = {"model.path": str(base), "train.steps": 2, "data.check": "first", "lora.dropout": 0.2}
     config = make_config(LORA | changes)
     expected = finished(config, f"output.path={tmp_path / 'one'}")
     loaded = load_config(config, ["layout.dp=2", "layout.cp=2"])
 
-    def rank(mesh: Mesh) -> Result:
+    def rank(mesh: Mesh) -> tuple[Result, Any]:
         place = Place(device=torch.device("cpu"), mesh=mesh, host=mesh)
         progress = Progress(num_steps=2, log_every=2, stream=io.StringIO())
-        return run_training(prepare(loaded, lambda text: None, place), progress)
+        result = run_training(prepare(loaded, lambda text: None, place), progress)
+        return result, whole_params(result.model.params, mesh)
 
-    results = virtual(loaded.config.layout.sizes, rank)
-    assert [list(result.saved) for result in results] == [["adapter", "checkpoint"], [], [], []]
+    results, wholes = zip(*virtual(loaded.config.layout.sizes, rank), strict=True)
+    assert [list(result.saved) for result in results] == [["adapter", "checkpoint"]] * 4
     for name in ("loss", "grad_norm"):
         assert results[0].records[0][name] == pytest.approx(expected.records[0][name], rel=1e-4)
     assert results[0].records[1]["loss"] == pytest.approx(expected.records[1]["loss"], rel=2e-3)
     again = adapter.load(results[0].saved["adapter"], mmfn.load_hf(base))
-    assert leaves_equal(again.params, results[0].model.params)
+    assert leaves_equal(again.params, wholes[0])
+    merged = mmfn.load_hf(results[0].saved["checkpoint"])
+    for leaf, want in zip(tree.leaves(merged.params), tree.leaves(merge(again.params)), strict=True):
+        torch.testing.assert_close(leaf, want, rtol=1e-6, atol=1e-7)
 
 
 def test_dropout_goes_on_with_the_adapter(make_config: MakeConfig, base: Path, tmp_path: Path) -> None:

@@ -17,41 +17,8 @@ from mmfn import tree
 from mmfn.interop.checkpoint import read_config
 from mmfn.train.build.run import prepare
 from mmfn.train.config.load import load_config
+from tests.train.processes import ROOT, finish, run_for_a_while, start, start_rank
 from tests.train.rank_cases import SMALL, MakeConfig, train
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(num: int, *args: str) -> list[subprocess.Popen[str]]:
-    """`num` ranks of a command, with the environment that torchrun sets, so that every exit code is seen."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [start_rank(rank, num, port, *args) for rank in range(num)]
-
-
-def start_rank(rank: int, num: int, port: int, *args: str) -> subprocess.Popen[str]:
-    """One of `num` ranks, which meet at a port of this machine."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env |= {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "mmfn", *args],
-        cwd=ROOT,
-        env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(ranks: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of every rank."""
-    try:
-        outputs = [rank.communicate(timeout=180) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
 
 
 @pytest.mark.dist
@@ -146,9 +113,8 @@ def test_ranks_may_differ_in_paths_and_workers(make_config: MakeConfig, small_de
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.dist
-def test_an_error_of_one_rank_ends_all(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Only one of the two ranks prepares the broken sample; the other waits for it before it makes the run folder."""
+def end_by_a_broken_sample(make_config: MakeConfig, tmp_path: Path) -> list[tuple[int, str, str]]:
+    """How two ranks end of which one alone prepares it."""
     path = make_config({"data.eval": None})
     entries = json.loads(Path(load_config(path).config.data.train).read_text())
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -158,11 +124,77 @@ def test_an_error_of_one_rank_ends_all(make_config: MakeConfig, tmp_path: Path) 
         entry["messages"][0]["content"] = "Which digit is this?"
     (tmp_path / "train.json").write_text(json.dumps(entries))
     changes = ["layout.dp=2", f"data.train={tmp_path / 'train.json'}", f"data.root={tmp_path}"]
-    ranks = finish(start(2, "train", str(path), *changes))
+    return finish(start(2, "train", str(path), *changes))
+
+
+@pytest.mark.dist
+def test_an_error_of_one_rank_ends_all(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Only one of the two ranks prepares the broken sample; the other waits for it before it makes the run folder."""
+    ranks = end_by_a_broken_sample(make_config, tmp_path)
     assert [code for code, _, _ in ranks] == [2, 2], ranks
     assert [bool(errors) for _, _, errors in ranks].count(True) == 1
     assert "broken.png" in "".join(errors for _, _, errors in ranks)
     assert not (tmp_path / "run").exists()
+
+
+FULL = """
+import errno, os, sys
+from mmfn import cli
+from mmfn.train.run import folder
+
+write_text = folder.write_text
+
+def writing(path, text):
+    if path.name in ("report.html", "answers.json"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    write_text(path, text)
+
+folder.write_text = writing
+sys.exit(cli.entry())
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_disk_that_is_full_at_the_very_end_ends_all_ranks_alike(
+    make_config: MakeConfig, tmp_path: Path, command: str
+) -> None:
+    """Only the first rank writes the report, or the answers; the others have nothing left to do."""
+    (tmp_path / "full.py").write_text(FULL)
+    settings = {"train": {"data.eval": None}, "eval": {"eval.max_new_tokens": 1}}[command]
+    path = make_config({"data.check": "first", "train.steps": 1, **settings})
+    out = {"train": (), "eval": ("--out", str(tmp_path / "answers.json"))}[command]
+    ranks = finish(start(2, command, str(path), "layout.dp=2", *out, program=(str(tmp_path / "full.py"),)))
+    assert [code for code, _, _ in ranks] == [2, 2], ranks
+    assert [errors.count("No space left on device") for _, _, errors in ranks] == [1, 0]
+
+
+STUCK = """
+import sys, time
+from mmfn import cli
+from mmfn.errors import UserError
+from mmfn.train.checkpoint import saver
+from mmfn.train.run import loop
+
+facts_of = loop.facts_of
+
+def failing(step, share):
+    if step == 3:
+        raise UserError("the data broke")
+    return facts_of(step, share)
+
+saver.publish, loop.facts_of = lambda *args, **settings: time.sleep(10**6), failing
+sys.exit(cli.entry())
+"""
+
+
+@pytest.mark.dist
+def test_a_run_that_fails_does_not_wait_for_ever_for_a_disk(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Nor does its process, whose save is under way."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+    path = make_config({"data.eval": None, "data.check": "first", "checkpoint.every": 2, "layout.timeout_s": 1})
+    ((code, _, errors),) = finish(start(1, "train", str(path), program=(str(tmp_path / "stuck.py"),)))
+    assert (code, errors) == (2, "mmfn: error: the data broke\n")
 
 
 @pytest.fixture
@@ -191,17 +223,17 @@ def test_runs_of_four_ranks_under_a_heap_checker(make_config: MakeConfig, layout
 @pytest.mark.parametrize("time", range(4))
 def test_errors_of_one_rank_under_a_heap_checker(make_config: MakeConfig, tmp_path: Path, time: int) -> None:
     """Without `Ranks.leave` about one in four ended with SIGABRT: a thread of gloo met a Python that was gone."""
-    test_an_error_of_one_rank_ends_all(make_config, tmp_path)
+    ends = end_by_a_broken_sample(make_config, tmp_path)
+    assert [code for code, _, _ in ends] == [2, 2], ends
+    assert sum(errors.startswith("mmfn: error: ") for _, _, errors in ends) == 1
 
 
 @pytest.mark.dist
 def test_a_killed_rank_ends_the_others(make_config: MakeConfig) -> None:
     ranks = start(2, "train", str(make_config({"train.steps": 10_000, "train.log_every": 1})), "layout.dp=2")
-    for line in ranks[0].stdout:
-        if line.startswith("step=2/"):
-            break
+    run_for_a_while(ranks[0])
     ranks[1].kill()
     (code, _, errors), _ = finish(ranks)
-    assert code == 2
-    assert errors.startswith("mmfn: error: another rank ended or does not answer (")
+    assert code == 3
+    assert errors.startswith("mmfn: error: rank 1 ended without a word, last heard of in step ")
     assert errors.count("\n") == 1

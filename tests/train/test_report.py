@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from mmfn.train.report.chart import Line, line_chart, smooth
+from mmfn.train.report.chart import RIGHT, WIDTH, Line, line_chart, smooth
 from mmfn.train.report.page import choose, render_report
 from mmfn.train.run.evaluate import Answer, Evaluation
 from mmfn.train.run.progress import Progress, format_duration, format_line
@@ -154,7 +154,7 @@ def test_chart_skips_what_cannot_be_drawn_and_thins_long_lines() -> None:
     values = [(float(i), math.inf if i == 3 else 1.0 + i) for i in range(10_000)]
     (places,) = points_of(line_chart([Line(points=values)], x_label="x", y_label="y"))
     assert len(places) < 2000
-    assert places[-1][0] == pytest.approx(640 - 12)
+    assert places[-1][0] == pytest.approx(WIDTH - RIGHT)
     with pytest.raises(ValueError, match="no finite point"):
         line_chart([Line(points=[(0.0, math.nan)])], x_label="x", y_label="y")
 
@@ -166,24 +166,30 @@ def test_chart_of_one_point_and_of_a_flat_line() -> None:
 
 
 def test_smooth_is_an_unbiased_moving_average() -> None:
-    assert smooth([(float(i), 2.0) for i in range(50)]) == [(float(i), pytest.approx(2.0)) for i in range(50)]
+    assert smooth([(float(i), 2.0) for i in range(50)]).tolist() == [[float(i), pytest.approx(2.0)] for i in range(50)]
     noisy = [(float(i), float(i % 2)) for i in range(400)]
     assert smooth(noisy, share=0.05)[-1][1] == pytest.approx(0.5, abs=0.05)
     powers = [(float(i), 10.0 if i % 2 else 0.1) for i in range(400)] + [(400.0, 0.0)]
-    assert smooth(powers, share=0.1, is_log=True)[-1] == (399.0, pytest.approx(1.0, abs=0.15))
+    assert smooth(powers, share=0.1, is_log=True)[-1].tolist() == [399.0, pytest.approx(1.0, abs=0.15)]
 
 
 RECORD = {
-    "step": 20, "loss": 1.5, "grad_norm": 0.25, "lr": 1e-3, "tokens_per_s": 8000.0, "supervised": 64,
-    "media_tokens": 128, "padding": 0.125, "wait_s": 0.001, "eta_s": 61.0,
+    "step": 20, "loss": 1.5, "grad_norm": 0.25, "lr": 1e-3, "step_s": 0.12, "wait_s": 0.001, "compute_s": 0.119,
+    "tokens_per_s": 8000.0, "tokens_per_s_per_device": 1000.0, "supervised": 64, "text_tokens": 384,
+    "image_tokens": 128, "video_tokens": 0, "audio_tokens": 0, "padding": 0.125, "encoder_imbalance": 1.0342,
+    "tflops_per_s": 155.0, "mfu": 0.412, "memory_bytes": 25 * 2**29, "skipped_steps": 1, "skipped_samples": 2,
+    "eta_s": 61.0,
 }  # fmt: skip
 
 
 def test_progress_line_has_a_fixed_order() -> None:
     assert format_line(RECORD, 500) == (
-        "step=20/500 loss=1.5000 grad_norm=0.250 lr=1.00e-03 tokens/s=8000 supervised=64 media_tokens=128 "
-        "padding=12.5% wait=1.0ms eta=1:01"
+        "step=20/500 loss=1.5000 grad_norm=0.250 lr=1.00e-03 step_time=120.0ms wait=1.0ms compute=119.0ms "
+        "tokens/s=8000 tokens/s/device=1000 supervised=64 text=384 image=128 video=0 audio=0 padding=12.5% "
+        "imbalance=1.03 mfu=41.2% memory=12.50GiB skipped_steps=1 skipped_samples=2 eta=1:01"
     )
+    without_peak = {name: value for name, value in RECORD.items() if name != "mfu"}
+    assert "imbalance=1.03 tflop/s=155 memory=" in format_line(without_peak, 500)
     terms = {"ce": 1.25, "ce_ahead_1": 2.5, "aux_loss": 1.0, "dropped": 3.0}
     line = format_line(RECORD | terms, 500, ("ce", "ce_ahead_1", "aux_loss"))
     assert "loss=1.5000 ce=1.2500 ce_ahead_1=2.5000 aux_loss=1.0000 grad_norm=0.250" in line

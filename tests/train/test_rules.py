@@ -71,8 +71,43 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
         {"data.columns": {"messages": "turns"}},
         "data.format, data.columns, data.tags, data.ignore: columns need a format",
     ),
+    ({"checkpoint.asynchronous": False}, "checkpoint.asynchronous has no effect without checkpoint.every"),
+    ({"checkpoint.read_back": True}, "checkpoint.read_back has no effect without checkpoint.every"),
+    ({"checkpoint.keep_last": 3}, "checkpoint.keep_last has no effect without checkpoint.every"),
+    ({"checkpoint.keep_every": 3}, "checkpoint.keep_every has no effect without checkpoint.every"),
+    ({"checkpoint.keep_best": 3}, "checkpoint.keep_best has no effect without checkpoint.every"),
+    ({"checkpoint.save_optimizer": False}, "checkpoint.save_optimizer has no effect without checkpoint.every"),
+    ({"checkpoint.load_optimizer": False}, "checkpoint.load_optimizer has no effect without a path in checkpoint"),
+    ({"checkpoint.load_cursor": False}, "checkpoint.load_cursor has no effect without a path in checkpoint.resume"),
+    (
+        {"checkpoint.keep_best": 3, "checkpoint.every": 5},
+        "checkpoint.keep_best has no effect without eval.every",
+    ),
     ({"data.max_tokens": 65}, "data.max_tokens 65 is above the largest token bucket of (64,); lower it"),
+    (
+        {"data.batch_samples": 4, "data.batch_tokens": 64},
+        "data.batch_samples and data.batch_tokens are both set; remove",
+    ),
+    ({"data.window_samples": 100}, "data.window_samples has no effect without data.batch_tokens"),
+    (
+        {"data.train_on_prompt": True, "data.mask_history": True},
+        "data.mask_history has no effect with data.train_on_prompt; remove it or change that",
+    ),
+    (
+        {"data.train_on_prompt": True, "data.train_empty_thinking": False},
+        "data.train_empty_thinking has no effect with data.train_on_prompt",
+    ),
+    (
+        {"data.train": [{"path": "a", "weight": 1.0}, "b"]},
+        "data.train has a weight for 'a' but not for all data sets; give one to each or to none",
+    ),
     ({"data.workers": 0, "data.ahead": 9}, "data.ahead has no effect with workers 0"),
+    ({"data.workers": 0, "data.worker_kind": "processes"}, "data.worker_kind has no effect with workers 0"),
+    (
+        {"data.batch_tokens": 192, "layout.dp": 2},
+        "data.batch_tokens is 192 but must be a multiple of 128, the largest token bucket times 2 ranks with their own "
+        "data; use 256",
+    ),
     (
         {"layout.cp": 3},
         "data.token_buckets has 64 but layout.kind 'gather' with cp 3 needs multiples of 6; use 66",
@@ -81,9 +116,13 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
         {"data.tower_buckets": {}},
         "data.tower_buckets lacks sizes for the tower 'vision'; set data.tower_buckets={vision: [...]}",
     ),
+    ({"eval.every": 2}, "eval.every has no effect without data.eval"),
     ({"eval.batch_samples": 2}, "eval.batch_samples has no effect without data.eval"),
     ({"eval.max_new_tokens": 2}, "eval.max_new_tokens has no effect without data.eval"),
     ({"output.report_images": 2}, "output.report_images has no effect without data.eval"),
+    ({"eval.prompts": ["a"]}, "eval.prompts has no effect without eval.every"),
+    ({"eval.every": 9, "data.eval": "a"}, "eval.every has no effect in 8 steps"),
+    ({"output.export_every": 8}, "output.export_every has no effect in 8 steps, behind which the run is saved"),
     ({"objective.chunk_size": 8, "objective.total_chunk_size": 8}, "are both set; remove one of them"),
     ({"optimizer.kind": "sgd", "optimizer.betas": (0.1, 0.2)}, "optimizer.betas has no effect with kind 'sgd'"),
     ({"optimizer.kind": "sgd", "optimizer.eps": 1.0}, "optimizer.eps has no effect with kind 'sgd'"),
@@ -94,8 +133,19 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer.muon_dtype": "float32"}, "optimizer.muon_dtype has no effect with kind 'adamw'"),
     ({"optimizer.kind": "muon", "optimizer.momentum": 0.0}, "optimizer.nesterov has no effect with momentum 0"),
     ({"optimizer.no_decay": [".*bias"]}, "optimizer.no_decay has no effect with weight_decay 0"),
+    (
+        {
+            "layout.offload": ["optimizer"],
+            "optimizer.kind": "sgd",
+            "optimizer.momentum": 0.0,
+            "optimizer.nesterov": False,
+        },
+        "layout.offload 'optimizer' has no effect: sgd without momentum keeps nothing beside the parameters; remove it",
+    ),
     ({"output.weights": "ema"}, "output.weights 'ema' needs averages; set optimizer.ema_decay or remove it"),
     ({"optimizer.ema_decay": 0.9}, "optimizer.ema_decay has no effect with output.weights 'last'"),
+    ({"train.epochs": 2}, "train.steps and train.epochs: one of the two says how long the run is"),
+    ({"train.profile": (2, 9)}, "train.profile ends with step 9 but train.steps is 8; end it earlier"),
     (
         {"schedule.groups": {"a": {"lr": 1.0, "warmup_steps": 8}}},
         "schedule.groups 'a'.warmup_steps 8 must be below train.steps 8; shorten it",
@@ -114,20 +164,26 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"lora.rank": 2, "model.adapter": "x"}, "lora has no effect with model.adapter, which says what is adapted"),
     ({"output.adapter": "merged"}, "output.adapter has no effect without LoRA"),
     ({"lora.rank": 2, "model.init": "random", "output.adapter": "separate"}, "saves nowhere the base"),
+    (
+        {"model.kernels": "cuda"},
+        "model.kernels 'cuda' are those of a device that model.device 'cpu' is not; use model.kernels=portable, or",
+    ),
     ({"output.experts": "transformers"}, "output.experts 'transformers' has no effect, the model has no experts"),
+    ({"layout.capacity": 1.5}, "layout.capacity has no effect, the model has no experts; remove it"),
+    ({"data.max_audio_seconds": 9.0}, "data.max_audio_seconds has no effect, the model hears nothing; remove it"),
     ({"objective.router_aux_coef": 0.0}, "objective.router_aux_coef has no effect, the model has no experts; remove"),
     (
         {"objective.ahead_weight": 0.1},
         "objective.ahead_weight has no effect, the model predicts no token further ahead",
     ),
     (
-        {"train.compile": "layer", "model.device": "cuda"},
-        "train.compile 'layer' needs attention that reads nothing on the host, which there is on the CPU only, not on",
+        {"train.compile": "layer", "model.device": "npu"},
+        "train.compile 'layer' needs attention that is one operator, as it is on a CPU and of the kernels 'cuda', not",
     ),
     (
-        {"layout.cp": 2, "model.device": "cuda:1"},
-        "layout.kind 'gather' needs attention blocks with log-sum-exp, which there are on the CPU only, not on cuda:1; "
-        "use layout.kind=ulysses",
+        {"layout.cp": 2, "model.device": "cuda:1", "model.kernels": "portable"},
+        "layout.kind 'gather' needs attention blocks with log-sum-exp, which model.kernels 'portable' has on the CPU "
+        "only; use the kernels of cuda:1, or layout.kind=ulysses",
     ),
 ]
 
@@ -143,7 +199,7 @@ def config_of(settings: dict[str, Any]) -> Config:
 
 def said(settings: dict[str, Any], stacks: dict[str, Stack] = DENSE) -> list[tuple[str, bool]]:
     """What the list says of a config for a model: sentences, and whether they are notes."""
-    subject = Subject(config=config_of(settings), stacks=stacks, towers=("vision",), num_ahead=0)
+    subject = Subject(config=config_of(settings), stacks=stacks, towers=("vision",), num_ahead=0, hears=False)
     return [(breach.sentence, breach.warns) for breach in breaches(subject)]
 
 
@@ -156,12 +212,33 @@ def test_a_broken_rule_is_one_sentence(index: int) -> None:
     """The rule at a place of the list finds its config, and says its sentence once."""
     settings, expected = BREAKS[index]
     rule = RULES[index]
-    subject = Subject(config=config_of(settings), stacks=DENSE, towers=("vision",), num_ahead=0)
+    subject = Subject(config=config_of(settings), stacks=DENSE, towers=("vision",), num_ahead=0, hears=False)
     (sentence,) = rule.find(subject)
     assert expected in sentence
     assert "\n" not in sentence
     assert (sentence, rule.warns) in said(settings)
-    assert not list(rule.find(Subject(config=config_of({}), stacks=DENSE, towers=("vision",), num_ahead=0)))
+    assert not list(
+        rule.find(Subject(config=config_of({}), stacks=DENSE, towers=("vision",), num_ahead=0, hears=False))
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"data.eval": ["a", {"path": "b", "weight": 2}]}, "data.eval has a weight for 'b' but every held-out sample"),
+        ({"data.train": [{"path": "a", "weight": 2}]}, "data.train: a weight has no effect on one data set alone"),
+        (
+            {"data.train": {"path": "a", "tags": {"user_tag": "x"}}},
+            "data.train: columns and tags of 'a' need its format",
+        ),
+        ({"data.train": {"path": "a", "format": "x"}}, "data.train: 'a': unknown format 'x'; use auto or one of"),
+        ({"data.train": ["a"], "data.max_samples": 3}, "data.max_samples is for a data.train of one path; write it"),
+    ],
+)
+def test_data_sets_that_do_not_go_together(settings: dict[str, Any], sentence: str) -> None:
+    ((found, is_note),) = said(settings)
+    assert found.startswith(sentence)
+    assert not is_note
 
 
 def test_the_smallest_config_breaks_none() -> None:
@@ -213,8 +290,14 @@ def test_a_tower_the_model_does_not_have() -> None:
     assert found == ("data.tower_buckets has 'audio' but the model's towers are vision; use these", False)
 
 
+def test_kernels_of_a_gpu_have_every_layout() -> None:
+    settings = {"layout.cp": 2, "layout.kind": "ring", "model.device": "cuda"}
+    assert said({**settings, "train.compile": "layer", "data.tower_buckets": {"vision": [4]}}) == []
+
+
 def test_a_plan_reads_neither_data_nor_device() -> None:
     settings = {"layout.cp": 3, "data.tower_buckets": {}, "model.device": "npu", "train.compile": "layer"}
+    settings["model.kernels"] = "portable"
     assert len(said(settings)) == 4
     subject = Subject(config=config_of(settings), stacks=DENSE, towers=("vision",), num_ahead=0, is_plan=True)
     assert list(breaches(subject)) == []

@@ -1,11 +1,16 @@
 """The run folder: which are refused, what is kept of an earlier run, and that nothing a run reads is overwritten."""
 
+import errno
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mmfn.errors import UserError
 from mmfn.train.config.load import Loaded, load_config
+from mmfn.train.data.skips import cut_lines
 from mmfn.train.run import folder as run_folder
 
 CONFIG = """\
@@ -111,6 +116,70 @@ def test_a_kill_while_making_room_loses_nothing(folder: Path, monkeypatch: pytes
     assert run_folder.make_room(folder)
     assert names(folder) == ["previous"]
     assert names(folder / "previous") == sorted(run_folder.RUN_FILES)
+
+
+def test_a_folder_is_claimed_once_and_left_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def end_in(work: Callable[[], object]) -> None:
+        with run_folder.claimed(folder):
+            work()
+            raise KeyboardInterrupt
+
+    def try_again() -> None:
+        with pytest.raises(UserError, match="another run is at work in"):
+            end_in(list)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            end_in(try_again)
+        assert not folder.exists()
+    with pytest.raises(KeyboardInterrupt):
+        end_in((folder / "metrics.jsonl").touch)
+    assert names(folder) == ["metrics.jsonl"]
+
+
+def test_where_there_are_no_locks_a_folder_is_claimed_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(number: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with run_folder.claimed(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize("replace", [lambda path: run_folder.write_text(path, "new"), lambda path: cut_lines(path, 1)])
+def test_what_takes_the_place_of_a_file_is_durable_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Callable[[Path], None]
+) -> None:
+    """A name may be durable before what is in the file: behind a loss of power that file would be empty."""
+    path, durable, moved = tmp_path / "metrics.jsonl", list[int](), list[bool]()
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(number: int) -> None:
+        fsync(number)
+        durable.append(os.fstat(number).st_ino)
+
+    def noted_replace(source: str | Path, target: str | Path) -> None:
+        moved.append(os.stat(source).st_ino in durable)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    replace(path)
+    assert path.read_text() in ("new", '{"step": 1}\n')
+    assert moved == [True]
+
+
+def test_a_finished_run_is_called_one(folder: Path, tmp_path: Path) -> None:
+    """With `train.epochs` it is not known yet how many steps the settings ask for."""
+    settings = ("output.overwrite=false", "train.steps=null", "train.epochs=2")
+    with pytest.raises(UserError, match=r"is not empty: the run in it is finished; choose another or set output.over"):
+        run_folder.check_output(loaded(tmp_path, *settings))
+    (folder / "report.html").unlink()
+    with pytest.raises(UserError, match=r"is not empty; choose another or set output.overwrite=true"):
+        run_folder.check_output(loaded(tmp_path, *settings))
 
 
 def test_a_new_folder_has_no_earlier_run(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,13 @@ import pytest
 
 import mmfn
 from mmfn import cli
+from mmfn.batch import IGNORE
 from mmfn.interop.checkpoint import read_config
-from mmfn.train.build.data import load_model_processor
+from mmfn.models.data.chat import read_template
 from mmfn.train.build.match import check_match
+from mmfn.train.build.processor import load_model_processor
 from mmfn.train.build.run import prepare
+from mmfn.train.chat_options import ChatOptions
 from mmfn.train.config.load import load_config
 from mmfn.train.data import Dataset
 
@@ -47,10 +52,10 @@ def test_the_template_of_a_run_is_that_of_its_checkpoint(
     assert "error" not in capsys.readouterr().err
 
 
-def test_a_prompt_needs_no_generation_block(
+def test_a_template_needs_no_generation_block(
     small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint whose own template has none and renders unlike those of mmfn cannot be trained, but it answers."""
+    """A checkpoint whose own template has none, and is like none of mmfn's, answers, and is trained by its marks."""
     mmfn.save_hf(tmp_path / "m", mmfn.init(read_config(small_demo / "model"), seed=0), assets=small_demo / "model")
     plain = re.sub(r"{% (end)?generation %}", "", OWN_TEMPLATE)
     (tmp_path / "m" / "chat_template.jinja").write_text(plain)
@@ -59,8 +64,37 @@ def test_a_prompt_needs_no_generation_block(
     (tmp_path / "d.json").write_text(
         json.dumps([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}])
     )
-    with pytest.raises(ValueError, match="give a template with generation blocks"):
-        Dataset(tmp_path / "d.json", load_model_processor(str(tmp_path / "m"))).sample(0)
+    processor = load_model_processor(str(tmp_path / "m"))
+    sample = Dataset(tmp_path / "d.json", processor).sample(0)
+    assert processor.chat.tokenizer.decode(sample.labels_T[sample.labels_T != IGNORE]) == "yo<|im_end|>\n"
+
+
+def test_a_template_of_mmfn_by_its_name(
+    make_config: MakeConfig, small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is saved with the checkpoint, with what ends an answer where the model's folder does not say it."""
+    shutil.copytree(small_demo / "model", tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").unlink()
+    settings = {"model.path": str(tmp_path / "m"), "data.template": "qwen3_vl_thinking", "train.steps": 1}
+    assert cli.main(["train", str(make_config(settings))]) == 0
+    checkpoint = tmp_path / "run" / "checkpoint"
+    assert (checkpoint / "chat_template.jinja").read_text() == read_template("qwen3_vl_thinking")
+    assert len(json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"]) == 2
+    capsys.readouterr()
+    assert cli.main(["train", str(make_config({"data.template": "qwen3_omni", "output.overwrite": True}))]) == 2
+    assert "give a text file, or one of qwen3_vl, qwen3_vl_thinking" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_thinking": True}, "data.enable_thinking has no effect: the chat template does not read it"),
+        ({"train_empty_thinking": False}, ""),
+    ],
+)
+def test_options_that_have_no_effect(small_demo: Path, options: dict[str, bool], message: str) -> None:
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        load_model_processor(str(small_demo / "model"), ChatOptions(**options))
 
 
 def test_processor_of_another_model_is_refused(make_config: MakeConfig) -> None:

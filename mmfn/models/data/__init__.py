@@ -6,6 +6,7 @@ a medium becomes: the inputs of its encoder, and the text that stands for it. `D
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -13,6 +14,18 @@ from torch import Tensor
 from mmfn.batch import Media
 from mmfn.models.data.chat import ChatFormat, TextsByKind
 
+SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "image": ("min_pixels", "max_pixels", "resized_height", "resized_width"),
+        "video": (
+            *("min_pixels", "max_pixels", "resized_height", "resized_width"),
+            *("fps", "nframes", "min_frames", "max_frames"),
+        ),
+        "audio": (),
+    }
+)
+"""What may be set of one medium, by its kind; the names are those of qwen-vl-utils."""
+Settings = Mapping[str, float]
 MediaByKind = Mapping[str, Sequence[Media]]  # "image", "video", "audio" -> media in the order of their placeholders
 
 
@@ -21,18 +34,30 @@ class Sampling:
     """Which frames of a video file are read.
 
     `select(num_frames, rate)`: their indices, ascending, of a file with so many frames at `rate` per second. `fps`: the
-    rate of a video that comes as a list of frames, all of which are taken.
+    rate of a video that comes as a list of frames, all of which are taken. `size(num_frames, height, width)`: what so
+    many frames of that height and width are resized to, (height, width), which a reader may do frame by frame.
     """
 
     fps: float
     select: Callable[[int, float], list[int]]
+    size: Callable[[int, int, int], tuple[int, int]]
 
 
 class MediaProcessor(Protocol):
     """How decoded media become what the encoders read: the settings of one checkpoint.
 
-    All of it raises ValueError, one sentence, for media that the model cannot take.
+    All of it raises ValueError, one sentence, for media that the model cannot take. Of tensors on the device "meta" it
+    gives what those of the same shapes with values would become, on "meta": their size, without the work.
     """
+
+    def with_settings(self, kind: str, settings: Settings) -> "MediaProcessor":
+        """The same, but for some settings of media of a kind ("image", "video"), by the names in `SETTINGS`.
+
+        Raises ValueError for one that means nothing to the model, and for values out of range.
+        """
+
+    def sections(self) -> Mapping[str, Mapping[str, Any]]:
+        """Its settings as the sections of a processor's files have them, by the names of `DataSide.sections`."""
 
     def image(self, image_u8: Tensor) -> Media:
         """Of uint8[3, H, W]."""
@@ -40,8 +65,14 @@ class MediaProcessor(Protocol):
     def sampling(self) -> Sampling:
         """Raises ValueError where the checkpoint has no settings for videos."""
 
-    def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
-        """Of uint8[T, 3, H, W], the times of the frames in seconds, and how many there are per second of the video."""
+    def video(
+        self, frames_u8: Tensor, times: Sequence[float], rate: float, shape: tuple[int, int] | None = None
+    ) -> Media:
+        """Of uint8[T, 3, H, W], the times of the frames in seconds, and how many there are per second of the video.
+
+        `shape`: height and width that the frames had before they were resized as `Sampling.size` says; None: they were
+        not.
+        """
 
     def sound_rate(self) -> int:
         """Samples per second that `audio` takes. Raises ValueError where the model hears nothing."""

@@ -1,15 +1,15 @@
 """Frames of a video: which are read, what they become, and when they are. Legend: T frames, H and W pixels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmfn.batch import Media
 from mmfn.errors import UserError
-from mmfn.models.data.pixels import ImageSpec, normalize, patchify, resize, target_size
+from mmfn.models.data.pixels import ImageSpec, patchify, resize, target_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +23,16 @@ class VideoSpec:
 
     def __post_init__(self) -> None:
         if type(self.fps) not in (int, float) or not 0 < self.fps < float("inf"):
-            raise UserError(f"fps of a video processor must be a positive number, got {self.fps!r}")
+            raise UserError(f"fps of a video processor must be a positive number, got {self.fps!r}; correct it")
         for name in ("min_frames", "max_frames"):
             if type(getattr(self, name)) is not int:
-                raise UserError(f"{name} of a video processor must be an integer, got {getattr(self, name)!r}")
+                raise UserError(
+                    f"{name} of a video processor must be an integer, got {getattr(self, name)!r}; correct it"
+                )
         if not self.pixels.temporal_patch_size <= self.min_frames <= self.max_frames:
             raise UserError(
                 f"a video processor needs temporal_patch_size <= min_frames <= max_frames, got "
-                f"{self.pixels.temporal_patch_size}, {self.min_frames}, {self.max_frames}"
+                f"{self.pixels.temporal_patch_size}, {self.min_frames}, {self.max_frames}; correct them"
             )
 
     @classmethod
@@ -49,6 +51,30 @@ class VideoSpec:
             **{name: defaults[name] if value is None else value for name, value in frames.items()},
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """The section that `from_hf` reads."""
+        frames = {name: getattr(self, name) for name in ("fps", "min_frames", "max_frames")}
+        return {**self.pixels.to_hf(), **frames}
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """With what `ImageSpec.with_settings` takes, `fps`, `min_frames` and `max_frames`, or `nframes` for both.
+
+        Raises ValueError for values out of range, and for `nframes` beside another setting of their number.
+        """
+        frames = {name: settings[name] for name in ("fps", "min_frames", "max_frames") if name in settings}
+        if "nframes" in settings:
+            if frames:
+                raise UserError(f"nframes says how many frames are read, and so does {next(iter(frames))}; keep one")
+            least = self.pixels.temporal_patch_size
+            if settings["nframes"] < least:
+                raise UserError(f"nframes is {settings['nframes']} but a video has at least {least} frames; raise it")
+            frames = dict.fromkeys(("min_frames", "max_frames"), settings["nframes"])
+        if frames.get("max_frames", self.min_frames) < self.min_frames:  # one bound alone moves the other along
+            frames.setdefault("min_frames", max(frames["max_frames"], self.pixels.temporal_patch_size))
+        if frames.get("min_frames", self.max_frames) > self.max_frames:
+            frames.setdefault("max_frames", frames["min_frames"])
+        return replace(self, pixels=self.pixels.with_settings(settings), **frames)
+
 
 Spec = TypeVar("Spec", bound=VideoSpec)
 
@@ -60,21 +86,26 @@ def needed(spec: Spec | None) -> Spec:
     return spec
 
 
-def preprocess_video(frames_u8: Tensor, spec: ImageSpec, *, is_frame_budget: bool = False) -> Media:
+def preprocess_video(frames_u8: Tensor, spec: ImageSpec, size: tuple[int, int] | None = None) -> Media:
     """uint8[T, 3, H, W] -> `Media` with grid (frame groups, height, width); the last frame is repeated to fill a group.
 
-    `is_frame_budget`: the budget of pixels is that of each frame, not of all. Raises ValueError for another shape or
-    dtype, or fewer frames than temporal_patch_size. Source: Qwen3VLVideoProcessor (`cap_pixels_per_frame=False`) and,
-    of single frames, Qwen2VLVideoProcessor of transformers 5.23.0, bit-equal.
+    `size`: height and width to resize to; None: as the budget of all frames says. Raises ValueError for another shape
+    or dtype, or fewer frames than temporal_patch_size. Source: Qwen3VLVideoProcessor (`cap_pixels_per_frame=False`) and
+    Qwen2VLVideoProcessor of transformers 5.23.0, bit-equal.
     """
     if frames_u8.ndim != 4 or frames_u8.shape[1] != 3 or frames_u8.dtype != torch.uint8:
         raise UserError(f"a video must be uint8[T, 3, H, W], got {frames_u8.dtype} {tuple(frames_u8.shape)}")
     num_frames, group = frames_u8.shape[0], spec.temporal_patch_size
     if num_frames < group:
         raise UserError(f"a video needs at least {group} frames, got {num_frames}; pass it as images instead")
-    size = target_size(frames_u8.shape[2], frames_u8.shape[3], spec, None if is_frame_budget else num_frames)
-    frames = normalize(resize(frames_u8, size), spec)
-    return patchify(torch.cat([frames, frames[-1:].expand(-num_frames % group, -1, -1, -1)]), spec)
+    frames_u8 = resize(frames_u8, size or target_size(frames_u8.shape[2], frames_u8.shape[3], spec, num_frames))
+    return patchify(fill_group(frames_u8, group), spec)
+
+
+def fill_group(frames_u8: Tensor, group: int) -> Tensor:
+    """uint8[T, 3, H, W], the last frame repeated until their number is a multiple of `group`."""
+    missing = -len(frames_u8) % group
+    return torch.cat([frames_u8, frames_u8[-1:].expand(missing, -1, -1, -1)]) if missing else frames_u8
 
 
 def sample_frames(num_frames: int, rate: float, spec: VideoSpec) -> list[int]:

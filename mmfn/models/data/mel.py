@@ -64,14 +64,27 @@ def log_mel(wave_S: Tensor, spec: SoundSpec) -> Tensor:
         raise UserError(f"sound must be float32[S], got {wave_S.dtype} {tuple(wave_S.shape)}; mix it to one channel")
     if wave_S.numel() < (least := max(spec.hop, spec.width // 2 + 1)):
         raise UserError(f"a clip needs at least {least} samples at {spec.rate} Hz, got {wave_S.numel()}; leave it out")
-    if not bool(wave_S.isfinite().all()):
-        raise UserError("a clip holds values that are not finite; repair it")
+    if wave_S.is_meta:
+        return wave_S.new_empty(wave_S.numel() // spec.hop, spec.num_mels)
     window = torch.hann_window(spec.width)
     waves = torch.stft(wave_S[None], spec.width, spec.hop, window=window, return_complex=True)[..., :-1]
-    powers = _filters(spec.num_mels, spec.width, spec.rate).T @ (waves.abs() ** 2).contiguous()
-    logs = powers.clamp(min=FLOOR).log10()
-    logs = torch.maximum(logs, logs.amax() - RANGE)
+    mels = _filters(spec.num_mels, spec.width, spec.rate).T @ _powers(waves)
+    logs = mels.clamp(min=FLOOR).log10()
+    highest = logs.amax()
+    if not bool(highest.isfinite()):
+        raise UserError("a clip holds values that are not finite; repair it")
+    logs = torch.maximum(logs, highest - RANGE)
     return ((logs + 4.0) / 4.0)[0].T.contiguous()
+
+
+def _powers(waves_1NU: Tensor) -> Tensor:
+    """The bits of `waves.abs() ** 2`, contiguous, in half the time: of complex numbers torch works sizes out twice.
+
+    Both take the same vectorised hypot, if what it reads is contiguous.
+    """
+    real_1UN, imaginary_1UN = torch.view_as_real(waves_1NU.mT).movedim(-1, 0).contiguous()
+    sizes_1UN = torch.hypot(real_1UN, imaginary_1UN)
+    return sizes_1UN.mul_(sizes_1UN).mT.contiguous()
 
 
 @lru_cache(maxsize=8)

@@ -4,7 +4,6 @@ Source: the processors of transformers 5.23.0. Legend: T frames, N videos.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +17,17 @@ from mmfn.errors import UserError
 from mmfn.models.data import MediaByKind, Sampling, qwen_vision
 from mmfn.models.data.chat import MediaText
 from mmfn.models.data.frames import VideoSpec, preprocess_video
-from mmfn.models.data.pixels import ImageSpec
+from mmfn.models.data.pixels import ImageSpec, target_size
 from mmfn.models.data.qwen_vision import IMAGE_DEFAULTS, IMAGE_PAD, VIDEO_PAD, VisionProcessor
 
 SECONDS = "second_per_grid_ts"  # of transformers' processor: how long each step in time of a video lasts
 PADS = {"image": IMAGE_PAD, "video": VIDEO_PAD}
-PLACEHOLDERS = {kind: re.escape(pad) for kind, pad in PADS.items()}  # the marks around them stay
+CHAT = replace(
+    qwen_vision.SIDE.chat,
+    bare={},  # videos are one run of tokens between the template's marks
+    templates=("qwen2_5_vl",),
+    marks=replace(qwen_vision.MARKS, thinking=None),
+)
 VIDEO_DEFAULTS = {
     **IMAGE_DEFAULTS,
     "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
@@ -46,12 +50,19 @@ class BlockProcessor(VisionProcessor):
 
     def sampling(self) -> Sampling:
         """See `sample_groups`."""
-        return Sampling(fps=self.video_spec.fps, select=partial(sample_groups, spec=self.video_spec))
+        select = partial(sample_groups, spec=self.video_spec)
+        return Sampling(fps=self.video_spec.fps, select=select, size=self.frame_size)
 
-    def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
+    def frame_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """A frame is as large as an image of its budget."""
+        return target_size(height, width, self._frame_spec(num_frames))
+
+    def video(
+        self, frames_u8: Tensor, times: Sequence[float], rate: float, shape: tuple[int, int] | None = None
+    ) -> Media:
         """See `frames.preprocess_video`; a step in time lasts as long as its frames."""
-        spec = self._frame_spec(frames_u8.shape[0])
-        media = preprocess_video(frames_u8, spec, is_frame_budget=True)
+        spec = self.video_spec.pixels
+        media = preprocess_video(frames_u8, spec, self._size(frames_u8, shape))
         return replace(media, seconds_per_grid=spec.temporal_patch_size / rate)
 
     def text(self, kind: str, media: Media) -> MediaText:
@@ -132,7 +143,7 @@ def media_from_hf(inputs: Mapping[str, Tensor], cfg: Any, *, seconds: str = SECO
 
 SIDE = replace(
     qwen_vision.SIDE,
-    chat=replace(qwen_vision.SIDE.chat, placeholders=PLACEHOLDERS),
+    chat=CHAT,
     processor=processor,
     input_keys=(*qwen_vision.SIDE.input_keys, SECONDS),
     media_from_hf=media_from_hf,

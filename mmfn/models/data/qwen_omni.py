@@ -48,6 +48,7 @@ class OmniProcessor(BlockProcessor):
     """
 
     sound_spec: SoundSpec
+    positions_per_second: float = 13.0  # of the published models, and of transformers' processor
 
     def sound_rate(self) -> int:
         """That of the feature extractor."""
@@ -58,7 +59,11 @@ class OmniProcessor(BlockProcessor):
         return audio.clip_of(log_mel(wave_S, self.sound_spec))
 
     def text(self, kind: str, media: Media) -> MediaText:
-        """A medium is its placeholder, once for every feature: the marks around it are the template's."""
+        """A medium is its placeholder, once for every feature: the marks around it are the template's. See
+        `video_with_sound` for a video that is heard."""
+        if media.sound is not None:
+            merge_size, per_second = self.image_spec.merge_size, self.positions_per_second
+            return video_with_sound(media, media.sound, merge_size=merge_size, per_second=per_second)
         return MediaText(text=PADS[kind], counts=(_num_tokens(kind, media, self.image_spec.merge_size**2),))
 
 
@@ -90,9 +95,10 @@ def video_with_sound(video: Media, clip: Media, *, merge_size: int, per_second: 
 
 def processor(sections: Mapping[str, Mapping[str, Any]], cfg: Any) -> OmniProcessor:
     """Of the sections `image_processor`, `feature_extractor` (in older files one and the same) and, where there is one,
-    `video_processor`; nothing depends on `cfg`."""
+    `video_processor`. `cfg`: a config with `positions_per_second`, by which a video and its sound are interleaved."""
     specs = qwen2_vision.specs_from_hf(sections, IMAGE_DEFAULTS, VIDEO_DEFAULTS)
-    return OmniProcessor(**specs, sound_spec=SoundSpec.from_hf(sections["feature_extractor"], SOUND_DEFAULTS))
+    sound = SoundSpec.from_hf(sections["feature_extractor"], SOUND_DEFAULTS)
+    return OmniProcessor(**specs, sound_spec=sound, positions_per_second=cfg.positions_per_second)
 
 
 def facts(cfg: Any, processor: OmniProcessor) -> list[Fact]:
@@ -137,7 +143,10 @@ def _num_tokens(kind: str, media: Media, merged: int) -> int:
 
 SIDE = DataSide(
     chat=ChatFormat(
-        placeholders={kind: re.escape(pad) for kind, pad in PADS.items()}, tokens=TOKENS, templates=("qwen3_vl",)
+        placeholders={kind: re.escape(pad) for kind, pad in PADS.items()},
+        tokens=TOKENS,
+        templates=("qwen3_omni", "qwen3_omni_thinking"),
+        marks=qwen_vision.MARKS,
     ),
     sections=("image_processor", "feature_extractor"),
     processor=processor,

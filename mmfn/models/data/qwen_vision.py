@@ -5,25 +5,30 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from mmfn.batch import Media
 from mmfn.errors import UserError
-from mmfn.models.data import DataSide, Fact, MediaByKind, Sampling
-from mmfn.models.data.chat import ChatFormat, MediaText, TextsByKind
+from mmfn.models.data import DataSide, Fact, MediaByKind, Sampling, Settings
+from mmfn.models.data.chat import ChatFormat, Marks, MediaText, TextsByKind
 from mmfn.models.data.frames import VideoSpec, group_times, needed, preprocess_video, sample_frames
 from mmfn.models.data.inputs import grids_from_hf
-from mmfn.models.data.pixels import CHANNELS, ImageSpec, preprocess_image
+from mmfn.models.data.pixels import CHANNELS, ImageSpec, preprocess_image, target_size
 
 IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
-PLACEHOLDERS = {
-    "image": re.escape(IMAGE_PAD),
-    # A video's pad is replaced together with its marks: every group of frames brings its own. transformers 4.57, with
-    # which the models were published, did the same; 5.x keeps the outer pair too.
-    "video": f"(?:{re.escape(VISION_START)})?{re.escape(VIDEO_PAD)}(?:{re.escape(VISION_END)})?",
-}
+PLACEHOLDERS = {"image": re.escape(IMAGE_PAD), "video": re.escape(VIDEO_PAD)}
+# Every group of frames of a video has marks of its own. Since 5.10 transformers keeps those of the template around all
+# of them too; 4.57, with which the models were published, replaced them.
+BARE = {"video": f"(?:{re.escape(VISION_START)})?{re.escape(VIDEO_PAD)}(?:{re.escape(VISION_END)})?"}
+MARKS = Marks(
+    header="<|im_start|>assistant\n",
+    end=r"<\|im_end\|>\n?",
+    tokens=("<|im_start|>", "<|im_end|>"),
+    stops=("<|im_end|>", "<|endoftext|>"),
+    thinking=("<think>", "</think>"),
+)
 TOKENS = {
     "image_token_id": IMAGE_PAD,
     "video_token_id": VIDEO_PAD,
@@ -67,16 +72,37 @@ class VisionProcessor:
         """See `pixels.preprocess_image`."""
         return preprocess_image(image_u8, self.image_spec)
 
+    def with_settings(self, kind: str, settings: Settings) -> Self:
+        """See `ImageSpec.with_settings` and `VideoSpec.with_settings`."""
+        if kind == "image":
+            return replace(self, image_spec=self.image_spec.with_settings(settings))
+        return replace(self, video_spec=needed(self.video_spec).with_settings(settings))
+
+    def sections(self) -> Mapping[str, Mapping[str, Any]]:
+        """See `ImageSpec.to_hf` and `VideoSpec.to_hf`."""
+        video = {} if self.video_spec is None else {"video_processor": self.video_spec.to_hf()}
+        return {"image_processor": self.image_spec.to_hf(), **video}
+
     def sampling(self) -> Sampling:
         """See `frames.sample_frames`."""
         spec = needed(self.video_spec)
-        return Sampling(fps=spec.fps, select=partial(sample_frames, spec=spec))
+        return Sampling(fps=spec.fps, select=partial(sample_frames, spec=spec), size=self.frame_size)
 
-    def video(self, frames_u8: Tensor, times: Sequence[float], rate: float) -> Media:
+    def frame_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """Of all frames together the budget says how large they are."""
+        return target_size(height, width, needed(self.video_spec).pixels, num_frames)
+
+    def video(
+        self, frames_u8: Tensor, times: Sequence[float], rate: float, shape: tuple[int, int] | None = None
+    ) -> Media:
         """See `frames.preprocess_video`; a group of frames has the time that lies between its first and last."""
         spec = needed(self.video_spec).pixels
         groups = group_times(times, spec.temporal_patch_size)
-        return replace(preprocess_video(frames_u8, spec), times=tuple(groups))
+        return replace(preprocess_video(frames_u8, spec, self._size(frames_u8, shape)), times=tuple(groups))
+
+    def _size(self, frames_u8: Tensor, shape: tuple[int, int] | None) -> tuple[int, int] | None:
+        """What `frames_u8` are resized to; None: they are no frames, which `preprocess_video` says."""
+        return self.frame_size(len(frames_u8), *(shape or frames_u8.shape[2:])) if frames_u8.ndim == 4 else None
 
     def sound_rate(self) -> int:
         """Such a model hears nothing."""
@@ -152,7 +178,13 @@ def num_tokens(kind: str, media: Media, cfg: Any) -> int:
 
 
 SIDE = DataSide(
-    chat=ChatFormat(placeholders=PLACEHOLDERS, tokens=TOKENS, templates=("qwen3_vl",)),
+    chat=ChatFormat(
+        placeholders=PLACEHOLDERS,
+        bare=BARE,
+        tokens=TOKENS,
+        templates=("qwen3_vl", "qwen3_vl_thinking"),
+        marks=MARKS,
+    ),
     sections=("image_processor",),
     processor=processor,
     facts=facts,

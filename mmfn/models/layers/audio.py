@@ -10,6 +10,7 @@ Legend: U frames, F mel bins, N chunks, P rows, D width, H heads, T tokens.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from math import log, prod
 
@@ -21,6 +22,7 @@ from mmfn.batch import AUDIO, Laid, Media, Sample, Segments, Tower, TowerKind
 from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.layers import linear, norm
+from mmfn.models.work import Stage, attention, block, pairs, rows
 from mmfn.ops import Ops
 from mmfn.spec import ZEROS, normal, spec
 from mmfn.tree import Tree
@@ -138,9 +140,14 @@ def convolve(params: Tree, frames_UF: Tensor, *, ops: Ops) -> tuple[Tensor, None
     x = frames_UF.view(-1, CHUNK, frames_UF.shape[1]).transpose(1, 2)[:, None]
     x = x.to(params[CONVOLUTIONS[0]]["weight"].dtype)
     for name in CONVOLUTIONS:
-        x, weight = (y.contiguous(memory_format=torch.channels_last) for y in (x, params[name]["weight"]))
+        x, weight = channels_last(x), channels_last(params[name]["weight"])
         x = ops.gelu(conv2d(x, weight, params[name]["bias"], stride=2, padding=1))
     return x.permute(0, 3, 1, 2).flatten(2).flatten(0, 1), None
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same values so laid in memory; written out, as NPUs do not know torch's memory format."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def sinusoids(width: int, device: torch.device) -> Tensor:
@@ -191,6 +198,23 @@ def tower_kind(cfg: AudioConfig) -> TowerKind:
         segments_per_unit=(2,),  # of a chunk that is a window: what is sound, and the rest
         matmul_rows=2 * cfg.d_model + cfg.d_ff,
     )
+
+
+def flow(cfg: AudioConfig) -> list[Stage]:
+    """The stages of the tower. A convolution multiplies with its weight once for every value of a channel it gives."""
+    frames, mels, convolutions = CHUNK, cfg.num_mels, []
+    for name in CONVOLUTIONS:
+        frames, mels = (frames + 1) // 2, (mels + 1) // 2
+        path, share = f"audio/convolutions/{name}", Fraction(frames * mels, ROWS)
+        convolutions.append(Stage(parameters=(path,), count=rows("audio"), share=share))
+    paths = [f"audio/layers/{i}" for i in range(cfg.depth)]
+    mixers = [attention(f"{path}/attention", cfg.d_model, pairs("audio"), rows("audio")) for path in paths]
+    return [
+        *convolutions,
+        Stage(parameters=("audio/entry",), count=rows("audio")),
+        *(stage for path, mixer in zip(paths, mixers, strict=True) for stage in block(path, mixer, rows("audio"))),
+        *(Stage(parameters=(f"audio/projector/{name}",), count=rows("audio")) for name in ("norm", "up", "down")),
+    ]
 
 
 def lay(sample: Sample, cfg: AudioConfig) -> Laid:

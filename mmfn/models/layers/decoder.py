@@ -158,7 +158,7 @@ def attention(
         k_TKC = norm.rms(params["k_norm"], k_TKC, cfg.norm_eps, ops)
     q_THC, k_TKC = ops.rotary(q_THC, cos_TR, sin_TR), ops.rotary(k_TKC, cos_TR, sin_TR)
     if slots is not None:
-        cached = cache.write(cached, slots, k_TKC, v_TKC)
+        cached = cache.write_(cached, slots, k_TKC, v_TKC)
     if slots is None or slots.is_prefill:
         out_THC = ops.attention(q_THC, k_TKC, v_TKC, segments, is_causal=True)
     else:

@@ -21,8 +21,10 @@ from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.layers import linear, norm
 from mmfn.models.layers.cache import Slots
+from mmfn.models.work import TOKENS, Mixing, Stage
 from mmfn.ops import Ops
 from mmfn.ops.causal_conv1d import causal_conv1d_state
+from mmfn.ops.gated_delta_chunks import token_flops
 from mmfn.spec import ONES, ParamSpec, log_uniform, normal, spec
 from mmfn.tree import Tree
 
@@ -133,6 +135,17 @@ def mix(
 ) -> tuple[Tensor, Any]:
     """The `delta` of a block as its `Mixer`; positions do not matter to it."""
     return apply(params["delta"], x_TD, *xs, cfg=cfg, ops=ops)
+
+
+def flow(path: str, cfg: DeltaConfig) -> list[Stage]:
+    """The stages of a mixer at a path. The convolution counts nothing: it multiplies channel by channel."""
+    rule = Mixing(count=TOKENS, **token_flops(cfg.num_value_heads, cfg.key_dim, cfg.value_dim))
+    return [
+        Stage(parameters=tuple(f"{path}/{name}" for name in ("qkv", "z", "b", "a"))),
+        Stage(parameters=tuple(f"{path}/{name}" for name in ("conv", "dt_bias", "A_log")), share=0, mixing=rule),
+        Stage(parameters=(f"{path}/norm",)),
+        Stage(parameters=(f"{path}/o",)),
+    ]
 
 
 def empty(cfg: DeltaConfig, num_rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -8,13 +8,14 @@ stands for one. Positions are those of token t, and what is seen lies in its seg
 Legend: T tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mmfn.models.layers import decoder, linear, norm
 from mmfn.models.layers.decoder import DecoderConfig
+from mmfn.models.work import Stage, block
 from mmfn.ops import Ops
 from mmfn.tree import Tree
 
@@ -48,6 +49,16 @@ def hidden(
     hidden_TD = norm.rms(own["hidden_norm"], hidden_TD, cfg.norm_eps, ops)
     x_TD = linear.apply(own["fc"], torch.cat([next_TD, hidden_TD], 1), ops)
     return norm.rms(own["norm"], decode(params["layers"], x_TD), cfg.norm_eps, ops)
+
+
+def flow(path: str, mixer: Sequence[Stage]) -> list[Stage]:
+    """The stages of what predicts ahead, `mixer` those of its block's."""
+    return [
+        Stage(parameters=(f"{path}/embedding_norm", f"{path}/hidden_norm")),
+        Stage(parameters=(f"{path}/fc",)),
+        *block(f"{path}/layers/0", mixer),
+        Stage(parameters=(f"{path}/norm",)),
+    ]
 
 
 def names(path: str, name: str) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ Legend: P patches, F values of a flattened patch, D width, H heads, C channels o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from math import isqrt
 from typing import Any
@@ -20,9 +21,12 @@ from mmfn.errors import UserError
 from mmfn.models.hf_config import ConfigReader
 from mmfn.models.layers import decoder, interpolation, linear, norm, rope
 from mmfn.models.layers.interpolation import Taps
+from mmfn.models.work import Stage, attention, block, pairs, rows
 from mmfn.ops import Between, Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
+
+MERGER_STEPS = (("norm",), ("up",), ("down",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,29 @@ def row_ids(tower: Tower, cfg: VisionConfig, prefix: str) -> list[tuple[str, Ten
     return [(f"{prefix}merger/", ids_N), (f"{prefix}deepstack/", ids_N), (prefix, tower.ids_P)]
 
 
+def flow(
+    cfg: VisionConfig, *, lists: Sequence[int] = (), merger: Sequence[Sequence[str]] = MERGER_STEPS
+) -> list[Stage]:
+    """The stages of a tower of merged patches, under `vision` in the tree.
+
+    `lists`: of each block, the list of segments it attends within (default: the first). `merger`: what the merger does,
+    one behind the other; those of what is tapped on the way do the same.
+    """
+    mergers = ("vision/merger", *(f"vision/deepstack/{i}" for i in range(len(cfg.deepstack))))
+    blocks = [
+        block(path, attention(f"{path}/attention", cfg.d_model, pairs("vision", k), rows("vision")), rows("vision"))
+        for path, k in ((f"vision/layers/{i}", k) for i, k in enumerate(lists or [0] * cfg.depth))
+    ]
+    merging = [tuple(f"{path}/{name}" for path in mergers for name in names) for names in merger]
+    return [
+        Stage(parameters=("vision/patch_embed",), count=rows("vision")),
+        Stage(parameters=("vision/patch_norm", "vision/positions"), count=rows("vision"), share=0),
+        *(stage for stages in blocks for stage in stages),
+        Stage(parameters=("vision/norm",), count=rows("vision")),
+        *(Stage(parameters=names, count=rows("vision"), share=Fraction(1, cfg.merged)) for names in merging),
+    ]
+
+
 def patch_embed_specs(cfg: VisionConfig) -> Tree:
     """The convolution of non-overlapping patches as a matmul: weight [D, F]."""
     axes, bias = "vision_embed tower_inputs", cfg.has_patch_bias
@@ -132,7 +159,9 @@ def patch_embed_specs(cfg: VisionConfig) -> Tree:
 
 
 def patch_embed(params: Tree, patches_PF: Tensor, ops: Ops) -> Tensor:
-    """Patches in the weight's dtype times the weight."""
+    """Patches in the weight's dtype times the weight. Raises ValueError for bytes, which are not normalised yet."""
+    if not patches_PF.is_floating_point():
+        raise UserError("the patches of the batch are bytes still; bring it to the device by mmfn.batch.to")
     params = ops.gather(params)
     return linear.apply(params, patches_PF.to(params["weight"].dtype), ops)
 

@@ -21,6 +21,7 @@ from mmfn.models.layers.decoder import DecoderConfig
 from mmfn.models.layers.moe import MoeConfig
 from mmfn.models.layers.positions import mrope
 from mmfn.models.layers.vision import VisionConfig
+from mmfn.models.work import CAUSAL_PAIRS, Stage, attention, block, labels
 from mmfn.ops import Ops
 from mmfn.spec import normal, spec
 from mmfn.tree import Tree
@@ -183,10 +184,11 @@ def positions(sample: Sample, cfg: VisionLanguageConfig) -> Tensor:
 
 
 def towers(cfg: VisionLanguageConfig) -> dict[str, TowerKind]:
-    """One tower, of merged patches. A patch costs a block `8 D**2 + 4 D F` FLOPs in matmuls, and `4 D` per patch it
-    attends to: as much at `2 D + F` patches."""
+    """One tower, of merged patches. A patch costs a block `8 D**2 + 4 D F` FLOPs in matmuls (with a gate 6 D F), and
+    `4 D` per patch it attends to: as much at `2 D + F` patches (`2 D + 3 F / 2`)."""
     vision = cfg.vision
-    return {"vision": patches.tower_kind(vision.merge_size, vision.patch_values, 2 * vision.d_model + vision.d_ff)}
+    mlp = 3 * vision.d_ff // 2 if vision.activation == "swiglu" else vision.d_ff
+    return {"vision": patches.tower_kind(vision.merge_size, vision.patch_values, 2 * vision.d_model + mlp)}
 
 
 def lay(sample: Sample, cfg: VisionLanguageConfig) -> dict[str, Laid]:
@@ -220,6 +222,11 @@ def at_depth(cfg: VisionLanguageConfig, num_layers: int) -> VisionLanguageConfig
     return replace(cfg, num_layers=num_layers)
 
 
+def experts_per_token(cfg: VisionLanguageConfig) -> int:
+    """How many experts a token goes through in a block that has some."""
+    return cfg.moe.num_chosen if cfg.moe is not None else 0
+
+
 def taps(cfg: VisionLanguageConfig) -> int:
     """Text blocks, from the first on, behind which something is added."""
     return len(cfg.vision.deepstack)
@@ -228,6 +235,33 @@ def taps(cfg: VisionLanguageConfig) -> int:
 def row_ids(batch: Batch, cfg: VisionLanguageConfig) -> list[tuple[str, Tensor]]:
     """Which rows parameters compute with, by the beginning of their path."""
     return [*vision.row_ids(batch.towers["vision"], cfg.vision, "vision/"), ("text/", batch.token_ids_T)]
+
+
+def flow(cfg: VisionLanguageConfig) -> dict[str, list[Stage]]:
+    """The stages of the tower and of the text."""
+    return {"vision": vision.flow(cfg.vision), "text": text_flow(cfg)}
+
+
+def text_flow(cfg: VisionLanguageConfig, mixers: Sequence[Sequence[Stage]] | None = None) -> list[Stage]:
+    """The stages of the text, head and all. `mixers`: of its blocks (default: attention)."""
+    if mixers is None:
+        mixers = [attention_flow(f"text/layers/{i}/attention", cfg) for i in range(cfg.num_layers)]
+    return [
+        Stage(parameters=("text/embed",), share=0),
+        *(stage for i, mixer in enumerate(mixers) for stage in block(f"text/layers/{i}", mixer)),
+        Stage(parameters=("text/norm",)),
+        head_flow(cfg),
+    ]
+
+
+def attention_flow(path: str, cfg: VisionLanguageConfig) -> list[Stage]:
+    """The stages of causal attention in the text."""
+    return attention(path, cfg.decoder.num_heads * cfg.decoder.head_dim, CAUSAL_PAIRS)
+
+
+def head_flow(cfg: VisionLanguageConfig, ahead: int = 0) -> Stage:
+    """The head on the tokens that are scored `ahead` places further."""
+    return Stage(parameters=("text/embed" if cfg.is_tied else "head",), count=labels(ahead))
 
 
 def parts(cfg: VisionLanguageConfig) -> dict[str, str]:

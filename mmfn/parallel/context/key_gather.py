@@ -58,14 +58,14 @@ def _earlier(segments: Segments, start: int, end: int) -> tuple[Segments, Segmen
     def queries(offsets_N: Tensor) -> Tensor:
         first_N, last_N = offsets_N[:-1], offsets_N[1:]
         spans_N = (first_N < start) & (last_N > start)
-        num_queries = ((last_N.clamp(max=end) - start) * spans_N).sum()
+        num_queries = ((last_N.clamp(max=end) - start) * spans_N).sum(dtype=offsets_N.dtype)
         zero = torch.zeros_like(num_queries)
         return torch.stack([zero, zero, num_queries])
 
     def keys(offsets_N: Tensor) -> Tensor:
         first_N, last_N = offsets_N[:-1], offsets_N[1:]
         spans_N = (first_N < start) & (last_N > start)
-        num_keys = ((start - first_N) * spans_N).sum()
+        num_keys = ((start - first_N) * spans_N).sum(dtype=offsets_N.dtype)
         zero = torch.zeros_like(num_keys)
         return torch.stack([zero, start - num_keys, zero + start])
 

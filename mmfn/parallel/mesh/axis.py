@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmfn import torch_private
 from mmfn.ops.eager import is_eager
+from mmfn.parallel.mesh.collective import Collective
 
 
 class MismatchError(ValueError):
@@ -68,7 +69,8 @@ class Axis:
     def all_gather(self, x: Tensor, site: str) -> Tensor:
         """Parts of all ranks end to end along the first dim."""
         x = x.contiguous()  # here and below: what is sent lives until it has arrived
-        return self.wait(self.issue_all_gather(x, site))
+        with Collective("all_gather", self.name, site):
+            return self.wait(self.issue_all_gather(x, site))
 
     def issue_all_gather(self, x: Tensor, site: str) -> Tensor:
         """`all_gather` of a contiguous tensor under way: keep it, and `wait` for the result before it is read."""
@@ -76,29 +78,40 @@ class Axis:
 
     def wait(self, x: Tensor) -> Tensor:
         """The result of an issued collective, complete."""
-        return x if self.transport is None else self.transport.wait(x)
+        if self.transport is None:
+            return x
+        with Collective("wait", self.name):
+            return self.transport.wait(x)
 
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
         """This rank's part of the sum over ranks; the first dim is cut evenly."""
         x = x.contiguous()
-        return x if self.transport is None else self.wait(self.transport.reduce_scatter(x, site))
+        if self.transport is None:
+            return x
+        with Collective("reduce_scatter", self.name, site):
+            return self.wait(self.transport.reduce_scatter(x, site))
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         """The sum over ranks."""
         x = x.contiguous()
-        return x if self.transport is None else self.wait(self.transport.all_reduce(x, site))
+        if self.transport is None:
+            return x
+        with Collective("all_reduce", self.name, site):
+            return self.wait(self.transport.all_reduce(x, site))
 
     def all_to_all(self, x: Tensor, site: str, out_sizes: Sizes = None, in_sizes: Sizes = None) -> Tensor:
         """Part i of the first dim goes to rank i; what arrives lies in the order of ranks. Default: equal parts."""
         if self.transport is None:
             return x
         x, even = x.contiguous(), [x.shape[0] // self.size] * self.size
-        return self.wait(self.transport.all_to_all(x, out_sizes or even, in_sizes or even, site))
+        with Collective("all_to_all", self.name, site):
+            return self.wait(self.transport.all_to_all(x, out_sizes or even, in_sizes or even, site))
 
     def shift(self, x: Tensor, by: int, site: str) -> Tensor:
         """The tensor of the rank `by` places before this one, around the ring; all have one shape."""
         x = x.contiguous()
-        return self.wait(self.issue_shift(x, by, site))
+        with Collective("shift", self.name, site):
+            return self.wait(self.issue_shift(x, by, site))
 
     def issue_shift(self, x: Tensor, by: int, site: str) -> Tensor:
         """`shift` of a contiguous tensor under way: keep it, and `wait` for the result before it is read."""

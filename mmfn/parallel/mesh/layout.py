@@ -27,6 +27,7 @@ AXES = {
     "shard": ("dp", "ring", "ulysses"),
     "batch": ("replicate", "dp"),
     "world": ("replicate", "dp", "ring", "ulysses"),
+    "saves": ("replicate", "dp", "ring", "ulysses"),  # again, for a thread beside the step: they share no collective
     "edp": ("edp",),
     "ep": ("ep",),
 }
@@ -34,6 +35,7 @@ GRIDS = (("replicate", "shard"), ("replicate", "edp", "ep"))
 """All ranks as a grid, for every kind of parameter: the ranks of the first axis hold copies, those of the second the
 parts that a block gathers, those of each further one the parts they compute with."""
 WIDEST = {"hccl": torch.float32}  # what a backend can add up, where that is less than float64
+SAVE_TIMEOUT = timedelta(hours=1)  # how long ranks wait for each other in a save
 Partition = tuple[tuple[int, ...], ...]  # the groups of ranks of one axis; every rank is in exactly one
 Connect = Callable[[str, Partition], Transport]
 
@@ -160,20 +162,25 @@ def distributed_mesh(layout: Layout, device_type: str = "cpu", timeout: timedelt
 def process_groups(timeout: timedelta | None = None, backend: str | None = None) -> Connect:
     """What connects real ranks: one process group for all axes over the same ranks, as groups hold sockets and memory.
 
-    ep has a name of its own for its group, by which recomputation tells its all-to-alls from those of other axes.
-    `backend`: default that of torch.distributed's own group.
+    ep has a name of its own for its group, by which recomputation tells its all-to-alls from those of other axes. saves
+    has a group of its own, on the CPU, in which ranks wait for the slowest disk. `backend`: default that of
+    torch.distributed's own group.
     """
     groups: dict[Partition, Group] = {}
 
     def connect(name: str, partition: Partition) -> Transport:
+        if name == "saves":
+            return _new_group(partition, max(timeout or SAVE_TIMEOUT, SAVE_TIMEOUT), "gloo")
         if partition not in groups:
-            ranks = list(map(list, partition))
-            own, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend)  # type: ignore[no-untyped-call]
-            widest = WIDEST.get(backend or dist.get_backend(), torch.float64)
-            groups[partition] = Group(own.group_name, own.size(), widest)
+            groups[partition] = _new_group(partition, timeout, backend)
         return _renamed(groups[partition], "ep") if name == "ep" else groups[partition]
 
     return connect
+
+
+def _new_group(partition: Partition, timeout: timedelta | None, backend: str | None) -> Group:
+    own, _ = dist.new_subgroups_by_enumeration(list(map(list, partition)), timeout, backend)  # type: ignore[no-untyped-call]
+    return Group(own.group_name, own.size(), WIDEST.get(backend or dist.get_backend(), torch.float64))
 
 
 def _renamed(group: Group, name: str) -> Group:
@@ -181,6 +188,17 @@ def _renamed(group: Group, name: str) -> Group:
     other = replace(group, name=f"{group.name}/{name}")
     torch_private.rename_group(group.name, other.name)
     return other
+
+
+def by_rows(mesh: Mesh) -> Mesh:
+    """The same ranks, all of them with rows of their own: those of cp become further ranks of dp.
+
+    Parameters lie where they lay, as they are sharded over dp and cp together. What needs no gradient can do without
+    splitting rows, whose activations are not kept.
+    """
+    alone = {name: Axis(name=name) for name in ("ring", "ulysses", "cp")}
+    axes = {**mesh.axes, **alone, "dp": mesh["shard"], "batch": mesh["world"]}
+    return replace(mesh, layout=replace(mesh.layout, dp=mesh.layout.shard, cp=1, ulysses=1), axes=axes)
 
 
 def single_mesh() -> Mesh:

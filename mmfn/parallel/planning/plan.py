@@ -60,7 +60,8 @@ class Plan:
     """One step of one rank. `peak_parts`: bytes by category when most bytes are alive, at the stretch `peak_at`.
 
     `host_bytes`: beside them, what is kept on the host. `balance`: of what the ranks of a batch compute, the part that
-    is real work. `assumptions` say what is not known to a plan; `notes` what each transform did.
+    is real work. `model_flops`: this rank's part of what the model needs; `work` is what is computed, some of it again
+    or for padding. `assumptions` say what is not known to a plan; `notes` what each transform did.
     """
 
     title: str
@@ -77,6 +78,7 @@ class Plan:
     phase_peaks: dict[str, int]
     host_bytes: int = 0
     time: Time
+    model_flops: int
     balance: dict[str, float]
     notes: tuple[str, ...]
     assumptions: tuple[str, ...]
@@ -85,6 +87,12 @@ class Plan:
     def flops(self) -> int:
         """All of this rank's."""
         return sum(w.flops for w in self.work)
+
+    @property
+    def mfu(self) -> float:
+        """The share of the device's peak that the model's FLOPs are, in the predicted time."""
+        peak = self.time.total_s * devices.device(self.device).flops
+        return self.model_flops / peak if peak else 0.0
 
     @property
     def fits(self) -> bool:
@@ -112,6 +120,7 @@ def make_plan(
     rank: int,
     device: Device,
     tokens: int,
+    model_flops: int,
     balance: Mapping[str, float],
     notes: Sequence[str],
     assumptions: Sequence[str],
@@ -123,26 +132,13 @@ def make_plan(
     phases = {phase: 0 for phase, *_ in trace.peaks}
     for (phase, *_), stretch in trace.peaks.items():
         phases[phase] = max(phases[phase], stretch.total)
-    collectives = [
-        Collective(
-            phase=key.phase,
-            site=key.site,
-            axis=key.axis,
-            op=key.op,
-            count=count,
-            sent_bytes=trace.sent_bytes[key],
-            wire_bytes=round(devices.wire_bytes(key.op, trace.sent_bytes[key], mesh[key.axis].size)),
-            is_inside_node=devices.is_inside_node(mesh.layout, key.axis, device, rank),
-        )
-        for key, count in sorted(trace.count.items(), key=lambda item: str(item[0]))
-    ]
+    collectives = _collectives(trace, mesh, device, rank)
     transfers = [
         Transfer(wire_bytes=c.wire_bytes, is_inside_node=c.is_inside_node, is_ahead=c.site in ahead)
         for c in collectives
     ]
     update_flops = sum(n for (phase, _), n in trace.flops.items() if phase == UPDATE)
-    trained = [leaf for leaf in leaves if leaf.gradient_bytes]
-    update_bytes = sum(2 * (leaf.parameter_bytes + leaf.optimizer_bytes) + leaf.gradient_bytes for leaf in trained)
+    other_flops = sum(trace.flops.values()) - update_flops
     return Plan(
         title=title,
         layout=asdict(mesh.layout),
@@ -157,11 +153,43 @@ def make_plan(
         peak_parts={name: peak.parts[name] for name in CATEGORIES if peak.parts.get(name)},
         phase_peaks=phases,
         host_bytes=trace.host_bytes,
-        time=devices.predict(sum(trace.flops.values()) - update_flops, update_flops, update_bytes, transfers, device),
+        time=devices.predict(
+            other_flops,
+            update_flops,
+            _update_bytes(leaves),
+            transfers,
+            device,
+            stashed_bytes=trace.stashed_bytes,
+            hosted_bytes=trace.hosted_bytes,
+        ),
+        model_flops=model_flops,
         balance=dict(balance),
         notes=tuple(notes),
         assumptions=tuple(assumptions),
     )
+
+
+def _collectives(trace: Trace, mesh: Mesh, device: Device, rank: int) -> list[Collective]:
+    """All calls, by kind."""
+    return [
+        Collective(
+            phase=key.phase,
+            site=key.site,
+            axis=key.axis,
+            op=key.op,
+            count=count,
+            sent_bytes=trace.sent_bytes[key],
+            wire_bytes=round(devices.wire_bytes(key.op, trace.sent_bytes[key], mesh[key.axis].size)),
+            is_inside_node=devices.is_inside_node(mesh.layout, key.axis, device, rank),
+        )
+        for key, count in sorted(trace.count.items(), key=lambda item: str(item[0]))
+    ]
+
+
+def _update_bytes(leaves: Sequence[Leaf]) -> int:
+    """What the update reads and writes."""
+    trained = [leaf for leaf in leaves if leaf.gradient_bytes]
+    return sum(2 * (leaf.parameter_bytes + leaf.optimizer_bytes) + leaf.gradient_bytes for leaf in trained)
 
 
 def plan_leaves(params: Tree, opt: Tree, specs: Tree, mesh: Mesh, gradient_itemsize: int | None = None) -> list[Leaf]:
@@ -228,6 +256,7 @@ def diff(a: Plan, b: Plan) -> str:
         compare(f"  {name}", a.peak_parts.get(name, 0), b.peak_parts.get(name, 0), size)
     compare("host", a.host_bytes, b.host_bytes, size)
     compare("TFLOPs", a.flops, b.flops, lambda n: f"{n / 1e12:,.2f}")
+    compare("model TFLOPs", a.model_flops, b.model_flops, lambda n: f"{n / 1e12:,.2f}")
     for field in fields(Time):
         compare(f"time {field.name}", getattr(a.time, field.name), getattr(b.time, field.name), lambda x: f"{x:.4g}")
     calls = [{(c.phase, c.site, c.axis, c.op): c for c in p.collectives} for p in (a, b)]
@@ -294,8 +323,10 @@ def _lines(p: Plan) -> list[str]:
     lines += [f"  {name}: {formula}" for name, formula in FORMULAS.items()]
     lines += [
         "",
-        f"predicted step on {p.device}: {t.total_s:.4g} s, HFU {t.hfu:.1%} (compute {t.compute_s:.4g} s beside "
-        f"{t.overlapped_s:.4g} s of transfers, {t.exposed_s:.4g} s of other transfers, update {t.update_s:.4g} s)",
+        f"predicted step on {p.device}: {t.total_s:.4g} s, MFU {p.mfu:.1%}, HFU {t.hfu:.1%}",
+        f"  compute {t.compute_s:.4g} s beside {t.overlapped_s:.4g} s of transfers, {t.exposed_s:.4g} s of other "
+        f"transfers, update {t.update_s:.4g} s",
+        "  MFU: model FLOPs over peak times time; HFU: all FLOPs of forward and backward, those computed again too",
         f"  {devices.MODEL}",
         "balance: " + ", ".join(f"{name} {share:.1%}" for name, share in p.balance.items()),
     ]

@@ -39,7 +39,7 @@ CATEGORIES = (
     "communication",
     "temporaries",
 )
-_NOT_LABELLED = ("layer", "stack", "notes")
+_NOT_LABELLED = ("layer", "stack", "logit_bytes", "notes")
 _OF_SITE = {
     "communication": "communication",
     "weights": "gathered weights",
@@ -116,6 +116,17 @@ class Trace:
     def host_bytes(self) -> int:
         """The most bytes on the host; buffers there are kept."""
         return max(p.parts.get(HOST, 0) for p in self.peaks.values())
+
+    @property
+    def hosted_bytes(self) -> int:
+        """Bytes of state on the host: what is there before the first block."""
+        return self.peaks[FORWARD, 0, -1].parts.get(HOST, 0)
+
+    @property
+    def stashed_bytes(self) -> int:
+        """Bytes of activations that were sent to the host, over all micro-batches; those of one are there at once."""
+        num_batches = 1 + max(batch for _, batch, _ in self.peaks)
+        return num_batches * (self.host_bytes - self.hosted_bytes)
 
 
 class Recorder(EagerMode):

@@ -50,7 +50,8 @@ def vocabulary_parallel() -> Transform:
                 f"layout {program.mesh.layout}: a vocabulary of {num_vocabulary} leaves one of {axis.size} ranks "
                 "without a row of the head; use fewer ranks, or leave vocabulary_parallel() out"
             )
-        part = Slice(axis=axis, num_vocabulary=num_vocabulary, start=start)
+        rows = chunk_rows(num_vocabulary, program.ops.logit_bytes)
+        part = Slice(axis=axis, num_vocabulary=num_vocabulary, start=start, rows=rows)
         whole = program.ops.linear_cross_entropy
         sliced = wrapping(partial(sliced_cross_entropy, part=part), whole)
         ops = replace(program.ops, linear_cross_entropy=sliced)
@@ -66,11 +67,15 @@ def _num_vocabulary(program: Program) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Rows of a head of `num_vocabulary` rows: those of this rank of `axis`, the first of which is `start`."""
+    """Rows of a head of `num_vocabulary` rows: those of this rank of `axis`, the first of which is `start`.
+
+    `rows`: of tokens, that a rank gives to a chunk by default.
+    """
 
     axis: Axis
     num_vocabulary: int
     start: int
+    rows: int
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over slices."""
@@ -95,6 +100,7 @@ def sliced_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
+    num_labels: Tensor | None = None,
     part: Slice,
 ) -> tuple[Tensor, Tensor]:
     """`ops.linear_cross_entropy` of this rank's tokens, with this rank's rows of head and bias.
@@ -110,8 +116,9 @@ def sliced_cross_entropy(
         _compute,
         labels_T=labels_T,
         weights_T=weights_T,
+        num_labels=num_labels,
         part=part,
-        rows=chunk or chunk_rows(part.num_vocabulary),
+        rows=chunk or part.rows,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         needs=needed(x_TD, weight_VD, bias_V),
@@ -127,6 +134,7 @@ def _compute(
     *,
     labels_T: Tensor,
     weights_T: Tensor,
+    num_labels: Tensor | None,
     part: Slice,
     rows: int,
     z_loss: float,
@@ -135,7 +143,7 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """The two losses of this rank's tokens and the gradients, those asked for."""
     V, dtype, axis = weight_VD.shape[0], wide(x_TD.dtype), part.axis
-    index_N = logit_chunks.supervised(labels_T, weights_T, part.num_vocabulary)
+    index_N = logit_chunks.supervised(labels_T, weights_T, part.num_vocabulary, num_labels)
     own_weights_N = weights_T[index_N].to(dtype)
     each, num_chunks = _chunks(index_N, rows, part)
     tail = (0, each * num_chunks - index_N.numel())  # rows of weight 0, so that all ranks have equally many

@@ -48,6 +48,11 @@ class Arrival:
         if self.event is not None:
             torch.accelerator.current_stream(self.device).wait_event(self.event)
 
+    def synchronize(self) -> None:
+        """Wait, on the host, until the copies are complete."""
+        if self.event is not None:
+            self.event.synchronize()
+
 
 @dataclass(eq=False)
 class HostMemory:

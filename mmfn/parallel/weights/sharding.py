@@ -171,24 +171,25 @@ def check_alike(params: Tree) -> None:
         )
 
 
-def shard_shape(shape: Sequence[int], sharding: Sharding) -> tuple[int, ...]:
-    """Shape of this rank's part of a whole tensor."""
-    part, place = list(shape), sharding.mesh.get_coordinate() or ()
+def shard_ranges(shape: Sequence[int], sharding: Sharding) -> tuple[tuple[int, int], ...]:
+    """`(start, stop)`, for every dim of a whole tensor, of this rank's part: empty ones where it has none."""
+    ranges, place = [(0, size) for size in shape], sharding.mesh.get_coordinate() or ()
     for size, index, placement in zip(sharding.mesh.shape, place, sharding.placements, strict=True):
         if isinstance(placement, Shard):
-            start, stop = rows(part[placement.dim], size, index)
-            part[placement.dim] = stop - start
-    return tuple(part)
+            first, last = ranges[placement.dim]
+            start, stop = rows(last - first, size, index)
+            ranges[placement.dim] = first + start, first + stop
+    return tuple(ranges)
+
+
+def shard_shape(shape: Sequence[int], sharding: Sharding) -> tuple[int, ...]:
+    """Shape of this rank's part of a whole tensor."""
+    return tuple(stop - start for start, stop in shard_ranges(shape, sharding))
 
 
 def shard(whole: Tensor, sharding: Sharding, device: torch.device | None = None) -> DTensor:
     """This rank's part of a whole tensor, as a DTensor; only the part is moved to `device`."""
-    part, mesh = whole, sharding.mesh
-    place = mesh.get_coordinate() or ()
-    for size, index, placement in zip(mesh.shape, place, sharding.placements, strict=True):
-        if isinstance(placement, Shard):
-            start, stop = rows(part.shape[placement.dim], size, index)
-            part = part.narrow(placement.dim, start, stop - start)
+    part = whole[tuple(slice(start, stop) for start, stop in shard_ranges(whole.shape, sharding))]
     return wrap(part.clone(memory_format=torch.contiguous_format).to(device=device), whole.shape, sharding)
 
 
@@ -241,13 +242,16 @@ def place_state(state: Tree, params: Mapping[str, Tensor]) -> Tree:
     return tree.map_with_path(place, state)
 
 
-def whole(leaf: Tensor, mesh: Mesh) -> Tensor:
-    """The whole tensor of a DTensor leaf, on every rank; all ranks must call it. A plain tensor itself."""
+def whole(leaf: Tensor, mesh: Mesh, dim: int | None = None) -> Tensor:
+    """The whole tensor of a DTensor leaf, or one whole along `dim` alone, on every rank; all ranks must call it.
+
+    A plain tensor itself.
+    """
     if not isinstance(leaf, DTensor):
         return leaf
     names, out, shape = leaf.device_mesh.mesh_dim_names or (), local(leaf), list(leaf.shape)
     for name, placement in reversed(list(zip(names, leaf.placements, strict=True))):
-        if isinstance(placement, Shard):
+        if isinstance(placement, Shard) and dim in (None, placement.dim):
             out = _join(out, placement.dim, shape[placement.dim], mesh[name])
     return out
 

@@ -1,133 +1,124 @@
-"""From a config to data: processor, data sets, loader, and the checks that find broken samples before training."""
+"""From a config to data: data sets, loader, and the checks that find broken samples before training."""
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from mmfn.batch import IGNORE
-from mmfn.errors import UserError
-from mmfn.interop.checkpoint import read_config
+from mmfn.batch import Batch, Sample
 from mmfn.model import Model
+from mmfn.models import Family
+from mmfn.packing import Sizes
 from mmfn.parallel.context.token_order import segment_multiple
+from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.program import Program
-from mmfn.train.config.schema import Config
-from mmfn.train.data import Dataset, Limits, Loader, Processor, load_processor
-from mmfn.train.data.tokenizer import read_json
+from mmfn.train.build.step import build_objective
+from mmfn.train.config.schema import Config, DataSection
+from mmfn.train.config.sets import SetSection, list_sets
+from mmfn.train.data import Dataset, Loader, Processor, Workers, prefetch
+from mmfn.train.data.agree import gather_skips
+from mmfn.train.data.dataset import Subset
+from mmfn.train.data.sizes import flop_rates
+from mmfn.train.data.skips import SHOWN, check_share, count_kinds
+from mmfn.train.flops import model_work
+
+CHECKED_AHEAD = 64  # samples of a check that are under way
 
 
-def load_model_processor(path: str, template: str | None = None) -> Processor:
-    """Tokenizer, chat template and image settings of a model's folder; `template` names a jinja file to use instead.
-
-    Raises ValueError for a folder that is missing or incomplete, first of all one without a readable config.json.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"model.path {path!r} is no folder; give the folder of a Hugging Face checkpoint")
-    read_config(folder)  # before the tokenizer, whose loader reads the file too and blames itself
-    if template is None:
-        return load_processor(folder)
-    try:
-        source = Path(template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.template {template!r} cannot be read ({error}); give a text file") from error
-    return load_processor(folder, source)
-
-
-def open_dataset(config: Config, path: str, processor: Processor, max_samples: int | None = None) -> Dataset:
-    """One of the config's data files, or its first entries, checked as far as it can be without opening media."""
+def open_dataset(
+    section: DataSection, data: str | Sequence[SetSection], processor: Processor, max_samples: int | None = None
+) -> Dataset:
+    """A config's training or held-out data, or its first entries; none of them is read yet."""
+    subsets = [
+        Subset(
+            path=one.path,
+            root=one.root or section.root,
+            dialect=section.dialect_of(one),
+            max_samples=one.max_samples or max_samples,
+            weight=one.weight,
+        )
+        for one in list_sets(data)
+    ]
     return Dataset(
-        path,
+        subsets,
         processor,
-        media_root=config.data.root,
-        max_tokens=config.data.max_tokens,
-        max_samples=max_samples,
-        dialect=config.data.dialect,
-        cache_bytes=config.data.cache_mib * 2**20,
-        limits=Limits(image_pixels=config.data.max_image_pixels, audio_seconds=config.data.max_audio_seconds),
+        cache_bytes=section.cache_mib * 2**20,
+        limits=section.limits,
+        audio_rate=section.audio_sampling_rate,
+        is_heard=section.use_audio_in_video,
+        index_folder=section.index_folder,
     )
 
 
-def build_loader(config: Config, dataset: Dataset, model: Model, program: Program) -> Loader:
-    """The loader of a data set for a model and the share of it that a program computes."""
-    kind, layout = config.layout.kind, program.mesh.layout
+def build_loader(
+    config: Config,
+    dataset: Dataset,
+    model: Model,
+    program: Program,
+    axis: Axis | None = None,
+    world: Axis | None = None,
+) -> Loader:
+    """The loader of a data set for a model and the share of it that a program computes.
+
+    `axis`: the ranks with their own data, and `world`: all of them, on the CPU; by default the program's mesh.
+    """
+    data, kind, layout = config.data, config.layout.kind, program.mesh.layout
+    family, cfg = model.family, model.cfg
+    towers = family.towers(cfg)
     return Loader(
         dataset,
-        lambda samples, sizes: model.family.pack(samples, model.cfg, sizes),
-        model.family.towers(model.cfg),
-        batch_samples=config.data.batch_samples,
-        token_buckets=config.data.token_buckets,
-        tower_buckets=config.data.tower_buckets,
+        partial(_pack, family=family, cfg=cfg),
+        towers,
+        batch_samples=data.batch_samples if data.batch_tokens is None else None,
+        batch_tokens=data.batch_tokens,
+        window_samples=data.window_samples,
+        token_buckets=data.token_buckets,
+        tower_buckets=data.tower_buckets,
         seed=config.train.seed,
-        axis=program.mesh["batch"],
+        axis=axis or program.mesh["batch"],
+        world=world or program.mesh["world"],
         split=program.split,
         segment_multiple=segment_multiple(kind, layout),
+        max_tokens=data.max_tokens,
+        rates=flop_rates(family.specs(cfg), towers, family.experts_per_token(cfg)),
+        long_samples=data.long_samples,
+        max_bad_share=data.max_bad_share,
+        workers=Workers(number=data.workers, ahead=data.ahead, kind=data.worker_kind),
+        work=model_work(family, cfg, program.specs, build_objective(config.objective)),
     )
+
+
+def _pack(samples: Sequence[Sample], sizes: Sizes, *, family: Family, cfg: Any) -> Batch:
+    return family.pack_bytes(samples, cfg, sizes)
 
 
 def check_data(
-    config: Config,
-    loader: Loader,
-    train_set: Dataset,
-    held_out: Dataset | None,
-    place: Place,
-    say: Callable[[str], None],
+    config: Config, loader: Loader, held_out: Dataset | None, place: Place, say: Callable[[str], None]
 ) -> None:
-    """Prepare samples once, as `data.check` says, so that a broken file is found before training and not in the middle.
+    """Prepare samples once, as `data.check` says, so that broken files are found before training and not in the middle.
 
-    Of all samples each rank prepares its part. The prepared samples stay in the cache. Raises ValueError for the first
-    sample of the data that fails.
+    Of all samples each rank prepares its part. The prepared samples stay in the cache. What cannot be used is said at
+    once, counted, and the first of it named. Raises ValueError when it is more than `data.max_bad_share` allows, and
+    for held-out data that cannot be answered.
     """
-
-    def check_sample(index: int) -> None:
-        sample = train_set.sample(index)
-        if not bool((sample.labels_T != IGNORE).any()):
-            raise UserError(
-                f"sample {sample.id!r} of {str(train_set.path)!r} has nothing to learn; give it a turn of the "
-                "assistant or remove it"
-            )
-        loader.check_fits(sample)
-
-    def check_prompt(index: int) -> None:
-        if held_out is not None:
-            held_out.prompt(index)
-
     if config.data.check == "first":
-        _drain(map(check_sample, loader.own(0)))
-        loader.share(0)
-        check_prompt(0)
+        for agreed in loader.steps(1, workers=Workers(number=0)):
+            loader.check_share(agreed)
+        if held_out is not None:
+            held_out.prompt(0)
         return
-    world = place.host["world"]
+    world, size = place.host["world"], len(loader.dataset)
     num_held_out = len(held_out) if held_out is not None else 0
-    say(f"checking {len(train_set)} training and {num_held_out} held-out samples")
-    with ThreadPoolExecutor(max_workers=max(1, config.data.workers), thread_name_prefix="mmfn-check") as pool:
-        try:
-            _drain(pool.map(check_sample, range(world.index, len(train_set), world.size)))
-            _drain(pool.map(check_prompt, range(world.index, num_held_out, world.size)))
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def eos_token_ids(folder: Path, processor: Processor, vocab_size: int) -> tuple[int, ...]:
-    """Tokens that end an answer: those of generation_config.json, or else the tokenizer's own.
-
-    Raises ValueError for a file that is no JSON object, or ids that are no tokens of the model.
-    """
-    path = folder / "generation_config.json"
-    eos = read_json(path).get("eos_token_id") if path.exists() else None
-    if eos is None:
-        eos = processor.chat.tokenizer.eos_token_id
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-        raise UserError(
-            f"eos_token_id is {eos!r} in {str(path)!r} but must be a token id below vocab_size {vocab_size}, or a "
-            "list of them; correct the file"
-        )
-    return tuple(ids)
-
-
-def _drain(results: Iterable[Any]) -> None:
-    for _ in results:
-        pass
+    say(f"checking {size} training and {num_held_out} held-out samples")
+    workers = Workers(number=max(1, config.data.workers), ahead=CHECKED_AHEAD)
+    found = prefetch(loader.reader.check, range(world.index, size, world.size), workers)
+    skips = gather_skips([skip for skip in found if skip is not None], world)
+    if skips:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in count_kinds(skips).items() if count)
+        say(f"{len(skips)} of {size} training samples cannot be used ({kinds}):")
+        for skip in skips[:SHOWN]:
+            say(f"  {skip}")
+    check_share(skips, len(skips), size, size, config.data.max_bad_share)
+    if held_out is not None:
+        for _ in prefetch(held_out.prompt, range(world.index, num_held_out, world.size), workers):
+            pass

@@ -1,25 +1,20 @@
-"""From a config to a model: its device, its weights, what of it is trained, and this rank's shards."""
+"""From a config to a model: its device, its family, and what of it is trained."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmfn import tree
+from mmfn.batch import AUDIO
 from mmfn.errors import UserError
 from mmfn.interop import adapter
 from mmfn.interop.checkpoint import read_config
-from mmfn.interop.hf import init, load_hf, resolve
-from mmfn.lora import add_adapters, lora
-from mmfn.model import Model
+from mmfn.interop.hf import resolve
+from mmfn.lora import lora
 from mmfn.models import Family
-from mmfn.parallel.mesh.launch import Place, Ranks
-from mmfn.parallel.weights.host_memory import HOST_DEVICE
-from mmfn.parallel.weights.hosted import to_host
-from mmfn.parallel.weights.sharding import shard_params
+from mmfn.ops import npu
+from mmfn.parallel.mesh.launch import Ranks
 from mmfn.spec import freeze, has_experts, num_params, num_trained, stacks, trained_paths
-from mmfn.train.build.agreement import check_same, weights_in_common
 from mmfn.train.config.rule import Stack, Subject
 from mmfn.train.config.rules import breaches
 from mmfn.train.config.schema import Config, ModelSection
@@ -29,8 +24,11 @@ from mmfn.tree import Tree
 def find_device(name: str, ranks: Ranks | None = None) -> torch.device:
     """The device of a name, tried out; of several ranks each takes that with its number on its machine.
 
-    Raises ValueError for a device that torch does not have, and for one device for several ranks.
+    An NPU's package is imported here, if torch has not done so. Raises ValueError for a device that torch does not
+    have, and for one device for several ranks.
     """
+    if name.partition(":")[0] == "npu":
+        npu.load()
     try:
         device = torch.device(name)
         if ranks is not None and ranks.size > 1 and device.type != "cpu":
@@ -49,17 +47,6 @@ def find_family(section: ModelSection) -> tuple[Family, Any]:
     """The family of a model's folder and its config, from `config.json` and, of weights to load, their names."""
     folder = Path(section.path)
     return resolve(read_config(folder), folder if section.init == "load" else None)
-
-
-def load_model(section: ModelSection, seed: int, device: torch.device | None = None) -> Model:
-    """The whole model, loaded or random, on `device` (default: that of the section), with its adapter if it has one."""
-    device, dtype = device or find_device(section.device), getattr(torch, section.dtype)
-    if section.init == "load":
-        model = load_hf(section.path, dtype=dtype, device=device)
-    else:
-        model = init(read_config(Path(section.path)), seed, dtype)
-        model = replace(model, params=tree.map(lambda leaf: leaf.to(device), model.params))
-    return model if section.adapter is None else adapter.load(section.adapter, model)
 
 
 def model_specs(config: Config, family: Family, cfg: Any) -> Tree:
@@ -113,6 +100,7 @@ def check_model(config: Config, family: Family, cfg: Any, *, is_plan: bool = Fal
         stacks=stacks_of(family.specs(cfg)),
         towers=tuple(family.towers(cfg)),
         num_ahead=family.num_ahead(cfg),
+        hears=any(AUDIO in kind.media for kind in family.towers(cfg).values()),
         is_plan=is_plan,
     )
     for breach in breaches(subject):
@@ -124,22 +112,3 @@ def trained_note(specs: Tree) -> tuple[str, ...]:
     """How much is trained, where it is not all."""
     trained, total = num_trained(specs), num_params(specs)
     return () if trained == total else (f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})",)
-
-
-def load_shards(config: Config, place: Place) -> Model:
-    """The model with this rank's shards. Every rank has the whole model in the host's memory while it cuts them.
-
-    With `layout.offload` of parameters they stay in the host's memory, pinned for the device. Raises ValueError where
-    ranks have read different weights.
-    """
-    is_alone, seed = place.mesh.layout.world == 1, config.train.seed
-    device = HOST_DEVICE if "parameters" in config.layout.offload else place.device
-    model = load_model(config.model, seed, device if is_alone else HOST_DEVICE)
-    if not is_alone:
-        check_same(weights_in_common(model.params), place.host["world"])
-    specs = model_specs(config, model.family, model.cfg)
-    params = add_adapters(model.params, specs, seed)
-    if not is_alone:
-        params = shard_params(params, specs, place.mesh, device)
-    params = to_host(params, place.device) if device != place.device else params
-    return replace(model, params=params)

@@ -82,7 +82,7 @@ def _rate(config: Config, section: ScheduleShape, peak: float) -> Schedule:
     return schedule(
         section.kind,
         peak=peak,
-        num_steps=config.train.steps,
+        num_steps=config.train.num_steps,
         warmup_steps=section.warmup_steps,
         final_scale=section.final_scale,
     )

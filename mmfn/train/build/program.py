@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mmfn.models import Family
-from mmfn.ops import table
+from mmfn.ops import Ops, table
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.program import Transform as ProgramTransform
@@ -25,15 +25,15 @@ from mmfn.train.config.schema import Config
 from mmfn.tree import Tree
 
 
-def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: Tree | None = None) -> Program:
-    """How a rank of `mesh` runs a model under a config; `specs` are by default those of `model_specs`.
+def build_program(
+    config: Config, family: Family, cfg: Any, mesh: Mesh, specs: Tree | None = None, ops: Ops | None = None
+) -> Program:
+    """How a rank of `mesh` runs a model under a config.
 
+    `specs` are by default those of `model_specs`, `ops` the table of `model.kernels`.
     Raises ValueError for a layout the model cannot take, and as `model_specs` does.
     """
     section, specs = config.layout, specs or model_specs(config, family, cfg)
-    narrow = "bfloat16" if config.model.dtype == "bfloat16" else None  # of which what is sensitive is in float32 too
-    names = (section.compute_dtype or narrow, section.reduce_dtype)
-    compute, reduce = (None if name is None else getattr(torch, name) for name in names)
     transforms = [
         context_parallel(
             kind=section.kind,
@@ -47,14 +47,24 @@ def build_program(config: Config, family: Family, cfg: Any, mesh: Mesh, specs: T
         *(offload(what) for what in section.offload if what in OFFLOAD_KINDS),
         data_parallel(prefetch=section.prefetch, keep_gathered=section.keep_gathered),
         compiled(config.train.compile),
+        *build_precision(config),
     ]
-    rules = section.compute_rules
-    if compute is not None or reduce is not None or rules is not None:
-        dtypes = None if rules is None else {pattern: getattr(torch, name) for pattern, name in rules.items()}
-        transforms.append(precision(compute=compute, reduce=reduce, rules=dtypes))
     if section.head == "sharded":
         transforms.append(vocabulary_parallel())
-    return pipe(replace(Program.of(specs, table(config.model.kernels), mesh), notes=trained_note(specs)), *transforms)
+    ops = ops or table(config.model.table)
+    return pipe(replace(Program.of(specs, ops, mesh), notes=trained_note(specs)), *transforms)
+
+
+def build_precision(config: Config) -> list[ProgramTransform]:
+    """The dtypes of computation and of gradient sums, where they are not those of the parameters."""
+    section, rules = config.layout, config.layout.compute_rules
+    narrow = "bfloat16" if config.model.dtype == "bfloat16" else None  # of which what is sensitive is in float32 too
+    names = (section.compute_dtype or narrow, section.reduce_dtype)
+    compute, reduce = (None if name is None else getattr(torch, name) for name in names)
+    if compute is None and reduce is None and rules is None:
+        return []
+    dtypes = None if rules is None else {pattern: getattr(torch, name) for pattern, name in rules.items()}
+    return [precision(compute=compute, reduce=reduce, rules=dtypes)]
 
 
 def build_remat(section: LayoutSection, stacks: Sequence[str]) -> list[ProgramTransform]:

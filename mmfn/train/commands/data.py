@@ -1,19 +1,31 @@
-"""`mmfn data convert`: a data set of any format as messages."""
+"""`mmfn data convert`: a data set of any format as messages; and where `mmfn data check` is."""
 
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmfn.errors import UserError
-from mmfn.train.data.records import Record, read_forms
+from mmfn.train.data.bad import BadSample
+from mmfn.train.data.records import Record, Records
+from mmfn.train.data.sources import media_folder, open_source
 from mmfn.train.dialect import Dialect, check_dialect
 from mmfn.train.run.folder import write_text
 
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
+    """`mmfn data ACTION`."""
+    if args.action == "check":
+        from mmfn.train.commands import data_check  # what it needs of models takes a second to import
+
+        data_check.run(args, say)
+    else:
+        convert(args, say)
+
+
+def convert(args: argparse.Namespace, say: Callable[..., None]) -> None:
     """`mmfn data convert IN OUT`: every entry is checked as for training, and OUT appears complete or not at all."""
     source, out = Path(args.source), Path(args.out)
     dialect = Dialect(
@@ -24,16 +36,15 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     )
     check_dialect(dialect)
     _check_out(out)
-    lines = [_line(form, record) for form, record in read_forms(source, dialect)]
-    if not lines:
-        raise UserError(f"dataset {args.source!r} is empty; it must hold at least one conversation")
+    records = Records(open_source(source, args.index_folder), dialect)
     try:
-        write_text(out, "".join(lines))
+        write_text(out, _lines(records))
     except OSError as error:
         raise UserError(f"OUT {args.out!r} cannot be written ({error.strerror}); choose another place") from error
-    say(f"wrote {len(lines)} entries to {args.out}")
-    if out.parent.resolve() != source.parent.resolve():
-        say(f"paths of media are unchanged; set data.root={source.parent} to train on it")
+    say(f"wrote {len(records)} entries to {args.out}")
+    root = media_folder(source)
+    if out.parent.resolve() != root.resolve():
+        say(f"paths of media are unchanged; set data.root={root} to train on it")
 
 
 def _check_out(out: Path) -> None:
@@ -43,6 +54,19 @@ def _check_out(out: Path) -> None:
         raise UserError(f"the folder of OUT {str(out)!r} does not exist; make it or choose another")
     if os.path.lexists(out):
         raise UserError(f"OUT {str(out)!r} exists; remove it or choose another name")
+
+
+def _lines(records: Records) -> Iterator[str]:
+    for index in range(len(records)):
+        form, record = records.read(index)
+        for name in record.media:
+            if records.source.medium(index, name) is not None:
+                raise BadSample(
+                    record.id,
+                    records.source.place(index),
+                    f"{name!r} is stored with the entry, for which JSONL has no place; train on the data set as it is",
+                )
+        yield _line(form, record)
 
 
 def _line(form: Mapping[str, Any], record: Record) -> str:

@@ -2,16 +2,20 @@
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from mmfn.errors import UserError
 from mmfn.parallel.planning import plan as plans
+from mmfn.train.build.model import find_family
+from mmfn.train.config.load import Settings
+from mmfn.train.config.schema import Config
 from mmfn.train.planning.picture import render
 from mmfn.train.planning.request import Request, plan_config, read, with_world
 from mmfn.train.planning.search import candidates, search, summary
-from mmfn.train.planning.workload import Workload
+from mmfn.train.planning.workload import Workload, largest_workload
 from mmfn.train.run.folder import check_file, write_text
+
+SIZES = {"tokens": 16_384, "sample_tokens": 4096, "image_side": 32, "micro_batches": 1}
 
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
@@ -29,23 +33,41 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
             check_file(name, target, settings)
     if args.json is not None and args.html is not None and Path(args.json).resolve() == Path(args.html).resolve():
         raise UserError(f"--json and --html are both {args.json!r}; choose two files")
-    workload = Workload(
-        tokens=args.tokens,
-        sample_tokens=args.sample_tokens,
-        image_side=args.image_side,
-        micro_batches=args.micro_batches,
-    )
-    request = partial(Request, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers)
+
+    def request(config: Config, workload: Workload) -> Request:
+        return Request(
+            config=config, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers
+        )
+
     if args.search:
-        ranked = search([request(config=config) for config in candidates(settings, args.world, say)], say=say)
+        same = _workload(args)
+        ranked = search([request(config, same) for config in candidates(settings, args.world, say)], say=say)
         say(summary(ranked))
     else:
-        loaded = with_world(settings, args.world)
-        for note in loaded.notes:
-            say(f"note: {note}")
-        ranked = [plan_config(request(config=loaded.config))]
+        config = _checked(settings, args.world, say)
+        is_run = not args.config.endswith(".json") and all(getattr(args, name) is None for name in SIZES)
+        workload = largest_workload(config, *find_family(config.model)) if is_run else _workload(args)
+        ranked = [plan_config(request(config, workload))]
         say(ranked[0])
     if args.json is not None:
         write_text(Path(args.json), ranked[0].to_json())
     if args.html is not None:
         write_text(Path(args.html), render(ranked))
+
+
+def _checked(settings: Settings, world: int | None, say: Callable[..., None]) -> Config:
+    loaded = with_world(settings, world)
+    for note in loaded.notes:
+        say(f"note: {note}")
+    return loaded.config
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    """What the options say, or else the usual sizes."""
+    sizes = {name: usual if (n := getattr(args, name)) is None else n for name, usual in SIZES.items()}
+    return Workload(
+        tokens=sizes["tokens"],
+        sample_tokens=sizes["sample_tokens"],
+        image_side=sizes["image_side"],
+        micro_batches=sizes["micro_batches"],
+    )

@@ -1,6 +1,7 @@
 """`mmfn train`: a run folder with checkpoint, metrics, evaluation and report."""
 
 import argparse
+import shlex
 from collections.abc import Callable
 
 from mmfn.parallel.mesh import launch
@@ -8,11 +9,14 @@ from mmfn.train.build.model import find_device
 from mmfn.train.build.run import prepare
 from mmfn.train.commands.evaluate import summary
 from mmfn.train.config.load import describe, load_config
+from mmfn.train.run import folder as run_folder
 from mmfn.train.run import progress
 from mmfn.train.run.allocator import retain_freed_memory
 from mmfn.train.run.progress import format_duration
 from mmfn.train.run.result import Result
+from mmfn.train.run.resume import is_finished, is_restored
 from mmfn.train.run.training import run_training
+from mmfn.train.run.watchdog import watched
 
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
@@ -23,22 +27,38 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         return
     config = loaded.config
     layout = config.layout.sizes
-    launch.check_layout(layout, args.ranks, f"mmfn train {args.config}")
+    launch.check_layout(layout, args.ranks, shlex.join(["mmfn", "train", args.config, *args.overrides]))
     if config.train.allocator == "retained":
         retain_freed_memory()
-    shown = progress.standard(config.train.steps, config.train.log_every)
     device = find_device(config.model.device, args.ranks)
-    with launch.placed(args.ranks, layout, device, config.layout.timeout_s) as place:
-        result = run_training(prepare(loaded, say, place), shown)
-    if place.is_first:
-        _conclude(result, config.train.steps, say)
+    run_folder.check_name("output.path", config.output.path)
+    folder, timeout_s, result = run_folder.locate(config.output.path), config.layout.timeout_s, None
+    with (
+        watched(args.ranks, folder, timeout_s) as watch,
+        launch.placed(args.ranks, layout, device, timeout_s) as place,
+    ):
+        if not is_finished(loaded, place.host["world"]):
+            run = prepare(loaded, say, place, is_restored=is_restored(loaded, place.host["world"]))
+            loaded, has_epochs = run.loaded, config.train.epochs is not None  # which are so many steps of these data
+            if not (has_epochs and is_finished(loaded, place.host["world"])):
+                steps = progress.standard(loaded.config.train.num_steps, config.train.log_every)
+                result = run_training(run, steps, watch)
+    if not place.is_first:
+        return
+    if result is not None:
+        _conclude(result, say)
+    else:
+        say(
+            f"the run in {config.output.path} is finished: it has taken its {loaded.config.train.num_steps} steps with "
+            "these settings; raise train.steps or train.epochs to go on, or set output.overwrite=true to train anew"
+        )
 
 
-def _conclude(result: Result, num_steps: int, say: Callable[..., None]) -> None:
+def _conclude(result: Result, say: Callable[..., None]) -> None:
     """The last lines of a training run."""
-    tokens = sum(record["tokens"] for record in result.records)
-    rate = f"{tokens / result.train_s:,.0f} tokens/s"
-    say(f"trained {num_steps} steps in {format_duration(result.train_s)}, {rate}")
+    steps = result.records[result.num_resumed :]
+    rate = f"{sum(record['tokens'] for record in steps) / result.train_s:,.0f} tokens/s"
+    say(f"trained {len(steps)} steps in {format_duration(result.train_s)}, {rate}")
     for name, path in result.saved.items():
         say(f"{name}: {path}")
     if result.evaluation is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 from pydantic import ValidationError
@@ -61,7 +61,7 @@ class _Setting(NamedTuple):
     origin: str
 
 
-class _YamlLoader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML with numbers as in YAML 1.2: SafeLoader reads 1e-3 as a string. A repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -77,7 +77,7 @@ class _YamlLoader(yaml.SafeLoader):
         return mapping
 
 
-_YamlLoader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
 )
 
@@ -109,9 +109,12 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise UserError(f"cannot read config {str(path)!r}: {reason}; give the path of a YAML file") from error
-    nested: dict[str, dict[str, Any]] = {name: {} for name in ("model", "data", "optimizer", "train", "output")}
-    settings = _with(Settings(values=nested, path=path, origins={}), _read_file(text, str(path)))
-    return settings.overridden(overrides)
+    return _settings(text, path).overridden(overrides)
+
+
+def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Loaded:
+    """`load_config` of the text of a YAML file, which `describe` may have written; `source` is where it stands."""
+    return check(_settings(text, Path(source)).overridden(overrides))
 
 
 def check(settings: Settings, *, is_plan: bool = False) -> Loaded:
@@ -132,17 +135,39 @@ def check(settings: Settings, *, is_plan: bool = False) -> Loaded:
     return Loaded(config=config, path=path, origins=origins, notes=tuple(notes))
 
 
+def load_section(name: str, values: Mapping[str, Any], overrides: Sequence[str]) -> Any:
+    """One section from values and overrides, for a command that needs no whole config.
+
+    Raises ValueError for a wrong value and for an override of another section.
+    """
+    settings = Settings(values={name: values}, path=Path(), origins={}).overridden(overrides)
+    if other := [key for key in settings.origins if not key.startswith(f"{name}.")]:
+        raise UserError(f"override: {other[0]} has no effect here, where settings of {name} alone count; remove it")
+    try:
+        return cast(Any, Config.model_fields[name].annotation).model_validate(settings.values[name])
+    except ValidationError as error:
+        raise UserError(_sentence(error, "command line", settings.values, settings.origins, (name,))) from error
+
+
 def describe(loaded: Loaded) -> str:
-    """The whole config as YAML; each value with its origin as a comment. It can be read back as a config."""
-    lines = []
+    """The whole config as YAML; each value with its origin as a comment. It can be read back as a config.
+
+    An origin is `default`, `FILE:LINE` or `command line`.
+    """
+    lines, names = [], {"override": "command line"}
     for name, section in loaded.config.model_dump(mode="json").items():
         lines.append(f"{name}:")
         for key, value in section.items():
             text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
             text = text.removesuffix("\n").removesuffix("\n...")
             origin = loaded.origins.get(f"{name}.{key}", "default")
-            lines.append(f"{f'  {key}: {text}':<60}  # {origin}")
+            lines.append(f"{f'  {key}: {text}':<60}  # {names.get(origin, origin)}")
     return "\n".join(lines) + "\n"
+
+
+def _settings(text: str, path: Path) -> Settings:
+    nested: dict[str, dict[str, Any]] = {name: {} for name in ("model", "data", "optimizer", "train", "output")}
+    return _with(Settings(values=nested, path=path, origins={}), _read_file(text, str(path)))
 
 
 def _with(settings: Settings, entries: Iterable[_Setting]) -> Settings:
@@ -154,7 +179,7 @@ def _with(settings: Settings, entries: Iterable[_Setting]) -> Settings:
 
 def _read_file(text: str, source: str) -> list[_Setting]:
     try:
-        loader = _YamlLoader(text)
+        loader = YamlLoader(text)
         root = loader.get_single_node()
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
@@ -198,7 +223,7 @@ def _read_override(text: str) -> _Setting:
     if key not in known_keys():
         raise UserError(_unknown(key, "override"))
     try:
-        return _Setting(key, yaml.load(value, Loader=_YamlLoader), "override")
+        return _Setting(key, yaml.load(value, Loader=YamlLoader), "override")
     except _YAML_ERRORS as error:
         raise UserError(
             f"override: {key} is {value[:100]!r} but the value is no valid YAML: {_reason(error)}; "
@@ -222,11 +247,15 @@ def _unknown(key: str, where: str) -> str:
 
 
 def _sentence(
-    error: ValidationError, source: str, values: Mapping[str, Mapping[str, Any]], origins: Mapping[str, str]
+    error: ValidationError,
+    source: str,
+    values: Mapping[str, Mapping[str, Any]],
+    origins: Mapping[str, str],
+    prefix: tuple[str, ...] = (),
 ) -> str:
     """The first problem as one sentence: where, which setting, what it is, what it should be."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"][:2])
+    key = ".".join(str(part) for part in (*prefix, *first["loc"])[:2])
     section, _, name = key.partition(".")
     if first["type"] == "missing" and key not in origins:
         return f"{source}: {key} is required ({known_keys()[key]}); set it in the file or as {key}=VALUE"

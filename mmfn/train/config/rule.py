@@ -19,13 +19,15 @@ class Stack:
 class Subject:
     """What rules are about. `stacks` and `towers` of the model by name: None while only the config is known.
 
-    `num_ahead`: further tokens that it predicts. `is_plan`: nothing is run, so that neither data nor device matter.
+    `num_ahead`: further tokens that it predicts. `hears`: whether a tower reads sound. `is_plan`: nothing is run, so
+    that neither data nor device matter.
     """
 
     config: Config
     stacks: Mapping[str, Stack] | None = None
     towers: tuple[str, ...] | None = None
     num_ahead: int | None = None
+    hears: bool | None = None
     is_plan: bool = False
 
     @property

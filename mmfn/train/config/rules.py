@@ -5,8 +5,10 @@ is said and goes on: a config for eight ranks can be tried on one with `layout.d
 itself refuses is asked of it (`asked`) and not said again here.
 """
 
+import math
 from collections.abc import Iterator
 
+from mmfn.errors import UserError
 from mmfn.parallel.context.token_order import token_multiple
 from mmfn.parallel.program import check_one_graph
 from mmfn.parallel.transforms.context_parallel import check_kind
@@ -14,6 +16,7 @@ from mmfn.train.config.layout import RematStack
 from mmfn.train.config.learning import LoraSection
 from mmfn.train.config.rule import Breach, Rule, Stack, Subject, asked, idle, refused
 from mmfn.train.config.schema import Config
+from mmfn.train.config.sets import list_sets
 from mmfn.train.dialect import check_dialect
 
 
@@ -35,16 +38,25 @@ def _is_all_float32(c: Config) -> bool:
     return {c.layout.compute_dtype or c.model.dtype, *rules.values()} == {"float32"}
 
 
+def _is_stateless(c: Config) -> bool:
+    has_master = c.model.dtype == "bfloat16" and c.optimizer.master is not False
+    return c.optimizer.kind == "sgd" and c.optimizer.momentum == 0 and c.optimizer.ema_decay is None and not has_master
+
+
 def _is_on_accelerator(c: Config) -> bool:
     return not c.model.device.startswith("cpu")
+
+
+def _is_of_any_device(c: Config) -> bool:
+    return c.model.table in ("portable", "reference")
 
 
 def _short_schedules(subject: Subject) -> Iterator[str]:
     config = subject.config
     shapes = {"schedule": config.schedule} | {f"schedule.groups {k!r}": v for k, v in config.schedule.groups.items()}
     for name, shape in shapes.items():
-        if shape.warmup_steps >= config.train.steps:
-            steps = config.train.steps
+        steps = config.train.steps
+        if steps is not None and shape.warmup_steps >= steps:
             yield f"{name}.warmup_steps {shape.warmup_steps} must be below train.steps {steps}; shorten it"
 
 
@@ -56,6 +68,28 @@ def _constant_schedules(subject: Subject) -> Iterator[str]:
             yield f"{name}.final_scale has no effect with kind 'constant'; remove it or choose linear or cosine"
 
 
+def _data_sets(subject: Subject) -> Iterator[str]:
+    data = subject.config.data
+    for name, sets in (("data.train", list_sets(data.train)), ("data.eval", list_sets(data.eval))):
+        weights = [one.path for one in sets if one.weight is not None]
+        if weights and name == "data.eval":
+            yield f"data.eval has a weight for {weights[0]!r} but every held-out sample is used once; remove it"
+        elif weights and len(sets) == 1:
+            yield f"{name}: a weight has no effect on one data set alone; remove it"
+        elif weights and len(weights) < len(sets):
+            yield f"{name} has a weight for {weights[0]!r} but not for all data sets; give one to each or to none"
+        for one in sets:
+            if one.format is None and (one.columns or one.tags):
+                yield f"{name}: columns and tags of {one.path!r} need its format; set it beside them"
+            try:
+                check_dialect(data.dialect_of(one))
+            except UserError as error:
+                if one.format is not None:
+                    yield f"{name}: {one.path!r}: {error}"
+    if data.max_samples is not None and not isinstance(data.train, str):
+        yield "data.max_samples is for a data.train of one path; write it beside the path of each data set"
+
+
 def _bucket_sizes(subject: Subject) -> Iterator[str]:
     if subject.is_plan:
         return
@@ -65,6 +99,19 @@ def _bucket_sizes(subject: Subject) -> Iterator[str]:
         yield (
             f"data.token_buckets has {odd[0]} but layout.kind {layout.kind!r} with cp {layout.cp} needs multiples of "
             f"{least}; use {-(-odd[0] // least) * least}"
+        )
+
+
+def _batch_tokens(subject: Subject) -> Iterator[str]:
+    data, layout = subject.config.data, subject.config.layout
+    if subject.is_plan or data.batch_tokens is None:
+        return
+    num_ranks = layout.replicate * layout.dp
+    least = data.token_buckets[-1] * num_ranks
+    if data.batch_tokens % least:
+        yield (
+            f"data.batch_tokens is {data.batch_tokens} but must be a multiple of {least}, the largest token bucket "
+            f"times {num_ranks} ranks with their own data; use {max(1, round(data.batch_tokens / least)) * least}"
         )
 
 
@@ -134,6 +181,16 @@ def _expert_settings(subject: Subject) -> Iterator[str]:
         yield f"output.experts {c.output.experts!r} has no effect, the model has no experts; remove it"
 
 
+def _capacity(subject: Subject) -> Iterator[str]:
+    if not subject.has_experts and subject.config.layout.capacity is not None:
+        yield "layout.capacity has no effect, the model has no experts; remove it"
+
+
+def _sound_settings(subject: Subject) -> Iterator[str]:
+    if subject.hears is False and subject.config.is_changed("data.max_audio_seconds"):
+        yield "data.max_audio_seconds has no effect, the model hears nothing; remove it"
+
+
 def _router_settings(subject: Subject) -> Iterator[str]:
     if not subject.has_experts and subject.config.objective.router_aux_coef is not None:
         yield "objective.router_aux_coef has no effect, the model has no experts; remove it"
@@ -199,17 +256,57 @@ RULES = (
         "data.format data.columns data.tags data.ignore",
         lambda c: check_dialect(c.data.dialect),
     ),
+    *(
+        idle(f"checkpoint.{name}", lambda c: c.checkpoint.every is None, "without checkpoint.every")
+        for name in ("asynchronous", "read_back", "keep_last", "keep_every", "keep_best", "save_optimizer")
+    ),
+    *(
+        idle(
+            f"checkpoint.{name}",
+            lambda c: c.checkpoint.resume in ("auto", "none"),
+            "without a path in checkpoint.resume: a run that goes on in its own folder goes on with all of its state",
+        )
+        for name in ("load_optimizer", "load_cursor")
+    ),
+    idle("checkpoint.keep_best", lambda c: c.eval.every is None, "without eval.every"),
     refused(
         "data.max_tokens data.token_buckets",
         lambda c: c.data.max_tokens is not None and c.data.max_tokens > c.data.token_buckets[-1],
         "data.max_tokens {c.data.max_tokens} is above the largest token bucket of {c.data.token_buckets}; lower it",
     ),
+    refused(
+        "data.batch_samples data.batch_tokens",
+        lambda c: c.data.batch_tokens is not None and c.is_changed("data.batch_samples"),
+        "data.batch_samples and data.batch_tokens are both set; remove one of them",
+    ),
+    idle("data.window_samples", lambda c: c.data.batch_tokens is None, "without data.batch_tokens"),
+    *(
+        idle(f"data.{name}", lambda c: c.data.train_on_prompt, "with data.train_on_prompt")
+        for name in ("mask_history", "train_empty_thinking")
+    ),
+    Rule(settings=("data.train", "data.eval", "data.max_samples"), find=_data_sets),
     idle("data.ahead", lambda c: c.data.workers == 0, "with workers 0"),
+    idle("data.worker_kind", lambda c: c.data.workers == 0, "with workers 0"),
+    Rule(settings=("data.batch_tokens", "data.token_buckets"), find=_batch_tokens),
     Rule(settings=("data.token_buckets", "layout.kind", "layout.cp"), find=_bucket_sizes),
     Rule(settings=("data.tower_buckets",), find=_towers),
     *(
         idle(setting, lambda c: c.data.eval is None, "without data.eval")
-        for setting in ("eval.batch_samples", "eval.max_new_tokens", "output.report_images")
+        for setting in (
+            *("eval.every", "eval.batch_samples", "eval.max_new_tokens"),
+            "output.report_images",
+        )
+    ),
+    idle("eval.prompts", lambda c: c.eval.every is None, "without eval.every"),
+    idle(
+        "eval.every",
+        lambda c: c.train.steps is not None and (c.eval.every or 0) > c.train.steps,
+        "in {c.train.steps} steps",
+    ),
+    idle(
+        "output.export_every",
+        lambda c: c.train.steps is not None and (c.output.export_every or 0) >= c.train.steps,
+        "in {c.train.steps} steps, behind which the run is saved",
     ),
     # objective, optimizer, schedule
     refused(
@@ -236,17 +333,32 @@ RULES = (
     ),
     idle("optimizer.no_decay", lambda c: c.optimizer.weight_decay == 0, "with weight_decay 0"),
     refused(
+        "layout.offload optimizer.kind",
+        lambda c: "optimizer" in c.layout.offload and _is_stateless(c),
+        "layout.offload 'optimizer' has no effect: sgd without momentum keeps nothing beside the parameters; remove it",
+    ),
+    refused(
         "output.weights optimizer.ema_decay",
         lambda c: c.output.weights == "ema" and c.optimizer.ema_decay is None,
         "output.weights 'ema' needs averages; set optimizer.ema_decay or remove it",
     ),
     idle("optimizer.ema_decay", lambda c: c.output.weights == "last", "with output.weights 'last'"),
+    refused(
+        "train.steps train.epochs",
+        lambda c: (c.train.steps is None) == (c.train.epochs is None),
+        "train.steps and train.epochs: one of the two says how long the run is, and the other follows; set one",
+    ),
+    refused(
+        "train.profile train.steps",
+        lambda c: c.train.profile is not None and c.train.profile[1] > (c.train.steps or math.inf),
+        "train.profile ends with step {c.train.profile[1]} but train.steps is {c.train.steps}; end it earlier",
+    ),
     Rule(settings=("schedule.warmup_steps", "schedule.groups", "train.steps"), find=_short_schedules),
     Rule(settings=("schedule.final_scale", "schedule.groups", "schedule.kind"), find=_constant_schedules),
     idle("train.spike_factor", lambda c: c.train.spike_window == 0, "with spike_window 0"),
     refused(
         "train.spike_window train.steps",
-        lambda c: c.train.spike_window >= 2 * c.train.steps,
+        lambda c: c.train.steps is not None and c.train.spike_window >= 2 * c.train.steps,
         "train.spike_window {c.train.spike_window} has no effect in {c.train.steps} steps: nothing is a spike before "
         "half of it is filled; lower it",
     ),
@@ -268,21 +380,30 @@ RULES = (
         "output.adapter 'separate' saves nowhere the base that model.init 'random' draws; choose merged or both",
     ),
     # the model's kind and the device
+    refused(
+        "model.kernels model.device",
+        lambda c: not _is_of_any_device(c) and c.model.device.partition(":")[0] != c.model.table,
+        "model.kernels {c.model.kernels!r} are those of a device that model.device {c.model.device!r} is not; use "
+        "model.kernels=portable, or model.device={c.model.kernels}",
+        runs=True,
+    ),
     Rule(settings=("output.experts",), find=_expert_settings),
+    Rule(settings=("layout.capacity",), find=_capacity),
+    Rule(settings=("data.max_audio_seconds",), find=_sound_settings),
     Rule(settings=("objective.router_aux_coef",), find=_router_settings),
     Rule(settings=("objective.ahead_weight",), find=_ahead_settings),
     refused(
-        "train.compile model.device",
-        lambda c: c.train.compile != "none" and _is_on_accelerator(c),
-        "train.compile {c.train.compile!r} needs attention that reads nothing on the host, which there is on the CPU "
-        "only, not on {c.model.device}; use train.compile=none",
+        "train.compile model.device model.kernels",
+        lambda c: c.train.compile != "none" and _is_on_accelerator(c) and c.model.table != "cuda",
+        "train.compile {c.train.compile!r} needs attention that is one operator, as it is on a CPU and of the kernels "
+        "'cuda', not of {c.model.table!r} on {c.model.device}; use train.compile=none",
         runs=True,
     ),
     refused(
-        "layout.kind model.device",
-        lambda c: c.layout.cp > 1 and c.layout.kind != "ulysses" and _is_on_accelerator(c),
-        "layout.kind {c.layout.kind!r} needs attention blocks with log-sum-exp, which there are on the CPU only, not "
-        "on {c.model.device}; use layout.kind=ulysses",
+        "layout.kind model.device model.kernels",
+        lambda c: c.layout.cp > 1 and c.layout.kind != "ulysses" and _is_on_accelerator(c) and _is_of_any_device(c),
+        "layout.kind {c.layout.kind!r} needs attention blocks with log-sum-exp, which model.kernels "
+        "{c.model.table!r} has on the CPU only; use the kernels of {c.model.device}, or layout.kind=ulysses",
         runs=True,
     ),
 )

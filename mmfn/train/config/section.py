@@ -19,10 +19,17 @@ def _different(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _in_order(window: tuple[int, int]) -> tuple[int, int]:
+    if window[0] > window[1]:
+        raise UserError("the first must not be above the last")
+    return window
+
+
 Tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML has lists only
 Different = AfterValidator(_different)
 Buckets = Annotated[tuple[PositiveInt, ...], Tuple, Field(min_length=1), AfterValidator(_increasing)]
 Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Tuple]
+Window = Annotated[tuple[PositiveInt, PositiveInt], Tuple, AfterValidator(_in_order)]
 Patterns = Annotated[tuple[str, ...], Tuple]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]

@@ -37,10 +37,13 @@ def read_tools(raw: Any) -> tuple[Mapping[str, Any], ...]:
 def read_calls(raw: Any) -> list[dict[str, Any]]:
     """`tool_calls` of a message in the one form. A call may stand without `function` around it; `id` is retained.
 
-    Raises ValueError for what is no list of calls, and for arguments that are neither an object nor JSON of one.
+    Null and an empty string are no calls. Raises ValueError for what is no list of calls, and for arguments that are
+    neither an object nor JSON of one.
     """
     if isinstance(raw, str):
-        raw = _decode(raw, "'tool_calls'", "a list of calls")
+        raw = _decode(raw, "'tool_calls'", "a list of calls") if raw.strip() else None
+    if raw is None:
+        return []
     if not isinstance(raw, list):
         raise UserError(f"'tool_calls' must be a list of calls, got {show(raw)}; put it in a list")
     calls = []
@@ -50,6 +53,17 @@ def read_calls(raw: Any) -> list[dict[str, Any]]:
         except UserError as error:
             raise UserError(f"tool call {place}: {error}") from None
     return calls
+
+
+def check_loss(loss: Any, role: str) -> None:
+    """`loss` of a message: whether an answer is learned. Raises ValueError for no boolean, and for "true" elsewhere."""
+    if loss is not None and not isinstance(loss, bool):
+        raise UserError(f"'loss' must be true or false, got {show(loss)}; correct it")
+    if loss and role != "assistant":
+        raise UserError(
+            f"'loss' of a message of the {role} must be false, only answers are learned one by one; set "
+            "data.train_on_prompt to learn all, or remove it"
+        )
 
 
 def check_answers(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -1,39 +1,15 @@
-"""Entries of JSON and JSONL files, as decoded, and how a wrong one is described."""
+"""Entries of data files, as decoded, and how a wrong one is described."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from mmfn.errors import UserError
 
 _SHOWN_CHARACTERS = 100
+ALIKE = 0.5  # keys less alike than this are not taken for misspelt
 IGNORE_IT = "correct or remove it, or name it in data.ignore"
-
-
-def read_entries(path: Path) -> Iterator[Any]:
-    """The entries of a JSON (one list) or JSONL (one object per line) file, decoded.
-
-    Raises ValueError naming the file, and the line of JSONL, for what is not JSON or has a key twice in one object.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"dataset {str(path)!r} cannot be read ({error}); give a JSON or JSONL file") from error
-    if text.lstrip()[:1] == "[":
-        try:
-            yield from decode(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"dataset {str(path)!r} is not valid JSON ({error}); repair the file") from None
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold U+2028
-        if line.strip():
-            try:
-                entry = decode(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"dataset {str(path)!r}, line {number}: not valid JSON ({error}); repair it") from None
-            yield entry
 
 
 def decode(text: str) -> Any:
@@ -53,12 +29,23 @@ def check_text(entry: Any) -> None:
 
 
 def check_keys(item: Mapping[str, Any], known: Iterable[str], what: str, fix: str = "correct or remove it") -> None:
-    """Raises ValueError for a key that is not known, naming the nearest one. `what`: "an entry", "a text part"."""
+    """Raises ValueError for a key that is not known, naming the nearest or all. `what`: "an entry", "a text part"."""
     known = list(known)
     for key in item:
         if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown key {key!r} of {what}, nearest is {near!r}; {fix}")
+            near = get_close_matches(key[:_SHOWN_CHARACTERS], known, n=1, cutoff=ALIKE)
+            hint = f"nearest is {near[0]!r}" if near else f"known are {', '.join(known)}"
+            raise UserError(f"unknown key {show(key)} of {what}, {hint}; {fix}")
+
+
+def without_nulls(item: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """An item without the nulls under `keys`, those of its neighbours: a table writes them where a key is missing.
+
+    >>> without_nulls({"type": "text", "text": "hi", "image": None, "detail": None}, ("text", "image"))
+    {'type': 'text', 'text': 'hi', 'detail': None}
+    """
+    keys = frozenset(keys)
+    return {key: value for key, value in item.items() if value is not None or key not in keys}
 
 
 def show(value: Any) -> str:
@@ -72,7 +59,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(item) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"key {twice!r} stands twice in one object")
+        raise UserError(f"key {show(twice)} stands twice in one object")
     return item
 
 

@@ -1,72 +1,111 @@
-"""`Loader`: which samples make up step s, which of them are this rank's, and how they are packed.
+"""`Loader`: which samples make up a step, which of them are this rank's, and how they are packed.
 
-The order of data is a pure function of (seed, epoch, step): step s takes the global samples [s*B, (s+1)*B) of the
-concatenated permutations of all epochs. Nothing depends on workers, on time or on what was asked before. Rank i of n
-that have different data takes every n-th of them from the i-th, so a step sees the same samples on any mesh.
+The order of data is a pure function of (seed, place) and a step one of the order: nothing depends on workers, on time
+or on what was asked before, and the samples of a step are the same on any mesh (`mmfn.train.data.windows`).
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, replace
-from functools import lru_cache
-from itertools import pairwise
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from mmfn import rng
-from mmfn.batch import IGNORE, Batch, Sample, Tower, TowerKind
+from mmfn.batch import AUDIO, IMAGE, VIDEO, Batch, Sample, TowerKind
 from mmfn.errors import UserError
-from mmfn.packing import Sizes, num_units
+from mmfn.models.work import Work
+from mmfn.packing import Sizes
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.program import whole_batch
+from mmfn.train.data.agree import NO_WORK, Agreed, Share, agree, stats
+from mmfn.train.data.cursor import START, Cursor, State, digest_of, from_state, to_state
+from mmfn.train.data.reader import LongPolicy, Reader, Samples
+from mmfn.train.data.sizes import Buckets, Rate, Rates, Size
+from mmfn.train.data.skips import Skip, check_share
+from mmfn.train.data.windows import BySamples, ByTokens, Job, with_counts
+from mmfn.train.data.workers import Workers, prefetch
 from mmfn.train.objective import count_labels
+from mmfn.train.watch import Watch
 
-T = TypeVar("T")
+DIGEST_PLACES = 256  # of the order of data, by which two are told apart
 ALONE = Axis(name="batch")
-
-
-class Samples(Protocol):
-    """What a loader needs of a dataset; `sample` is called from several threads at once."""
-
-    def __len__(self) -> int: ...
-
-    def sample(self, index: int) -> Sample: ...
-
-
 Pack = Callable[[Sequence[Sample], Sizes], Batch]  # (samples, static sizes) -> batch; `Family.pack` of a config
+Split = Callable[[Batch], Batch]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Counts over the micro-batches of a step. `inputs`: what encoders read, all towers together."""
-
-    samples: int
-    tokens: int
-    padded_tokens: int  # static size: tokens and padding
-    supervised_tokens: int
-    media_tokens: int
-    inputs: int
-    padded_inputs: int
-
-    @property
-    def padding_share(self) -> float:
-        """Part of the packed tokens that is padding, in [0, 1]."""
-        return 1.0 - self.tokens / self.padded_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """What a rank computes in one step, and the counts of the samples it is a share of.
-
-    `labels_AN`: int64, supervised tokens of every sample of the A whole micro-batches, N places for samples in each.
-    """
+class Packed(NamedTuple):
+    """What becomes of a job: micro-batches, what was left out, how many samples were cut, sizes of samples of the next
+    window, and tokens by the kind of media they stand for (`IMAGE`, ...)."""
 
     microbatches: list[Batch]
-    counts: Stats
-    labels_AN: Tensor
+    skips: tuple[Skip, ...] = ()
+    num_cut: int = 0
+    measured: dict[int, Size | Skip] = {}  # noqa: RUF012  # never written
+    kinds: tuple[int, ...] = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packer:
+    """Job -> whole micro-batches. It can be sent to a process if its data set and `pack` can.
+
+    `num_segments`: samples that a micro-batch has room for, so that its shapes depend on its buckets only.
+    """
+
+    reader: Reader
+    pack: Pack
+    num_segments: int
+
+    def __call__(self, job: Job) -> "Packed":
+        """The micro-batches of a job."""
+        groups, skips, num_cut = [], list(job.skips), 0
+        for places in (job.places,) if job.bins is None else job.bins:
+            samples, left_out, cut = self.reader.read(list(places), job.sizes)
+            groups += self.groups(samples) if job.bins is None else [samples]
+            skips, num_cut = skips + left_out, num_cut + cut
+        return Packed(
+            microbatches=[self.pack_one(group) for group in groups or [[]]],
+            skips=tuple(skips),
+            num_cut=num_cut,
+            measured=self.reader.measure(list(job.measure)),
+            kinds=_count_kinds([sample for group in groups for sample in group]),
+        )
+
+    def groups(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Samples in few groups that fit a micro-batch each; a group keeps their order.
+
+        Best fit, the largest first: each goes where the least room for tokens is left. It needs at most 11/9 of the
+        fewest groups. Source: Johnson 1973.
+        """
+        largest = self.reader.buckets.largest
+        sizes = [self.reader.buckets.sizes(sample) for sample in samples]
+        shares = [max(n / most for n, most in zip(size, largest, strict=True)) for size in sizes]
+        groups: list[list[int]] = []
+        rooms: list[tuple[int, ...]] = []
+        for i in sorted(range(len(samples)), key=lambda i: -shares[i]):
+            left = [tuple(have - need for have, need in zip(room, sizes[i], strict=True)) for room in rooms]
+            group = min((g for g, room in enumerate(left) if min(room) >= 0), key=lambda g: left[g][0], default=-1)
+            if group < 0:
+                groups.append([i])
+                rooms.append(tuple(have - need for have, need in zip(largest, sizes[i], strict=True)))
+            else:
+                groups[group].append(i)
+                rooms[group] = left[group]
+        return [[samples[i] for i in group] for group in sorted(sorted(group) for group in groups)]
+
+    def pack_one(self, samples: Sequence[Sample]) -> Batch:
+        """One micro-batch in the smallest buckets that hold the samples."""
+        buckets = self.reader.buckets
+        used = [sum(sizes) for sizes in zip(*map(buckets.sizes, samples), strict=True)] or [0] * len(buckets.largest)
+        tokens, *units = map(_bucket, (buckets.tokens, *buckets.units.values()), used)
+        return self.pack(
+            samples,
+            Sizes(
+                tokens=tokens,
+                segments=self.num_segments,
+                units=dict(zip(buckets.units, units, strict=True)),
+                segment_multiple=buckets.segment_multiple,
+            ),
+        )
 
 
 class Loader:
@@ -78,252 +117,220 @@ class Loader:
         pack: Pack,
         towers: Mapping[str, TowerKind],
         *,
-        batch_samples: int,
+        batch_samples: int | None = None,
+        batch_tokens: int | None = None,
+        window_samples: int | None = None,
         token_buckets: Sequence[int],
         tower_buckets: Mapping[str, Sequence[int]],
         seed: int,
         axis: Axis = ALONE,
-        split: Callable[[Batch], Batch] = whole_batch,
+        world: Axis | None = None,
+        split: Split = whole_batch,
         segment_multiple: int = 1,
+        max_tokens: int | None = None,
+        rates: Rates | None = None,
+        long_samples: LongPolicy = "skip",
+        max_bad_share: float = 0.01,
+        workers: Workers = Workers(number=0),  # noqa: B008  # frozen
+        work: Work = NO_WORK,
     ) -> None:
-        """`batch_samples` samples per step; `token_buckets` and, for each of the model's `towers`, `tower_buckets`:
-        static sizes a micro-batch may take, in tokens and in inputs of the encoder.
+        """A step has `batch_samples` samples, or as many as fill `batch_tokens` tokens; one of the two is given.
 
-        `pack`: the family's. `axis`: the ranks that divide the samples of a step; `split`: a batch -> what this rank
-        computes of it; `segment_multiple`: what samples are padded to. Raises ValueError for an empty dataset, fewer
-        samples per step than ranks, a tower without buckets or buckets without a tower, and buckets that are not
-        positive and strictly increasing, or not made of whole units.
+        `token_buckets` and, for each of the model's `towers`, `tower_buckets`: static sizes a micro-batch may take, in
+        tokens and in inputs of the encoder. `window_samples`: samples that are packed together by tokens, by default as
+        many as make a good plan. `pack`: the family's. `axis`: the ranks that divide the samples of a step; `world`:
+        all ranks, by default these; `split`: a batch -> what this rank computes of it; `segment_multiple`: what samples
+        are padded to; `max_tokens`: of a sample; `rates`: what samples cost, by default as much as they have tokens and
+        rows. `long_samples`: see `Reader`. `max_bad_share`: the run ends when more is skipped. `work`: the model's.
+
+        By tokens, ranks measure the first samples together here. Raises ValueError for an empty dataset, a step that
+        ranks cannot divide, and buckets as `Buckets.of` does.
         """
         if len(dataset) == 0:
             raise UserError("the dataset is empty; it must hold at least one sample")
-        if batch_samples < axis.size:
-            raise UserError(
-                f"batch_samples must be at least {axis.size}, one for each rank with its own data, got {batch_samples}"
-            )
-        if odd := sorted(tower_buckets.keys() ^ towers.keys()):
-            raise UserError(
-                f"tower_buckets has sizes for {', '.join(tower_buckets) or 'nothing'} but the model's towers are "
-                f"{', '.join(towers) or 'none'}; {'add' if odd[0] in towers else 'remove'} {odd[0]!r}"
-            )
-        _check_buckets("token_buckets", token_buckets, 1)
-        for name, kind in towers.items():
-            _check_buckets(f"tower_buckets of {name!r}", tower_buckets[name], kind.inputs)
-        self.dataset, self._pack, self.towers = dataset, pack, towers
-        self.batch_samples, self.seed = batch_samples, seed
-        self.buckets = {
-            "tokens": tuple(token_buckets),
-            **{name: tuple(n // kind.inputs for n in tower_buckets[name]) for name, kind in towers.items()},
+        buckets = Buckets.of(token_buckets, tower_buckets, towers, segment_multiple, max_tokens)
+        reader = Reader(
+            dataset=dataset,
+            order=dataset.order(seed),
+            buckets=buckets,
+            rates=rates or Rates(decoder=Rate(), towers=dict.fromkeys(towers, Rate())),
+            long_samples=long_samples,
+        )
+        self.reader, self.axis, self.world, self.work = reader, axis, world or axis, work
+        self.split, self.seed = split, seed
+        self.max_bad_share, self.workers = max_bad_share, workers
+        self.source: BySamples | ByTokens
+        if batch_tokens is None:
+            if batch_samples is None or batch_samples < axis.size:
+                least = f"at least {axis.size}, one for each rank with its own data"
+                raise UserError(f"batch_samples must be {least}, got {batch_samples}")
+            self.source = BySamples(number=batch_samples, axis=axis)
+            self.room = num_segments = -(-batch_samples // axis.size)
+        else:
+            num_bins = check_batch_tokens(batch_tokens, buckets.tokens[-1], axis.size)
+            self.source = ByTokens(reader, axis, num_bins, window_samples, workers.number, seed)
+            self.room = (num_segments := self.source.bins.segments) * num_bins // axis.size
+        self.packer = Packer(reader=reader, pack=pack, num_segments=num_segments)
+
+    @property
+    def dataset(self) -> Samples:
+        """What is read."""
+        return self.reader.dataset
+
+    @property
+    def fingerprint(self) -> dict[str, int | str]:
+        """What a cursor's meaning depends on: integers and strings. The number of ranks is not among it."""
+        facts: dict[str, int | str] = {
+            "data": " ".join(self.dataset.fingerprints),
+            "samples": len(self.dataset),
+            "seed": self.seed,
+            "order": digest_of(self.reader.indices(range(DIGEST_PLACES))),  # weights of several data sets, and more
         }
-        self.axis, self.split, self.segment_multiple = axis, split, segment_multiple
-        self.num_segments = -(-batch_samples // axis.size)
+        if isinstance(self.source, BySamples):
+            return {**facts, "batch_samples": self.source.number}
+        bins, buckets = self.source.bins, self.reader.buckets
+        return {
+            **facts,
+            "batch_tokens": bins.per_step * bins.sizes[0],
+            "window_samples": self.source.window,
+            "samples_per_microbatch": bins.segments,
+            "largest_buckets": str(bins.sizes),
+            "segment_multiple": buckets.segment_multiple,
+            "max_tokens": str(buckets.max_tokens),
+            "long_samples": self.reader.long_samples,
+            "sizes": self.source.digest,  # of samples as this template and these budgets of media make them
+            "costs": str(self.reader.rates),
+        }
+
+    def count_steps(self, epochs: int) -> int:
+        """Steps that take as many samples as there are, so often; ranks count together. By tokens, all are measured."""
+        return self.source.count_steps(epochs * len(self.dataset))
+
+    def state(self, cursor: Cursor) -> State:
+        """A cursor for a checkpoint: integers and strings."""
+        return to_state(cursor, self.fingerprint)
+
+    def resume(self, state: State) -> Cursor:
+        """The cursor of a checkpoint. Raises ValueError where data or settings were others."""
+        return from_state(state, self.fingerprint)
+
+    def steps(
+        self, stop: int, cursor: Cursor | None = None, workers: Workers | None = None, watch: Watch | None = None
+    ) -> Iterator[Agreed]:
+        """Steps from a cursor on (default: the first) until `stop` of them are done, prepared ahead by workers.
+
+        What the ranks have agreed on: they go through the steps together. Its `cursor` is where to go on behind it. Its
+        cost does not depend on where the cursor is. What the `watch` of any rank is asked for, all have in `asked`; a
+        rank that is asked to stop waits for its data no longer, so that behind a stop they may be missing.
+        Raises ValueError when too many samples are bad (`check_share`).
+        """
+        before, workers = cursor or START, workers or self.workers
+        num_steps = max(0, stop - before.step)
+        jobs = islice(self.source.jobs(before, workers.lead), num_steps)
+        empty = self.empty()
+        shares = self._shares(jobs, workers, None if watch is None else lambda: not watch.is_stopping)
+        for _ in range(num_steps):
+            share = next(shares, empty)
+            self.source.note(share.measured)
+            agreed = agree(share, self.axis, empty, world=self.world, asked=watch.asked if watch else 0)
+            before = with_counts(agreed.cursor, before, agreed.counts.samples, len(agreed.skips))
+            yield replace(agreed, cursor=before)
+
+    def check_share(self, agreed: Agreed) -> None:
+        """Raise ValueError, on all ranks, where too many samples were skipped up to a step."""
+        if agreed.skips:
+            cursor = agreed.cursor
+            check_share(agreed.skips, cursor.bad, cursor.seen, len(self.dataset), self.max_bad_share)
+
+    def _shares(self, jobs: Iterator[Job], workers: Workers, is_wanted: Callable[[], bool] | None) -> Iterator[Share]:
+        """Threads split batches for this rank as well; a split knows the mesh, which cannot be sent to a process."""
+        if workers.number == 0 or workers.kind == "threads":
+            yield from prefetch(self.make, jobs, workers, is_wanted)
+            return
+        sent: list[Cursor] = []
+
+        def noted() -> Iterator[Job]:
+            for job in jobs:
+                sent.append(job.cursor)
+                yield job
+
+        for packed in prefetch(self.packer, noted(), workers, is_wanted):
+            yield self._share(packed, cursor=sent.pop(0))
+
+    def make(self, job: Job) -> Share:
+        """This rank's micro-batches of a step, split for it, and their counts."""
+        return self._share(self.packer(job), cursor=job.cursor)
 
     def indices(self, step: int) -> list[int]:
-        """Dataset indices of step `step` (from 0), of all ranks, in order. A step may span the end of an epoch."""
-        size = len(self.dataset)
-        return [_permutation(size, self.seed, place // size)[place % size] for place in self._places(step)]
+        """Dataset indices of step `step` (from 0) by samples, of all ranks. It may span the end of an epoch."""
+        return self.reader.indices(self._by_samples().places(step))
 
     def own(self, step: int) -> list[int]:
         """Those of `indices` that are this rank's."""
         return self.indices(step)[self.axis.index :: self.axis.size]
 
-    def _places(self, step: int) -> range:
-        """Places of a step's samples, of all ranks, in the order of data."""
-        if step < 0:
-            raise UserError(f"step must not be negative, got {step}")
-        return range(step * self.batch_samples, (step + 1) * self.batch_samples)
-
     def microbatches(self, step: int) -> list[Batch]:
-        """This rank's samples of a step in as few batches as first-fit finds, padded to the smallest buckets they fit.
+        """This rank's samples of a step by samples in few batches, padded to the smallest buckets they fit.
 
-        Every batch has room for as many segments as a rank has samples, so its shapes depend on its buckets only. A
-        sample's `number` is its place in the order of data. Raises ValueError naming the sample when one is larger than
-        the largest bucket.
+        A sample's `number` is its place in the order of data.
         """
-        places = self._places(step)[self.axis.index :: self.axis.size]
-        samples = [self.dataset.sample(index) for index in self.own(step)]
-        return self.pack([replace(sample, number=place) for sample, place in zip(samples, places, strict=True)])
+        return self.packer(self._by_samples().job(step)).microbatches
 
     def share(self, step: int) -> Share:
         """`microbatches` split for this rank, with their counts. Ranks may have different numbers: see `agree`."""
-        return self._share(self.microbatches(step))
+        return self.make(self._by_samples().job(step))
 
     def empty(self) -> Share:
         """One micro-batch without samples, in the smallest buckets."""
-        return self._share([self._pack_one([])])
-
-    def _share(self, microbatches: list[Batch]) -> Share:
-        labels_AN = count_labels(microbatches)
-        return Share(
-            microbatches=[self.split(b) for b in microbatches], counts=stats(microbatches), labels_AN=labels_AN
-        )
+        return self._share(Packed([self.packer.pack_one([])]), START)
 
     def pack(self, samples: Sequence[Sample]) -> list[Batch]:
-        """Samples -> micro-batches, as in `microbatches`."""
+        """Samples -> micro-batches, as in `microbatches`. Raises ValueError for one that fits none."""
         for sample in samples:
-            self.check_fits(sample)
-        return [self._pack_one([samples[i] for i in group]) for group in self._groups(samples)]
+            if (excess := self.reader.buckets.excess(sample)) is not None:
+                raise UserError(f"sample {sample.id!r} {excess}")
+        return [self.packer.pack_one(group) for group in self.packer.groups(samples)]
 
-    def _groups(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """First fit, longest first (it needs at most 11/9 of the fewest bins); a group keeps the order of the step."""
-        groups: list[list[int]] = []
-        rooms: list[dict[str, int]] = []
-        for i in sorted(range(len(samples)), key=lambda i: -self._size(samples[i])["tokens"]):
-            size = self._size(samples[i])
-            fitting = (g for g, room in enumerate(rooms) if all(size[name] <= room[name] for name in size))
-            group = next(fitting, len(groups))
-            if group == len(groups):
-                groups.append([])
-                rooms.append({name: buckets[-1] for name, buckets in self.buckets.items()})
-            groups[group].append(i)
-            rooms[group] = {name: room - size[name] for name, room in rooms[group].items()}
-        return sorted(sorted(group) for group in groups)
+    def _by_samples(self) -> BySamples:
+        assert isinstance(self.source, BySamples), "steps by tokens follow from the ones before: use `steps`"
+        return self.source
 
-    def _pack_one(self, samples: Sequence[Sample]) -> Batch:
-        sizes = [self._size(sample) for sample in samples]
-        chosen = {name: _bucket(b, sum(size[name] for size in sizes)) for name, b in self.buckets.items()}
-        return self._pack(
-            samples,
-            Sizes(
-                tokens=chosen.pop("tokens"),
-                segments=self.num_segments,
-                units=chosen,
-                segment_multiple=self.segment_multiple,
-            ),
+    def _share(self, packed: Packed, cursor: Cursor) -> Share:
+        counts = replace(
+            stats(packed.microbatches, self.work),
+            cut=packed.num_cut,
+            image_tokens=packed.kinds[IMAGE],
+            video_tokens=packed.kinds[VIDEO],
+            audio_tokens=packed.kinds[AUDIO],
+        )
+        return Share(
+            microbatches=[self.split(b) for b in packed.microbatches],
+            counts=counts,
+            labels_AN=count_labels(packed.microbatches),
+            room=self.room,
+            skips=packed.skips,
+            measured=packed.measured,
+            cursor=cursor,
         )
 
-    def _size(self, sample: Sample) -> dict[str, int]:
-        """What a sample takes in a batch: tokens, and units of each tower."""
-        tokens = -(-sample.tokens_T.numel() // self.segment_multiple) * self.segment_multiple
-        return {"tokens": tokens, **{name: num_units(sample, kind) for name, kind in self.towers.items()}}
 
-    def check_fits(self, sample: Sample) -> None:
-        """Raise ValueError, with the sizes, for a sample larger than the largest bucket."""
-        for name, size in self._size(sample).items():
-            inputs = self.towers[name].inputs if name in self.towers else 1
-            what = f"inputs of {name}" if name in self.towers else name
-            if size > (largest := self.buckets[name][-1]):
-                raise UserError(
-                    f"sample {sample.id!r} has {size * inputs} {what} but the largest bucket holds {largest * inputs}; "
-                    f"add a larger bucket for {what} or remove the sample"
-                )
-
-
-def stats(microbatches: Sequence[Batch]) -> Stats:
-    """Counts over micro-batches on the host."""
-    towers = [tower for b in microbatches for tower in b.towers.values()]
-    return Stats(
-        samples=sum(_num_samples(b) for b in microbatches),
-        tokens=sum(int((b.segment_T < b.num_segments).sum()) for b in microbatches),
-        padded_tokens=sum(b.tokens_T.numel() for b in microbatches),
-        supervised_tokens=sum(int((b.labels_T != IGNORE).sum()) for b in microbatches),
-        media_tokens=sum(int((tower.index_T >= 0).sum()) for tower in towers),
-        inputs=sum(_num_inputs(tower) for tower in towers),
-        padded_inputs=sum(tower.inputs_UF.shape[0] for tower in towers),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreed:
-    """What all ranks with their own data know of a step: `share` of this rank, with as many micro-batches as any has.
-
-    `counts`: of all ranks together. `labels_DAN`: int64, supervised tokens of every sample of all D ranks, what
-    `objective.weigh_by` takes.
-    """
-
-    microbatches: list[Batch]
-    counts: Stats
-    labels_DAN: Tensor
-
-
-def agree(share: Share, axis: Axis, empty: Share) -> Agreed:
-    """One exchange of a few numbers per sample over `axis`, the ranks with their own data.
-
-    Ranks must take part in the same collectives: those with fewer micro-batches get copies of `empty` behind them.
-    """
-    A, N = share.labels_AN.shape
-    micro_S, place_S = _samples_of(share)
-    own = torch.full((2, N), -1)
-    own[:, : micro_S.numel()] = torch.stack([micro_S, share.labels_AN[micro_S, place_S]])
-    facts = torch.tensor([A, *astuple(share.counts)])
-    all_DK = axis.all_gather(torch.cat([facts, own.flatten()])[None], "data")
-    most = int(all_DK[:, 0].max())
-    num_all, *totals = all_DK[:, : facts.numel()].sum(0).tolist()
-    counts = Stats(**dict(zip(asdict(share.counts), totals, strict=True)))
-    padded = counts.padded_tokens + (most * axis.size - num_all) * empty.counts.padded_tokens
-    return Agreed(
-        microbatches=share.microbatches + empty.microbatches * (most - A),
-        counts=replace(counts, padded_tokens=padded),
-        labels_DAN=_labels(all_DK[:, facts.numel() :].view(axis.size, 2, N), most),
-    )
-
-
-def _samples_of(share: Share) -> tuple[Tensor, Tensor]:
-    """Micro-batch and place in it of every sample."""
-    numbers_A = torch.tensor([_num_samples(b) for b in share.microbatches])
-    micro_S = torch.repeat_interleave(numbers_A)
-    return micro_S, torch.arange(micro_S.numel()) - (numbers_A.cumsum(0) - numbers_A)[micro_S]
-
-
-def _labels(all_D2N: Tensor, num_microbatches: int) -> Tensor:
-    """labels_DAN from the micro-batch (-1: no sample) and the count of every sample of every rank, in order."""
-    D, _, N = all_D2N.shape
-    micro_DN, count_DN = all_D2N.unbind(1)
-    is_first_DN = micro_DN.diff(dim=1, prepend=micro_DN.new_full((D, 1), -2)) != 0
-    places_N = torch.arange(N)
-    place_DN = places_N - torch.where(is_first_DN, places_N, 0).cummax(1).values  # in its micro-batch
-    d, n = (micro_DN >= 0).nonzero(as_tuple=True)
-    labels_DAN = torch.zeros(D, num_microbatches, N, dtype=torch.int64)
-    labels_DAN[d, micro_DN[d, n], place_DN[d, n]] = count_DN[d, n]
-    return labels_DAN
-
-
-def prefetch(make: Callable[[int], T], start: int, stop: int, *, workers: int = 1, ahead: int = 2) -> Iterator[T]:
-    """`make(step)` for step in [start, stop), computed in `workers` threads up to `ahead` steps early.
-
-    The result does not depend on `workers` or `ahead`; 0 workers compute in the caller. An error of a step is raised
-    when that step is due. Closing the iterator (or leaving the loop) waits for the running steps and drops the rest.
-    """
-    if workers < 0 or ahead < 1:
-        raise UserError(f"prefetch needs workers >= 0 and ahead >= 1, got {workers} and {ahead}")
-    return _threaded(make, start, stop, workers, ahead) if workers else map(make, range(start, stop))
-
-
-def _threaded(make: Callable[[int], T], start: int, stop: int, workers: int, ahead: int) -> Iterator[T]:
-    # threads, not processes: decoding, resizing and copying release the interpreter lock, and samples stay shared
-    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="mmfn-data")
-    pending: deque[Future[T]] = deque()
-    try:
-        for step in range(start, stop):
-            for early in range(step + len(pending), min(step + ahead + 1, stop)):
-                pending.append(pool.submit(make, early))
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-@lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(rng.permutation(size, seed, "epoch", epoch))
+def check_batch_tokens(batch_tokens: int, bucket: int, num_ranks: int) -> int:
+    """The micro-batches of a step. Raises ValueError unless they are whole and equally many on all ranks."""
+    least = bucket * num_ranks
+    if batch_tokens <= 0 or batch_tokens % least:
+        of_ranks = f" times the {num_ranks} ranks with their own data" if num_ranks > 1 else ""
+        raise UserError(
+            f"data.batch_tokens {batch_tokens} must be a multiple of {least}, the largest token bucket {bucket}"
+            f"{of_ranks}; use {max(1, round(batch_tokens / least)) * least}"
+        )
+    return batch_tokens // bucket
 
 
 def _bucket(buckets: Sequence[int], size: int) -> int:
     return next(bucket for bucket in buckets if bucket >= size)
 
 
-def _num_samples(batch: Batch) -> int:
-    return int((batch.segments.host_N.diff() > 0).sum())
-
-
-def _num_inputs(tower: Tower) -> int:
-    """Inputs that are not padding."""
-    rows = tower.inputs_UF.shape[0] / max(1, tower.coords_P4.shape[0])
-    return round(int(tower.segments[0].host_N[-1]) * rows)
-
-
-def _check_buckets(name: str, buckets: Sequence[int], multiple: int) -> None:
-    positive = bool(buckets) and all(bucket > 0 for bucket in buckets)
-    if not positive or any(b <= a for a, b in pairwise(buckets)):
-        raise UserError(f"{name} must be positive and strictly increasing, got {list(buckets)}")
-    for bucket in buckets:
-        if bucket % multiple:
-            raise UserError(f"{name} must be multiples of {multiple}, what makes a feature, got {bucket}")
+def _count_kinds(samples: Sequence[Sample]) -> tuple[int, ...]:
+    """Tokens of samples by kind."""
+    empty_T = torch.zeros(0, dtype=torch.int64)
+    return tuple(torch.cat([empty_T, *(s.kinds_T for s in samples)]).bincount(minlength=AUDIO + 1).tolist())

@@ -1,14 +1,15 @@
-"""Chat templates: a conversation becomes tokens and the mask of what the assistant wrote.
+"""Chats: a conversation becomes tokens and the mask of what is learned of it.
 
-The text is the one the template renders, by the library's own sandboxed renderer. What stands between
-`{% generation %}` and `{% endgeneration %}` is supervised: the answer and its end mark, not the header before it.
+The text is the one that the checkpoint's own template renders. What the assistant said stands in generation blocks, or
+else between the marks that the model's family knows: an answer and its end are learned, the header before it is not.
 Legend: T tokens.
 """
 
-import re
-import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -18,83 +19,104 @@ from torch import Tensor
 from mmfn.batch import TEXT
 from mmfn.errors import UserError
 from mmfn.models.data.chat import ChatFormat, TextsByKind, read_template
-from mmfn.train.data.tokenizer import Tokenizer, token_id
-
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_RENDERER = threading.Lock()  # the renderer of transformers tracks spans in a shared object
+from mmfn.train.chat_options import PUBLISHED, ChatOptions
+from mmfn.train.data.answers import check_marks, check_whole, close, find_answers, learned
+from mmfn.train.data.render import Message, Spans, has_blocks, plain_messages, roles_of_lists, run_template, with_marks
+from mmfn.train.data.tokenizer import Tokenizer, own_template, token_id
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
     """How conversations become tokens.
 
-    `format`: what the model's family says of it. `kinds`: int64[T] tokens -> int64[T], the kind of each. `templates`:
-    jinja sources with generation blocks, the first that fits is used. `original`: the checkpoint's template when that
-    has no such blocks; a fitting template renders the conversation to the same text. "" when not needed.
+    `format`: what the model's family says of it. `kinds`: int64[T] tokens -> int64[T], the kind of each. `template`:
+    jinja source; `program`: the same as it is run (`render.with_marks`), with `variables`. `lists`: roles whose content
+    it takes as a list of parts alone.
     """
 
     tokenizer: Tokenizer
     format: ChatFormat
     kinds: Callable[[Tensor], Tensor]
-    templates: tuple[str, ...]
-    original: str
+    options: ChatOptions
+    template: str
+    program: str
+    variables: Mapping[str, Any]
+    lists: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """`tokens_T`: int64[T]. `supervised_T`: bool[T], what the assistant wrote. `kinds_T`: int64[T] (see mmfn.batch)."""
+    """`tokens_T`: int64[T]. `supervised_T`: bool[T], what is learned. `kinds_T`: int64[T] (see mmfn.batch)."""
 
     tokens_T: Tensor
     supervised_T: Tensor
     kinds_T: Tensor
 
 
-def make_chat(tokenizer: Tokenizer, format: ChatFormat, kinds: Callable[[Tensor], Tensor], template: str = "") -> Chat:
-    """`template` (jinja source) or else the tokenizer's own template, made ready for training.
+def make_chat(
+    tokenizer: Tokenizer,
+    format: ChatFormat,
+    kinds: Callable[[Tensor], Tensor],
+    template: str = "",
+    options: ChatOptions = PUBLISHED,
+) -> Chat:
+    """`template` (jinja source), or else the tokenizer's own, or else the family's first, made ready for training.
 
-    A template of the tokenizer without generation blocks is followed to the letter through a training template of the
-    family. Raises ValueError when there is no template, `template` has no generation blocks, or a token of `format` is
-    none of the tokenizer.
+    The tokenizer cuts and pads nothing from then on. Raises ValueError when there is no template, it says nowhere what
+    the assistant wrote, an option has no effect, or a token of `format` is none of the tokenizer.
     """
-    original = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    if template and not _GENERATION.search(template):
-        raise UserError("the chat template given has no {% generation %} block; put one around the assistant's content")
-    if not template and not original:
-        raise UserError("the tokenizer has no chat template; give one with {% generation %} blocks")
-    source = template or (original if _GENERATION.search(original) else "")
+    source = template or own_template(tokenizer) or (read_template(format.templates[0]) if format.templates else "")
+    if not source:
+        raise UserError("the tokenizer has no chat template; give one with {% generation %} blocks as data.template")
+    if format.marks is None and not has_blocks(source):
+        raise UserError("the chat template has no {% generation %} block; put one around the assistant's content")
+    _check_options(source, format, options)
     for token in format.tokens.values():
         token_id(tokenizer, token)
+    tokenizer.backend_tokenizer.no_truncation()  # a file may ask for both; the library undoes them at each call
+    tokenizer.backend_tokenizer.no_padding()
+    if not options.video_outer_marks:
+        format = replace(format, placeholders={**format.placeholders, **format.bare})
+    thinking = {} if options.enable_thinking is None else {"enable_thinking": options.enable_thinking}
+    program, variables = with_marks(source), {**tokenizer.special_tokens_map, **thinking}
     return Chat(
         tokenizer=tokenizer,
         format=format,
         kinds=kinds,
-        templates=(source,) if source else tuple(map(read_template, format.templates)),
-        original="" if source else original,
+        options=options,
+        template=source,
+        program=program,
+        variables=variables,
+        lists=roles_of_lists(program, variables),
     )
 
 
 def encode(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Message],
     chat: Chat,
     *,
     texts: TextsByKind = MappingProxyType({}),
     tools: Sequence[Mapping[str, Any]] | None = None,
     is_prompt: bool = False,
+    only_last: bool = False,
 ) -> Encoded:
-    """Tokens of a conversation in the messages format (`role`, `content` as a string or list of parts).
+    """Tokens of a conversation in the messages format (`role`, `content` as a string or list of parts, `loss`).
 
     `texts`: what is written for the media of each kind, in order. `is_prompt` appends the header of an answer to be
-    generated. Raises ValueError when the template rejects the messages, no training template renders them as the
-    checkpoint's own does, or the text does not hold one placeholder per medium.
+    generated, and nothing is learned; `only_last`: the last answer is, whatever its `loss`. Raises ValueError when the
+    template rejects the messages, drops a part of them or does not tell the answers apart, or the text does not hold
+    one placeholder per medium.
     """
-    text, spans = render(messages, chat, tools=tools, is_prompt=is_prompt)
-    text, spans, counts = _insert_media(text, spans, chat, texts)
-    encoding = chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens_T = torch.tensor(encoding["input_ids"], dtype=torch.int64)
-    offsets_T2 = torch.tensor(encoding["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
+    text, answers = render(messages, chat, tools=tools, is_prompt=is_prompt)
+    spans = [] if is_prompt else learned(text, answers, messages, chat.format, chat.options, only_last=only_last)
+    text, both, counts = _insert_media(text, [*spans, *answers], chat, texts)
+    spans, starts = both[: len(spans)], [start for start, _ in both[len(spans) :]]
+    ids, offsets = _tokenize(text, starts, chat.tokenizer)
+    tokens_T = torch.tensor(ids, dtype=torch.int64)
     supervised_T = torch.zeros(tokens_T.shape, dtype=torch.bool)
-    for start, end in spans:
-        supervised_T |= (offsets_T2[:, 0] < end) & (offsets_T2[:, 1] > start)
+    for start, end in spans:  # all tokens that touch it: offsets ascend
+        first = bisect_right(offsets, start, key=itemgetter(1))
+        supervised_T[first : bisect_left(offsets, end, key=itemgetter(0))] = True
     kinds_T = chat.kinds(tokens_T)
     is_media_T = kinds_T != TEXT
     if int(is_media_T.sum()) != len(counts):
@@ -105,35 +127,48 @@ def encode(
     # media tokens are special tokens: repeating the token equals repeating the text, without tokenizing it
     counts_T = torch.ones_like(tokens_T)
     counts_T[is_media_T] = torch.tensor(counts, dtype=torch.int64)
-    tokens_T, supervised_T, kinds_T = (x.repeat_interleave(counts_T) for x in (tokens_T, supervised_T, kinds_T))
+    places_T = torch.repeat_interleave(counts_T)
+    tokens_T, supervised_T, kinds_T = tokens_T[places_T], supervised_T[places_T], kinds_T[places_T]
     return Encoded(tokens_T=tokens_T, supervised_T=supervised_T & (kinds_T == TEXT), kinds_T=kinds_T)
 
 
 def render(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Message],
     chat: Chat,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     is_prompt: bool = False,
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation and the character spans the assistant wrote. Raises as `encode` does."""
-    _check_place(messages, tools, chat.original or chat.templates[0])
-    expected = _render(messages, chat, chat.original, tools, is_prompt)[0] if chat.original else None
-    if expected is not None and is_prompt:  # nothing of a prompt is supervised, so its own template is all it takes
-        return expected, []
-    for template in chat.templates:
-        text, spans = _render(messages, chat, template, tools, is_prompt)
-        if expected is None or text == expected:
-            return text, spans
-    raise UserError(
-        "the checkpoint's chat template has no {% generation %} block and renders these messages unlike the training "
-        f"templates of mmfn ({', '.join(chat.format.templates)}); give a template with generation blocks"
-    )
+) -> tuple[str, Spans]:
+    """The text of a conversation and the spans of its answers, each with its end. Raises as `encode` does."""
+    check_marks(messages, tools, chat.format)
+    _check_place(messages, tools, chat.template)
+    messages = plain_messages(messages, chat.lists)
+    text, answers = run_template(chat.program, messages, tools=tools, is_prompt=is_prompt, variables=chat.variables)
+    marks = chat.format.marks
+    if marks is not None and not has_blocks(chat.template):
+        answers = find_answers(text, marks)[: -1 if is_prompt else None]
+        num_answers = sum(message["role"] == "assistant" for message in messages)
+        if len(answers) != num_answers:
+            raise UserError(
+                f"the chat template writes {marks.header!r} {len(answers)} times for {num_answers} answers; put "
+                "{% generation %} blocks around the assistant's content"
+            )
+    if marks is not None and not is_prompt:
+        text, answers = close(text, answers, messages, marks)
+    check_whole(text, answers, messages, marks)
+    return text, answers
 
 
-def _check_place(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, template: str
-) -> None:
+def _check_options(template: str, chat_format: ChatFormat, options: ChatOptions) -> None:
+    if options.enable_thinking is not None and "enable_thinking" not in template:
+        raise UserError("data.enable_thinking has no effect: the chat template does not read it; remove it")
+    if not options.train_empty_thinking and not (chat_format.marks and chat_format.marks.thinking):
+        raise UserError("data.train_empty_thinking has no effect: the model has no think blocks; remove it")
+    if not options.video_outer_marks and not chat_format.bare:
+        raise UserError("data.video_outer_marks has no effect: the model's videos have one pair of marks; remove it")
+
+
+def _check_place(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, template: str) -> None:
     """What a template does not even mention it would drop without a word."""
     said = {key for message in messages for key in ("reasoning_content", "tool_calls") if message.get(key)}
     for key in sorted(said | ({"tools"} if tools else set())):
@@ -144,36 +179,29 @@ def _check_place(
             )
 
 
-def _render(
-    messages: Sequence[Mapping[str, Any]],
-    chat: Chat,
-    template: str,
-    tools: Sequence[Mapping[str, Any]] | None,
-    is_prompt: bool,
-) -> tuple[str, list[tuple[int, int]]]:
-    from transformers.utils.chat_template_utils import render_jinja_template
+def _tokenize(text: str, starts: Sequence[int], tokenizer: Tokenizer) -> tuple[list[int], Spans]:
+    """(ids, the span of each) of a text in which no token stands across one of `starts`, the beginnings of answers.
 
-    has_blocks = bool(_GENERATION.search(template))
-    try:
-        with _RENDERER:
-            texts, spans = render_jinja_template(
-                conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
-                tools=list(tools) if tools else None,
-                chat_template=template,
-                return_assistant_tokens_mask=has_blocks,
-                add_generation_prompt=is_prompt,
-                **chat.tokenizer.special_tokens_map,
-            )
-    except Exception as error:  # a template is a program: it may divide by zero, recurse, miss a key
-        raise UserError(
-            f"the chat template rejects these messages ({error}); correct their roles and order, or the template"
-        ) from error
-    return texts[0], [(start, end) for start, end in spans[0]] if has_blocks else []
+    A tokenizer joins the line end of a header with those that an answer begins with. A model is asked with the header
+    alone, so that it could never write such a token: the tokens of a prompt are the beginning of its sample's.
+    """
+
+    def encode_piece(first: int, last: int) -> tuple[list[int], Spans]:
+        encoding = tokenizer.backend_tokenizer.encode(text[first:last], add_special_tokens=False)
+        return encoding.ids, [
+            (start + first, end + first) for start, end in encoding.offsets
+        ] if first else encoding.offsets
+
+    ids, offsets = encode_piece(0, len(text))
+    crossed = [bisect_right(offsets, start, key=itemgetter(1)) for start in starts]
+    cuts = [start for start, i in zip(starts, crossed, strict=True) if i < len(offsets) and offsets[i][0] < start]
+    if not cuts:
+        return ids, offsets
+    pieces = [encode_piece(*ends) for ends in pairwise([0, *cuts, len(text)])]
+    return [token for piece in pieces for token in piece[0]], [span for piece in pieces for span in piece[1]]
 
 
-def _insert_media(
-    text: str, spans: Sequence[tuple[int, int]], chat: Chat, texts: TextsByKind
-) -> tuple[str, list[tuple[int, int]], list[int]]:
+def _insert_media(text: str, spans: Spans, chat: Chat, texts: TextsByKind) -> tuple[str, Spans, list[int]]:
     """Replace each placeholder by the text of its medium; spans move along. Also the counts of all texts, in order."""
     matches = list(chat.format.pattern.finditer(text))
     for kind in dict.fromkeys((*chat.format.placeholders, *texts)):
@@ -181,7 +209,8 @@ def _insert_media(
         if num_places != num_media:
             raise UserError(
                 f"the rendered text holds {num_places} {kind} placeholders for {num_media} {kind}s; mark each {kind} "
-                "once, in a turn of the user, and keep the placeholder token itself out of the text"
+                "once, in a turn of the user, with a chat template that writes it, and keep the placeholder token "
+                "itself out of the text"
             )
     left = {kind: iter(items) for kind, items in texts.items()}
     pieces: list[str] = []

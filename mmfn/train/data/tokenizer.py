@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfn.errors import UserError
+from mmfn.train.data.entries import show
 
 Tokenizer = Any  # a transformers PreTrainedTokenizerFast; the library ships no types
 
@@ -33,6 +34,23 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
         tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
     return tokenizer
+
+
+def own_template(tokenizer: Tokenizer) -> str:
+    """The chat template that came with a tokenizer; empty where there is none.
+
+    Raises ValueError where there are several, which older files list by name: the library chooses by what is asked.
+    """
+    own = tokenizer.chat_template or ""
+    if isinstance(own, list):
+        own = {one.get("name"): one.get("template") for one in own if isinstance(one, dict)}
+    if isinstance(own, dict):
+        if len(own) != 1:
+            raise UserError(f"the tokenizer has several chat templates ({show([*own])}); give one as data.template")
+        (own,) = own.values()
+    if not isinstance(own, str):
+        raise UserError(f"the tokenizer's chat template is no text but {show(own)}; give one as data.template")
+    return own
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:

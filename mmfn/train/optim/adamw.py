@@ -69,9 +69,10 @@ def adamw(
 
 
 def _apply_(u: Update, state: Tree, paths: Sequence[str], lr: Tensor, *numbers: float) -> None:
-    """Update the leaves of one group by the kernel the caller asked for."""
+    """Update the leaves of one group by the kernel the caller asked for, by the formula where the device has none."""
     kernels: dict[str, Callable[..., None]] = {"fused": _fused_, "traced": _traced_, "reference": _reference_}
-    kernels[u.kernel](
+    has_none = u.kernel == "fused" and not torch_private.has_fused_adamw(u.params[paths[0]].device)
+    kernels["reference" if has_none else u.kernel](
         [u.params[p] for p in paths],
         [u.grads[p] for p in paths],
         [state["m"][p] for p in paths],

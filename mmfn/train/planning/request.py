@@ -8,20 +8,22 @@ from typing import Any
 import torch
 
 from mmfn.errors import UserError
+from mmfn.ops import planned_table
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning.devices import device
-from mmfn.parallel.planning.plan import Plan
+from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.program import Program
+from mmfn.train.build.checks import with_any_steps
 from mmfn.train.build.model import check_model, find_family, model_specs
 from mmfn.train.build.optimizer import build_optimizer
 from mmfn.train.build.program import build_program
 from mmfn.train.build.step import build_objective
 from mmfn.train.config.load import Loaded, Settings, check, read_settings
 from mmfn.train.config.schema import Config
-from mmfn.train.planning.step_plan import plan
+from mmfn.train.planning.step_plan import Measured, measure
 from mmfn.train.planning.step_trace import PlannedStep
-from mmfn.train.planning.workload import Workload
+from mmfn.train.planning.workload import Workload, largest_workload
 
 BARE: Mapping[str, Mapping[str, Any]] = {
     "data": {"train": "", "token_buckets": [1], "tower_buckets": {}},
@@ -68,8 +70,32 @@ def with_world(settings: Settings, world: int | None) -> Loaded:
 
 def plan_config(request: Request) -> Plan:
     """The plan of a config's layout."""
+    return measure_config(request).on(device(request.device), request.title)
+
+
+def measure_config(request: Request) -> Measured:
+    """The same on whatever device."""
     setup, layout = planned_step(request)
-    return plan(setup, layout, device(request.device), title=request.title, all_layers=request.all_layers)
+    return measure(setup, layout, all_layers=request.all_layers)
+
+
+def run_request(config: Config, device_name: str, title: str = "plan", sample_tokens: int = 4096) -> Request:
+    """To plan a config with its own largest buckets (`workload.largest_workload`)."""
+    workload = largest_workload(config, *find_family(config.model), sample_tokens)
+    return Request(config=config, device=device_name, workload=workload, title=title)
+
+
+def check_fits(config: Config, device_name: str) -> Plan:
+    """The same, which fits the device. Raises ValueError where it does not."""
+    found = plan_config(run_request(config, device_name))
+    if not found.fits:
+        most = max(found.peak_parts, key=lambda name: found.peak_parts[name])
+        raise UserError(
+            f"layout: a rank needs {size(found.peak_bytes)} but {device_name} has "
+            f"{size(device(device_name).memory_bytes)}, most of it for {most}; use more ranks, smaller buckets, "
+            "layout.remat or layout.offload (mmfn suggest finds which)"
+        )
+    return found
 
 
 def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
@@ -77,16 +103,17 @@ def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
     config = request.config
     model_family, cfg = find_family(config.model)
     layout = config.layout.sizes
+    ops = planned_table(config.model.table)
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
 
     specs = model_specs(config, model_family, cfg)
     check_model(config, model_family, cfg, is_plan=True)
-    build_optimizer(config, specs)  # refuses the rules that training refuses; the one below has none
+    build_optimizer(with_any_steps(config), specs)  # refuses the rules that training refuses; the one below has none
 
     def build(shallow: Any, mesh: Mesh) -> Program:
         *_, (stack, depth) = model_family.stacks(shallow).items()
         part = {**specs[stack], "layers": specs[stack]["layers"][:depth]}
-        return build_program(eager, model_family, shallow, mesh, {**specs, stack: part})
+        return build_program(eager, model_family, shallow, mesh, {**specs, stack: part}, ops)
 
     setup = PlannedStep(
         family=model_family,
@@ -96,7 +123,7 @@ def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
         workload=replace(request.workload, segment_multiple=segment_multiple(config.layout.kind, layout)),
         dtype=getattr(torch, config.model.dtype),
         objective=build_objective(config.objective),
-        kernels=config.model.kernels,
+        kernels=config.model.table,
     )
     return setup, layout
 

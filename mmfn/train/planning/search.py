@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from math import gcd
@@ -45,16 +45,9 @@ def search(
     planned_step(requests[0])
     jobs = min(jobs or os.cpu_count() or 1, len(requests))
     say(f"planning {len(requests)} layouts in {jobs} processes; layout settings that are given are kept")
-    context, before = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
-        try:
-            with _interrupts_later():  # the processes start here
-                futures = [pool.submit(_plan_or_reason, request) for request in requests]
-            results = [future.result() for future in futures]
-        except BaseException:
-            for process in set(multiprocessing.active_children()) - before:
-                process.terminate()
-            raise
+    with planners(jobs) as submit:
+        futures = [submit(request) for request in requests]
+        results = [future.result() for future in futures]
     reasons = [(r.config.layout, x) for r, x in zip(requests, results, strict=True) if isinstance(x, str)]
     for layout, reason in reasons:
         say(f"left out {layout.sizes}, remat {layout.remat}: {reason}")
@@ -152,6 +145,27 @@ def _layouts(world: int, num_experts: int) -> Iterator[dict[str, Any]]:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@contextmanager
+def planners(jobs: int) -> Iterator[Callable[[Request], Future[Plan | str]]]:
+    """Processes that plan: a function that gives them a request, whose result is the plan, or why there is none.
+
+    An interrupt ends the processes.
+    """
+    context, before = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+
+        def submit(request: Request) -> Future[Plan | str]:
+            with _interrupts_later():  # a process may start here
+                return pool.submit(_plan_or_reason, request)
+
+        try:
+            yield submit
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+            raise
 
 
 def _plan_or_reason(request: Request) -> Plan | str:

@@ -115,12 +115,14 @@ def shortened(ops: Ops, recorder: Recorder) -> Ops:
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         index_N = ((labels_T != IGNORE) & (weights_T != 0)).nonzero()[:, 0]
-        N, rows = index_N.numel(), chunk or chunk_rows(weight_VD.shape[0])
+        N, rows = index_N.numel(), chunk or chunk_rows(weight_VD.shape[0], ops.logit_bytes)
         num_traced = 2 * -(-N // -(-N // rows)) if N else 0
         if 2 * num_traced >= N:
             return ops.linear_cross_entropy(x_TD, weight_VD, labels_T, weights_T, chunk=chunk, **options)
         short_T = labels_T.index_fill(0, index_N[num_traced:], IGNORE)
         del index_N
+        if options.get("num_labels") is not None:
+            options["num_labels"] = torch.tensor(num_traced)
         with recorder.standing_for(N, num_traced):
             return ops.linear_cross_entropy(x_TD, weight_VD, short_T, weights_T, chunk=chunk, **options)
 

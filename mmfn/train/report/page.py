@@ -1,24 +1,20 @@
 """`report.html`: what a run did, as one file without external resources that opens anywhere, offline, light or dark."""
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from mmfn.errors import UserError
-from mmfn.train.report.chart import Line, line_chart, smooth
+from mmfn.train.report.curves import charts
+from mmfn.train.report.log import Curves
+from mmfn.train.report.picture import data_url, is_tiny
+from mmfn.train.report.template import render
 from mmfn.train.run.evaluate import Answer, Evaluation
-
-THUMBNAIL_PIXELS = 256  # longest side of an embedded image
-TINY_PIXELS = 64  # images below this are shown as crisp pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +40,14 @@ def render_report(
     ones first but never more than half of the places. Raises ValueError when a shown image cannot be read.
     """
     shown = choose(evaluation.answers, num_images) if evaluation else []
-    template = resources.files("mmfn.train.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
-    return page.render(
+    return render(
+        "page.html.jinja",
         title=title,
         subtitle=subtitle,
         tiles=tiles,
         facts=facts,
         config=config,
-        charts=[(name, Markup(svg)) for name, svg in _charts(metrics)],  # our own SVG, escaped where it was made
+        charts=_charts(metrics),
         samples=[_sample(answer) for answer in shown],
         samples_note=_samples_note(evaluation, len(shown)),
     )
@@ -66,23 +61,11 @@ def choose(answers: Sequence[Answer], count: int) -> list[Answer]:
     return [*wrong[:num_wrong], *right[: count - num_wrong]]
 
 
-def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    loss = [(m["step"], m["loss"]) for m in metrics if math.isfinite(m["loss"])]
-    if not loss:
-        return []
-    rate = [(m["step"], m["lr"]) for m in metrics]
-    is_log = all(y > 0 for _, y in loss)
-    curves = [
-        Line(points=loss, style="raw", name="loss of each step"),
-        Line(points=smooth(loss, is_log=is_log), style="main", name="moving average"),
-    ]
-    return [
-        (
-            f"loss per supervised token{' (log scale)' if is_log else ''}",
-            line_chart(curves, x_label="step", y_label="loss", is_log=is_log),
-        ),
-        ("learning rate", line_chart([Line(points=rate, style="second")], x_label="step", y_label="learning rate")),
-    ]
+def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
+    curves = Curves()
+    for record in metrics:
+        curves.add({name: value for name, value in record.items() if math.isfinite(value)})
+    return charts({"run": curves}) if "loss" in curves.values else []
 
 
 def _sample(answer: Answer) -> dict[str, Any]:
@@ -97,22 +80,12 @@ def _sample(answer: Answer) -> dict[str, Any]:
 
 
 def _embed(path: str) -> _Image:
-    """A data URL. Small PNG files are embedded as they are, anything else as a PNG thumbnail."""
     try:
         with Image.open(path) as image:
-            is_tiny = max(image.size) <= TINY_PIXELS
-            data = Path(path).read_bytes() if is_tiny and image.format == "PNG" else _thumbnail(image)
+            is_small = is_tiny(image)
+        return _Image(url=data_url(Path(path)), is_tiny=is_small)
     except OSError as error:
         raise UserError(f"image {str(path)!r} cannot be shown in the report: {error}; restore the file") from error
-    return _Image(url="data:image/png;base64," + base64.b64encode(data).decode("ascii"), is_tiny=is_tiny)
-
-
-def _thumbnail(image: Image.Image) -> bytes:
-    small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _samples_note(evaluation: Evaluation | None, shown: int) -> str:

@@ -6,9 +6,10 @@ from mmfn import tree
 from mmfn.spec import num_trained
 from mmfn.train.build.run import Run
 from mmfn.train.config.load import describe
+from mmfn.train.data.skips import KINDS
 from mmfn.train.report.page import render_report
-from mmfn.train.run.loop import RATE_STEPS
 from mmfn.train.run.progress import format_duration
+from mmfn.train.run.record import RATE_STEPS
 from mmfn.train.run.result import Result
 
 
@@ -49,6 +50,7 @@ def _last_mean(result: Result, name: str) -> str:
 def _report_facts(run: Run, result: Result, tokens: int, num_params: int) -> Sequence[tuple[str, str]]:
     records = result.records
     padding = sum(r["padding"] for r in records) / len(records)
+    waited = sum(r["wait_s"] for r in records)
     facts = [
         ("model", f"{run.loaded.config.model.path} ({result.model.family.name}, {run.loaded.config.model.init})"),
         ("parameters", f"{num_params:,}, of these {num_trained(run.specs):,} are trained"),
@@ -57,7 +59,8 @@ def _report_facts(run: Run, result: Result, tokens: int, num_params: int) -> Seq
         ("samples seen", f"{sum(r['samples'] for r in records):,} of {len(run.loader.dataset):,} different ones"),
         ("padding", f"{100 * padding:.1f} % of packed tokens"),
         *((f"training loss: {name}", _last_mean(result, name)) for name in run.loss_terms if name in records[-1]),
-        ("time waiting for data", format_duration(sum(r["wait_s"] for r in records))),
+        ("time waiting for data", f"{format_duration(waited)}, {100 * waited / result.train_s:.1f} % of the training"),
+        ("samples skipped or cut", ", ".join(f"{sum(r[k] for r in records):,} {k}" for k in (*KINDS, "cut"))),
         ("steps skipped (not finite, or spikes)", f"{sum(r['skipped'] for r in records)}"),
         *((name, str(path)) for name, path in result.saved.items()),
     ]

@@ -1,28 +1,25 @@
-"""Held-out evaluation: greedy answers compared with the truth by exact match, and the loss as a (sum, weight) pair."""
+"""Held-out evaluation: greedy answers compared with the truth by exact match, and the loss as a sum and a weight."""
 
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from mmfn import tree
-from mmfn.batch import IGNORE, Batch, Sample, to
+from mmfn.batch import IGNORE, Sample
 from mmfn.errors import UserError
-from mmfn.model import Model
-from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.host_values import gather_values
-from mmfn.train.data import Dataset, Processor, decode_audio, decode_image, encode_sample
-from mmfn.train.data.records import Record, parse_record, plain_text
-from mmfn.train.data.tokenizer import Tokenizer
+from mmfn.train.data import Dataset, prefetch
+from mmfn.train.data.records import plain_text
+from mmfn.train.forward import Forward
 from mmfn.train.generate import generate
-from mmfn.train.objective import loss_fn
-
-ALONE = Axis(name="world")
+from mmfn.train.run.answer import text_of
+from mmfn.train.run.held_out import AHEAD, shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,48 +73,61 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model,
+    forward: Forward,
     dataset: Dataset,
     *,
     batch_samples: int,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
-    ops: Ops | None = None,
-    axis: Axis = ALONE,
     on_batch: Callable[[int], None] = lambda num_done: None,
 ) -> Evaluation:
     """Answer every entry of `dataset` and compare with its last assistant turn, `batch_samples` entries at once.
 
-    The truth is what training supervises of that turn, behind the prompt: `truth_tokens`. `axis`: ranks, on the CPU and
-    with the same whole parameters, that divide the entries; all of them get all answers. `on_batch(num_done)` is called
-    behind every batch of this rank. Raises ValueError as `Dataset.prompt` does, naming the sample. `ops` defaults to
-    `ops.portable()`.
+    The truth is that turn's tokens behind the prompt: `truth_tokens` of `Dataset.answer`. The ranks of `forward` divide
+    the entries; all of them get all answers. `on_batch(num_done)` is called behind every batch of this rank. Raises
+    ValueError as `Dataset.prompt` does, naming the sample.
     """
-    table, tokenizer = ops or portable(), dataset.processor.chat.tokenizer
-    start = time.perf_counter()
+    tokenizer, start = dataset.processor.chat.tokenizer, time.perf_counter()
     answers: list[Answer] = []
     loss_sum, num_tokens = 0.0, 0
-    share = range(axis.index, len(dataset), axis.size)
-    for first in range(0, len(share), batch_samples):
-        indices = share[first : first + batch_samples]
-        prompts = [dataset.prompt(i)[0] for i in indices]
-        samples = [dataset.sample(i) for i in indices]
-        batch = _pack(prompts, model)
-        rows = generate(model, batch, max_new_tokens, eos_token_ids=eos_token_ids, ops=table, check_finite=False)
-        for index, prompt, sample, row in zip(indices, prompts, samples, rows, strict=True):
-            both = [text_of(tokens, tokenizer, eos_token_ids) for tokens in (row, truth_tokens(sample, prompt))]
-            answers.append(_answer(dataset, dataset.records[index], prompt, *both))
-        value, weight = loss_pair(model, samples, table)
-        loss_sum, num_tokens = loss_sum + value, num_tokens + weight
+
+    def read(indices: Sequence[int]) -> list[_Entry]:
+        return [_Entry(i, dataset.prompt(i)[0], dataset.sample(i), dataset.answer(i)) for i in indices]
+
+    for entries in prefetch(read, shares(len(dataset), batch_samples, forward.axis), AHEAD):
+        prompts = [entry.prompt for entry in entries]
+        rows = generate(
+            forward,
+            forward.pack(prompts),
+            max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            is_idle=not prompts,
+            check_finite=False,
+        )
+        for entry, row in zip(entries, rows, strict=False):  # an idle row is nobody's answer
+            truth = truth_tokens(entry.answer, entry.prompt)
+            both = [text_of(tokens, tokenizer, eos_token_ids) for tokens in (row, truth)]
+            answers.append(_answer(dataset, entry.row, entry.prompt, *both))
+        for value, weight in forward.loss_sums([entry.sample for entry in entries], [""] * len(entries)).values():
+            loss_sum, num_tokens = loss_sum + value, num_tokens + weight
         on_batch(len(answers))
-    answers, loss_sum, num_tokens = _gathered(answers, loss_sum, num_tokens, len(dataset), axis)
+    answers, loss_sum, num_tokens = _gathered(answers, loss_sum, num_tokens, len(dataset), forward.axis)
     return Evaluation(
         answers=tuple(answers), loss_sum=loss_sum, num_tokens=num_tokens, time_s=time.perf_counter() - start
     )
 
 
+class _Entry(NamedTuple):
+    """A row of the data: as a prompt, as it is learned, and with its last answer alone labelled."""
+
+    row: int
+    prompt: Sample
+    sample: Sample
+    answer: Sample
+
+
 def truth_tokens(sample: Sample, prompt: Sample) -> list[int]:
-    """The supervised tokens of a sample's last answer that stand behind its prompt.
+    """The labelled tokens of a sample, those of its last answer, that stand behind its prompt.
 
     A prompt may already hold what the answer begins with, such as an opened think block: then the rest is the truth.
     Where it ends in what the sample does not have there, all of the last answer is.
@@ -133,53 +143,6 @@ def truth_tokens(sample: Sample, prompt: Sample) -> list[int]:
         start = int(places_N[int(breaks_N[-1]) + 1 if breaks_N.numel() else 0]) if places_N.numel() else length
     tokens: list[int] = sample.labels_T[start:][is_label_T[start:]].tolist()
     return tokens
-
-
-def text_of(tokens: Sequence[int], tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> str:
-    """The text of an answer: its tokens up to the first that ends it, special tokens included."""
-    end = next((i for i, token in enumerate(tokens) if token in eos_token_ids), len(tokens))
-    text: str = tokenizer.decode(list(tokens[:end]), skip_special_tokens=False)
-    return text
-
-
-@torch.no_grad()
-def loss_pair(model: Model, samples: Sequence[Sample], ops: Ops) -> tuple[float, int]:
-    """(cross entropy summed over the supervised tokens of `samples`, their number): pairs of parts add up.
-
-    Of next tokens alone: what predicts tokens further ahead is not computed, and further losses do not count.
-    """
-    batch = replace(_pack(samples, model), ahead=())
-    value, metrics = loss_fn(model.params, batch, model.family, model.cfg, ops)
-    return metrics.get("ce", value).item(), int(metrics["tokens"])
-
-
-def answer(
-    model: Model,
-    processor: Processor,
-    prompt: str,
-    images: Sequence[str] = (),
-    audios: Sequence[str] = (),
-    *,
-    max_new_tokens: int,
-    eos_token_ids: Sequence[int],
-    ops: Ops | None = None,
-) -> str:
-    """The greedy answer to one user message, as `evaluate` decodes it, without white space at both ends.
-
-    `images`, `audios`: paths, in the order of the `<image>` and `<audio>` marks in `prompt`; those of a kind without
-    marks stand in front of it. Raises ValueError when their numbers differ, a file does not decode or the logits are
-    not finite. `ops` defaults to `ops.portable()`.
-    """
-    ahead = [mark * len(paths) for mark, paths in (("<image>", images), ("<audio>", audios)) if mark not in prompt]
-    message = {"role": "user", "content": "".join(ahead) + prompt}
-    record = parse_record({"messages": [message], "images": list(images), "audios": list(audios)}, "prompt")
-    media = {
-        "image": [processor.media.image(decode_image(path)) for path in record.images],
-        "audio": [processor.media.audio(decode_audio(path, processor.media.sound_rate())) for path in record.audios],
-    }
-    sample = encode_sample(record.messages, processor, media, is_prompt=True, id=record.id)
-    (row,) = generate(model, _pack([sample], model), max_new_tokens, eos_token_ids=eos_token_ids, ops=ops)
-    return text_of(row, processor.chat.tokenizer, eos_token_ids).strip()
 
 
 def to_json(evaluation: Evaluation) -> str:
@@ -209,12 +172,9 @@ def _gathered(
     return [Answer(**row | {"images": tuple(row["images"])}) for row in ordered], sum(sums), sum(counts)
 
 
-def _pack(samples: Sequence[Sample], model: Model) -> Batch:
-    """Samples end to end, without padding, on the device of the parameters."""
-    return to(model.family.pack(samples, model.cfg), tree.leaves(model.params)[0].device)
-
-
-def _answer(dataset: Dataset, record: Record, prompt: Sample, prediction: str, truth: str) -> Answer:
+def _answer(dataset: Dataset, index: int, prompt: Sample, prediction: str, truth: str) -> Answer:
+    record = dataset.records[index]
+    files = [dataset.find_medium(index, name) for name in record.images[: len(prompt.images)]]
     last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
     questions = [plain_text(message) for message in record.messages[:last] if message["role"] == "user"]
     return Answer(
@@ -222,5 +182,5 @@ def _answer(dataset: Dataset, record: Record, prompt: Sample, prediction: str, t
         question=questions[-1] if questions else "",
         prediction=prediction,
         truth=truth,
-        images=tuple(str(Path(dataset.media_root) / name) for name in record.images[: len(prompt.images)]),
+        images=tuple(str(file) for file in files if isinstance(file, Path)),
     )

@@ -3,15 +3,30 @@
 `check_output` writes nothing. `make_room` and `drop_previous` only ever touch entries that a run wrote.
 """
 
+import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mmfn.errors import UserError
+from mmfn.train.checkpoint.read import names as checkpoint_names
 from mmfn.train.config.load import Loaded, Settings
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "eval.json", "report.html", "adapter", "checkpoint")
+STATE = "state"  # checkpoints of training
+EARLIER = "earlier"  # settings that steps before were taken with, where the run went on with others
+RESULTS = ("eval.json", "report.html", "adapter", "checkpoint")  # what is written behind the last step
+TRACKERS = ("tensorboard", "wandb")  # what is written beside metrics.jsonl, where it is asked for
+STACKS = "stacks"  # where every rank was when one hung
+REQUESTS = ("stop", "save")  # files that a user touches
+ANSWERS = "answers.jsonl"  # to fixed prompts on the way: {"step", "prompt", "answer"}
+PROFILE = "profile"
+EXPORTS = "exports"  # what was trained so far, behind some steps
+_ON_THE_WAY = (ANSWERS, *TRACKERS, STATE, EARLIER, STACKS, PROFILE, EXPORTS)
+RUN_FILES = ("config.yaml", "metrics.jsonl", "skipped.jsonl", *_ON_THE_WAY, *RESULTS)
 PREVIOUS = "previous"  # the run that was overwritten, whole
 _MOVING = ".previous"  # the same while it is being moved there
 _SCRATCH = tuple(f".{name}." for name in RUN_FILES)  # prefixes of what a run killed while writing leaves behind
@@ -29,7 +44,7 @@ def check_output(loaded: Loaded) -> None:
     An earlier run may not be overwritten by one that reads from it.
     """
     settings = loaded.config.output
-    _check_name("output.path", settings.path)
+    check_name("output.path", settings.path)
     folder = locate(settings.path)
     existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not existing.is_dir():
@@ -40,13 +55,18 @@ def check_output(loaded: Loaded) -> None:
     entries = sorted(os.listdir(folder)) if folder.is_dir() else []
     if not entries:
         return
-    if not settings.overwrite:
-        raise UserError(f"output.path {str(folder)!r} is not empty; choose another or set output.overwrite=true")
-    if strange := [name for name in entries if not _is_ours(name)]:
+    goes_on = resumes_itself(loaded)
+    if not (settings.overwrite or goes_on or _begins_again(loaded)):
+        what = "is not empty: the run in it is finished" if is_complete(folder) else "is not empty"
+        raise UserError(
+            f"output.path {str(folder)!r} {what}; choose another or set output.overwrite=true"
+            + (", or checkpoint.resume=auto to go on in it" if checkpoint_names(folder / STATE) else "")
+        )
+    if strange := strange_in(folder):
         raise UserError(
             f"output.path {str(folder)!r} holds {strange[0]!r}, which no run wrote; choose another folder or move it"
         )
-    for name, path in input_paths(loaded).items():
+    for name, path in () if goes_on else input_paths(loaded).items():
         if any(place in spelt.parents for place in _spellings(folder) for spelt in _spellings(path)):
             raise UserError(
                 f"{name} {path!r} lies in output.path {str(folder)!r}, whose earlier run would be overwritten; choose "
@@ -54,9 +74,34 @@ def check_output(loaded: Loaded) -> None:
             )
 
 
+def strange_in(folder: Path) -> list[str]:
+    """Names in a folder, if it is one, that no run wrote: nothing there is touched."""
+    return sorted(name for name in os.listdir(folder) if not _is_ours(name)) if folder.is_dir() else []
+
+
+def resumes_itself(loaded: Loaded) -> bool:
+    """Whether the run goes on from a checkpoint in its own folder, which then stays as it is."""
+    config = loaded.config
+    if config.checkpoint.resume == "none" or config.output.overwrite:
+        return False
+    return bool(checkpoint_names(locate(config.output.path) / STATE))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run has written all of its results: its report is the last, and then the run before it is dropped."""
+    return (folder / "report.html").exists() and not os.path.lexists(folder / PREVIOUS)
+
+
+def _begins_again(loaded: Loaded) -> bool:
+    """Whether the folder holds a run that ended before the first of its checkpoints: nothing is lost."""
+    config, folder = loaded.config, locate(loaded.config.output.path)
+    has_results = any((folder / name).exists() for name in RESULTS)
+    return config.checkpoint.resume != "none" and config.checkpoint.every is not None and not has_results
+
+
 def check_file(name: str, path: str, loaded: Loaded | Settings) -> None:
     """Raise ValueError unless a file can be written at `path`, replacing nothing the command reads."""
-    _check_name(name, path)
+    check_name(name, path)
     if not Path(path).parent.is_dir():
         raise UserError(f"{name} {path!r} lies in a folder that does not exist; make the folder first")
     if Path(path).is_dir():
@@ -66,6 +111,38 @@ def check_file(name: str, path: str, loaded: Loaded | Settings) -> None:
     for read, source in input_paths(loaded).items():
         if os.path.realpath(path) == os.path.realpath(source):
             raise UserError(f"{name} {path!r} is {read} itself; choose another file")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A folder that no other run goes on in or overwrites for the time of the block; it is made where it is not there.
+
+    A lock that ends with the process, however that ends. A file system without locks has none. Raises ValueError where
+    another run that lives has it.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            _lock(lock, folder)
+        yield
+    except BaseException:
+        with suppress(OSError):  # there is something in it
+            if is_new:
+                folder.rmdir()
+        raise
+    finally:
+        os.close(lock)
+
+
+def _lock(number: int, folder: Path) -> None:
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another run is at work in {str(folder)!r}; wait until it has ended, or set another output.path"
+        ) from error
 
 
 def make_room(folder: Path) -> bool:
@@ -88,19 +165,51 @@ def make_room(folder: Path) -> bool:
     return previous.exists()
 
 
+def drop_results(folder: Path, replaced: Collection[str]) -> None:
+    """Delete what a run that goes on from a checkpoint has written behind its last step: it writes it again.
+
+    `replaced`: what stays until the new one is whole.
+    """
+    for name in os.listdir(folder):
+        if (name in RESULTS and name not in replaced) or name.startswith(_SCRATCH):
+            _remove(folder / name)
+    for leftover in folder.glob(f"{EXPORTS}/*/.*"):  # of one that was killed
+        _remove(leftover)
+
+
+def keep_settings(folder: Path, step: int, text: str) -> None:
+    """Keep the settings of the steps up to `step` of a run that goes on behind it; "": they are those of config.yaml.
+
+    What was kept of steps behind it is dropped: they are taken again.
+    """
+    for end, path in earlier_settings(folder).items():
+        if end > step:
+            path.unlink()
+    if text:
+        (folder / EARLIER).mkdir(exist_ok=True)
+        write_text(folder / EARLIER / f"until_{step:07}.yaml", text)
+
+
+def earlier_settings(folder: Path) -> dict[int, Path]:
+    """The settings of steps that were taken with others than config.yaml has, by the last of these steps, in order."""
+    return {int(path.stem.removeprefix("until_")): path for path in sorted((folder / EARLIER).glob("until_*.yaml"))}
+
+
 def drop_previous(folder: Path) -> None:
     """Delete the earlier run, now that the new one is complete."""
     if os.path.lexists(folder / PREVIOUS):
         _remove(folder / PREVIOUS)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it appears complete or not at all: beside its place, then moved there."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its parts as they come, so that it appears whole or not at all: beside its place, then moved."""
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
         try:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())  # or a loss of power behind the rename leaves an empty file
             file.close()
             os.chmod(file.name, 0o644)  # temporary files are private
             os.replace(file.name, path)
@@ -109,7 +218,7 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
-def _check_name(name: str, path: str) -> None:
+def check_name(name: str, path: str) -> None:
     """Raise ValueError for a path no file system takes: too long, a null character, links in a circle."""
     known = Path(path)
     for place in [known, *(Path(part) for part in known.parts)]:
@@ -123,22 +232,31 @@ def _check_name(name: str, path: str) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (*RUN_FILES, PREVIOUS, _MOVING) or name.startswith(_SCRATCH)
+    return name in (*RUN_FILES, *REQUESTS, PREVIOUS, _MOVING) or name.startswith(_SCRATCH)
 
 
 def input_paths(source: Loaded | Settings) -> dict[str, str]:
     """Every path a run reads, by the setting that names it."""
     values = source.values if isinstance(source, Settings) else source.config.model_dump()
-    model, data = values["model"], values["data"]
+    model, data, resume = values["model"], values["data"], values.get("checkpoint", {}).get("resume")
     paths = {
         "the config file": str(source.path),
+        **({} if resume in ("none", "auto") else {"checkpoint.resume": resume}),
         **{f"model.{name}": model.get(name) for name in ("path", "adapter")},
-        **{f"data.{name}": data.get(name) for name in ("train", "eval", "root", "template")},
+        **{f"data.{name}": data.get(name) for name in ("root", "template")},
+        **{f"data.{name}{place}": path for name in ("train", "eval") for place, path in _set_paths(data.get(name))},
     }
     named = {name: path for name, path in paths.items() if isinstance(path, str)}
     if "model.path" in named:
         named["the model's config.json"] = os.path.join(named["model.path"], "config.json")
     return named
+
+
+def _set_paths(sets: Any) -> list[tuple[str, Any]]:
+    """(place in the list, path) of data sets as a config names them, which may be wrong; "" where there is one path."""
+    if not isinstance(sets, list | tuple):
+        return [("", sets)]
+    return [(f"[{i}]", item.get("path") if isinstance(item, dict) else item) for i, item in enumerate(sets)]
 
 
 def _spellings(path: str | Path) -> set[Path]:

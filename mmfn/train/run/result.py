@@ -6,15 +6,15 @@ from pathlib import Path
 from mmfn.errors import UserError
 from mmfn.model import Model
 from mmfn.train.run.evaluate import Evaluation
-from mmfn.train.run.loop import StepRecord, is_finite
+from mmfn.train.run.record import StepRecord, is_finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run left behind. `train_s`: time of all steps, without preparation and evaluation.
+    """What a run left behind. `train_s`: time of its steps, without preparation and evaluation.
 
-    `model`: on the first rank with whole parameters, in the host's memory; on another with its shards. `saved`: where
-    the trained parameters are, by kind: "checkpoint", "adapter".
+    `model`: with this rank's shards, of one process with whole parameters. `saved`: where the trained parameters are,
+    by kind: "checkpoint", "adapter". `num_resumed`: how many of the `records` are of steps before the run went on.
     """
 
     folder: Path
@@ -23,6 +23,7 @@ class Result:
     records: list[StepRecord]
     evaluation: Evaluation | None
     train_s: float
+    num_resumed: int = 0
 
     def check_usable(self) -> None:
         """Raise ValueError for a run that is complete but of no use.

@@ -43,7 +43,7 @@ def test_images_are_those_of_the_library(height, width):
     theirs = Glm4vImageProcessorPil(**config)(images=[image_u8.numpy()], return_tensors="pt")
     assert list(media.grid) == theirs["image_grid_thw"][0].tolist()
     assert media.grid[1] * media.grid[2] * 14**2 <= 100_000
-    error = (media.inputs_UF - theirs["pixel_values"]).abs()
+    error = (media.in_floats().inputs_UF - theirs["pixel_values"]).abs()
     if (media.grid[1] * 14, media.grid[2] * 14) == (height, width):
         assert error.max() < 1e-4
     assert error.mean() < 0.6 / 255 / 0.26  # grey levels: PIL's filter rounds its weights otherwise
@@ -179,9 +179,9 @@ def test_a_conversation_with_both_kinds_becomes_a_batch():
         "input_ids": sample.tokens_T[None],
         "mm_token_type_ids": sample.kinds_T[None],
         "labels": sample.labels_T[None],
-        "pixel_values": torch.cat([one.inputs_UF for one in media["image"]]),
+        "pixel_values": torch.cat([one.in_floats().inputs_UF for one in media["image"]]),
         "image_grid_thw": torch.tensor([one.grid for one in media["image"]]),
-        "pixel_values_videos": media["video"][0].inputs_UF,
+        "pixel_values_videos": media["video"][0].in_floats().inputs_UF,
         "video_grid_thw": torch.tensor([media["video"][0].grid]),
     }
     batch, want = mmfn.batch_from_hf(inputs, model), model.family.pack([sample], model.cfg)

@@ -8,6 +8,7 @@ import torch
 from mmfn.models.data.pixels import ImageSpec, patchify, preprocess_image, target_size
 from mmfn.models.data.qwen_vision import IMAGE_DEFAULTS
 from mmfn.models.layers.patches import lay_frames
+from tests.oracles.torchvision import in_place_of_torchvision, library_class
 
 GOLDENS = json.loads((Path(__file__).parents[2] / "goldens" / "media.json").read_text(encoding="utf-8"))
 TINY = {"patch_size": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -36,10 +37,23 @@ def test_bits_of_the_torchvision_backend(case, layout):
     before = image.clone()
     media = preprocess_image(image, from_hf(case["config"]))
     assert list(media.grid) == case["grid"]
-    assert media.inputs_UF.dtype == torch.float32
-    assert media.inputs_UF.flatten()[:4].tolist() == case["first"]
-    assert hashlib.sha256(media.inputs_UF.contiguous().numpy().tobytes()).hexdigest() == case["sha256"]
+    floats_UF = media.in_floats().inputs_UF
+    assert (media.inputs_UF.dtype, floats_UF.dtype) == (torch.uint8, torch.float32)
+    assert floats_UF.flatten()[:4].tolist() == case["first"]
+    assert hashlib.sha256(floats_UF.numpy().tobytes()).hexdigest() == case["sha256"]
     assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}])
+def test_every_byte_becomes_the_float_of_the_library(numbers):
+    name = "qwen2_vl.image_processing_qwen2_vl.Qwen2VLImageProcessor"
+    config = {**IMAGE_DEFAULTS, **numbers, "patch_size": 4, "size": {"shortest_edge": 256, "longest_edge": 256}}
+    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
+    media = preprocess_image(image, from_hf(config))
+    with in_place_of_torchvision():
+        theirs = library_class(name)(**config)(images=[image], return_tensors="pt")
+    assert sorted(set(media.inputs_UF.flatten().tolist())) == list(range(256))
+    assert torch.equal(media.in_floats().inputs_UF, theirs["pixel_values"])
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (64, 96), (61, 300), (1, 40), (427, 320)])
@@ -50,7 +64,7 @@ def test_pil_backend_agrees_within_its_rounding(height, width):
     theirs = Qwen2VLImageProcessorPil(**config)(images=[image.numpy()], return_tensors="pt")
     ours = preprocess_image(image, from_hf(config))
     assert list(ours.grid) == theirs["image_grid_thw"][0].tolist()
-    levels = (ours.inputs_UF - theirs["pixel_values"]).abs() * 127.5  # in grey levels of 256
+    levels = (ours.in_floats().inputs_UF - theirs["pixel_values"]).abs() * 127.5  # in grey levels of 256
     if target_size(height, width, from_hf(config)) == (height, width):
         assert levels.max() < 1e-3
     assert levels.mean() < 0.6  # PIL's filter rounds its weights otherwise: a level here and there
@@ -59,7 +73,7 @@ def test_pil_backend_agrees_within_its_rounding(height, width):
 
 def test_patches_stay_in_merge_blocks():
     """Every patch holds the pixels that its coordinates in the packed batch say."""
-    image = torch.arange(3 * 16 * 24).reshape(1, 3, 16, 24).float().expand(2, -1, -1, -1)
+    image = torch.randint(256, (1, 3, 16, 24), dtype=torch.uint8).expand(2, -1, -1, -1)
     media = patchify(image, spec())
     assert media.grid == (1, 4, 6)
     sample = _sample(media)

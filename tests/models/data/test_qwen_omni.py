@@ -18,11 +18,12 @@ SECTIONS = {
     "feature_extractor": {"feature_size": 128},
 }
 RATE = 16_000
+CFG = SimpleNamespace(positions_per_second=13.0)
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return qwen_omni.processor(SECTIONS, None)
+    return qwen_omni.processor(SECTIONS, CFG)
 
 
 def sound(seconds, seed=0):
@@ -41,7 +42,7 @@ def test_a_clip_is_its_placeholder_as_often_as_it_has_features(processor, second
 def test_sound_is_wanted_at_the_rate_of_the_feature_extractor(processor):
     assert processor.sound_rate() == RATE
     slow = {**SECTIONS, "feature_extractor": {"feature_size": 128, "sampling_rate": 8000}}
-    assert qwen_omni.processor(slow, None).sound_rate() == 8000
+    assert qwen_omni.processor(slow, CFG).sound_rate() == 8000
 
 
 def test_a_step_of_a_video_lasts_as_long_as_its_frames(processor):

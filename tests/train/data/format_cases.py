@@ -1,9 +1,11 @@
 """One conversation with an image and one with tools, in the words of every format."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-from mmfn.train.data.records import Record, parse_record
+from mmfn.train.data.records import Record, Records, parse_record
+from mmfn.train.data.sources import open_source
 from mmfn.train.dialect import Dialect, check_dialect
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -52,3 +54,9 @@ SHAREGPT_TOOLS = turns(*TOOL_TURNS, ("observation", "3"), ("observation", "4"), 
 NAMES = {"human": "user", "gpt": "assistant", "function_call": "tool_call", "observation": "tool_response"}
 ROLE_TOOLS = [{"role": NAMES[turn["from"]], "content": turn["value"]} for turn in SHAREGPT_TOOLS]
 ALPACA = {"instruction": "<image>What?", "input": "", "output": "A cat.", "system": "Be brief.", "image": "a.png"}
+
+
+def read_records(path: Path, dialect: Dialect | None = None, max_samples: int | None = None) -> list[Record]:
+    """All entries of a file."""
+    records = Records(open_source(path), dialect, max_samples)
+    return [records[index] for index in range(len(records))]

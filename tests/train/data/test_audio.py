@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.audio_utils import load_audio
 
+from mmfn.errors import MissingPackageError
 from mmfn.models.data import Sampling, qwen_omni
 from mmfn.models.data.mel import SoundSpec, log_mel
 from mmfn.train.data import Dataset, Limits, decode_audio, decode_video
@@ -68,6 +69,11 @@ def test_clips_are_those_of_transformers_to_the_last_bit(tmp_path, suffix, codin
     theirs = extract([load_audio(str(path), RATE, backend="soundfile")], sampling_rate=RATE, **settings)
     spec = SoundSpec.from_hf({}, qwen_omni.SOUND_DEFAULTS)
     assert torch.equal(log_mel(wave_S, spec), theirs["input_features"][0].T)
+    assert torch.equal(decode_audio(path.read_bytes(), RATE), wave_S)
+    measured_S = decode_audio(path, RATE, is_measured=True)
+    assert measured_S.is_meta
+    assert log_mel(measured_S, spec).shape == log_mel(wave_S, spec).shape
+    assert measured_S.shape == wave_S.shape
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 32_000, 44_100, 48_000, 96_000])
@@ -221,14 +227,18 @@ def test_a_playlist_reads_no_other_file(tmp_path):
         ):
             decode_audio(root / name, RATE)
         with pytest.raises(ValueError, match=rf"{name}' could not be decoded"):
-            decode_video(root / name, Sampling(fps=2.0, select=lambda num_frames, rate: [0]))
+            decode_video(
+                root / name, Sampling(fps=2.0, select=lambda num_frames, rate: [0], size=lambda *shape: shape[1:])
+            )
 
 
 def test_without_pyav_only_sound_files_are_read(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     assert decode_audio(write(tmp_path / "a.flac", tones(400, RATE, 1)), RATE).numel() == 400
     (tmp_path / "a.mp4").write_bytes(b"anything")
-    with pytest.raises(ValueError, match=r"PyAV, which reads the sound of videos, is missing: pip install av"):
+    with pytest.raises(
+        MissingPackageError, match=r"a\.mp4' has .* PyAV, which reads .*; install it \(pip install mmfn.video.\)"
+    ):
         decode_audio(tmp_path / "a.mp4", RATE)
 
 
@@ -244,4 +254,4 @@ def test_sound_lies_in_the_media_root(tmp_path, processor):
     messages = [{"role": "user", "content": "<audio>What?"}, {"role": "assistant", "content": "x"}]
     (tmp_path / "data.json").write_text(json.dumps([{"messages": messages, "audios": ["../a.wav"]}]))
     with pytest.raises(ValueError, match=r"media path '\.\./a\.wav' leaves the media root"):
-        Dataset(tmp_path / "data.json", processor)
+        Dataset(tmp_path / "data.json", processor).sample(0)

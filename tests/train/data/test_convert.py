@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mmfn import cli
 from mmfn.errors import UserError
-from mmfn.train.data.records import read_records
 from mmfn.train.dialect import Dialect
+from tests.train.data.format_cases import read_records
 
 CALL = {"name": "add", "arguments": '{"a": 1}'}
 TALK = [{"from": "human", "value": "<image>Wäs\u2028?"}, {"from": "gpt", "value": "An <image> tag."}]
@@ -118,7 +120,7 @@ def test_it_says_where_media_are(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["in.json", "there.jsonl"], "exists; remove it or choose another name"),
         (["nowhere.json", "out.jsonl"], "cannot be read"),
         (["empty.json", "out.jsonl"], "is empty; it must hold at least one conversation"),
-        (["bad.json", "out.jsonl"], "bad.json', entry 1: unknown key 'n' of an entry"),
+        (["bad.json", "out.jsonl"], "sample '1' of 'bad.json', entry 1: unknown key 'n' of an entry"),
         (["in.json", "out.jsonl", "--to", "llava"], "invalid choice: 'llava'"),
         (["in.json", "out.jsonl", "--format", "chat"], "unknown format 'chat'; use auto or one of"),
         (["in.json", "out.jsonl", "--column", "a"], "--column 'a' has no '='; write it as NAME=VALUE"),
@@ -139,3 +141,25 @@ def test_what_is_wrong_leaves_nothing(
     assert message in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
+def test_any_source_becomes_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = [{**entry, "id": str(i)} for i, entry in enumerate(SETS["alpaca"][0] * 5)]
+    pq.write_table(pa.Table.from_pylist(entries), tmp_path / "in.parquet", row_group_size=2)
+    for part in range(5):
+        (tmp_path / f"{part}.jsonl").write_text(json.dumps(entries[part]))
+    expected = [record.messages for record in read_records(tmp_path / "in.parquet")]
+    for number, source in enumerate(("in.parquet", "{0..4}.jsonl")):
+        out = tmp_path / f"out-{number}.jsonl"
+        assert cli.main(["data", "convert", str(tmp_path / source), str(out)]) == 0
+        assert capsys.readouterr().out == f"wrote 5 entries to {out}\n"
+        assert [record.messages for record in read_records(out)] == expected
+
+
+def test_media_in_tables_are_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {"instruction": "<image>?", "output": "a", "image": {"bytes": b"x", "path": "a.png"}}
+    pq.write_table(pa.Table.from_pylist([entry]), tmp_path / "in.parquet")
+    assert cli.main(["data", "convert", str(tmp_path / "in.parquet"), str(tmp_path / "out.jsonl")]) == 2
+    sentence = capsys.readouterr().err
+    assert "in.parquet', row 0: 'image/a.png' is stored with the entry, for which JSONL has no place" in sentence
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from mmfn.batch import IGNORE, IMAGE, VIDEO
+from mmfn.errors import MissingPackageError
 from mmfn.models.layers.patches import lay_frames
-from mmfn.train.data import Dataset, dataset, decode_frames, decode_image
+from mmfn.train.data import Dataset, decode_frames, decode_image, media
+from mmfn.train.data.bad import BadSample
 from mmfn.train.dialect import Dialect
 
 
@@ -56,8 +58,8 @@ def test_sample_of_images_and_video(folder, processor):
     assert tokenizer.decode(sample.tokens_T[supervised]) == "One.<|im_end|>\nTwo.<|im_end|>\n"
     first = processor.media.image(decode_image(folder / "media" / "0.png"))
     assert torch.equal(sample.images[0].inputs_UF, first.inputs_UF)
-    frames, times = decode_frames([folder / "media" / f"{i}.png" for i in range(5)], processor.media.sampling().fps)
-    video = processor.media.video(frames, times, 2.0)
+    footage = decode_frames([folder / "media" / f"{i}.png" for i in range(5)], processor.media.sampling())
+    video = processor.media.video(footage.frames_u8, footage.times, 2.0, footage.shape)
     assert torch.equal(sample.videos[0].inputs_UF, video.inputs_UF)
     assert sample.videos[0].times == video.times == (0.25, 1.25, 2.0)
     assert sample.videos[0].grid[0] == 3
@@ -101,17 +103,19 @@ def test_prompt_drops_media_after_it(folder, processor):
 
 
 def test_prompt_needs_an_answer(folder, processor):
-    with pytest.raises(ValueError, match=r"sample 'asked' of .*data\.json' has no assistant turn after a prompt"):
+    with pytest.raises(
+        ValueError, match=r"sample 'asked' of .*data\.json', entry 2: it has no assistant turn after a prompt"
+    ):
         Dataset(folder / "data.json", processor).prompt(2)
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../out.png", "media/../../out.png"])
-def test_paths_outside_are_refused_at_open(folder, processor, name):
-    with pytest.raises(ValueError, match=r"one\.jsonl', entry 0: media path .* leaves the media root"):
-        Dataset(_write(folder, images=[name]), processor)
+def test_paths_outside_are_refused(folder, processor, name):
+    with pytest.raises(ValueError, match=r"one\.jsonl', line 1: media path .* leaves the media root"):
+        Dataset(_write(folder, images=[name]), processor).sample(0)
     video = _write(folder, messages=[{"role": "user", "content": "<video>"}], videos=[["media/0.png", name]])
     with pytest.raises(ValueError, match="leaves the media root"):
-        Dataset(video, processor)
+        Dataset(video, processor).sample(0)
 
 
 def test_links_that_lead_outside_are_refused(folder, processor, tmp_path_factory):
@@ -132,14 +136,34 @@ def test_links_in_a_circle_are_refused(folder, processor):
 def test_media_root(folder, processor):
     data = Dataset(_write(folder, images=["0.png"]), processor, media_root=folder / "media")
     assert len(data.sample(0).images) == 1
+    with pytest.raises(
+        ValueError, match=r"data\.root '.*nowhere' is no folder; give the one that paths of media begin"
+    ):
+        Dataset(folder / "data.json", processor, media_root=folder / "nowhere")
+
+
+def test_what_is_learned_does_not_depend_on_packages(folder, processor, monkeypatch):
+    """Without PyAV a video ends the run: it is no bad sample, which a run would leave out."""
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    entry = {"messages": [{"role": "user", "content": "<video>"}, {"role": "assistant", "content": "x"}]}
+    (folder / "a.mp4").touch()
+    (folder / "clip.json").write_text(json.dumps([entry | {"videos": ["a.mp4"]}]))
+    (folder / "a.mp4").write_bytes(b"anything")
+    data = Dataset(folder / "clip.json", processor)
+    for read in (data.sample, data.measure, data.prompt, data.answer):
+        with pytest.raises(MissingPackageError, match=r"a\.mp4' needs PyAV to be decoded; install it") as error:
+            read(0)
+        assert not isinstance(error.value, BadSample)
 
 
 def test_media_that_fail_name_the_sample(folder, processor):
     (folder / "broken.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"sample 'x' of .*one\.jsonl': image .*broken\.png' could not be decoded"):
+    with pytest.raises(
+        ValueError, match=r"sample 'x' of .*one\.jsonl', line 1: image .*broken\.png' could not be decoded"
+    ):
         Dataset(_write(folder, images=["broken.png"]), processor).sample(0)
     Image.new("RGB", (1, 201)).save(folder / "long.png")
-    with pytest.raises(ValueError, match=r"sample 'x' of .*one\.jsonl': image 'long\.png': .*200 times"):
+    with pytest.raises(ValueError, match=r"sample 'x' of .*one\.jsonl', line 1: image 'long\.png': .*200 times"):
         Dataset(_write(folder, images=["long.png"]), processor).sample(0)
     without = replace(processor, media=replace(processor.media, video_spec=None))
     with pytest.raises(ValueError, match=r"sample '0' of .*no video_preprocessor_config\.json"):
@@ -148,13 +172,13 @@ def test_media_that_fail_name_the_sample(folder, processor):
 
 def test_placeholder_tokens_in_the_text_are_refused(folder, processor):
     messages = [{"role": "user", "content": "<|image_pad|>"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(ValueError, match=r"sample 'x' of .*1 image placeholders for 0 images"):
+    with pytest.raises(ValueError, match=r"sample 'x' of .*message 0 holds '<\|image_pad\|>'"):
         Dataset(_write(folder, messages=messages), processor).sample(0)
 
 
 def test_the_first_samples_alone(digits, processor):
     few, all_ = (Dataset(digits / "eval.json", processor, max_samples=n) for n in (3, None))
-    assert few.records == all_.records[:3]
+    assert list(few.records) == all_.records[:3]
     assert len(all_) > 3
 
 
@@ -174,15 +198,15 @@ def test_long_samples_are_refused_not_cut(folder, processor):
     length = Dataset(path, processor).sample(0).tokens_T.numel()
     assert Dataset(path, processor, max_tokens=length).sample(0).tokens_T.numel() == length
     with pytest.raises(
-        ValueError, match=rf"sample 'x' of .*one\.jsonl' has {length} tokens but max_tokens is {length - 1}"
+        ValueError, match=rf"sample 'x' of .*one\.jsonl', line 1: it has {length} tokens but max_tokens is {length - 1}"
     ):
         Dataset(path, processor, max_tokens=length - 1).sample(0)
 
 
 def test_cache_is_bounded_and_changes_nothing(digits, processor, monkeypatch):
     decoded = []
-    monkeypatch.setattr(dataset, "decode_image", lambda path, limits: decoded.append(path) or decode_image(path))
-    size = 16 * 96 * 4 + 3 * 48 * 8  # patches in float32, three rows of 48 int64
+    monkeypatch.setattr(media, "decode_image", lambda path, limits: decoded.append(path) or decode_image(path))
+    size = 16 * 96 + 3 * 48 * 8  # patches in bytes, three rows of 48 int64
     data, bare = (Dataset(digits / "eval.json", processor, cache_bytes=n) for n in (2 * size + 1, 0))
     first = [data.sample(i) for i in range(4)]
     assert len(decoded) == 4

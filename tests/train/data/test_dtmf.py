@@ -14,9 +14,10 @@ import torch
 import transformers
 
 import mmfn
-from mmfn.train.build.data import load_model_processor
+from mmfn.train.build.processor import load_model_processor
 from mmfn.train.data import Dataset, decode_audio
-from mmfn.train.run.evaluate import answer
+from mmfn.train.forward import Forward
+from mmfn.train.run.answer import AnswerSettings, answer_prompts, encode_prompt
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -97,13 +98,15 @@ def test_the_model_folder_loads_in_transformers(folder):
 
 def test_a_question_about_a_file(folder):
     """As `mmfn generate --audio` asks it; the mark stands in front of the question where it has none."""
-    model = mmfn.init(json.loads((folder / "model" / "config.json").read_text()))
+    forward = Forward.of(mmfn.init(json.loads((folder / "model" / "config.json").read_text())))
     processor, clip = load_model_processor(folder / "model"), str(folder / "clips" / "eval-0001.wav")
-    limits = {"max_new_tokens": 3, "eos_token_ids": ()}
-    answers = [answer(model, processor, text, audios=[clip], **limits) for text in ("Which?", "<audio>Which?")]
-    assert answers[0] == answers[1] != answer(model, processor, "Which?", **limits)
-    with pytest.raises(ValueError, match="has 2 audio placeholders for 1 audios"):
-        answer(model, processor, "<audio><audio>Which?", audios=[clip], **limits)
+    prompts = [encode_prompt(processor, text, audios=[clip]) for text in ("Which?", "<audio>Which?")]
+    prompts.append(encode_prompt(processor, "Which?"))
+    settings = AnswerSettings(max_new_tokens=3, eos_token_ids=())
+    answers = answer_prompts(forward, processor.chat.tokenizer, prompts, settings)
+    assert answers[0] == answers[1] != answers[2]
+    with pytest.raises(ValueError, match="it has 2 audio placeholders for 1 audios"):
+        encode_prompt(processor, "<audio><audio>Which?", audios=[clip])
 
 
 def test_running_it_again_writes_the_same_bytes(module, folder, tmp_path):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mmfn.errors import UserError
-from mmfn.train.data.records import Record, read_records
+from mmfn.train.data.formats import to_messages
+from mmfn.train.data.records import Record
 from mmfn.train.dialect import FORMATS, Dialect, check_dialect
 from tests.train.data.format_cases import (
     ALPACA,
@@ -23,16 +24,31 @@ from tests.train.data.format_cases import (
     URL_PART,
     WITH_TOOLS,
     read,
+    read_records,
     turns,
 )
 
+LOSSES = [
+    (role, loss, sentence)
+    for role in ("system", "user", "assistant", "tool")
+    for loss, sentence in (
+        (1, "'loss' must be true or false, got 1; correct it"),
+        ("no", "'loss' must be true or false, got 'no'"),
+        (0.5, "'loss' must be true or false, got 0.5"),
+        (
+            True,
+            f"'loss' of a message of the {role} must be false, only answers are learned one by one; set data.train_",
+        ),
+    )
+    if (role, loss) != ("assistant", True)
+]
 WRONG_KEYS = [
     ({**PLAIN, "image_path": ["a.png"]}, "unknown key 'image_path' of an entry in format messages, nearest is 'image"),
-    ({**PLAIN, "fps": 1.0}, "unknown key 'fps' of an entry"),
+    ({**PLAIN, "fps": 1.0}, "unknown key 'fps' of an entry in format messages, known are id, messages, "),
     ({**PLAIN, "system": "x"}, "unknown key 'system' of an entry in format messages"),
     ({**PLAIN, "Images": []}, "unknown key 'Images' of an entry in format messages, nearest is 'images'"),
     ({"conversations": turns(*ASKED), "image": "a.png", "sytem": "x"}, "unknown key 'sytem'.*nearest is 'system'"),
-    ({"conversations": [{**turns(*ASKED)[1], "loss": False}]}, "message 0: unknown key 'loss' of a turn, nearest is "),
+    ({"conversations": [{**turns(*ASKED)[1], "los": False}]}, "message 0: unknown key 'los' of a turn, nearest is "),
     ({"conversations": [{**turns(*ASKED)[1], "id": 3}]}, "message 0: unknown key 'id' of a turn"),
     ({**ALPACA, "contents": "x"}, "unknown key 'contents' of an entry in format alpaca"),
     ({"instruction": "a", "ouput": "b"}, "unknown key 'ouput'.*nearest is 'output'"),
@@ -42,8 +58,8 @@ WRONG_KEYS = [
         "unknown key 'tool_calls' of a message of the u",
     ),
     (
-        {"messages": [{"role": "assistant", "content": "a", "loss": 0}]},
-        "unknown key 'loss' of a message of the assistan",
+        {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+        "unknown key 'weight' of a message of the ass",
     ),
     ({"messages": [{"role": "assistant", "content": "a", "refusal": None}]}, "unknown key 'refusal'"),
     ({"messages": [{"role": "assistant", "content": "a", "thinking": "b"}]}, "unknown key 'thinking'"),
@@ -51,17 +67,17 @@ WRONG_KEYS = [
     *(
         (
             {"messages": [{"role": "user", "content": [{"type": kind, kind: "a.x", key: 1}]}]},
-            f"message 0: unknown key {key!r} of a part of type {kind}, nearest is",
+            f"message 0: unknown key {key!r} of a part of type {kind}, {hint}",
         )
-        for kind, key in (
-            ("image", "max_pixels"),
-            ("image", "resized_height"),
-            ("image", "path"),
-            ("video", "fps"),
-            ("video", "nframes"),
-            ("video", "video_start"),
-            ("audio", "sampling_rate"),
-            ("text", "cache_control"),
+        for kind, key, hint in (
+            ("image", "max_pixel", "nearest is 'max_pixels'"),
+            ("image", "fps", "known are type, image, min_pixels, max_pixels"),
+            ("image", "path", "known are"),
+            ("video", "total_pixels", "nearest is 'm.._pixels'"),
+            ("video", "num_frames", "nearest is 'nframes'"),
+            ("video", "start", "nearest is 'video_start'"),
+            ("audio", "sampling_rate", "known are type, audio;"),
+            ("text", "cache_control", "known are type, text;"),
         )
     ),
     ({"messages": [{"role": "user", "content": [{**URL_PART, "detail": "low"}]}]}, "unknown key 'detail' of a part of"),
@@ -71,7 +87,7 @@ WRONG_KEYS = [
                 {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a", "detail": "low"}}]}
             ]
         },
-        "unknown key 'detail' of an image_url, nearest is 'url'",
+        "unknown key 'detail' of an image_url, known are url",
     ),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{**FULL_CALL, "index": 0}]}]},
@@ -103,12 +119,14 @@ def spoken(*pairs: tuple[str, Any], **more: Any) -> dict[str, Any]:
 WRONG_VALUES = [
     ({**PLAIN, **spoken(*ASKED)}, "has the keys of messages and sharegpt; set data.format"),
     ({**PLAIN, **ALPACA}, "has the keys of messages and alpaca"),
+    ({"conversation": turns(*ASKED)}, "has the keys .'conversation'., where 'conversation' is almost 'conversations'"),
+    ({"question": "a"}, "this one has the keys .'question'.; set data.format"),
     ({"text": "hi"}, r"has the keys \['text'\]; set data.format"),
     ({"conversations": PLAIN["messages"]}, "'conversations' hold 'role' and 'content'; set data.format to sharegpt"),
     ({"messages": turns(*ASKED)}, "'messages' hold 'from' and 'value'; set data.format to sharegpt"),
     ({"messages": [*ROLE_TOOLS, *WITH_TOOLS["messages"]]}, "which are another format; write all in one"),
     ({"messages": {"role": "user"}}, "'messages' must be a list of at least one message, got {'role'"),
-    ({"conversations": None}, "'conversations' must be a list of at least one message, got None"),
+    ({"conversations": None}, r"an entry needs exactly one of .* but this one has the keys \[\]; set data.format"),
     (spoken(("human", 3)), "message 0: 'content' must be a string or a list of parts, got 3"),
     (spoken(("user", "a")), r"message 0: 'from' must be one of \['function_call', 'gpt', .*got 'user'; .*data.tags"),
     (spoken(*ASKED, SYSTEM_TURN), "message 2: the system turn must come first"),
@@ -170,7 +188,7 @@ WRONG_VALUES = [
 def test_what_is_wrong_is_said_in_one_short_sentence(tmp_path, entry, message):
     path = tmp_path / "d.jsonl"
     path.write_text(f"{json.dumps(PLAIN)}\n{json.dumps(entry)}\n")
-    with pytest.raises(ValueError, match=rf"dataset '.*d\.jsonl', entry 1: .*{message}") as error:
+    with pytest.raises(ValueError, match=rf"sample '1' of '.*d\.jsonl', line 2: .*{message}") as error:
         read_records(path)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500 + len(str(path))
@@ -180,6 +198,7 @@ def test_what_is_wrong_is_said_in_one_short_sentence(tmp_path, entry, message):
 WHOLE = [
     PLAIN,
     WITH_TOOLS,
+    read_records,
     {"conversations": SHAREGPT_TOOLS, "tools": [json.dumps(TOOL)], "system": "x", "image": []},
     {"messages": ROLE_TOOLS, "tools": json.dumps([TOOL])},
     {**ALPACA, "history": [["a", "b"]]},
@@ -243,6 +262,14 @@ def test_whatever_is_wrong_is_a_sentence(seed):
             sentences.append(str(error))
     assert 250 < len(sentences) < 500
     assert not any("\n" in sentence for sentence in sentences)
+
+
+def test_a_column_that_is_not_there_is_named() -> None:
+    dialect = Dialect(format="messages", columns={"messages": "talk"})
+    with pytest.raises(
+        ValueError, match=r"data.columns calls the messages 'talk' but the entry has the keys .'images', 'messages'"
+    ):
+        to_messages(PLAIN, dialect)
 
 
 def test_it_says_what_can_be_ignored():
@@ -311,3 +338,10 @@ def test_wrong_names(names, message):
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_stands_as_it_is(format):
     check_dialect(Dialect(format=format, ignore=("model",)))
+
+
+@pytest.mark.parametrize(("role", "loss", "sentence"), LOSSES)
+def test_loss_that_is_none(role, loss, sentence):
+    asked = [] if role in ("system", "user") else [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match=f"message {len(asked)}: {sentence}"):
+        read({"messages": [*asked, {"role": role, "content": "x", "loss": loss}]})

@@ -1,14 +1,11 @@
 """Every format is the same conversation in other words."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from mmfn.train.data.records import read_records
-from mmfn.train.dialect import FORMATS, Dialect, check_dialect
+from mmfn.train.dialect import FORMATS
 from tests.train.data.format_cases import (
     ALPACA,
     ASKED,
@@ -23,6 +20,7 @@ from tests.train.data.format_cases import (
     VLM,
     WITH_TOOLS,
     read,
+    read_records,
     turns,
 )
 
@@ -53,6 +51,36 @@ def test_one_conversation_in_every_format(format, names, entry):
     assert read(entry, format, **names) == read(PLAIN)
     if not names:
         assert read(entry) == read(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("format", "key", "speaker", "words"),
+    [
+        ("messages", "messages", "role", "content"),
+        ("openai", "messages", "role", "content"),
+        ("llava", "conversations", "from", "value"),
+        ("sharegpt", "conversations", "from", "value"),
+        ("multimodal_tool", "messages", "role", "content"),
+    ],
+)
+def test_loss_of_a_turn_in_every_format(format, key, speaker, words):
+    """Kept for answers; of others `false` says what is so anyway."""
+    human, gpt = ("human", "gpt") if speaker == "from" else ("user", "assistant")
+    talk = [(human, "hi", False), (gpt, "WRONG", False), (human, "no", None), (gpt, "right", True), (gpt, "x", None)]
+    entry = {key: [{speaker: who, words: text, "loss": loss} for who, text, loss in talk]}
+    assert [message.get("loss") for message in read(entry, format).messages] == [False, False, None, True, None]
+    assert "loss" not in read(entry, format).messages[2]
+
+
+def test_loss_of_calls_that_are_one_message():
+    """A turn of calls goes on with the answer before it, so both are learned or neither."""
+    for loss in ({}, {"loss": False}):
+        talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "I look.", **loss}]
+        calls = [{"from": "function_call", "value": json.dumps(CALL), **loss}] * 2
+        message = read({"conversations": [*talk, *calls]}).messages[1]
+        assert (len(message["tool_calls"]), message.get("loss")) == (2, loss.get("loss"))
+    with pytest.raises(ValueError, match=r"message 2: calls are one message with the turn before; give both the same"):
+        read({"conversations": [*talk, {"from": "function_call", "value": json.dumps(CALL), "loss": True}]})
 
 
 @pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
@@ -141,9 +169,9 @@ def test_first_entries_of_a_file(tmp_path):
 
 
 def test_the_page_shows_what_is_read():
-    """The examples of docs/data.md, the columns and tags it lists, and its settings."""
+    """The examples of docs/data.md, and the columns and tags it lists."""
     page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
-    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    rows = [line.split(" | ") for line in page.split("## Templates")[0].splitlines() if line.startswith("| `")]
     table = {row[0].strip("| `"): row[1:] for row in rows[1:]}
     assert list(table) == list(FORMATS)
     assert read(json.loads(table["llava"][0].strip("`"))).images == ("17.jpg",)
@@ -156,7 +184,3 @@ def test_the_page_shows_what_is_read():
         listed = table[name][1].replace("`", "").split()
         assert set(listed) | {"images", "videos", "audios"} == set(FORMATS[name].columns)
     assert set(table["llava"][2].replace("`", " ").split()) - {"|"} == set(FORMATS["llava"].tags)
-    blocks = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
-    assert len(blocks) == 2
-    for block in blocks:
-        check_dialect(Dialect(**block["data"]))

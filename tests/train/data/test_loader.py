@@ -10,7 +10,10 @@ from mmfn.batch import IGNORE, IMAGE, Media, Sample
 from mmfn.models.layers.patches import lay_frames, tower_kind
 from mmfn.packing import pack
 from mmfn.parallel.mesh.axis import Axis
-from mmfn.train.data.loader import Loader, Stats, prefetch, stats
+from mmfn.train.data.agree import Stats, stats
+from mmfn.train.data.loader import Loader
+from mmfn.train.data.sources.mixing import Epochs
+from mmfn.train.data.workers import Workers, prefetch
 
 VALUES = 8
 
@@ -24,6 +27,17 @@ class Made:
 
     def __len__(self):
         return len(self.sizes)
+
+    fingerprints = ("made",)
+
+    def order(self, seed):
+        return Epochs(len(self), seed)
+
+    def place(self, index):
+        return f"'made', entry {index}"
+
+    def measure(self, index):
+        return self.sample(index)
 
     def sample(self, index):
         self.asked.append(index)
@@ -69,7 +83,7 @@ def equal(one, two):
 
 def test_steps_walk_the_permutations_of_the_epochs():
     loader = make()
-    expected = [i for epoch in range(4) for i in rng.permutation(10, 3, "epoch", epoch)]
+    expected = rng.Permutation(10, 3, "epoch").walk(torch.arange(40)).tolist()
     assert [i for step in range(10) for i in loader.indices(step)] == expected
     assert make(seed=4).indices(0) != loader.indices(0)
     assert expected[:10] != expected[10:20]
@@ -167,14 +181,14 @@ def test_stats_count():
 @pytest.mark.parametrize(("workers", "ahead"), [(0, 1), (1, 1), (1, 5), (4, 2), (4, 50)])
 def test_prefetch_gives_the_same_steps(workers, ahead):
     expected = [make().microbatches(step) for step in range(3, 15)]
-    got = list(prefetch(make().microbatches, 3, 15, workers=workers, ahead=ahead))
+    got = list(prefetch(make().microbatches, range(3, 15), Workers(number=workers, ahead=ahead)))
     assert len(got) == len(expected)
     assert all(equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_prefetch_looks_ahead_no_further_than_asked():
     loader = make(batch_samples=1)
-    steps = prefetch(loader.microbatches, 0, 100, workers=2, ahead=3)
+    steps = prefetch(loader.microbatches, range(100), Workers(number=2, ahead=3))
     next(steps)
     time.sleep(0.1)
     assert len(loader.dataset.asked) <= 4
@@ -184,7 +198,8 @@ def test_prefetch_looks_ahead_no_further_than_asked():
 def test_prefetch_raises_where_the_step_is_due():
     sizes = [(8, 0)] * 6
     sizes[make(sizes, batch_samples=1).indices(2)[0]] = (65, 0)
-    steps = prefetch(make(sizes, batch_samples=1).microbatches, 0, 6, workers=2, ahead=4)
+    loader = make(sizes, batch_samples=1, long_samples="stop")
+    steps = prefetch(loader.microbatches, range(6), Workers(number=2, ahead=4))
     assert len(next(steps)) == len(next(steps)) == 1
     with pytest.raises(ValueError, match="has 65 tokens but the largest bucket holds 64"):
         next(steps)
@@ -192,33 +207,40 @@ def test_prefetch_raises_where_the_step_is_due():
 
 
 def test_prefetch_closes_its_threads():
-    steps = prefetch(make().microbatches, 0, 1000, workers=3, ahead=8)
+    steps = prefetch(make().microbatches, range(1000), Workers(number=3, ahead=8))
     next(steps)
     assert [t for t in threading.enumerate() if t.name.startswith("mmfn-data")]
     steps.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("mmfn-data")]
-    assert list(prefetch(make().microbatches, 5, 5)) == []
+    assert list(prefetch(make().microbatches, range(0), Workers())) == []
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([(65, 0)], "sample 's0' has 65 tokens but the largest bucket holds 64; add a larger bucket for tokens"),
+        (
+            [(65, 0)],
+            "sample 's0' of 'made', entry 0 has 65 tokens but the largest bucket holds 64; add a larger",
+        ),
         (
             [(30, 20)],
-            "sample 's0' has 20 inputs of vision but the largest bucket holds 16; add a larger bucket for inputs of",
+            "sample 's0' of 'made', entry 0 has 20 inputs of vision but the largest bucket holds 16; add a larger",
         ),
     ],
 )
 def test_samples_larger_than_the_largest_bucket(sizes, message):
     with pytest.raises(ValueError, match=message):
-        make(sizes).microbatches(0)
+        make(sizes, long_samples="stop").microbatches(0)
+    with pytest.raises(ValueError, match=r"sample 's0' has .* but the largest bucket holds"):
+        make(sizes).pack([make(sizes).dataset.sample(0)])
 
 
 def test_a_sample_without_tokens_is_refused():
     """Samples are counted by the segments that are not empty: the third would take the second's weights."""
+    loader = make([(5, 0), (0, 0), (3, 0)], batch_samples=3)
+    assert [skip.id for skip in loader.share(0).skips] == ["s1"]
     with pytest.raises(ValueError, match="sample 's1' has no tokens; leave it out"):
-        make([(5, 0), (0, 0), (3, 0)], batch_samples=3).microbatches(0)
+        loader.pack([loader.dataset.sample(i) for i in range(3)])
 
 
 @pytest.mark.parametrize(
@@ -243,4 +265,4 @@ def test_bad_steps_and_workers():
     with pytest.raises(ValueError, match="step must not be negative, got -1"):
         make().indices(-1)
     with pytest.raises(ValueError, match="workers >= 0 and ahead >= 1, got -1 and 2"):
-        prefetch(make().microbatches, 0, 1, workers=-1)
+        prefetch(make().microbatches, range(1), Workers(number=-1))

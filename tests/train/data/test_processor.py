@@ -20,7 +20,7 @@ def test_sections_of_newer_libraries(tmp_path, digits, processor):
 
 def test_template_is_overridden(digits):
     template = "{% generation %}x{% endgeneration %}"
-    assert load_processor(digits / "model", template=template).chat.templates == (template,)
+    assert load_processor(digits / "model", template=template).chat.template == template
 
 
 def test_video_is_optional(tmp_path, digits):

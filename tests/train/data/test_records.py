@@ -1,8 +1,10 @@
 import json
+import os
 
 import pytest
 
-from mmfn.train.data.records import count_media, parse_record, plain_text, read_records
+from mmfn.train.data.records import count_media, parse_record, plain_text
+from tests.train.data.format_cases import read_records
 
 QUESTION = {"role": "user", "content": "<image>Which digit is this?"}
 ANSWER = {"role": "assistant", "content": "7"}
@@ -72,7 +74,7 @@ def test_both_file_forms(tmp_path, form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"messages": None}, r"'messages' must be a list of at least one message, got None"),
+        ({"messages": None}, r"an entry needs exactly one of 'messages' and"),
         ({"messages": []}, "must be a list of at least one"),
         ({"messages": ["x"]}, "message 0: a message must be an object, got str"),
         ({"messages": [{"role": "bot", "content": "x"}]}, r"message 0: 'role' must be one of \['system', .*got 'bot'"),
@@ -109,11 +111,11 @@ def test_both_file_forms(tmp_path, form):
         ({"images": {}}, "'images' must be a list of paths"),
         ({"images": [3]}, "a path of 'images' must be a non-empty string .*got 3"),
         ({"images": [""]}, "a path of 'images' must be a non-empty string"),
-        ({"images": []}, "sample '3' has 1 image placeholders for 0 images; write one <image> for each"),
-        ({"images": ["a", "b"]}, "sample '3' has 1 image placeholders for 2 images"),
-        ({"videos": ["a"]}, "sample '3' has 0 video placeholders for 1 videos"),
+        ({"images": []}, "it has 1 image placeholders for 0 images; write one <image> for each"),
+        ({"images": ["a", "b"]}, "it has 1 image placeholders for 2 images"),
+        ({"videos": ["a"]}, "it has 0 video placeholders for 1 videos"),
         ({"videos": [[]]}, "a path of 'videos' must be"),
-        ({"audios": ["a"]}, "sample '3' has 0 audio placeholders for 1 audios"),
+        ({"audios": ["a"]}, "it has 0 audio placeholders for 1 audios"),
         ({"tools": "{"}, "'tools' is a string but not JSON"),
         ({"tools": [1]}, "'tools' must be a list of JSON schemas"),
     ],
@@ -121,7 +123,7 @@ def test_both_file_forms(tmp_path, form):
 def test_every_fault_is_one_sentence_with_file_and_entry(tmp_path, change, message):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([GOOD, {**GOOD, **change}]))
-    with pytest.raises(ValueError, match=rf"dataset '.*data\.json', entry 1: .*{message}") as error:
+    with pytest.raises(ValueError, match=rf"sample '.*' of '.*data\.json', entry 1: .*{message}") as error:
         read_records(path)
     assert "\n" not in str(error.value)
 
@@ -144,13 +146,20 @@ def test_bad_llava_turns(turn, message):
     [
         ("", "is empty; it must hold"),
         ("[]", "is empty; it must hold"),
-        ("[{]", "is not valid JSON"),
+        ("[{]", "is not valid JSON .the list does not end"),
+        ("[{}] 3", "is not valid JSON .something stands behind the end of the list, byte 3"),
         ("[" * 100_000, "is not valid JSON"),
         ('{"messages": ' + "[" * 100_000, "line 1: not valid JSON"),
         (json.dumps(GOOD) + "\n{", "line 2: not valid JSON"),
-        ("{}", "entry 0: an entry needs exactly one"),
-        ("3", "entry 0: an entry must be an object, got int"),
-        (b"\xff\xfe", "cannot be read"),
+        ("{}", "line 1: an entry needs exactly one"),
+        ("[3]", "entry 0: an entry must be an object, got int"),
+        (json.dumps(GOOD) + "\n3", "line 2: an entry must be an object, got int"),
+        (json.dumps(GOOD).encode() + b"\n\xff\xfe", "line 2: not UTF-8 .invalid start byte at byte 0"),
+        ("3", "holds no JSON, it begins with '3'; write a JSON object in each line"),
+        ("question,answer\nWhat?,A cat.\n", "holds no JSON, it begins with 'question,answer"),
+        (json.dumps(GOOD).encode("utf-16"), "holds no JSON, it begins with '.*'; write"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "holds no JSON, it begins with '.*'; write"),
+        (json.dumps({"data": [GOOD]}, indent=1), "is one JSON object of several lines; write a list of entries"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -158,6 +167,14 @@ def test_bad_files(tmp_path, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read_records(path)
+
+
+def test_pipes_are_refused(tmp_path):
+    """To open one would wait for its other end."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", "/dev/null"):
+        with pytest.raises(ValueError, match="is no regular file; write what it holds to one"):
+            read_records(path)
 
 
 def test_missing_file(tmp_path):

@@ -5,17 +5,20 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
 from mmfn.errors import UserError
-from mmfn.train.data.entries import IGNORE_IT, check_keys, show
+from mmfn.train.data.entries import IGNORE_IT, check_keys, show, without_nulls
 from mmfn.train.data.formats.alpaca import read_alpaca
 from mmfn.train.data.formats.openai import list_messages, read_openai
 from mmfn.train.data.formats.turns import read_turns
-from mmfn.train.dialect import Dialect, Names, resolve, singular
+from mmfn.train.dialect import FORMATS, Dialect, Names, resolve, singular
 
+MISSPELT = 0.8  # keys as alike as this are
 MEDIA = ("image", "video", "audio")
+COLUMNS = frozenset(("id", *MEDIA, *(name for row in FORMATS.values() for name in row.columns.values())))
 Reader = Callable[[Mapping[str, Any], Names, Names], list[Any]]
 READERS: Mapping[str, Reader] = MappingProxyType(
     {
@@ -36,13 +39,18 @@ def to_messages(entry: Any, dialect: Dialect) -> dict[str, Any]:
     """
     if not isinstance(entry, dict):
         raise UserError(f"an entry must be an object, got {type(entry).__name__}; write one conversation in each")
-    entry = _without(entry, dialect.ignore)
+    entry = without_nulls(_without(entry, dialect.ignore), COLUMNS)
     if dialect.format == "auto":
         dialect = replace(dialect, format=detect(entry))
     columns, tags = resolve(dialect)
     turns = entry.get(columns["messages"]) if "messages" in columns else None
     if dialect.ignore and isinstance(turns, list):
         entry = {**entry, columns["messages"]: [_without(turn, dialect.ignore) for turn in turns]}
+    key = dialect.columns.get("messages")
+    if key is not None and key not in entry:
+        raise UserError(
+            f"data.columns calls the messages {key!r} but the entry has the keys {show(sorted(entry))}; correct it"
+        )
     single = [singular(columns[f"{kind}s"]) for kind in MEDIA]
     check_keys(entry, ("id", *columns.values(), *single), f"an entry in format {dialect.format}", IGNORE_IT)
     form: dict[str, Any] = {"id": entry["id"]} if "id" in entry else {}
@@ -68,6 +76,10 @@ def detect(entry: Mapping[str, Any]) -> str:
     fits = [name for name, keys in marks.items() if any(key in entry for key in keys)]
     if len(fits) != 1:
         found = f"has the keys of {' and '.join(fits)}" if fits else f"has the keys {show(sorted(entry))}"
+        known = [key for keys in marks.values() for key in keys]
+        near = [(key, like[0]) for key in entry if (like := get_close_matches(key, known, n=1, cutoff=MISSPELT))]
+        if near and not fits:
+            found += f", where {near[0][0]!r} is almost {near[0][1]!r}"
         raise UserError(
             "an entry needs exactly one of 'messages' and 'conversations', or 'instruction' and 'output', but this one "
             f"{found}; set data.format and data.columns"

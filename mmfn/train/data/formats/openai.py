@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmfn.errors import UserError
-from mmfn.train.data.entries import check_keys, show
+from mmfn.train.data.entries import check_keys, show, without_nulls
 from mmfn.train.dialect import Names
 
 _URLS = {"image_url": "image", "video_url": "video", "audio_url": "audio"}
@@ -41,7 +41,7 @@ def _read_part(part: Any) -> Any:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str) or kind not in _URLS:
         return part
-    check_keys(part, ("type", kind), f"a part of type {kind}")
+    check_keys(without_nulls(part, ("text", *_URLS)), ("type", kind), f"a part of type {kind}")
     url = part.get(kind)
     if isinstance(url, dict):
         check_keys(url, ("url",), f"an {kind}")

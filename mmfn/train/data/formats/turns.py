@@ -37,6 +37,10 @@ def read_turns(entry: Mapping[str, Any], columns: Names, tags: Names) -> list[di
             raise UserError(f"message {place}: {error}") from None
         calls = message.get("tool_calls")
         if calls and messages and messages[-1]["role"] == "assistant":
+            if message.get("loss") != messages[-1].get("loss"):
+                raise UserError(
+                    f"message {place}: calls are one message with the turn before; give both the same 'loss'"
+                )
             messages[-1] = {**messages[-1], "tool_calls": [*messages[-1].get("tool_calls", ()), *calls]}
         else:
             messages.append(message)
@@ -55,14 +59,15 @@ def _read_turn(turn: Any, tags: Names, roles: Names, column: str) -> dict[str, A
     speaker_key, text_key = tags["role_tag"], tags["content_tag"]
     if not isinstance(turn, dict) or not {speaker_key, text_key} <= turn.keys():
         raise UserError(f"a turn of {column!r} needs {speaker_key!r} and {text_key!r}, got {show(turn)}; write both")
-    check_keys(turn, (speaker_key, text_key), "a turn", IGNORE_IT)
+    check_keys(turn, (speaker_key, text_key, "loss"), "a turn", IGNORE_IT)
+    loss = {"loss": turn["loss"]} if turn.get("loss") is not None else {}
     speaker, text = turn[speaker_key], turn[text_key]
     if not isinstance(speaker, str) or speaker not in roles:
         raise UserError(
             f"{speaker_key!r} must be one of {sorted(roles)}, got {show(speaker)}; correct it or set data.tags"
         )
     if roles[speaker] != "function":
-        return {"role": roles[speaker], "content": text}
+        return {"role": roles[speaker], "content": text, **loss}
     if isinstance(text, str):
         try:
             text = decode(text)
@@ -73,4 +78,4 @@ def _read_turn(turn: Any, tags: Names, roles: Names, column: str) -> dict[str, A
     calls = read_calls(text if isinstance(text, list) else [text])
     if not calls:
         raise UserError(f"{text_key!r} of {speaker!r} holds no call; write {{'name', 'arguments'}} or remove the turn")
-    return {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"role": "assistant", "content": "", "tool_calls": calls, **loss}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmfn.train.evidence.float64 import WIDENED, float64
 from tests import oracles
-from tests.f64 import WIDENED, float64
 
 
 def delta_layer(layer, x_TD: Tensor) -> Tensor:

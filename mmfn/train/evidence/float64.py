@@ -35,14 +35,14 @@ def float64(packages: tuple[str, ...] = WIDENED) -> Iterator[None]:
         if name.startswith(tuple(f"{package}." for package in packages)) and vars(module).get("torch") is torch
     ]
     narrow_float, default = torch.Tensor.float, torch.get_default_dtype()
-    torch.Tensor.float = lambda tensor, *args, **kwargs: tensor.double()
+    setattr(torch.Tensor, "float", lambda tensor, *args, **kwargs: tensor.double())  # noqa: B010, no assignment to a method
     torch.set_default_dtype(torch.float64)
     for module in modules:
-        module.torch = wide
+        vars(module)["torch"] = wide
     try:
         yield
     finally:
         for module in modules:
-            module.torch = torch
+            vars(module)["torch"] = torch
         torch.set_default_dtype(default)
-        torch.Tensor.float = narrow_float
+        setattr(torch.Tensor, "float", narrow_float)  # noqa: B010

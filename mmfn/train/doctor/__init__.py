@@ -1,0 +1,1 @@
+"""`mmfn doctor`: what a machine has, and whether its parts go together."""

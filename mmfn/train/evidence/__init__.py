@@ -1,0 +1,1 @@
+"""Evidence: cards that state what a model, data and a layout must give, and what a machine measures of it."""

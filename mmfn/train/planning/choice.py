@@ -1,0 +1,155 @@
+"""What `mmfn suggest` chooses from: batches, layouts, what is computed again, what lies on the host.
+
+A choice is a whole config and its plan. Choices are compared by the seconds that a real token takes over all ranks: a
+larger batch hides more of what ranks send, a fuller one has fewer tokens that are padding.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import gcd
+from typing import Any
+
+from mmfn.errors import UserError
+from mmfn.parallel.mesh.layout import Layout
+from mmfn.parallel.planning.devices import device
+from mmfn.parallel.planning.plan import Plan, size
+from mmfn.parallel.weights.sharding import sizes_over
+from mmfn.spec import has_experts, num_params, num_trained
+from mmfn.train.build.model import find_family, model_specs
+from mmfn.train.config.load import Settings, check
+from mmfn.train.config.schema import Config
+
+ROOM = 0.9  # share of a device's memory that a plan may fill: the allocator rounds up, kernels have workspaces
+FULL: Mapping[str, Any] = {"remat": "full"}
+OFFLOADS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("activations",),
+    ("optimizer",),
+    ("activations", "optimizer"),
+    ("activations", "optimizer", "parameters"),
+)
+"""What may lie on the host, from what costs nothing to what costs most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The size of a batch: its tokens, inputs of each tower, and the share of its tokens that are real."""
+
+    tokens: int
+    towers: Mapping[str, int] = field(default_factory=dict)
+    fill: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A config and its plan. `fill`: that of its budget."""
+
+    config: Config
+    plan: Plan
+    fill: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether it leaves the room on the device that a plan does not know of."""
+        return self.plan.peak_bytes <= ROOM * device(self.plan.device).memory_bytes
+
+    @property
+    def token_s(self) -> float:
+        """Seconds of all ranks together for one real token."""
+        return self.plan.time.total_s / (self.plan.tokens * self.fill)
+
+    @property
+    def rank(self) -> tuple[bool, float, int]:
+        """What the best choice has least of: first those that fit, then by time, then by memory."""
+        return not self.fits, self.token_s, self.plan.peak_bytes
+
+    def __str__(self) -> str:
+        rate = self.config.layout.world / self.token_s
+        how = [str(Layout(**self.plan.layout)), describe_memory(self.config)]
+        return (
+            f"step {self.plan.time.total_s:.3g} s, {rate:,.0f} tokens/s, {size(self.plan.peak_bytes)}: "
+            f"{', '.join(how)}, batches of {self.config.data.token_buckets[-1]:,} tokens"
+        )
+
+
+def describe_memory(config: Config) -> str:
+    """What of a config's layout saves memory, in words."""
+    layout = config.layout
+    saved = f" but {', '.join(layout.remat_save)}" if layout.remat == "selective" else ""
+    offload = f", {' and '.join(layout.offload)} on the host" if layout.offload else ""
+    return f"remat {layout.remat}{saved}{offload}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """All that is chosen from, for a model on so many ranks of a device. `settings`: what is given, which is kept."""
+
+    settings: Settings
+    world: int
+    device: str
+    budgets: Sequence[Budget]
+
+    def config(self, budget: Budget, layout: Mapping[str, Any]) -> Config:
+        """The checked config of a batch and a layout. Raises ValueError for one that is refused."""
+        data = {
+            "token_buckets": [budget.tokens],
+            "tower_buckets": {name: [inputs] for name, inputs in budget.towers.items()},
+            "batch_tokens": budget.tokens * layout["replicate"] * layout["dp"],
+        }
+        own = {name: value for name, value in self._layout.items() if name != "dp"}
+        settings = self.settings.having("layout", **{**layout, **own})
+        loaded = check(settings.having("data", **{**data, **settings.values.get("data", {})}))
+        if loaded.notes or loaded.config.layout.world != self.world:
+            raise UserError(next(iter(loaded.notes), f"the layout has not {self.world} ranks"))
+        return loaded.config
+
+    def layouts(self) -> Iterator[tuple[Budget, dict[str, Any]]]:
+        """Batches and sizes of the mesh: copies of the model in a node, among nodes or everywhere, every ep, and where
+        a batch can be divided among ranks, every cp that does it by heads."""
+        family, cfg = find_family(self._bare.model)
+        specs = model_specs(self._bare, family, cfg)
+        experts = gcd(*sizes_over(specs, "ep").values()) if has_experts(specs) else 1
+        nodes = max(1, self.world // device(self.device).ranks_per_node)
+        for budget, copies in product(self.budgets, sorted({1, nodes, self.world})):
+            shards = self.world // copies
+            fits = copies == 1 or self._state_fits(num_params(specs), num_trained(specs), shards)
+            for cp, ep in product((1, 2, 4, 8, 16), range(1, shards + 1)):
+                sizes = {"replicate": copies, "dp": shards // cp, "cp": cp, "ep": ep}
+                is_whole = self.world % copies == shards % cp == shards % ep == experts % ep == 0
+                if fits and is_whole and all(self._layout.get(k, n) == n for k, n in sizes.items() if k != "dp"):
+                    yield budget, {**sizes, **({"kind": "ulysses"} if cp > 1 else {})}
+
+    def policies(self, layout: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """What may be computed again, from nothing to all: what costs most for its memory is kept longest."""
+        if "remat" in self._layout:
+            return [{}]
+        family, cfg = find_family(self._bare.model)
+        experts = ["experts"] if has_experts(family.specs(cfg)) else []
+        exchange = ["exchange"] if layout["ep"] > 1 else []
+        saves = [["attention", *exchange, *experts, "matmul"], ["attention", *exchange], ["attention"]]
+        saves = saves if exchange else saves[:2]
+        return [{"remat": "none"}, *({"remat": "selective", "remat_save": save} for save in saves), FULL]
+
+    def offloads(self) -> tuple[tuple[str, ...], ...]:
+        """What may lie on the host."""
+        given = self._layout.get("offload")
+        return OFFLOADS if given is None else (tuple(given),)
+
+    @property
+    def _layout(self) -> Mapping[str, Any]:
+        """Settings of the layout that are given."""
+        return self.settings.values.get("layout", {})
+
+    @property
+    def _bare(self) -> Config:
+        """The config without a layout, for what is asked of the model."""
+        least = {"token_buckets": [1], "tower_buckets": {}, **self.settings.values.get("data", {})}
+        values = {**self.settings.values, "layout": {}, "data": least}
+        return check(replace(self.settings, values=values), is_plan=True).config
+
+    def _state_fits(self, params: int, trained: int, shards: int) -> bool:
+        """Whether parameters, gradients and AdamW's state can lie on a device, cut into so many parts."""
+        itemsize = 2 if self._bare.model.dtype == "bfloat16" else 4
+        state = trained * (itemsize + 8 + (4 if itemsize == 2 else 0))
+        return (params * itemsize + state) / shards < ROOM * device(self.device).memory_bytes

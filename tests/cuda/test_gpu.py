@@ -1,0 +1,111 @@
+"""The table of GPUs on one: numbers of real kernels, what they leave unwritten, and that nothing waits for it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmfn import ops as tables
+from mmfn.batch import Segments
+from mmfn.ops import Ops, table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+]
+REFERENCE = tables.reference()
+TAIL, TOLERANCE = 37, 2e-2
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("default")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=g).bfloat16().cuda()
+
+
+def segments_of(*lengths: int) -> Segments:
+    segments = Segments.of(torch.tensor([0, *lengths]).cumsum(0).int())
+    return replace(segments, offsets_N=segments.offsets_N.cuda())
+
+
+def dirty() -> None:
+    """Freed memory holds NaN, so that a row left unwritten shows."""
+    blocks = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(64)]
+    del blocks
+
+
+def gradients(run: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    torch.cuda.set_sync_debug_mode("error")
+    out = run(*leaves)
+    found = torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(0) / out.shape[0])
+    torch.cuda.set_sync_debug_mode("default")
+    return [out.detach(), *found]
+
+
+def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert torch.isfinite(a).all()
+        assert (a.double() - b.double()).abs().max() <= TOLERANCE * b.double().abs().max()
+
+
+@pytest.mark.parametrize("channels", [64, 72, 80, 128, 256])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention(channels: int, is_causal: bool) -> None:
+    lengths = (300, 1, 0, 513, 64, 64, 0)
+    T, segments = sum(lengths) + TAIL, segments_of(*lengths)
+    qkv = drawn(T, 8, channels), drawn(T, 2, channels), drawn(T, 2, channels, seed=1)
+    dirty()
+    found = gradients(lambda *x: table("cuda").attention(*x, segments, is_causal=is_causal), *qkv)
+    wide = [x.double() for x in qkv]
+    with torch.no_grad():
+        expected = REFERENCE.attention(*wide, segments, is_causal=is_causal)
+    leaves = [x.requires_grad_() for x in wide]
+    out = REFERENCE.attention(*leaves, segments, is_causal=is_causal)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(0) / T)
+    check_close(found, [expected, *grads])
+    assert all(not x[-TAIL:].any() for x in found)
+
+
+def test_blocks() -> None:
+    segments, keys = segments_of(100, 0, 64, 7), segments_of(0, 33, 128, 5)
+    q, k, v = drawn(171 + TAIL, 4, 64), drawn(166 + TAIL, 2, 64), drawn(166 + TAIL, 2, 64, seed=1)
+    dirty()
+    torch.cuda.set_sync_debug_mode("error")
+    o, lse = table("cuda").attention_block(q, k, v, segments, keys, is_causal=False)
+    found = table("cuda").attention_block_grad(q, q, k, v, o, lse, segments, keys, is_causal=False)
+    torch.cuda.set_sync_debug_mode("default")
+    wide = [x.double() for x in (q, k, v)]
+    o_wide, lse_wide = REFERENCE.attention_block(*wide, segments, keys, is_causal=False)
+    has_keys = lse_wide > -torch.inf
+    assert torch.equal(lse > -torch.inf, has_keys)
+    check_close([o, lse[has_keys]], [o_wide, lse_wide[has_keys]])
+    expected = REFERENCE.attention_block_grad(wide[0], *wide, o_wide, lse_wide, segments, keys, is_causal=False)
+    check_close(list(found), list(expected))
+
+
+@pytest.mark.parametrize("counts", [[130, 0, 64, 1], [0, 0, 0, 7], [1, 1, 1, 1]], ids=str)
+def test_experts(counts: list[int]) -> None:
+    R, counts_E = sum(counts) + TAIL, torch.tensor(counts).cuda()
+    inputs = drawn(R, 64), drawn(4, 96, 64), drawn(4, 64, 48)
+
+    def run(ops: Ops, x: Tensor, gate_up: Tensor, down: Tensor) -> Any:
+        return ops.experts(x, counts_E, {"gate_up": gate_up, "down": down})
+
+    dirty()
+    found = gradients(lambda *x: run(table("cuda"), *x), *inputs)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    out = run(REFERENCE, *leaves)
+    expected = [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(0) / R)]
+    check_close(found, expected)
+    assert not found[0][-TAIL:].any()
+    assert not found[1][-TAIL:].any()

@@ -1,0 +1,110 @@
+"""`mmfn check`: a line for each thing that is checked, and every one of them can fail."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmfn import cli
+
+ROOT = Path(__file__).parents[2]
+CHECKS = ("settings", "output", "model", "training", "tokenizer", "data.train", "data.eval", "layout", "memory")
+BROKEN = {
+    "settings": ["train.steps=0"],
+    "output": ["output.path=/dev/null/run"],
+    "model": ["model.path=none"],
+    "training": ["freeze.parts=[ears]"],
+    "tokenizer": ["data.image_min_pixels=9", "data.image_max_pixels=4"],
+    "data.train": ["data.train=none.json"],
+    "data.eval": ["data.eval=none.json"],
+    "layout": ["layout.ep=2", "layout.dp=2"],
+    "memory": ["data.token_buckets=[4194304]"],
+}
+
+
+@pytest.fixture
+def call(make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`call(*arguments)` runs `mmfn check` on a config of the demo."""
+    config = make_config()
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(["check", str(config), *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def states(out: str) -> dict[str, str]:
+    """By name of a check, how it went."""
+    lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith(("ok ", "WRONG "))]
+    return {rest.partition(": ")[0]: state for state, rest in lines}
+
+
+def test_all_is_well(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = call("--world", "1")
+    assert (code, err) == (0, "")
+    assert states(out) == dict.fromkeys(CHECKS, "ok")
+    assert out.splitlines()[-1] == f"{len(CHECKS)} checks, nothing is wrong"
+    assert "it fits cpu" in out
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_each_check_can_fail(call: Callable[..., tuple[int, str, str]], name: str) -> None:
+    """Those that do not need it go on."""
+    code, out, err = call(*BROKEN[name])
+    assert code == 2
+    assert [check for check, state in states(out).items() if state == "WRONG"] == [name]
+    assert err.startswith("mmfn: error: 1 of ")
+    assert f"checks failed, the first: {name}: " in err
+    assert err.count("\n") == 1
+    if name not in ("settings", "model"):
+        assert states(out).keys() >= {"settings", "model", "training", "layout"}
+
+
+def test_the_ranks_that_will_be_started(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = call("--world", "4")
+    assert code == 2
+    assert "WRONG  layout: layout one device: replicate * dp * cp = 1 but there are 4 ranks; change the layout" in out
+    assert call("--world", "4", "layout.dp=2", "layout.cp=2")[0] == 0
+
+
+def test_epochs_in_place_of_steps(call: Callable[..., tuple[int, str, str]]) -> None:
+    """Schedules of their own included, whose steps only the data say."""
+    groups = "schedule.groups={'vision/.*': {lr: 1e-3, warmup_steps: 9}}"
+    assert call("train.steps=null", "train.epochs=2", "schedule.warmup_steps=7", groups)[0] == 0
+
+
+def test_several_things_are_wrong(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = call("data.train=none.json", "freeze.parts=[ears]", "layout.kind=ring")
+    assert code == 2
+    assert [name for name, state in states(out).items() if state == "WRONG"] == ["training", "data.train"]
+    assert "note   settings: layout.kind has no effect with cp 1" in out
+    assert "2 of 8 checks failed, the first: training: " in err
+
+
+def test_weights_are_checked_where_they_are(
+    call: Callable[..., tuple[int, str, str]], full_demo: Path, tmp_path: Path
+) -> None:
+    """By their headers alone; a tensor that the model does not have is found."""
+    folder = tmp_path / "model"
+    shutil.copytree(full_demo / "model", folder)
+    chosen = [f"model.path={folder}", "model.init=load"]
+    code, out, _ = call(*chosen)
+    assert code == 0
+    assert "ok     weights: not here, so not checked" in out
+    header = json.dumps({"strange": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    code, out, _ = call(*chosen)
+    assert code == 2
+    assert states(out)["weights"] == "WRONG"
+    assert "strange" in out
+
+
+def test_without_files(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = call("--no-files", "data.train=none.json", "model.device=mps")
+    assert code == 0
+    assert "left   tokenizer and data: --no-files" in out
+    assert "left   memory: no plan knows 'mps'; name one by --device" in out
+    assert "it fits h200" in call("--no-files", "model.device=mps", "--device", "h200")[1]

@@ -1,0 +1,240 @@
+"""`mmfn suggest`: its first choice is about the best of all there are, and what it writes is a config that fits."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmfn import cli
+from mmfn.errors import UserError
+from mmfn.parallel.planning import devices
+from mmfn.parallel.planning.plan import Plan
+from mmfn.train.commands.suggest import budgets_of, mean_tokens, typical_tokens
+from mmfn.train.config.load import Settings, load_config
+from mmfn.train.config.schema import Config
+from mmfn.train.planning.choice import Budget, Choice, Space
+from mmfn.train.planning.suggest import Measures, suggest
+from mmfn.train.survey.counts import Counts
+from mmfn.train.survey.fill import Fill
+from mmfn.train.survey.survey import Survey
+from tests.parallel.plan_cases import hf_config
+
+ROOT = Path(__file__).parents[2]
+KIB = 1024
+
+
+def space_of(folder: Path, hf: dict[str, Any], world: int, budgets: Sequence[Budget], **given: Any) -> Space:
+    """What is chosen from for a model of that config.json on the device "small"."""
+    (folder / "config.json").write_text(json.dumps(hf))
+    values: dict[str, Any] = {
+        "model": {"path": str(folder), "dtype": "bfloat16"},
+        "data": {"train": "x"},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 1},
+        "output": {"path": "x"},
+        **given,
+    }
+    settings = Settings(values=values, path=folder, origins={})
+    return Space(settings=settings, world=world, device="small", budgets=budgets)
+
+
+def every(space: Space) -> list[tuple[Budget, Config]]:
+    """All configs of a space that are not refused."""
+    found = []
+    for budget, layout in space.layouts():
+        for policy, offload in product(space.policies(layout), space.offloads()):
+            with suppress(UserError):
+                found.append((budget, space.config(budget, {**layout, **policy, "offload": list(offload)})))
+    return found
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """`small(kib)` gives the device "small" so much memory: a slow host and links that a small model feels."""
+
+    def make(kib: float) -> None:
+        device = replace(
+            devices.device("910b"),
+            name="small",
+            memory_bytes=round(kib * KIB),
+            flops=1e12,
+            memory_bandwidth=1e10,
+            link=5e9,
+            network=1e9,
+            host_link=1e9,
+            ranks_per_node=2,
+        )
+        monkeypatch.setitem(devices.DEVICES, "small", device)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("moe", "world"), [(False, 2), pytest.param(True, 4, marks=pytest.mark.slow)], ids=["dense", "experts"]
+)
+def test_the_first_choice_is_about_the_best(
+    tmp_path: Path, small: Callable[[float], None], moe: bool, world: int
+) -> None:
+    """Within 5 % of the best of all, for memory that holds anything, down to what nothing fits."""
+    budgets = [
+        Budget(tokens=64, towers={"vision": 32}, fill=0.9),
+        Budget(tokens=256, towers={"vision": 128}, fill=0.98),
+    ]
+    given = {} if moe else {"replicate": 1}
+    space = space_of(tmp_path, hf_config(moe=moe, layers=2), world, budgets, layout=given)
+    measures = Measures(64)
+    small(1e9)
+
+    def plan(config: Config) -> Plan:
+        return measures.plan(config, "small")
+
+    def best() -> Choice:
+        """Of those that can be planned."""
+        return min((Choice(config=c, plan=plan(c), fill=b.fill) for b, c in configs), key=lambda choice: choice.rank)
+
+    configs = every(space)
+    peaks = sorted(plan(config).peak_bytes / 0.9 / KIB for _, config in configs)
+    assert len(peaks) == 80 or moe
+    chosen = set()
+    for share in (0.02, 0.1, 0.25, 0.5, 0.75, 0.98):
+        small(peaks[int(share * len(peaks))] + 1)
+        first = suggest(space, plan)[0]
+        assert first.fits
+        assert first.token_s <= 1.05 * best().token_s, f"{share}: {first} but {best()}"
+        chosen.add(str(first.config.layout))
+    assert len(chosen) > 2
+    small(peaks[0] * 0.9)
+    with pytest.raises(
+        ValueError, match=f"nothing fits {world} ranks of small, the least is .* a rank; use more ranks"
+    ):
+        suggest(space, plan)
+
+
+def test_what_is_given_is_kept(tmp_path: Path, small: Callable[[float], None]) -> None:
+    small(1e9)
+    layout = {"cp": 2, "kind": "ulysses", "remat": "full", "offload": []}
+    budgets = [Budget(tokens=64, towers={"vision": 32})]
+    space = space_of(tmp_path, hf_config(), 2, budgets, layout=layout, data={"train": "x", "batch_tokens": 128})
+    choices = suggest(space, lambda config: Measures(64).plan(config, "small"))
+    assert {(c.config.layout.cp, c.config.layout.dp, c.config.layout.remat) for c in choices} == {(2, 1, "full")}
+    assert {c.config.data.batch_tokens for c in choices} == {128}
+    impossible = space_of(tmp_path, hf_config(), 2, budgets, layout={"cp": 3})
+    with pytest.raises(ValueError, match="no layout of 2 ranks can be planned"):
+        suggest(impossible, lambda config: Measures(64).plan(config, "small"))
+
+
+def test_batches_suit_the_data() -> None:
+    """Of sizes that the samples fit, those of which an epoch has enough steps; the smallest where none has."""
+    counts = Counts(rows=1000)
+    counts.tokens.update({500: 900, 3000: 100})
+    fills = [
+        Fill(budget=2048, batches=9, tokens=9 * 2000, samples=900, too_long=100, units={"vision": 300}),
+        Fill(budget=4096, batches=9, tokens=9 * 4000, samples=1000, units={"vision": 600}),
+        Fill(budget=8192, batches=9, tokens=9 * 8100, samples=1000, units={"vision": 1000}),
+        Fill(budget=16_384, batches=9, tokens=9 * 16_300, samples=1000, units={"vision": 2000}),
+        Fill(budget=32_768),
+    ]
+    seen = Survey(counts=counts, fills=fills, inputs={"vision": 4})
+    assert (mean_tokens(seen), typical_tokens(seen)) == (750, 1500)
+    assert [b.tokens for b in budgets_of(seen, 1_000_000, world=16)] == [4096, 8192, 16_384]
+    assert [b.tokens for b in budgets_of(seen, 5_000, world=16)] == [4096]
+    assert [b.tokens for b in budgets_of(seen, 10_000, world=1)] == [4096, 8192, 16_384]
+    (first, *_) = budgets_of(seen, 10_000, world=1)
+    assert first.towers == {"vision": 640 * 4}
+    assert first.fill == pytest.approx(4000 / 4096)
+    with pytest.raises(ValueError, match="the data has no sample that can be used; see mmfn data check"):
+        budgets_of(Survey(counts=Counts(), fills=[Fill(budget=64)]), 10, world=1)
+
+
+def test_of_the_demo(small_demo: Path, full_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command, from data to a file that mmfn check and mmfn plan accept."""
+    out = tmp_path / "run.yaml"
+    model, data = str(small_demo / "model"), str(small_demo / "train.json")
+    keep = [f"data.root={full_demo}", "model.init=random", f"output.path={tmp_path / 'run'}"]
+    command = ["suggest", model, data, "--device", "cpu", "--world", "2", "--jobs", "1", "--out", str(out), *keep]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("next: step ") for line in printed) == 3
+    (best,) = [line for line in printed if line.startswith("best: step ")]
+    assert "tokens/s" in best
+    config = load_config(out).config
+    assert config.layout.world == 2
+    assert config.data.batch_tokens == config.data.token_buckets[-1] * config.layout.replicate * config.layout.dp
+    assert config.train.epochs == 1
+    head = out.read_text().split("\n\n")[0]
+    assert "Expected of a rank: " in head
+    assert f"# Start: torchrun --nproc-per-node 2 -m mmfn train {out}" in head
+    assert cli.main(["check", str(out), "--world", "2"]) == 0
+    assert "it fits cpu" in capsys.readouterr().out
+    assert cli.main(["plan", str(out), "--device", "cpu"]) == 0
+    assert ", fits" in capsys.readouterr().out
+
+
+def test_of_the_demo_by_lora_on_another_device(
+    small_demo: Path, full_demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Printed, where no file is named."""
+    model, data = str(small_demo / "model"), str(small_demo / "train.json")
+    given = [f"data.root={full_demo}", "layout.cp=1", "layout.replicate=1", "layout.remat=none"]
+    options = ["--device", "h100", "--world", "1", "--lora", "--jobs", "1", "--rows", "10"]
+    assert cli.main(["suggest", model, data, *options, *given]) == 0
+    printed = capsys.readouterr().out
+    assert "lora:\n  rank: 16\n  alpha: 32.0\n" in printed
+    assert "  device: cuda\n" in printed
+    assert "# Start: mmfn train suggested.yaml" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--world", "0"], "--world 0 and --rows 20000 must be positive"),
+        (["--world", "1", "--device", "tpu"], "device 'tpu' is unknown"),
+        (["--world", "1", "--out", "none/x.yaml"], "lies in a folder that does not exist"),
+        (["--world", "1", "layout.tp=2"], "unknown key 'layout.tp'"),
+        (["--world", "1"], "model.path 'none' is no folder"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["suggest", "none", "none.json", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+PUBLISHED = {
+    "Qwen3-VL-2B": ("910b", 8, []),
+    "Qwen3-VL-8B": ("910b", 8, ["--lora"]),
+    "Qwen2.5-VL-7B": ("a3", 8, []),
+    "Qwen3.5-9B": ("h100", 8, []),
+    "Qwen3-VL-30B-A3B": ("910b", 16, ["layout.ep=8"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_of_published_sizes(
+    small_demo: Path, full_demo: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of their sizes with the demo's tokenizer: what is suggested passes all checks, and fits by its own plan."""
+    device, world, given = PUBLISHED[name]
+    folder, out = tmp_path / "model", tmp_path / "run.yaml"
+    shutil.copytree(small_demo / "model", folder)
+    hf = json.loads((ROOT / "configs" / "models" / name / "config.json").read_text())
+    demo = json.loads((folder / "config.json").read_text())
+    tokens = {key: value for key, value in demo.items() if key.endswith("_token_id")}
+    (folder / "config.json").write_text(json.dumps({**hf, **tokens}))
+    where = [f"data.root={full_demo}", f"output.path={tmp_path / 'run'}", "layout.cp=1", "layout.replicate=1"]
+    options = ["--device", device, "--world", str(world), "--jobs", "1", "--out", str(out)]
+    assert cli.main(["suggest", str(folder), str(small_demo / "train.json"), *options, *given, *where]) == 0
+    assert "best: step " in capsys.readouterr().out
+    assert cli.main(["check", str(out), "--no-files", "--world", str(world), "--device", device]) == 0
+    assert f"it fits {device}" in capsys.readouterr().out
+    assert cli.main(["plan", str(out), "--device", device]) == 0
+    assert f"  {device}: " in (printed := capsys.readouterr().out)
+    assert ", fits" in printed
