@@ -131,7 +131,7 @@ Ranks(size=2, store=HashStore()).leave(2)
 
 def test_a_rank_that_failed_ends_at_once() -> None:
     """What Python does last is left out, so that no thread of a process group meets it; what was said is written."""
-    done = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout, done.stderr) == (2, "said", "")
     assert Ranks().leave(2) == 2
 

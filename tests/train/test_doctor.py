@@ -124,7 +124,7 @@ def test_a_package_that_torch_cannot_load_is_a_finding(tmp_path: Path) -> None:
         env = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
         env["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))
         return subprocess.run(
-            [sys.executable, "-m", "mmfn", *command], env=env, capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, "-m", "mmfn", *command], env=env, capture_output=True, text=True, timeout=600, check=False
         )
 
     done = run("doctor")

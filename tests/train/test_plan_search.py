@@ -211,5 +211,5 @@ def test_an_interrupt_of_a_search_is_quiet(tmp_path: Path) -> None:
         assert search.stdout is not None
         assert any(line.startswith("planning ") for line in search.stdout)  # reads until the work begins
         os.killpg(search.pid, signal.SIGINT)
-        out, err = search.communicate(timeout=60)
+        out, err = search.communicate(timeout=600)
     assert (search.returncode, out, err) == (130, "", "mmfn: error: interrupted\n")

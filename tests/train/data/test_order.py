@@ -125,7 +125,7 @@ def test_ranks_of_gloo(mode: str) -> None:
         )
         for rank in range(2)
     ]
-    found = [json.loads(rank.communicate(timeout=180)[0]) for rank in ranks]
+    found = [json.loads(rank.communicate(timeout=600)[0]) for rank in ranks]
     assert joined(found) == expected(mode)
 
 
