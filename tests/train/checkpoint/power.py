@@ -54,7 +54,9 @@ def train(root: Path, durable: Path) -> None:
         for step in range(1, 100_000):
             saver(state_at(KIND, mesh, step), facts_of(step))
             if mesh["world"].index == 0 and step > 1:  # the call has waited for the save before
-                durable.write_text(str(step - 1))
+                told = durable.with_suffix(".told")
+                told.write_text(str(step - 1))
+                told.replace(durable)  # at no moment empty
 
     virtual(LAYOUT, rank)
 
@@ -80,7 +82,7 @@ def trial(folder: Path, draw: random.Random, syncs: bool) -> str:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 2))
         os.kill(process, signal.SIGSTOP)  # flushes nothing
-        known = int(durable.read_text() or 0)
+        known = int(durable.read_text())
         do("cp", "--sparse=always", image, copy)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
