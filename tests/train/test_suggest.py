@@ -18,8 +18,8 @@ from mmfn.parallel.planning.plan import Plan
 from mmfn.train.commands.suggest import budgets_of, mean_tokens, typical_tokens
 from mmfn.train.config.load import Settings, load_config
 from mmfn.train.config.schema import Config
-from mmfn.train.planning.choice import Budget, Choice, Space
-from mmfn.train.planning.suggest import Measures, suggest
+from mmfn.train.planning.choice import OFFLOADS, Budget, Choice, Space
+from mmfn.train.planning.suggest import BEAM, Measures, suggest
 from mmfn.train.survey.counts import Counts
 from mmfn.train.survey.fill import Fill
 from mmfn.train.survey.survey import Survey
@@ -114,6 +114,27 @@ def test_the_first_choice_is_about_the_best(
         ValueError, match=f"nothing fits {world} ranks of small, the least is .* a rank; use more ranks"
     ):
         suggest(space, plan)
+
+
+def test_what_alone_fits_is_found_behind_what_is_faster(tmp_path: Path, small: Callable[[float], None]) -> None:
+    """The slowest of all layouts, and that with everything on the host."""
+    small(1000)
+    budget = Budget(tokens=64, towers={"vision": 32})
+    space = space_of(tmp_path, hf_config(), 4, [budget])
+    layouts = [layout for _, layout in space.layouts()]
+    assert len(layouts) > BEAM
+    any_plan = Measures(64).plan(space.config(budget, layouts[0]), "small")
+
+    def plan(config: Config) -> Plan:
+        sizes = config.layout.model_dump()
+        place = next(i for i, layout in enumerate(layouts) if layout.items() <= sizes.items())
+        fits = place == len(layouts) - 1 and config.layout.offload == OFFLOADS[-1]
+        time = replace(any_plan.time, total_s=1.0 + place)
+        return replace(any_plan, peak_bytes=KIB * (500 if fits else 2000), time=time)
+
+    first = suggest(space, plan)[0]
+    assert first.fits
+    assert layouts[-1].items() <= first.config.layout.model_dump().items()
 
 
 def test_what_is_given_is_kept(tmp_path: Path, small: Callable[[float], None]) -> None:

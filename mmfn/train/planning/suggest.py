@@ -1,7 +1,8 @@
 """The fastest choice that fits, without planning all of them.
 
 Every batch and layout is planned once with all blocks computed again. Of each size of batch the best few go on: of what
-does not fit, as little as does it goes to the host; what fits is computed again less and less, until it does not.
+does not fit, as little as does it goes to the host; what fits is computed again less and less, until it does not. Where
+none of the few fits, all others go on that fit with everything on the host.
 """
 
 import json
@@ -22,6 +23,7 @@ from mmfn.train.planning.step_plan import Measured
 
 BEAM = 2  # layouts of each size of batch that go on
 
+Start = tuple[Budget, Mapping[str, Any]]  # a batch and a layout
 Planner = Callable[[Config], Plan]  # Raises ValueError for a layout that cannot be planned
 Together = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # `map`, or one on several threads
 
@@ -38,22 +40,36 @@ def suggest(
         except UserError as error:
             return str(error)
 
-    def begin(start: tuple[Budget, Mapping[str, Any]]) -> Choice | str:
-        budget, layout = start
-        return choose(budget, {**layout, **space.policies(layout)[-1], **_moved(space.offloads()[0])})
+    def begin(starts: Sequence[Start], offload: Sequence[str]) -> list[Choice | str]:
+        def one(start: Start) -> Choice | str:
+            budget, layout = start
+            return choose(budget, {**layout, **space.policies(layout)[-1], **_moved(offload)})
 
-    starts = list(space.layouts())
+        return list(together(one, starts))
+
+    def climb(items: Sequence[tuple[Start, Choice]]) -> list[Choice]:
+        climbs = together(lambda item: list(_climb(space, item[0], item[1], choose)), items)
+        return [choice for climb in climbs for choice in climb]
+
+    starts, offloads = list(space.layouts()), space.offloads()
     say(f"planning {len(starts)} layouts for {space.world} ranks of {space.device}")
-    begun = list(zip(starts, together(begin, starts), strict=True))
-    planned = [(start, first) for start, first in begun if isinstance(first, Choice)]
+    begun = begin(starts, offloads[0])
+    planned = [(start, first) for start, first in zip(starts, begun, strict=True) if isinstance(first, Choice)]
     if not planned:
-        reason = next((first for _, first in begun if isinstance(first, str)), "there is none")
+        reason = next((first for first in begun if isinstance(first, str)), "there is none")
         raise UserError(f"no layout of {space.world} ranks can be planned: {reason}")
     planned.sort(key=lambda item: (item[0][0].tokens, item[1].rank))
-    beam = [item for _, group in groupby(planned, key=lambda item: item[0][0].tokens) for item in list(group)[:BEAM]]
+    groups = [list(group) for _, group in groupby(planned, key=lambda item: item[0][0].tokens)]
+    beam = [item for group in groups for item in group[:BEAM]]
     say(f"{len(beam)} of them go on, with less computed again and more on the host")
-    climbs = together(lambda item: list(_climb(space, item[0], item[1], choose)), beam)
-    choices = sorted([*(first for _, first in planned), *(c for climb in climbs for c in climb)], key=lambda c: c.rank)
+    choices = [first for _, first in planned] + climb(beam)
+    rest = [item for group in groups for item in group[BEAM:]]
+    if rest and len(offloads) > 1 and not any(choice.fits for choice in choices):
+        say(f"none fits; the other {len(rest)} are planned with all on the host")
+        ends = begin([start for start, _ in rest], offloads[-1])
+        choices += [end for end in ends if isinstance(end, Choice)]
+        choices += climb([item for item, end in zip(rest, ends, strict=True) if isinstance(end, Choice) and end.fits])
+    choices.sort(key=lambda choice: choice.rank)
     if not choices[0].fits:
         least = min(choices, key=lambda c: c.plan.peak_bytes)
         raise UserError(
@@ -65,7 +81,7 @@ def suggest(
 
 def _climb(
     space: Space,
-    start: tuple[Budget, Mapping[str, Any]],
+    start: Start,
     first: Choice,
     choose: Callable[[Budget, Mapping[str, Any]], Choice | str],
 ) -> Iterator[Choice]:
