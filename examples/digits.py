@@ -217,3 +217,4 @@ if __name__ == "__main__":
         write_demo(out)
     except OSError as error:
         sys.exit(f"digits.py: error: cannot write {str(out)!r} ({error}); give a folder that can be written")
+    print(f"data: {out / 'train.json'}, {out / 'eval.json'}; model: {out / 'model'}")

@@ -217,3 +217,4 @@ if __name__ == "__main__":
         write_demo(args.out, args.family)
     except OSError as error:
         sys.exit(f"every_family.py: error: cannot write {str(args.out)!r} ({error}); give a folder that can be written")
+    print(f"data: {args.out / 'train.json'}, {args.out / 'eval.json'}; model: {args.out / 'model'}")

@@ -80,3 +80,4 @@ if __name__ == "__main__":
         write_demo(out)
     except OSError as error:
         sys.exit(f"moving_digits.py: error: cannot write {str(out)!r} ({error}); give a folder that can be written")
+    print(f"data: {out / 'train.json'}, {out / 'eval.json'}; model: {out / 'model'}")

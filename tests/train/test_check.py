@@ -47,6 +47,7 @@ def test_all_is_well(call: Callable[..., tuple[int, str, str]]) -> None:
     assert (code, err) == (0, "")
     assert states(out) == dict.fromkeys(CHECKS, "ok")
     assert out.splitlines()[-1] == f"{len(CHECKS)} checks, nothing is wrong"
+    assert "ok     layout: one device\n" in out
     assert "it fits cpu" in out
 
 

@@ -119,4 +119,5 @@ def _check_layout(config: Config, family: Family, cfg: Any, specs: Tree | None, 
         layout.check_world(world)
     mesh = recording_mesh(layout, 0, Recorder(is_fake=True))
     program = build_program(config, family, cfg, mesh, specs or family.specs(cfg), planned_table(config.model.table))
-    return "; ".join((f"{layout}, {layout.world} ranks", *program.notes))
+    ranks = f", {layout.world} ranks" if layout.world > 1 else ""
+    return "; ".join((f"{layout}{ranks}", *program.notes))
