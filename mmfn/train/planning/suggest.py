@@ -1,15 +1,15 @@
 """The fastest choice that fits, without planning all of them.
 
-Every batch and layout is planned once with all blocks computed again. Of each size of batch the best few go on: of what
-does not fit, as little as does it goes to the host; what fits is computed again less and less, until it does not. Where
-none of the few fits, all others go on that fit with everything on the host.
+Every batch and layout is planned with all blocks computed again: of what does not fit, as little as does it goes to the
+host. Of each size of batch the best few go on, computed again less and less, until they do not fit.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, islice
+from math import inf
 from typing import Any
 
 from mmfn.errors import UserError
@@ -24,6 +24,7 @@ from mmfn.train.planning.step_plan import Measured
 BEAM = 2  # layouts of each size of batch that go on
 
 Start = tuple[Budget, Mapping[str, Any]]  # a batch and a layout
+Offload = tuple[str, ...]
 Planner = Callable[[Config], Plan]  # Raises ValueError for a layout that cannot be planned
 Together = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # `map`, or one on several threads
 
@@ -40,36 +41,27 @@ def suggest(
         except UserError as error:
             return str(error)
 
-    def begin(starts: Sequence[Start], offload: Sequence[str]) -> list[Choice | str]:
+    def begin(starts: Iterable[Start], offload: Sequence[str]) -> list[Choice | str]:
         def one(start: Start) -> Choice | str:
             budget, layout = start
             return choose(budget, {**layout, **space.policies(layout)[-1], **_moved(offload)})
 
         return list(together(one, starts))
 
-    def climb(items: Sequence[tuple[Start, Choice]]) -> list[Choice]:
-        climbs = together(lambda item: list(_climb(space, item[0], item[1], choose)), items)
-        return [choice for climb in climbs for choice in climb]
-
-    starts, offloads = list(space.layouts()), space.offloads()
+    starts = list(space.layouts())
     say(f"planning {len(starts)} layouts for {space.world} ranks of {space.device}")
-    begun = begin(starts, offloads[0])
+    begun = begin(starts, space.offloads()[0])
     planned = [(start, first) for start, first in zip(starts, begun, strict=True) if isinstance(first, Choice)]
     if not planned:
         reason = next((first for first in begun if isinstance(first, str)), "there is none")
         raise UserError(f"no layout of {space.world} ranks can be planned: {reason}")
-    planned.sort(key=lambda item: (item[0][0].tokens, item[1].rank))
-    groups = [list(group) for _, group in groupby(planned, key=lambda item: item[0][0].tokens)]
-    beam = [item for group in groups for item in group[:BEAM]]
-    say(f"{len(beam)} of them go on, with less computed again and more on the host")
-    choices = [first for _, first in planned] + climb(beam)
-    rest = [item for group in groups for item in group[BEAM:]]
-    if rest and len(offloads) > 1 and not any(choice.fits for choice in choices):
-        say(f"none fits; the other {len(rest)} are planned with all on the host")
-        ends = begin([start for start, _ in rest], offloads[-1])
-        choices += [end for end in ends if isinstance(end, Choice)]
-        choices += climb([item for item, end in zip(rest, ends, strict=True) if isinstance(end, Choice) and end.fits])
-    choices.sort(key=lambda choice: choice.rank)
+    choices, fitting = _fit(planned, space.offloads(), begin)
+    fitting.sort(key=lambda item: (item[0][0].tokens, item[2].rank))
+    groups = groupby(fitting, key=lambda item: item[0][0].tokens)
+    beam = [item for _, group in groups for item in islice(group, BEAM)]
+    say(f"{len(beam)} of them go on, with less computed again")
+    climbs = together(lambda item: list(_climb(space, item[0], item[1], choose)), beam)
+    choices = sorted([*choices, *(choice for climb in climbs for choice in climb)], key=lambda choice: choice.rank)
     if not choices[0].fits:
         least = min(choices, key=lambda c: c.plan.peak_bytes)
         raise UserError(
@@ -79,43 +71,65 @@ def suggest(
     return choices
 
 
+def _fit(
+    planned: Sequence[tuple[Start, Choice]],
+    offloads: Sequence[Offload],
+    begin: Callable[[Iterable[Start], Offload], list[Choice | str]],
+) -> tuple[list[Choice], list[tuple[Start, Offload, Choice]]]:
+    """All that was planned, and what fits of it, with as little on the host as does it.
+
+    First with everything there: what does not fit then never does. What has more there is slower, so a start that is
+    slower already than the few of its size of batch that go on is not followed.
+    """
+    choices = [first for _, first in planned]
+    fitting = {i: (offloads[0], first) for i, first in enumerate(choices) if first.fits}
+    tight = {i: first for i, first in enumerate(choices) if not first.fits}
+    for offload in (*offloads[1:][-1:], *offloads[1:-1]):
+        times: dict[int, list[float]] = {}
+        for i, (_, choice) in fitting.items():
+            times.setdefault(planned[i][0][0].tokens, []).append(choice.token_s)
+        slowest = {tokens: sorted(some)[BEAM - 1] for tokens, some in times.items() if len(some) >= BEAM}
+        followed = [i for i in tight if tight[i].token_s < slowest.get(planned[i][0][0].tokens, inf)]
+        for i, found in zip(followed, begin([planned[i][0] for i in followed], offload), strict=True):
+            if not isinstance(found, Choice):
+                continue
+            choices.append(found)
+            if found.fits:
+                fitting[i] = offload, found
+            if found.fits != (offload == offloads[-1]):
+                del tight[i]
+            elif not found.fits:
+                tight[i] = found
+    return choices, [(planned[i][0], offload, choice) for i, (offload, choice) in fitting.items()]
+
+
 def _climb(
     space: Space,
     start: Start,
-    first: Choice,
+    offload: Offload,
     choose: Callable[[Budget, Mapping[str, Any]], Choice | str],
 ) -> Iterator[Choice]:
-    """Choices of one batch and layout from what it began with."""
+    """Choices of a batch, a layout and what lies on the host, less and less of which is computed again."""
     budget, layout = start
-    policies, offloads = space.policies(layout), space.offloads()
+    policies = space.policies(layout)
 
-    def at(policy: int, offload: tuple[str, ...]) -> Choice | None:
-        found = choose(budget, {**layout, **policies[policy], **_moved(offload)})
-        return found if isinstance(found, Choice) else None
-
-    def up(policy: int, offload: tuple[str, ...]) -> Iterator[tuple[int, Choice]]:
-        """Less and less is computed again, as long as it fits."""
-        while policy >= 0 and (found := at(policy, offload)) is not None:
+    def up(policy: int, offload: Offload) -> Iterator[tuple[int, Choice]]:
+        """As long as it fits."""
+        while policy >= 0:
+            found = choose(budget, {**layout, **policies[policy], **_moved(offload)})
+            if not isinstance(found, Choice):
+                return
             yield policy, found
             if not found.fits:
                 return
             policy -= 1
 
-    last, offload, fits = len(policies) - 1, offloads[0], first.fits
-    for more in offloads[1:] if not fits else ():
-        if (found := at(last, more)) is not None:
-            yield found
-            offload, fits = more, found.fits
-            if fits:
-                break
-    if not fits:
-        return
-    policy = last
-    for place, found in up(last - 1, offload):
+    policy = len(policies) - 1
+    for place, found in up(policy - 1, offload):
         yield found
         policy = place if found.fits else policy
     with_activations = tuple(dict.fromkeys(("activations", *offload)))
-    if policy > 0 and offload != with_activations and set(with_activations) in map(set, offloads):
+    if policy > 0 and offload != with_activations and set(with_activations) in map(set, space.offloads()):
         yield from (found for _, found in up(policy - 1, with_activations))
 
 
