@@ -20,6 +20,7 @@ from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import psum
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.weights.gather import Gather, enter
+from mmfn.parallel.weights.gradient_sums import MOST_UNDER_WAY, GradientSums
 from mmfn.parallel.weights.host_memory import HostMemory
 from mmfn.parallel.weights.prefetch import wrap_stack_with_gather, wrap_stack_with_prefetch
 from mmfn.parallel.weights.sharding import dims_by_axis
@@ -33,7 +34,7 @@ def whole_batch(batch: Batch) -> Batch:
     return batch
 
 
-def same_params(params: Tree, values: Tree) -> Tree:
+def same_params(params: Tree, values: Tree, sums: GradientSums | None = None) -> Tree:
     """The base of `Program.enter`."""
     return params
 
@@ -49,7 +50,8 @@ class WeightSettings:
 
     `compute` and `reduce`: dtypes of gathered parameters and of gradient sums (None: the leaf's own, and float32 or
     wider). `prefetch` and `keep_gathered`: when whole weights are made (see `data_parallel`). `is_hosted`: parameters
-    lie on the host. `is_head_sharded`: the loss takes a rank's rows of the head.
+    lie on the host. `is_head_sharded`: the loss takes a rank's rows of the head. `sums_under_way`: sums of gradients
+    that are sent and not yet waited for, at most.
     """
 
     compute: torch.dtype | None = None
@@ -58,6 +60,7 @@ class WeightSettings:
     keep_gathered: bool = False
     is_hosted: bool = False
     is_head_sharded: bool = False
+    sums_under_way: int = MOST_UNDER_WAY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +68,12 @@ class Program:
     """How one rank runs a model.
 
     `mesh`: this rank's place; `uses`: the layout sizes that a transform has taken care of. `split(batch)`: this rank's
-    share of a batch. `enter(params, values)`: the parameters as a model that uses `ops` is given them, where `params`
-    stand for `values` in autograd. `period` and `num_special`: blocks of the text are treated alike in periods of so
-    many, behind so many that are not. `is_offloaded`: activations lie on the host. `compile` is "none", "layer" or
-    "step" and `backend` the one torch.compile is given. `watch` is applied to the lowered table, last: a plan labels
-    ops by it. `notes` say what each transform did.
+    share of a batch. `enter(params, values, sums)`: the parameters as a model that uses `ops` is given them, where
+    `params` stand for `values` in autograd and `sums` (default: autograd itself) are given their gradients. `period`
+    and `num_special`: blocks of the text are treated alike in periods of so many, behind so many that are not.
+    `is_offloaded`: activations lie on the host. `compile` is "none", "layer" or "step" and `backend` the one
+    torch.compile is given. `watch` is applied to the lowered table, last: a plan labels ops by it. `notes` say what
+    each transform did.
     """
 
     specs: Tree
@@ -77,7 +81,7 @@ class Program:
     mesh: Mesh = field(default_factory=single_mesh)
     uses: frozenset[str] = frozenset()
     split: Callable[[Batch], Batch] = whole_batch
-    enter: Callable[[Tree, Tree], Tree] = same_params
+    enter: Callable[..., Tree] = same_params
     weights: WeightSettings = field(default_factory=WeightSettings)
     period: int = 1
     num_special: int = 0
@@ -98,6 +102,13 @@ class Program:
         One graph has sizes read on the host in it (torch's `fullgraph`), as those of an exchange of rows.
         """
         return torch.compile(fn, fullgraph=True, dynamic=False, backend=self.backend)
+
+    def gradient_sums(self) -> GradientSums | None:
+        """What one step's gradients are summed by, None where that is part of a graph, or nothing is summed."""
+        is_in_graph = self.compile == "step" or (self.compile == "layer" and not self.weights.keep_gathered)
+        if self.mesh.layout.world == 1 or is_in_graph:
+            return None
+        return GradientSums(most=self.weights.sums_under_way)
 
     @contextmanager
     def compiling(self) -> Iterator[None]:

@@ -181,7 +181,7 @@ EXTENDED = (
 
 @pytest.mark.parametrize("name", EXTENDED)
 def test_extended_traces_equal_whole_ones(name: str) -> None:
-    setup, layout = make(**{**CASES[name], "layers": 11})
+    setup, layout = make(**{**CASES[name], "layers": 13})
     cpu = devices.device("cpu")
     short, whole = (step_plan.plan(setup, layout, cpu, all_layers=every) for every in (False, True))
     assert "and extended" in short.notes[-1]
