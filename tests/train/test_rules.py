@@ -34,6 +34,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"layout.head": "sharded"}, "layout.head has no effect with dp 1 and cp 1"),
     ({"layout.prefetch": False}, "layout.prefetch has no effect with dp 1 and cp 1, parameters on the device"),
     ({"layout.keep_gathered": True, "layout.remat": "full"}, "layout.keep_gathered has no effect on one rank"),
+    ({"layout.sums_under_way": 0}, "layout.sums_under_way has no effect with one rank"),
     ({"layout.reduce_dtype": "bfloat16"}, "layout.reduce_dtype has no effect with one rank"),
     ({"layout.timeout_s": 60}, "layout.timeout_s has no effect with one rank"),
     (
