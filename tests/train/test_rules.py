@@ -43,6 +43,10 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"layout.ulysses": 2}, "layout.ulysses has no effect with kind 'gather'"),
     ({"layout.keep_gathered": True, "layout.dp": 2}, "layout.keep_gathered has no effect with remat 'none'"),
+    (
+        {"layout.sums_under_way": 4, "layout.dp": 2, "train.compile": "step"},
+        "layout.sums_under_way has no effect with train.compile 'step', whose graphs sum the gradients themselves",
+    ),
     ({"layout.remat_layers": 2}, "layout.remat_layers has no effect with remat 'none'"),
     (
         {"layout.remat": "full", "layout.remat_every": 5},

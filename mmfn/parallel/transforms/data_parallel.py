@@ -22,7 +22,8 @@ def data_parallel(
     any case. It takes the gather out of compiled blocks. `sums_under_way`: so many reduce-scatters run beside the
     backward of the blocks before, at most; 0: each is waited for. Each holds a block's gradients, whole.
 
-    On one device nothing is gathered or summed, and the first two are for the copies of parameters that lie on the host (`offload`).
+    On one device nothing is gathered or summed, and the first two are for the copies of parameters that lie on the
+    host (`offload`).
     """
 
     def transform(program: Program) -> Program:
