@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from memory import config
+from memory import config, real_batch
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from mmfn import models
 from mmfn.parallel.mesh.axis import Group
@@ -115,7 +115,7 @@ def slowed(mesh: Mesh, rate: float) -> Mesh:
 
 
 def make_setup(order: str, args: argparse.Namespace) -> step_trace.PlannedStep:
-    """The step of an order: text only."""
+    """The step of an order, of a batch with an image."""
     hf = config(args.width, args.layers)
     family = models.family(hf["model_type"])
     transforms: list[Transform] = [ORDERS[order], remat("full")]
@@ -135,7 +135,7 @@ def real_step(setup: step_trace.PlannedStep, mesh: Mesh) -> Callable[[], float]:
     step = make_step(setup.family, setup.cfg, program, setup.objective, setup.optimizer, schedule=rate)
     params = shard_params(init_params(program.specs, 0), program.specs, mesh)
     state = init_state(params, setup.optimizer, program.specs)
-    batch = workload.make_batch(setup.family, setup.cfg, setup.workload, 1)
+    batch = real_batch(setup, torch.device("cpu"))
 
     def run() -> float:
         nonlocal state
@@ -185,7 +185,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, (folder, args), nprocs=args.ranks)  # type: ignore[no-untyped-call]
+        spawn(measure, (folder, args), args.ranks)  # type: ignore[no-untyped-call]
         found: dict[str, Any] = torch.load(Path(folder) / "found.pt")
     first = statistics.median(found["gathers ahead"])
     print(f"{'order':<18}{'step':>9}{'ratio':>8}  exposed calls")
