@@ -14,12 +14,15 @@ from mmfn import tree
 from mmfn.tree import Tree
 
 
-def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Tree]]:
+def value_and_grad(
+    fn: Callable[..., Any], *, has_aux: bool = False, materialize: bool = True
+) -> Callable[..., tuple[Any, Tree]]:
     """`g(params, *args, **kwargs) -> (value, grads)` where `fn(params, *args, **kwargs)` returns a scalar.
 
     With `has_aux`, `fn` returns `(scalar, aux)` and so does `value`; aux and the value come back detached. `grads` has
-    the structure of `params`; a leaf that does not influence the value gets zeros. Leaves of `params` must be
-    floating-point tensors and are not modified. Raises ValueError when the value is not a scalar tensor.
+    the structure of `params`; a leaf that does not influence the value gets zeros, or None without `materialize`.
+    Leaves of `params` must be floating-point tensors and are not modified. Raises ValueError when the value is not a
+    scalar tensor.
     """
 
     def wrapped(params: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
@@ -30,7 +33,7 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
             value, aux = out if has_aux else (out, None)
             if not isinstance(value, Tensor) or value.ndim != 0:
                 raise ValueError(f"value_and_grad needs a function that returns a scalar tensor; got {_name(value)}")
-            grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=materialize)
         detached = value.detach()
         result = (detached, tree.map(_detach, aux)) if has_aux else detached
         return result, tree.unflatten(structure, grads)

@@ -20,8 +20,9 @@ from mmfn.ops import Ops, portable
 from mmfn.parallel.mesh.axis import psum
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.weights.gather import Gather, enter
+from mmfn.parallel.weights.gradient_sums import MOST_UNDER_WAY, GradientSums
 from mmfn.parallel.weights.host_memory import HostMemory
-from mmfn.parallel.weights.prefetch import wrap_stack_with_gather, wrap_stack_with_prefetch
+from mmfn.parallel.weights.prefetch import wrap_layer_with_gather, wrap_stack_with_gather, wrap_stack_with_prefetch
 from mmfn.parallel.weights.sharding import dims_by_axis
 from mmfn.tree import Tree
 
@@ -33,7 +34,7 @@ def whole_batch(batch: Batch) -> Batch:
     return batch
 
 
-def same_params(params: Tree, values: Tree) -> Tree:
+def same_params(params: Tree, values: Tree, sums: GradientSums | None = None) -> Tree:
     """The base of `Program.enter`."""
     return params
 
@@ -49,7 +50,8 @@ class WeightSettings:
 
     `compute` and `reduce`: dtypes of gathered parameters and of gradient sums (None: the leaf's own, and float32 or
     wider). `prefetch` and `keep_gathered`: when whole weights are made (see `data_parallel`). `is_hosted`: parameters
-    lie on the host. `is_head_sharded`: the loss takes a rank's rows of the head.
+    lie on the host. `is_head_sharded`: the loss takes a rank's rows of the head. `sums_under_way`: sums of gradients
+    that are sent and not yet waited for, at most.
     """
 
     compute: torch.dtype | None = None
@@ -58,18 +60,20 @@ class WeightSettings:
     keep_gathered: bool = False
     is_hosted: bool = False
     is_head_sharded: bool = False
+    sums_under_way: int = MOST_UNDER_WAY
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """How one rank runs a model.
 
-    `mesh`: this rank's place; `uses`: the layout sizes that a transform has taken care of. `split(batch)`: this rank's
-    share of a batch. `enter(params, values)`: the parameters as a model that uses `ops` is given them, where `params`
-    stand for `values` in autograd. `period` and `num_special`: blocks of the text are treated alike in periods of so
-    many, behind so many that are not. `is_offloaded`: activations lie on the host. `compile` is "none", "layer" or
-    "step" and `backend` the one torch.compile is given. `watch` is applied to the lowered table, last: a plan labels
-    ops by it. `notes` say what each transform did.
+    `mesh`: this rank's place; `uses`: the layout sizes that a transform has taken care of. `split(batch)`: this
+    rank's share of a batch. `enter(params, values, sums)`: the parameters as a model that uses `ops` is given them,
+    where `params` stand for `values` in autograd and `sums` (default: autograd itself) are given their gradients.
+    `period` and `num_special`: blocks of the text are treated alike in periods of so many, behind so many that are
+    not. `is_offloaded`: activations lie on the host. `is_selective`: blocks that are computed again keep some
+    results. `compile` is "none", "layer" or "step" and `backend` the one torch.compile is given. `watch` is applied
+    to the lowered table, last: a plan labels ops by it. `notes` say what each transform did.
     """
 
     specs: Tree
@@ -77,11 +81,12 @@ class Program:
     mesh: Mesh = field(default_factory=single_mesh)
     uses: frozenset[str] = frozenset()
     split: Callable[[Batch], Batch] = whole_batch
-    enter: Callable[[Tree, Tree], Tree] = same_params
+    enter: Callable[..., Tree] = same_params
     weights: WeightSettings = field(default_factory=WeightSettings)
     period: int = 1
     num_special: int = 0
     is_offloaded: bool = False
+    is_selective: bool = False
     compile: str = "none"
     backend: str | Callable[..., Any] = "inductor"
     watch: Callable[[Ops], Ops] = same_table
@@ -98,6 +103,18 @@ class Program:
         One graph has sizes read on the host in it (torch's `fullgraph`), as those of an exchange of rows.
         """
         return torch.compile(fn, fullgraph=True, dynamic=False, backend=self.backend)
+
+    @property
+    def gathers_in_graphs(self) -> bool:
+        """True where weights are gathered, and gradients summed, by operators of compiled graphs."""
+        kept = self.weights.keep_gathered
+        return gathers_in_graphs(self.compile, is_selective=self.is_selective, keep_gathered=kept)
+
+    def gradient_sums(self) -> GradientSums | None:
+        """What one step's gradients are summed by, None where that is part of a graph, or nothing is summed."""
+        if self.mesh.layout.world == 1 or self.gathers_in_graphs:
+            return None
+        return GradientSums(most=self.weights.sums_under_way)
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
@@ -149,13 +166,12 @@ def lower(program: Program) -> Program:
     dtypes = [spec.compute for _, spec in items]
     if not is_alone or weights.is_hosted or weights.compute is not None or any(dtypes):
         gather = Gather(mesh=program.mesh, compute=weights.compute, reduce=weights.reduce)
-        if weights.is_hosted and (program.compile == "none" or weights.keep_gathered):  # else it is part of a graph
+        if weights.is_hosted and not program.gathers_in_graphs:
             gather = replace(gather, memory=HostMemory())
         places = [gather.place(spec, path) for path, spec in items]
         enter_all = partial(enter, places=places, dtypes=dtypes, is_hosted=weights.is_hosted)
         gather_head = replace(gather, is_sharded=weights.is_head_sharded)
-        stack = _weights_in_time(program, ops.stack, gather)
-        ops = replace(ops, gather=gather, gather_head=gather_head, stack=stack)
+        ops = _weights_in_time(program, replace(ops, gather=gather, gather_head=gather_head), gather)
         program = replace(program, enter=enter_all)
     if not is_alone:
         ops = replace(ops, psum=partial(psum, axis=program.mesh["world"], site="statistics"))
@@ -194,15 +210,23 @@ def check_one_graph(compile: str, *, is_head_sharded: bool = False, moved: Seque
         )
 
 
-def _weights_in_time(program: Program, stack: Callable[..., Any], gather: Gather) -> Callable[..., Any]:
-    """`ops.stack` with gathers ahead, and outside of blocks, as the program's facts say."""
-    weights = program.weights
+def gathers_in_graphs(compile: str, *, is_selective: bool, keep_gathered: bool) -> bool:
+    """True where blocks cannot be compiled without their gathers: what of a block is kept is a matter of its graph."""
+    return compile == "step" or (compile == "layer" and is_selective and not keep_gathered)
+
+
+def _weights_in_time(program: Program, ops: Ops, gather: Gather) -> Ops:
+    """The table with gathers ahead, and outside of blocks, as the program's facts say."""
+    weights, layer, stack = program.weights, ops.layer, ops.stack
     if program.mesh.layout.world == 1 and not weights.is_hosted:
-        return stack
-    is_outside = weights.keep_gathered and program.compile != "step"
-    if weights.prefetch and (is_outside or program.compile == "none"):
-        stack = wrap_stack_with_prefetch(stack, gather, in_backward=not weights.keep_gathered)
-    return wrap_stack_with_gather(stack, gather) if weights.keep_gathered else stack
+        return ops
+    if not program.gathers_in_graphs:
+        if program.compile == "layer" and not weights.keep_gathered:
+            layer = wrap_layer_with_gather(layer, gather)
+        if weights.prefetch:
+            stack = wrap_stack_with_prefetch(stack, gather, in_backward=not weights.keep_gathered)
+    stack = wrap_stack_with_gather(stack, gather) if weights.keep_gathered else stack
+    return replace(ops, layer=layer, stack=stack)
 
 
 NEEDED = {

@@ -163,9 +163,10 @@ class _Step:
                 memory, metrics = self._whole_graph(state, microbatches[0])
             else:
                 batches = self.prepare(microbatches, state["step"])
-                grads, sums = scan_gradients(self._gradients_graph, state["params"], batches)
+                sums = self.program.gradient_sums()
+                grads, shares = scan_gradients(self._gradients_graph, state["params"], batches, sums)
                 owned = dict(zip(grads, own(list(grads.values())), strict=True))
-                memory, metrics = self._update(self._apply_graph, state, owned, sums)
+                memory, metrics = self._update(self._apply_graph, state, owned, shares)
         opt = tree.map(like, memory["opt"], state["opt"])  # outside of any graph: it looks at memory
         return {"params": state["params"], "opt": opt, "guard": memory["guard"], "step": state["step"] + 1}, metrics
 
@@ -176,7 +177,7 @@ class _Step:
     def _whole(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """A step of one micro-batch."""
         (ready,) = self.prepare([batch], state["step"])
-        return self._update(self.apply_, state, *self.gradients(state["params"], ready))
+        return self._update(self.apply_, state, *self.gradients(state["params"], ready, None))
 
     @cached_property
     def _shardings(self) -> dict[str, Sharding | None]:

@@ -181,11 +181,11 @@ EXTENDED = (
 
 @pytest.mark.parametrize("name", EXTENDED)
 def test_extended_traces_equal_whole_ones(name: str) -> None:
-    setup, layout = make(**{**CASES[name], "layers": 11})
+    setup, layout = make(**{**CASES[name], "layers": 13})
     cpu = devices.device("cpu")
     short, whole = (step_plan.plan(setup, layout, cpu, all_layers=every) for every in (False, True))
     assert "and extended" in short.notes[-1]
-    assert "all 11" in whole.notes[-1]
+    assert "all 13" in whole.notes[-1]
     assert replace(short, notes=()) == replace(whole, notes=())
     bytes_and_files = [plan.notes[-2].partition(", at most")[0] for plan in (short, whole)]
     assert bytes_and_files[0].startswith("checkpoint: ")
@@ -193,8 +193,10 @@ def test_extended_traces_equal_whole_ones(name: str) -> None:
 
 
 def test_depths_fit_the_pattern() -> None:
-    assert scaling.choose_depths(["a"] * 12, 3, 5) == scaling.Depths(first=5, period=1, front=9)
-    assert scaling.choose_depths(["a", "b"] * 8, 1, 0) == scaling.Depths(first=4, period=2, front=2)
+    assert scaling.choose_depths(["a"] * 12, 3, 5) == scaling.Depths(first=5, period=1, front=9, back=1)
+    assert scaling.choose_depths(["a", "b"] * 8, 1, 0) == scaling.Depths(first=4, period=2, front=2, back=2)
+    behind = scaling.choose_depths(["a"] * 12, 3, 5, num_behind=2)
+    assert behind == scaling.Depths(first=7, period=1, front=9, back=3)
     assert scaling.choose_depths(["a"] * 5, 3, 0) is None
     assert scaling.choose_depths([*["a"] * 11, "b"], 0, 0) is None  # the last one differs: nothing repeats to the end
 

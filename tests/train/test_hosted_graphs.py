@@ -12,9 +12,10 @@ from torch._dynamo.backends.common import aot_autograd
 from mmfn import tree
 from mmfn.parallel.mesh.layout import single_mesh
 from mmfn.parallel.transforms.compiled import compiled
+from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.hosted import fetch_in_graph
 from tests.tiny import model_of
-from tests.train.hosted_cases import ALL, COMPILED, FULL, Case
+from tests.train.hosted_cases import ALL, COMPILED, Case
 from tests.train.hosted_steps import take_steps
 
 # torch's compiler reads `.grad` of non-leaf inputs and hides the warning by a means that "error" defeats
@@ -22,9 +23,10 @@ QUIET_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tenso
 
 
 @QUIET_DYNAMO
-@pytest.mark.parametrize("is_again", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_graph_copies_again_what_it_computes_again(is_again: bool) -> None:
-    """So that a compiled block frees its copies as an eager one does; without remat its backward copies nothing."""
+@pytest.mark.parametrize("kind", ["selective", pytest.param("full", marks=pytest.mark.slow), "none"])
+def test_graphs_copy_where_a_gather_is_a_part_of_them(kind: str) -> None:
+    """Blocks that keep some results copy again what they compute again, so that they free their copies as eager ones
+    do; other blocks are given copies, which run ahead of them."""
     copies: dict[str, list[int]] = {"forward": [], "backward": []}
 
     def count(graph: torch.fx.GraphModule, _: Any, part: str) -> Any:
@@ -36,13 +38,15 @@ def test_a_graph_copies_again_what_it_computes_again(is_again: bool) -> None:
         bw_compiler=partial(count, part="backward"),
         partition_fn=min_cut_rematerialization_partition,
     )
-    case = Case(transforms=(*([FULL] if is_again else []), compiled("layer", backend=backend)))
+    again = remat(kind, save=("attention",) if kind == "selective" else ())
+    case = Case(transforms=(again, compiled("layer", backend=backend)))
     take_steps(case, single_mesh(), is_hosted=True, is_watched=False)
     model = model_of(case.family, case.num_layers)
     specs = model.family.specs(model.cfg)
-    assert copies["forward"] == [len(tree.leaves(specs[name]["layers"][0])) for name in ("vision", "text")]
+    num_leaves = [len(tree.leaves(specs[name]["layers"][0])) for name in ("vision", "text")]
+    assert copies["forward"] == (num_leaves if kind == "selective" else [0, 0])
     assert len(copies["backward"]) == 2
-    assert all((0 < num <= max(copies["forward"])) == is_again for num in copies["backward"])
+    assert all((0 < num <= max(num_leaves)) == (kind == "selective") for num in copies["backward"])
 
 
 @QUIET_DYNAMO

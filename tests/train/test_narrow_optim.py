@@ -118,7 +118,7 @@ def test_micro_batches_are_summed_in_float32_or_wider(dtype: torch.dtype) -> Non
     """In bfloat16, 256 + 1 is 256: a sum in the gradients' own dtype would lose all micro-batches but the first."""
     values = [256.0, 1.0, 1.0, 1.0]
 
-    def gradients(params: Any, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def gradients(params: Any, batch: Any, sums: None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return {"x": torch.full((3,), values[batch], dtype=dtype)}, {"loss": torch.tensor(1.0)}
 
     total, sums = scan_gradients(gradients, {}, range(4))

@@ -34,6 +34,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"layout.head": "sharded"}, "layout.head has no effect with dp 1 and cp 1"),
     ({"layout.prefetch": False}, "layout.prefetch has no effect with dp 1 and cp 1, parameters on the device"),
     ({"layout.keep_gathered": True, "layout.remat": "full"}, "layout.keep_gathered has no effect on one rank"),
+    ({"layout.sums_under_way": 0}, "layout.sums_under_way has no effect with one rank"),
     ({"layout.reduce_dtype": "bfloat16"}, "layout.reduce_dtype has no effect with one rank"),
     ({"layout.timeout_s": 60}, "layout.timeout_s has no effect with one rank"),
     (
@@ -42,6 +43,10 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"layout.ulysses": 2}, "layout.ulysses has no effect with kind 'gather'"),
     ({"layout.keep_gathered": True, "layout.dp": 2}, "layout.keep_gathered has no effect with remat 'none'"),
+    (
+        {"layout.sums_under_way": 4, "layout.dp": 2, "train.compile": "step"},
+        "layout.sums_under_way has no effect with train.compile 'step', whose graphs sum the gradients themselves",
+    ),
     ({"layout.remat_layers": 2}, "layout.remat_layers has no effect with remat 'none'"),
     (
         {"layout.remat": "full", "layout.remat_every": 5},

@@ -76,28 +76,32 @@ class Axis:
         """`all_gather` of a contiguous tensor under way: keep it, and `wait` for the result before it is read."""
         return x if self.transport is None else self.transport.all_gather(x, site)
 
-    def wait(self, x: Tensor) -> Tensor:
+    def wait(self, x: Tensor, site: str = "") -> Tensor:
         """The result of an issued collective, complete."""
         if self.transport is None:
             return x
-        with Collective("wait", self.name):
+        with Collective("wait", self.name, site):
             return self.transport.wait(x)
 
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
         """This rank's part of the sum over ranks; the first dim is cut evenly."""
         x = x.contiguous()
-        if self.transport is None:
-            return x
         with Collective("reduce_scatter", self.name, site):
-            return self.wait(self.transport.reduce_scatter(x, site))
+            return self.wait(self.issue_reduce_scatter(x, site))
+
+    def issue_reduce_scatter(self, x: Tensor, site: str) -> Tensor:
+        """`reduce_scatter` of a contiguous tensor under way: keep it, and `wait` for the result before it is read."""
+        return x if self.transport is None else self.transport.reduce_scatter(x, site)
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         """The sum over ranks."""
         x = x.contiguous()
-        if self.transport is None:
-            return x
         with Collective("all_reduce", self.name, site):
-            return self.wait(self.transport.all_reduce(x, site))
+            return self.wait(self.issue_all_reduce(x, site))
+
+    def issue_all_reduce(self, x: Tensor, site: str) -> Tensor:
+        """`all_reduce` of a contiguous tensor under way: keep it, and `wait` for the result before it is read."""
+        return x if self.transport is None else self.transport.all_reduce(x, site)
 
     def all_to_all(self, x: Tensor, site: str, out_sizes: Sizes = None, in_sizes: Sizes = None) -> Tensor:
         """Part i of the first dim goes to rank i; what arrives lies in the order of ranks. Default: equal parts."""
@@ -124,12 +128,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class Group:
-    """Real ranks: torch's functional collectives over a process group, traceable by torch.compile."""
+    """Real ranks: torch's functional collectives over a process group, traceable by torch.compile.
+
+    `scatters`: a group of the same ranks for reduce-scatters alone, as those of one group wait for each other.
+    """
 
     name: str
     size: int
     widest: torch.dtype = torch.float64
     is_traceable: bool = True
+    scatters: str = ""
 
     def all_gather(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""
@@ -137,7 +145,7 @@ class Group:
 
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""
-        return torch_private.reduce_scatter(x, self.size, self.name)
+        return torch_private.reduce_scatter(x, self.size, self.scatters or self.name)
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""

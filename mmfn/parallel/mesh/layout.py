@@ -34,6 +34,7 @@ AXES = {
 GRIDS = (("replicate", "shard"), ("replicate", "edp", "ep"))
 """All ranks as a grid, for every kind of parameter: the ranks of the first axis hold copies, those of the second the
 parts that a block gathers, those of each further one the parts they compute with."""
+SCATTERED = ("shard", "edp")  # along which gradients are summed and cut
 WIDEST = {"hccl": torch.float32}  # what a backend can add up, where that is less than float64
 SAVE_TIMEOUT = timedelta(hours=1)  # how long ranks wait for each other in a save
 Partition = tuple[tuple[int, ...], ...]  # the groups of ranks of one axis; every rank is in exactly one
@@ -162,7 +163,8 @@ def distributed_mesh(layout: Layout, device_type: str = "cpu", timeout: timedelt
 def process_groups(timeout: timedelta | None = None, backend: str | None = None) -> Connect:
     """What connects real ranks: one process group for all axes over the same ranks, as groups hold sockets and memory.
 
-    ep has a name of its own for its group, by which recomputation tells its all-to-alls from those of other axes. saves
+    Parameters' axes have a second one, in which gradients are summed while weights are gathered in the first. ep has a
+    name of its own for its group, by which recomputation tells its all-to-alls from those of other axes. saves
     has a group of its own, on the CPU, in which ranks wait for the slowest disk. `backend`: default that of
     torch.distributed's own group.
     """
@@ -173,6 +175,9 @@ def process_groups(timeout: timedelta | None = None, backend: str | None = None)
             return _new_group(partition, max(timeout or SAVE_TIMEOUT, SAVE_TIMEOUT), "gloo")
         if partition not in groups:
             groups[partition] = _new_group(partition, timeout, backend)
+        if name in SCATTERED and not groups[partition].scatters:
+            scatters = _new_group(partition, timeout, backend).name
+            groups[partition] = replace(groups[partition], scatters=scatters)
         return _renamed(groups[partition], "ep") if name == "ep" else groups[partition]
 
     return connect

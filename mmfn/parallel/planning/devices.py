@@ -95,7 +95,7 @@ NAMES = {"910_93": "a3", "910b": "910b", "h100": "h100", "h200": "h200"}  # in w
 EFFICIENCY = 0.5  # of the peak in matrix products; what well-tuned training reaches
 BANDWIDTH_EFFICIENCY = 0.8  # of links and memory
 MODEL = (
-    f"time = max(FLOPs / ({EFFICIENCY:g} peak), transfers that run ahead) + all other transfers + update; a transfer "
+    f"time = max(FLOPs / ({EFFICIENCY:g} peak), transfers beside work) + exposed transfers + update; a transfer "
     f"takes its bytes on the wire / ({BANDWIDTH_EFFICIENCY:g} of link or network), the update its FLOPs / "
     f"({EFFICIENCY:g} peak) + (parameters and state read and written, gradients read) / ({BANDWIDTH_EFFICIENCY:g} of "
     "memory bandwidth); what is kept on the host crosses its link both ways, activations in every micro-batch, beside "
@@ -137,7 +137,7 @@ def is_inside_node(layout: Layout, axis: str, chosen: Device, rank: int = 0) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """All calls of one kind: bytes on the wire, whether within a node, and whether beside the computation."""
+    """Calls of one kind: bytes on the wire, whether within a node, and whether they run beside the computation."""
 
     wire_bytes: float
     is_inside_node: bool

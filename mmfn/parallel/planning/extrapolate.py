@@ -19,11 +19,13 @@ Stretch = tuple[str, int, str, int]  # phase, micro-batch, counted from where, b
 
 @dataclass(frozen=True, kw_only=True)
 class Depths:
-    """Three depths to trace, `period` blocks apart; `front`: calls of a block before the repetition may grow."""
+    """Three depths to trace, `period` blocks apart; `front`: calls of a block before the repetition may grow, and
+    `back` behind it."""
 
     first: int
     period: int
     front: int
+    back: int
 
     @property
     def all(self) -> tuple[int, int, int]:
@@ -31,26 +33,30 @@ class Depths:
         return self.first, self.first + self.period, self.first + 2 * self.period
 
 
-def choose_depths(blocks: Sequence[Any], num_special: int, num_before: int, step: int = 1) -> Depths | None:
+def choose_depths(
+    blocks: Sequence[Any], num_special: int, num_before: int, step: int = 1, num_behind: int = 0
+) -> Depths | None:
     """Depths for a stack whose blocks are declared as `blocks`, or None where tracing all is as quick.
 
     `num_special`: blocks at the front that are treated differently. `num_before`: calls of blocks before this stack.
-    `step`: behind them blocks are treated alike in periods of so many.
+    `step`: behind them blocks are treated alike in periods of so many. `num_behind`: in the backward of a block
+    something of so many later ones is still under way.
     """
     L = len(blocks)
     for period in range(step, L // 4 + 1, step):
         start = next((i for i in range(L - period) if blocks[i:-period] == blocks[i + period :]), L)
         least = max(start + period - 1, num_special) + 1  # from its first block on a kind holds what all of it share
-        first = least + period + (L - least) % period
+        back = period + num_behind
+        first = least + back + (L - least - back) % period
         if first + 2 * period < L:
-            return Depths(first=first, period=period, front=num_before + first - period)
+            return Depths(first=first, period=period, front=num_before + first - back, back=back)
     return None
 
 
 def extend(traces: Sequence[Trace], depths: Depths, num_before: int, num_blocks: int) -> Trace | None:
     """The trace of `num_blocks` blocks, or None where a figure is not affine in the depth."""
     steps = (num_blocks - depths.first) // depths.period
-    tables = [[_Table(t.count), _Table(t.sent_bytes), _Table(t.flops)] for t in traces]
+    tables = [[_Table(t.count), _Table(t.sent_bytes), _Table(t.exposed), _Table(t.flops)] for t in traces]
     figures = [_affine(three, steps) for three in zip(*tables, strict=True)]
     placed = [_by_place(t.peaks, depths, num_before + n) for t, n in zip(traces, depths.all, strict=True)]
     ends = [{k: p for k, p in peaks.items() if k[2] != "middle"} for peaks in placed]
@@ -65,8 +71,8 @@ def extend(traces: Sequence[Trace], depths: Depths, num_before: int, num_blocks:
         index = offset if side == "front" else num_before + num_blocks + offset
         peaks[phase, batch, index] = Peak.of(parts)
     peaks |= _middle(placed, depths, num_before + num_blocks, steps)
-    count, sent_bytes, flops = (Counter(f) for f in figures if f is not None)
-    return Trace(count=count, sent_bytes=sent_bytes, flops=flops, peaks=peaks)
+    count, sent_bytes, exposed, flops = (Counter(f) for f in figures if f is not None)
+    return Trace(count=count, sent_bytes=sent_bytes, exposed=exposed, flops=flops, peaks=peaks)
 
 
 class _Table(dict[Any, int]):
@@ -92,7 +98,7 @@ def _by_place(peaks: Mapping[Mark, Peak], depths: Depths, num_calls: int) -> dic
         phase, batch, index = mark
         if index < depths.front:
             return phase, batch, "front", index
-        if index >= num_calls - depths.period:
+        if index >= num_calls - depths.back:
             return phase, batch, "back", index - num_calls
         return phase, batch, "middle", index - depths.front
 
@@ -107,7 +113,7 @@ def _middle(placed: Sequence[Mapping[Stretch, Peak]], depths: Depths, num_calls:
             continue
         for shift, index in (
             (0, depths.front + offset),
-            (depths.period, num_calls - 2 * depths.period + offset),
+            (depths.period, num_calls - depths.back - depths.period + offset),
         ):
             two = placed[2][phase, batch, side, offset + shift]
             a, b = _Table(one.parts), _Table(two.parts)

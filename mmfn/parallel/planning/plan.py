@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -34,7 +34,8 @@ class Leaf:
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """All calls of one kind. `sent_bytes`: what the rank gives; `wire_bytes`: what crosses its links."""
+    """All calls of one kind. `sent_bytes`: what the rank gives; `wire_bytes`: what crosses its links; `exposed`: how
+    many of the calls are waited for without work since they were sent."""
 
     phase: str
     site: str
@@ -43,7 +44,22 @@ class Collective:
     count: int
     sent_bytes: int
     wire_bytes: int
+    exposed: int
     is_inside_node: bool
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        """What is exposed and what runs beside work, calls being taken to be of equal size."""
+        parts = {False: self.exposed, True: self.count - self.exposed}
+        return [
+            Transfer(
+                wire_bytes=self.wire_bytes * num_calls / self.count,
+                is_inside_node=self.is_inside_node,
+                is_ahead=is_ahead,
+            )
+            for is_ahead, num_calls in parts.items()
+            if num_calls
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +111,11 @@ class Plan:
         return self.model_flops / peak if peak else 0.0
 
     @property
+    def exposed(self) -> int:
+        """Calls of collectives that the rank waits for without work since it sent them."""
+        return sum(c.exposed for c in self.collectives)
+
+    @property
     def fits(self) -> bool:
         """True where the peak is below the device's memory."""
         return self.peak_bytes <= devices.device(self.device).memory_bytes
@@ -124,19 +145,15 @@ def make_plan(
     balance: Mapping[str, float],
     notes: Sequence[str],
     assumptions: Sequence[str],
-    ahead: Container[str] = (),
 ) -> Plan:
-    """A plan from what was traced and what is known of the leaves. `ahead`: sites whose transfers run beside work."""
+    """A plan from what was traced and what is known of the leaves."""
     mark = max(trace.peaks, key=lambda m: trace.peaks[m].total)
     peak = trace.peaks[mark]
     phases = {phase: 0 for phase, *_ in trace.peaks}
     for (phase, *_), stretch in trace.peaks.items():
         phases[phase] = max(phases[phase], stretch.total)
     collectives = _collectives(trace, mesh, device, rank)
-    transfers = [
-        Transfer(wire_bytes=c.wire_bytes, is_inside_node=c.is_inside_node, is_ahead=c.site in ahead)
-        for c in collectives
-    ]
+    transfers = [transfer for c in collectives for transfer in c.transfers]
     update_flops = sum(n for (phase, _), n in trace.flops.items() if phase == UPDATE)
     other_flops = sum(trace.flops.values()) - update_flops
     return Plan(
@@ -179,6 +196,7 @@ def _collectives(trace: Trace, mesh: Mesh, device: Device, rank: int) -> list[Co
             op=key.op,
             count=count,
             sent_bytes=trace.sent_bytes[key],
+            exposed=trace.exposed[key],
             wire_bytes=round(devices.wire_bytes(key.op, trace.sent_bytes[key], mesh[key.axis].size)),
             is_inside_node=devices.is_inside_node(mesh.layout, key.axis, device, rank),
         )
@@ -255,6 +273,7 @@ def diff(a: Plan, b: Plan) -> str:
     for name in CATEGORIES:
         compare(f"  {name}", a.peak_parts.get(name, 0), b.peak_parts.get(name, 0), size)
     compare("host", a.host_bytes, b.host_bytes, size)
+    compare("exposed calls", a.exposed, b.exposed, lambda n: f"{n:,}")
     compare("TFLOPs", a.flops, b.flops, lambda n: f"{n / 1e12:,.2f}")
     compare("model TFLOPs", a.model_flops, b.model_flops, lambda n: f"{n / 1e12:,.2f}")
     for field in fields(Time):
@@ -311,10 +330,25 @@ def _lines(p: Plan) -> list[str]:
     totals = ", ".join(f"{name} {size(p.total(name))}" for name in ("parameter", "gradient", "optimizer"))
     lines += [f"  in all: {totals}", "", "collectives"]
     rows = [
-        (c.phase, c.site, c.axis, c.op, f"{c.count:,}", size(c.sent_bytes), size(c.wire_bytes), _link(c))
+        (
+            c.phase,
+            c.site,
+            c.axis,
+            c.op,
+            f"{c.count:,}",
+            f"{c.exposed:,}",
+            size(c.sent_bytes),
+            size(c.wire_bytes),
+            _link(c),
+        )
         for c in p.collectives
     ]
-    lines += _table(("phase", "site", "axis", "operation", "calls", "given", "on the wire", "link"), rows)
+    lines += _table(("phase", "site", "axis", "operation", "calls", "exposed", "given", "on the wire", "link"), rows)
+    if p.collectives:
+        num_calls = sum(c.count for c in p.collectives)
+        lines.append(
+            f"  exposed: {p.exposed:,} of {num_calls:,} calls are waited for without work since they were sent"
+        )
     lines += ["", f"peak of allocated bytes: {size(p.peak_bytes)} ({p.peak_at})"]
     lines += _table(("category", "bytes"), [(name, size(n)) for name, n in p.peak_parts.items()])
     lines += [f"  held on the host: {size(p.host_bytes)}"] * bool(p.host_bytes)

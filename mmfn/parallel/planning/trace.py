@@ -98,12 +98,14 @@ class Peak:
 class Trace:
     """What one step of one rank did.
 
-    `count`, `sent_bytes` (what the rank gives) by kind of collective; `flops` by (phase, site); `peaks` by stretch: a
-    stretch starts where a block starts, forward or backward. Stretches are in the order of time.
+    `count`, `sent_bytes` (what the rank gives) by kind of collective, and how many of the calls are `exposed`: waited
+    for without work since they were sent; `flops` by (phase, site); `peaks` by stretch: a stretch starts where a block
+    starts, forward or backward. Stretches are in the order of time.
     """
 
     count: Counter[Key]
     sent_bytes: Counter[Key]
+    exposed: Counter[Key]
     flops: Counter[tuple[str, str]]
     peaks: dict[Mark, Peak]
 
@@ -141,10 +143,13 @@ class Recorder(EagerMode):
         self.allocations: list[Allocation] = []
         self.count: Counter[Key] = Counter()
         self.sent_bytes: Counter[Key] = Counter()
+        self.exposed: Counter[Key] = Counter()
         self.flops: Counter[tuple[str, str]] = Counter()
         self._declared: dict[Any, Formula | None] = {}
         self._formulas: dict[int, Formula | None] = {}  # by the id of an operator, whose hash is slow
         self._collects = False
+        self._under_way: dict[int, tuple[Key, int]] = {}  # by storage, with the number of operators that worked before
+        self._num_worked = 0
         self._events = 0
         self._marks: list[tuple[int, Mark]] = []
         self._alive: dict[int, tuple[int, Any]] = {}
@@ -176,6 +181,7 @@ class Recorder(EagerMode):
         formula = None if types else self._formula(func)
         if formula is not None and (work := formula(*args, **kwargs, out_val=out)):
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
+            self._num_worked += 1
         site = args[2] if func is _COUNTED else "exchanged" if func is _MOVED else None
         for x in (out,) if isinstance(out, Tensor) else out if isinstance(out, Sequence) else ():
             if isinstance(x, Tensor):
@@ -279,16 +285,33 @@ class Recorder(EagerMode):
         finally:
             self._times = (1, 1)
 
-    def called(self, axis: str, op: str, site: str, x: Tensor) -> None:
+    def called(self, axis: str, op: str, site: str, x: Tensor) -> Key:
         """Note one collective that this rank gives `x` to."""
         self._turn()
         key = Key(self.phase, site, axis, op)
         self.count[key] += 1
         self.sent_bytes[key] += x.numel() * x.element_size()
+        return key
+
+    def sent(self, key: Key, out: Tensor) -> None:
+        """Note that `out` is under way from here on."""
+        self._under_way[storage_key(out.untyped_storage())] = key, self._num_worked
+
+    def waited(self, out: Tensor) -> None:
+        """Note that `out` is waited for: exposed, if nothing has worked meanwhile."""
+        call = self._under_way.pop(storage_key(out.untyped_storage()), None)  # None: kept from the forward, not sent
+        if call is not None and call[1] == self._num_worked:
+            self.exposed[call[0]] += 1
 
     def trace(self) -> Trace:
         """Everything so far."""
-        return Trace(count=self.count, sent_bytes=self.sent_bytes, flops=self.flops, peaks=self._peaks())
+        return Trace(
+            count=self.count,
+            sent_bytes=self.sent_bytes,
+            exposed=self.exposed,
+            flops=self.flops,
+            peaks=self._peaks(),
+        )
 
     def _formula(self, func: Any) -> Formula | None:
         try:
@@ -392,39 +415,46 @@ class Alike(InProcess):
 
     def all_gather(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""
-        with self._call("all_gather", x, site):
+
+        def gathered() -> Tensor:
             return x.new_empty(self.size * x.shape[0], *x.shape[1:]).view(self.size, *x.shape).copy_(x).flatten(0, 1)
+
+        return self._send("all_gather", x, site, gathered)
 
     def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""
-        with self._call("reduce_scatter", x, site):
-            return x.chunk(self.size)[self.index] * self.size
+        return self._send("reduce_scatter", x, site, lambda: x.chunk(self.size)[self.index] * self.size)
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         """See `Transport`."""
-        with self._call("all_reduce", x, site):
-            return x * self.size
+        return self._send("all_reduce", x, site, lambda: x * self.size)
 
     def move(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
         """See `InProcess`. With unequal sizes the rows that arrive are unknown, and given as zeros."""
-        with self._call("all_to_all", x, site):
+
+        def moved() -> Tensor:
             own: Tensor = torch.split(x, list(in_sizes))[self.index]
             if set(out_sizes) == {own.shape[0]}:
                 return own.repeat(self.size, *[1] * (x.ndim - 1))
             return x.new_zeros(sum(out_sizes), *x.shape[1:])
 
+        return self._send("all_to_all", x, site, moved)
+
     def shift(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
         """See `Transport`."""
-        with self._call("shift", x, site):
-            return x.new_zeros(sum(out_sizes), *x.shape[1:])
+        return self._send("shift", x, site, lambda: x.new_zeros(sum(out_sizes), *x.shape[1:]))
 
     def wait(self, x: Tensor) -> Tensor:
         """See `Transport`."""
+        self.recorder.waited(x)
         return x
 
-    def _call(self, op: str, x: Tensor, site: str) -> Any:
-        self.recorder.called(self.axis, op, site, x)
-        return self.recorder.labelled("communication")
+    def _send(self, op: str, x: Tensor, site: str, make: Callable[[], Tensor]) -> Tensor:
+        key = self.recorder.called(self.axis, op, site, x)
+        with self.recorder.labelled("communication"):
+            out = make()
+        self.recorder.sent(key, out)
+        return out
 
 
 def recording_mesh(layout: Layout, rank: int, recorder: Recorder) -> Mesh:

@@ -3,26 +3,34 @@
 from dataclasses import replace
 
 from mmfn.parallel.program import Program, Transform, noted, uses
+from mmfn.parallel.weights.gradient_sums import MOST_UNDER_WAY
 
 
-def data_parallel(*, prefetch: bool = True, keep_gathered: bool = False) -> Transform:
+def data_parallel(
+    *, prefetch: bool = True, keep_gathered: bool = False, sums_under_way: int = MOST_UNDER_WAY
+) -> Transform:
     """Shard every parameter over dp * cp ranks, and sum gradients over all ranks.
 
     Placement of a dense leaf: (Replicate on replicate, Shard(0) on shard); of experts: Shard(1) on edp beside what
     `expert_parallel` does. Before a block runs its leaves are gathered in one bucket per dtype; the gradient comes back
-    by one reduce-scatter over the same axis, and one all-reduce over the replicas if there are any.
+    by one reduce-scatter over the same axis, and its sum over a step's micro-batches by one all-reduce over the
+    replicas if there are any.
 
     `prefetch`: in eager execution the next block's gather is under way while a block runs, forward and, with `remat`,
     backward; a block compiled with its gather inside has none ahead. `keep_gathered`: with `remat`, whole weights of
     all blocks are kept from the forward, one gather per block instead of two. Without `remat` autograd keeps them in
-    any case. It takes the gather out of compiled blocks.
+    any case. It takes the gather out of compiled blocks. `sums_under_way`: so many reduce-scatters run beside the
+    backward of the blocks before, at most; 0: each is waited for. Each holds a block's gradients, whole.
 
-    On one device nothing is gathered, and both are for the copies of parameters that lie on the host (`offload`).
+    On one device nothing is gathered or summed, and the first two are for the copies of parameters that lie on the
+    host (`offload`).
     """
 
     def transform(program: Program) -> Program:
         layout = program.mesh.layout
-        weights = replace(program.weights, prefetch=prefetch, keep_gathered=keep_gathered)
+        weights = replace(
+            program.weights, prefetch=prefetch, keep_gathered=keep_gathered, sums_under_way=sums_under_way
+        )
         done = replace(program, weights=weights)
         if layout.world == 1:
             return done
@@ -30,6 +38,7 @@ def data_parallel(*, prefetch: bool = True, keep_gathered: bool = False) -> Tran
         note += f", {layout.replicate} replicas" if layout.replicate > 1 else ""
         note += ", next gather ahead (eager)" if prefetch else ""
         note += ", weights kept for the backward" if keep_gathered else ""
+        note += f", {sums_under_way} sums of gradients behind (eager)" if sums_under_way else ""
         return noted(uses(done, "dp", "replicate"), note)
 
     return transform

@@ -69,7 +69,8 @@ def remat(kind: str, *, save: Sequence[str] = (), every: int = 1, num_layers: in
 
             return inner(run_some, block, layers, *xs, name=name, **kwargs)
 
-        done = replace(program, ops=replace(program.ops, stack=stack))
+        selective = program.is_selective or policy is not None
+        done = replace(program, ops=replace(program.ops, stack=stack), is_selective=selective)
         if where in ("all", "text"):
             special = num_layers if kind == "block" else 0
             period = lcm(program.period, every, num_layers if kind == "uniform" else 1)

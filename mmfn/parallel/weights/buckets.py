@@ -116,12 +116,21 @@ class Bucket:
     def gather(self, shards: Sequence[Tensor], issued: Issued | None) -> list[Tensor]:
         """The whole leaves; `issued`: their all-gather, where it is under way."""
         gathered, _sent = issued or self.issue(shards)
-        return self.join(self.axis.wait(gathered))
+        return self.join(self.axis.wait(gathered, "weights"))
 
     def sum_gradients(self, grads: Sequence[Tensor | None], like: Sequence[Like]) -> list[Tensor]:
         """This rank's shards of the gradients, summed over all ranks that used the leaves; None counts as zeros."""
         packed = self._pack_gradients(grads, like[0].device)
         own = self.replicate.all_reduce(self.axis.reduce_scatter(packed, "gradients"), "gradients")
+        return self.unpack(own, like)
+
+    def issue_sum(self, grads: Sequence[Tensor | None], device: torch.device) -> Issued:
+        """The reduce-scatter of gradients of whole leaves, under way."""
+        sent = self._pack_gradients(grads, device)
+        return self.axis.issue_reduce_scatter(sent, "gradients"), sent
+
+    def unpack(self, own: Tensor, like: Sequence[Like]) -> list[Tensor]:
+        """The gradients of this rank's shards from the flat vector of their sums."""
         pieces = torch.split(own, [cut.numel for cut in self.cuts])
         parts = zip(self.cuts, pieces, like, strict=True)
         return [cut.unpack(piece, to.num_rows).to(to.dtype) for cut, piece, to in parts]

@@ -8,6 +8,7 @@ leaves (buckets, cuts, dtypes) is planned once for all blocks that are alike.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import optree
@@ -20,6 +21,7 @@ from mmfn.dtypes import wide
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.weights.buckets import Bucket, Cut, Issued, Like
+from mmfn.parallel.weights.gradient_sums import GradientSums
 from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
 from mmfn.parallel.weights.hosted import fetch_in_graph, stand_for
 from mmfn.parallel.weights.sharding import Sharding, local, shard_shape, sharding_of
@@ -45,13 +47,16 @@ class Weight:
 
     `leaf`: what autograd differentiates, on a mesh a DTensor. `place`: of its shard, None where the leaf is whole.
     `compute`: the dtype it is computed in, where that is not the program's. `host`: this rank's values, where they lie
-    there; then `leaf` is a handle (`hosted.handles`).
+    there; then `leaf` is a handle (`hosted.handles`). `sums`: where its gradient goes, under its `path`; without them
+    autograd is given it, complete.
     """
 
     leaf: Tensor
     place: Place | None = None
     compute: torch.dtype | None = None
     host: Tensor | None = None
+    sums: GradientSums | None = None
+    path: str = ""
 
 
 class Plan(NamedTuple):
@@ -160,7 +165,8 @@ class Gather:
             under_way = None if issued is None else issued[number]
             shards = [_shard(weights[i], is_copied=under_way is not None) for i in members]
             if shards[0].requires_grad:
-                gathered = _Gather.apply(bucket, under_way, *shards)  # type: ignore[no-untyped-call]
+                sums, paths = weights[members[0]].sums, [weights[i].path for i in members]
+                gathered = _Gather.apply(bucket, under_way, sums, paths, *shards)  # type: ignore[no-untyped-call]
             else:  # torch's compiler confuses the arguments of a Function that needs no gradient
                 gathered = bucket.gather(shards, under_way)
             for i, whole in zip(members, gathered, strict=True):
@@ -221,15 +227,24 @@ class Gather:
 
 
 def enter(
-    params: Tree, values: Tree, *, places: Sequence[Place | None], dtypes: Sequence[torch.dtype | None], is_hosted: bool
+    params: Tree,
+    values: Tree,
+    sums: GradientSums | None = None,
+    *,
+    places: Sequence[Place | None],
+    dtypes: Sequence[torch.dtype | None],
+    is_hosted: bool,
 ) -> Tree:
     """Parameters as `Gather` wants them, with what is known of each: `Program.enter` of a lowered program.
 
     `values`: the parameters themselves, which lie on the host where `is_hosted` and `params` are their handles.
+    `sums`: where gradients of what is gathered go.
     """
     leaves, structure = tree.flatten(params)
     hosts = [local(x) for x in tree.leaves(values)] if is_hosted else [None] * len(leaves)
-    return tree.unflatten(structure, map(Weight, leaves, places, dtypes, hosts))
+    if sums is None:
+        return tree.unflatten(structure, map(Weight, leaves, places, dtypes, hosts))
+    return tree.unflatten(structure, map(Weight, leaves, places, dtypes, hosts, repeat(sums), tree.paths(params)))
 
 
 def _shard(weight: Weight, *, is_copied: bool) -> Tensor:
@@ -242,12 +257,22 @@ def _shard(weight: Weight, *, is_copied: bool) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, bucket: Bucket, issued: Issued | None, *shards: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        bucket: Bucket,
+        issued: Issued | None,
+        sums: GradientSums | None,
+        paths: Sequence[str],
+        *shards: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.bucket = bucket
+        ctx.bucket, ctx.sums, ctx.paths = bucket, sums, paths
         ctx.like = [Like(x.shape[c.dim], x.dtype, x.device) for x, c in zip(shards, bucket.cuts, strict=True)]
         return tuple(bucket.gather(shards, issued))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.bucket.sum_gradients(grads, ctx.like)
+        if ctx.sums is None:
+            return None, None, None, None, *ctx.bucket.sum_gradients(grads, ctx.like)
+        ctx.sums.add(ctx.bucket, ctx.paths, ctx.like, grads)
+        return (None,) * (4 + len(grads))

@@ -1,6 +1,7 @@
-"""How the blocks of a stack get their whole weights: ahead of time, and once for both passes or once for each.
+"""How the blocks of a stack get their whole weights: ahead of time, once for both passes or once for each, and outside
+of the graphs of compiled blocks.
 
-Both functions wrap `ops.stack`; `lower` applies them, as they need the finished `gather`.
+The functions wrap `ops.stack` and `ops.layer`; `lower` applies them, as they need the finished `gather`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ def wrap_stack_with_prefetch(stack: Stack, gather: Gather, *, in_backward: bool)
 
     `in_backward`: blocks that are computed again gather again; then the gather of the block before is started when the
     gradient reaches a block. There is at most one gather ahead, and each is taken by the block it is for; in a group
-    of blocks that are run as one, it is that of the second block, or (backward) of the first. Eager only: what is under
-    way is written down in `BlockWeights`, which a graph cannot hold. Where parameters lie on the host their copies are
-    started with the gather on one device, and one block before it on several, so that the gather does not wait.
+    of blocks that are run as one, it is that of the second block, or (backward) of the first. Outside of graphs only:
+    what is under way is written down in `BlockWeights`, which a graph cannot hold. Where parameters lie on the host
+    their copies are started with the gather on one device, and one block before it on several, so that the gather does
+    not wait.
     """
     is_on_several = gather.mesh.layout.world > 1
 
@@ -81,9 +83,30 @@ def wrap_stack_with_gather(stack: Stack, gather: Gather) -> Stack:
 
     def run_stack(run: Run, *args: Any, **kwargs: Any) -> Any:
         def run_whole(block: Any, params: Tree | Params, *xs: Any) -> tuple[Tensor, Any]:
-            whole = [gather(member) for member in params] if isinstance(params, list) else gather(params)
-            return run(block, whole, *xs)
+            return run(block, _gathered(gather, params), *xs)
 
         return stack(run_whole, *args, **kwargs)
 
     return run_stack
+
+
+def wrap_layer_with_gather(layer: Run, gather: Gather) -> Run:
+    """Gather outside of compiled blocks, so that gathers run ahead of them, and sums of gradients behind them.
+
+    A block that is computed again is so with its gather, as in eager execution: what is compiled is the block alone.
+    Not for blocks that keep some results, which is a matter of their graphs.
+    """
+
+    def run_whole(block: Any, params: Tree | Params, *xs: Any) -> tuple[Tensor, Any]:
+        return layer(block, _gathered(gather, params), *xs)
+
+    def run(block: Any, params: Tree | Params, *xs: Any) -> tuple[Tensor, Any]:
+        again = Recomputed(partial(run_whole, block.block)) if isinstance(block, Recomputed) else None
+        out: tuple[Tensor, Any] = again(params, *xs) if again else run_whole(block, params, *xs)
+        return out
+
+    return run
+
+
+def _gathered(gather: Gather, params: Tree | Params) -> Any:
+    return [gather(member) for member in params] if isinstance(params, list) else gather(params)

@@ -45,7 +45,11 @@ def build_program(
         expert_parallel("dropless" if section.capacity is None else "capacity", capacity=section.capacity),
         *build_remat(section, list(stacks_of(specs))),
         *(offload(what) for what in section.offload if what in OFFLOAD_KINDS),
-        data_parallel(prefetch=section.prefetch, keep_gathered=section.keep_gathered),
+        data_parallel(
+            prefetch=section.prefetch,
+            keep_gathered=section.keep_gathered,
+            sums_under_way=section.sums_under_way,
+        ),
         compiled(config.train.compile),
         *build_precision(config),
     ]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.train.config.section import ConfigSection, Different, Dtype, Patterns, Tuple
@@ -35,6 +35,9 @@ class LayoutSection(ConfigSection):
     )
     prefetch: bool = Field(default=True, description="gather the next layer's parameters while one computes")
     keep_gathered: bool = Field(default=False, description="keep gathered parameters for the backward under remat")
+    sums_under_way: NonNegativeInt = Field(
+        default=2, description="sums of layers' gradients that run beside the backward at once; 0: none"
+    )
     head: Literal["gathered", "sharded"] = Field(
         default="gathered", description="sharded: tokens travel to the head's rows, which stay where they are"
     )

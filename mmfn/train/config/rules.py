@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from mmfn.errors import UserError
 from mmfn.parallel.context.token_order import token_multiple
-from mmfn.parallel.program import check_one_graph
+from mmfn.parallel.program import check_one_graph, gathers_in_graphs
 from mmfn.parallel.transforms.context_parallel import check_kind
 from mmfn.train.config.layout import RematStack
 from mmfn.train.config.learning import LoraSection
@@ -28,9 +28,17 @@ def _is_unsharded(c: Config) -> bool:
     return c.layout.dp * c.layout.cp == 1
 
 
+def _remat_kinds(c: Config) -> set[str]:
+    return {c.layout.remat, *(stack.kind for stack in c.layout.remat_stacks.values())}
+
+
 def _recomputes(c: Config) -> bool:
-    kinds = {c.layout.remat, *(stack.kind for stack in c.layout.remat_stacks.values())}
-    return kinds != {"none"}
+    return _remat_kinds(c) != {"none"}
+
+
+def _gathers_in_graphs(c: Config) -> bool:
+    is_selective = "selective" in _remat_kinds(c)
+    return gathers_in_graphs(c.train.compile, is_selective=is_selective, keep_gathered=c.layout.keep_gathered)
 
 
 def _is_all_float32(c: Config) -> bool:
@@ -222,12 +230,18 @@ RULES = (
         warns=True,
     ),
     idle("layout.keep_gathered", _is_alone, "on one rank with parameters on the device", warns=True),
+    idle("layout.sums_under_way", lambda c: c.layout.world == 1, "with one rank", warns=True),
     idle("layout.reduce_dtype", lambda c: c.layout.world == 1, "with one rank", warns=True),
     idle("layout.timeout_s", lambda c: c.layout.world == 1, "with one rank", warns=True),
     Rule(settings=("layout.remat_save", "layout.ep"), find=_saved_exchange, warns=True),
     # layout
     idle("layout.ulysses", lambda c: c.layout.kind != "usp", "with kind {c.layout.kind!r}"),
     idle("layout.keep_gathered", lambda c: not _recomputes(c), "with remat 'none'"),
+    idle(
+        "layout.sums_under_way",
+        _gathers_in_graphs,
+        "with train.compile {c.train.compile!r}, whose graphs sum the gradients themselves",
+    ),
     Rule(settings=("layout.remat_save", "layout.remat_every", "layout.remat_layers"), find=_idle_policies),
     Rule(settings=("layout.remat_every", "layout.remat_layers"), find=_deep_policies),
     Rule(settings=("layout.remat_save",), find=_saved_experts),

@@ -36,7 +36,6 @@ class Measured:
     balance: Mapping[str, float]
     notes: Sequence[str]
     assumptions: Sequence[str]
-    ahead: Sequence[str]
 
     def on(self, device: Device, title: str = "plan") -> Plan:
         """The plan on a device."""
@@ -52,7 +51,6 @@ class Measured:
             balance=self.balance,
             notes=self.notes,
             assumptions=self.assumptions,
-            ahead=self.ahead,
         )
 
 
@@ -76,8 +74,9 @@ def measure(setup: PlannedStep, layout: Layout, *, rank: int = 0, all_layers: bo
     program = setup.build(setup.cfg, mesh)
     blocks = program.specs[last]["layers"]
     reach = 2 if program.weights.is_hosted and layout.world > 1 else 1  # how many blocks ahead something is started
+    behind = program.weights.sums_under_way if layout.world > 1 else 0
     num_special = max(setup.family.taps(setup.cfg), program.num_special) + reach - 1
-    depths = None if all_layers else scaling.choose_depths(blocks, num_special, V, lcm(program.period, reach))
+    depths = None if all_layers else scaling.choose_depths(blocks, num_special, V, lcm(program.period, reach), behind)
     whole, shares = make_shares(setup, program)
     run = partial(trace_step, setup, layout, rank=rank, shares=shares)
     trace, how = None, f"all {L} text blocks were traced"
@@ -100,7 +99,6 @@ def measure(setup: PlannedStep, layout: Layout, *, rank: int = 0, all_layers: bo
         balance=_balance(whole, shares[0], mesh["cp"].size),
         notes=[*program.notes, checkpoint, how],
         assumptions=_assumptions(setup, program, mesh["cp"].size),
-        ahead=("weights",) if program.weights.prefetch else (),
     )
 
 

@@ -54,9 +54,8 @@ def differentiate(run: Run, program: Program, params: Tree, microbatches: Sequen
     batches = prepare(microbatches, step, objective=run.objective, mesh=mesh, salts=salts)
     gradients = gradients_of(model.family, model.cfg, program, run.objective)
     with program.compiling():
-        grads, sums = scan_gradients(
-            program.jit(gradients) if program.compile == "step" else gradients, params, batches
-        )
+        graph = program.jit(gradients) if program.compile == "step" else gradients
+        grads, sums = scan_gradients(graph, params, batches, program.gradient_sums())
     norm, sums = norm_and_sums(global_norm(grads), sums, mesh)
     sums = {name: x for name, x in sums.items() if name != "tokens"}  # of a record those are others
     return Pass(numbers=numbers_of({**sums, "grad_norm": norm}), grads=grads)
