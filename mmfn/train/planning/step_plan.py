@@ -37,6 +37,7 @@ class Measured:
     notes: Sequence[str]
     assumptions: Sequence[str]
     ahead: Sequence[str]
+    is_fused: bool = False
 
     def on(self, device: Device, title: str = "plan") -> Plan:
         """The plan on a device."""
@@ -53,6 +54,7 @@ class Measured:
             notes=self.notes,
             assumptions=self.assumptions,
             ahead=self.ahead,
+            is_fused=self.is_fused,
         )
 
 
@@ -101,6 +103,7 @@ def measure(setup: PlannedStep, layout: Layout, *, rank: int = 0, all_layers: bo
         notes=[*program.notes, checkpoint, how],
         assumptions=_assumptions(setup, program, mesh["cp"].size),
         ahead=("weights",) if program.weights.prefetch else (),
+        is_fused=setup.is_fused,
     )
 
 
