@@ -3,8 +3,8 @@
 A kernel (a product, attention, an operator of this package) reads its arguments and writes its results. What runs
 between two kernels, elementwise operators and sums, is counted twice: as eager execution runs it, each operator by
 itself, and fused, as a compiler does: a group of them reads once what was made outside of it, and writes what is there
-when it ends. Views, and what only copies between ranks or to the host, count nothing. Neither does what has no
-floating-point argument or result.
+when it ends. Views, and what only copies between ranks or to the host, count nothing. Neither do integers and single
+numbers.
 """
 
 from collections import Counter
@@ -212,11 +212,11 @@ def _kind(func: Any) -> _Kind:
 
 
 def _floats(values: Sequence[Any]) -> Iterator[Tensor]:
-    """The floating-point tensors among arguments or results, those of lists too, this rank's part of each."""
+    """The floating-point tensors of a dimension or more, those of lists too, this rank's part of each."""
     for x in values:
         if isinstance(x, Tensor):
             x = local_tensor(x) if isinstance(x, DTensor) else x
-            if x.is_floating_point():
+            if x.is_floating_point() and x.ndim:
                 yield x
         elif isinstance(x, list | tuple):
             yield from _floats(x)
