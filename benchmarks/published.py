@@ -116,7 +116,7 @@ def plan_point(point: Point) -> Plan:
             image_side=0,
             micro_batches=point.micro_batches,
         )
-        request = Request(config=loaded.config, device=point.device, workload=workload)
+        request = Request(config=loaded.config, device=point.device, workload=workload, title=str(point))
         return replace(measure_config(request), ahead=AHEAD).on(point.target, str(point))
 
 

@@ -170,6 +170,12 @@ def _add_doctor(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", choices=("cpu", "cuda", "npu"), help="what a run wants, whose absence is an error")
 
 
+def _add_calibrate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu", help="what to measure (default cpu)")
+    sub.add_argument("--out", metavar="FILE", help="write them to this .yaml file (default: print them)")
+    sub.add_argument("--seconds", type=float, default=0.3, metavar="S", help="of each measurement (default 0.3)")
+
+
 def _add_set(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--set", action="append", default=[], metavar="key=value", help="a setting of layout, eval or data; repeatable"
@@ -327,6 +333,12 @@ COMMANDS = {
     ),
     "doctor": Command(
         module="doctor", text="show what this machine has and whether it goes together", add_arguments=_add_doctor
+    ),
+    "calibrate": Command(
+        module="calibrate",
+        text="measure this machine's figures, by which mmfn plan predicts",
+        add_arguments=_add_calibrate,
+        is_on_ranks=True,
     ),
     "data": Command(module="data", text="work on data sets", add_arguments=_add_data),
 }

@@ -63,7 +63,10 @@ def test_a_trace_without_values_is_that_of_the_real_step(name: str) -> None:
     assert fake.count == real.count
     assert fake.sent_bytes == real.sent_bytes
     assert fake.flops == real.flops
-    assert fake.account == real.account
+    if "omni" in name:  # a convolution's kernel chooses the order of its result, which is then copied or not
+        assert dict(fake.account) == pytest.approx(dict(real.account), rel=0.02)
+    else:
+        assert fake.account == real.account
     if name.endswith("bfloat16"):  # layer norm keeps statistics in bfloat16 on the CPU, elsewhere (and here) in float32
         assert fake.peak.total == pytest.approx(real.peak.total, rel=1e-3)
     else:

@@ -69,6 +69,7 @@ class Account:
     def __init__(self, alive: Mapping[int, tuple[int, Any]]) -> None:
         self.work: Counter[Entry] = Counter()
         self._alive = alive
+        self._kinds: dict[int, _Kind] = {}  # by the id of an operator, whose hash is slow
         self._fresh: dict[Storage, int] = {}  # made in the group -> bytes written to it
         self._seen: set[tuple[Storage, int, bool]] = set()  # (storage, offset, is written) made outside of it
         self._where: tuple[str, tuple[int, int]] = ("", (1, 1))  # phase, and what the work counts for
@@ -89,7 +90,9 @@ class Account:
         if where != self._where:
             self.end_group()
             self._where = where
-        kind = _kind(func)
+        kind = self._kinds.get(id(func))
+        if kind is None:
+            kind = self._kinds[id(func)] = _kind(func)
         if kind.is_free:
             for x in _floats((out,)) if kind.packet in _EMPTY else ():
                 self._fresh.setdefault(self._storage(x), 0)
@@ -223,5 +226,6 @@ def _floats(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _bytes(x: Tensor) -> int:
-    """Of what is expanded, as much as there is."""
-    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+    """Of what is expanded, as much as there is; nothing of a single number."""
+    there, size = x.untyped_storage().nbytes(), x.element_size()
+    return min(x.numel() * size, there) if there > size else 0

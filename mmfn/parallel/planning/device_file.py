@@ -24,9 +24,10 @@ def is_file(name: str) -> bool:
 
 
 def device_text(device: Any, head: Sequence[str]) -> str:
-    """The file of a device, behind the lines of a comment."""
-    values = {name: value for name, value in asdict(device).items() if name != "name"}
-    body = yaml.safe_dump({**values, "shares": dict(device.shares)}, sort_keys=False, width=10**6)
+    """The file of a device, behind the lines of a comment: what is not a whole number, to four digits."""
+    values = {name: _short(value) for name, value in asdict(device).items() if name != "name"}
+    values["shares"] = {name: _short(share) for name, share in device.shares.items()}
+    body = yaml.safe_dump(values, sort_keys=False, width=10**6)
     return "".join(f"# {line}\n" for line in head) + body
 
 
@@ -47,6 +48,10 @@ def read_fields(path: str, kind: type) -> dict[str, Any]:
         raise UserError(f"device file {path!r} {what}; it may have {', '.join(known)}")
     found = {name: _value(path, name, value) for name, value in values.items()}
     return {**found, "name": path}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _value(path: str, name: str, value: Any) -> Any:

@@ -211,6 +211,21 @@ def device(name: str) -> Device:
     return DEVICES[name]
 
 
+USUAL = {"cpu": "cpu", "cuda": "h100", "npu": "910b"}
+"""Type of torch device -> what it is taken for where nothing more is known."""
+
+
+def like(kind: str, name: str) -> Device:
+    """The device of the table that is nearest to one of torch: by what torch calls it, else by its type.
+
+    Raises ValueError for a type of which there is none.
+    """
+    known = next((own for part, own in NAMES.items() if part in name.lower()), None)
+    if known is None and kind not in USUAL:
+        raise UserError(f"no figures of devices of type {kind!r} are known; use one of {', '.join(USUAL)}")
+    return DEVICES[known or USUAL[kind]]
+
+
 def peak_flops(name: str) -> float | None:
     """The dense bfloat16 peak of what torch calls a device, None of one that is not known: `NVIDIA H100 80GB HBM3`."""
     found = [known for part, known in NAMES.items() if part in name.lower()]
