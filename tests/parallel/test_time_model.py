@@ -29,6 +29,7 @@ PLAIN = replace(
     call_s=0.0,
     hop_s=0.0,
     network_hop_s=0.0,
+    transfer_units=0.0,
 )
 """Round numbers: 500 FLOPs and 80 bytes a second, 20 over links, 5 over the network, 10 to the host."""
 
@@ -70,6 +71,10 @@ def test_transfers_ahead_run_beside_work_and_others_behind_it() -> None:
     inside, ahead = transfer(wire_bytes=20), transfer(wire_bytes=15, size=8, node_size=1, is_ahead=True)
     time = predict(work, [inside, ahead], PLAIN)
     assert (time.compute_s, time.overlapped_s, time.exposed_s, time.total_s) == (2.0, 3.0, 1.0, 4.0)
+    busy = replace(PLAIN, transfer_units=0.25)
+    assert predict(work, [inside, ahead], busy).total_s == 4.0  # transfers are the bound
+    short = transfer(wire_bytes=20, is_ahead=True)  # 1 s, in which a quarter of the device is not there
+    assert predict(work, [inside, short], busy).total_s == 2.25 + 1
     hosted = predict(work, [ahead], PLAIN, stashed_bytes=10, hosted_bytes=20)  # both ways
     assert (hosted.overlapped_s, hosted.update_s, hosted.total_s) == (3 + 2, 4, 5 + 4)
 

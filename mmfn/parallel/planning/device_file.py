@@ -14,6 +14,7 @@ from mmfn.parallel.planning.account import ATTENTION, GROUPED, LARGE, NARROW, NA
 SUFFIXES = (".yaml", ".yml")
 SHARES = (LARGE, NARROW, GROUPED, NARROW_GROUPED, ATTENTION)
 WHOLE = ("memory_bytes", "ranks_per_node")  # whole numbers
+MAY_BE_NONE = ("transfer_units",)  # 0, too
 TEXTS = ("kind", "source")
 CURE = "write one with mmfn calibrate --out FILE"
 
@@ -63,7 +64,7 @@ def _value(path: str, name: str, value: Any) -> Any:
         if not isinstance(value, Mapping) or set(value) != set(SHARES):
             raise UserError(f"device file {path!r}: shares should have {', '.join(SHARES)}; {CURE}")
         return {key: _number(path, f"the share of {key}", value[key]) for key in SHARES}
-    number = _number(path, name, value)
+    number = 0.0 if value == 0 and name in MAY_BE_NONE else _number(path, name, value)
     return int(number) if name in WHOLE else number
 
 

@@ -18,7 +18,8 @@ class Device:
     of other nodes; `host_link`: to the host's memory. `shares`: of `flops`, by class of work (`planning.account`), and
     what is reached of the bandwidths of memory, link and network. `launch_s`: of the host, to issue an operator.
     A collective begins after `call_s` and takes `hop_s` for every rank that a piece goes to next in its node,
-    `network_hop_s` where that is in another. `source`: of the shares and latencies.
+    `network_hop_s` where that is in another. `transfer_units`: the share of its units of computation that collectives
+    hold while they run beside work. `source`: of the shares and latencies.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Device:
     call_s: float = 8.4 * US
     hop_s: float = 3.4 * US
     network_hop_s: float = 14 * US
+    transfer_units: float = 0.0
     source: str
 
 
@@ -64,7 +66,8 @@ MOVES = (
     "memory 0.8: copies reach 0.77 of H100 (nccl 1264) and 0.87 of A100 (gpu-workshop-JuliaCon23 7); link 0.8: "
     "all-gather and reduce-scatter of 8 H200 at 361 and 363 of 450 GB/s, A100 235 of 300; network 0.9: a ring over 4 "
     "nodes at 365 (H200) and 381 (B200) of 8 x 50 GB/s (ml-engineering); latencies: rings of NCCL, protocol simple "
-    "(tuning.cc); launch 5 us: assumed"
+    "(tuning.cc); launch 5 us: assumed; transfers hold 24 multiprocessors (channels of nccl-tests 100, blocks of "
+    "UniRL 467), which kernels then lack (nccl 689)"
 )
 ASCEND = "assumed: no published measurements of single operators; latencies as NCCL's"
 DEVICES = {
@@ -112,6 +115,7 @@ DEVICES = {
             host_link=32 * GB,
             ranks_per_node=8,
             shares=shares_of(0.78, 0.58, 0.6),
+            transfer_units=24 / 108,
             source=f"{BEST}: 0.869; {GROUPS}; attention: 0.50 to 0.73 (FlashAttention-2, abstract); {MOVES}",
         ),
         # H100 SXM: 989 TFLOPS dense bfloat16, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways, 400 Gbit/s InfiniBand,
@@ -127,6 +131,7 @@ DEVICES = {
             host_link=64 * GB,
             ranks_per_node=8,
             shares=shares_of(0.72, 0.53, 0.35),
+            transfer_units=24 / 132,
             source=f"{BEST}: 0.803; {GROUPS}; attention: 0.35 (FlashAttention-3, abstract, of 2); {MOVES}",
         ),
         # H200 SXM: as H100 with 141 GB at 4.8 TB/s
@@ -141,6 +146,7 @@ DEVICES = {
             host_link=64 * GB,
             ranks_per_node=8,
             shares=shares_of(0.72, 0.53, 0.35),
+            transfer_units=24 / 132,
             source=f"{BEST}: 0.803; {GROUPS}; attention: 0.35 (FlashAttention-3, abstract, of 2); {MOVES}",
         ),
         # B200 SXM (HGX): 2,250 TFLOPS, 180 GB at 8 TB/s, NVLink 1,800 GB/s both ways, 400 Gbit/s, PCIe 5.0 x16
@@ -155,6 +161,7 @@ DEVICES = {
             host_link=64 * GB,
             ranks_per_node=8,
             shares=shares_of(0.7, 0.52, 0.15),
+            transfer_units=24 / 148,
             source=f"{BEST}: 0.776; {GROUPS}; attention: 333 TFLOP/s of FlashAttention-2 (its issue 1589); {MOVES}",
         ),
         # GB200 NVL72: 2,500 TFLOPS, 186 GB at 8 TB/s, NVLink 1,800 GB/s both ways among 72, 400 Gbit/s, half of
@@ -170,6 +177,7 @@ DEVICES = {
             host_link=225 * GB,
             ranks_per_node=72,
             shares=shares_of(0.66, 0.49, 0.14),
+            transfer_units=24 / 152,
             source=f"{BEST}: 0.729; {GROUPS}; attention: as B200's; {MOVES}",
         ),
         # A core of a current server with AVX-512 in float32, and its share of the memory; no data sheet

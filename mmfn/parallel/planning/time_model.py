@@ -13,7 +13,8 @@ from mmfn.parallel.planning.devices import Device
 from mmfn.parallel.planning.trace import BACKWARD, FORWARD, UPDATE
 
 MODEL = (
-    "time = max(work, transfers that run ahead) + all other transfers + update; work = max(operators issued * launch, "
+    "time = max(work + units * collectives that run ahead, transfers that run ahead) + all other transfers + update; "
+    "units: the share of the device's units that collectives hold meanwhile; work = max(operators issued * launch, "
     "sum over classes of max(FLOPs / share of the peak, bytes / share of the memory bandwidth)); a transfer takes its "
     "bytes on the wire / share of link or network, in a ring over nodes with as many networks as it has ranks in one, "
     "and a latency a hop; what is kept on the host crosses its link both ways, activations in every micro-batch, "
@@ -139,10 +140,11 @@ def predict(
     update = work_seconds(class_seconds(work, (UPDATE,), chosen, is_fused=is_fused))
     to_host, state = (2 * n / (chosen.link_share * chosen.host_link) for n in (stashed_bytes, hosted_bytes))
     spent = [(t.is_ahead, t.seconds(chosen)) for t in transfers]
-    overlapped = sum(s for is_ahead, s in spent if is_ahead) + to_host
+    collectives = sum(s for is_ahead, s in spent if is_ahead)
+    overlapped = collectives + to_host
     exposed = sum(s for is_ahead, s in spent if not is_ahead)
     update += state
-    total = max(compute, overlapped) + exposed + update
+    total = max(compute + chosen.transfer_units * collectives, overlapped) + exposed + update
     flops = sum(n for (phase, _, what), n in work.items() if what == account.FLOPS and phase in (FORWARD, BACKWARD))
     return Time(
         compute_s=compute,
