@@ -28,7 +28,7 @@ from torch.multiprocessing.spawn import spawn
 from mmfn import models
 from mmfn.parallel.mesh.axis import Group
 from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh
-from mmfn.parallel.planning.devices import wire_bytes
+from mmfn.parallel.planning.time_model import wire_bytes
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.remat import remat

@@ -8,7 +8,8 @@ The program is a vision-language model with clip and AdamW in float32, on one de
 without values (`mmfn.train.planning.step_plan`). Measured: on the CPU the events of torch's allocator in a later step,
 the host's buffers, which exist by then, left out; on an accelerator the most bytes allocated. State and batch count.
 "saved" is against the policy "none", and "host" what lies there. Time is the median step against that of "none"; on the
-CPU a copy to the host is a copy from memory to memory that nothing overlaps with.
+CPU a copy to the host is a copy from memory to memory that nothing overlaps with. With `--figures FILE`, of mmfn
+calibrate, the seconds of a step are printed too, measured and predicted.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from mmfn import models, tree
 from mmfn.batch import Batch
 from mmfn.batch import to as batch_to
 from mmfn.parallel.mesh.layout import Layout, single_mesh
+from mmfn.parallel.planning.devices import device as device_of
+from mmfn.parallel.planning.time_model import predict
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.remat import remat
@@ -192,7 +195,12 @@ def rows(names: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[str, 
         first = first or (planned, measured, seconds)
         sizes = (planned, measured, first[0] - planned, first[1] - measured, trace.host_bytes)
         error, ratio = f"{measured / planned - 1:+.2%}", f"{seconds / first[2]:.2f}"
-        yield (name, *(f"{n / MIB:,.1f}" for n in sizes), error, ratio)
+        spent: tuple[str, ...] = ()
+        if args.figures is not None:
+            here, stashed, hosted = device_of(args.figures), trace.stashed_bytes, trace.hosted_bytes
+            predicted = predict(trace.account, [], here, stashed_bytes=stashed, hosted_bytes=hosted).total_s
+            spent = (f"{seconds:.3f}", f"{predicted:.3f}", f"{predicted / seconds:.2f}")
+        yield (name, *(f"{n / MIB:,.1f}" for n in sizes), error, ratio, *spent)
 
 
 def main() -> None:
@@ -205,9 +213,12 @@ def main() -> None:
     parser.add_argument("--group-values", type=int, default=2**20, help="values of an optimizer's group on the device")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="NAME")
+    parser.add_argument("--figures", metavar="FILE", help="of this machine, by mmfn calibrate: predict seconds too")
     args = parser.parse_args()
     names = ["none", *(name for name in args.policies if name != "none")]
+    head: tuple[str, ...]
     head = ("policy", "planned MiB", "measured", "saved, planned", "measured", "host MiB", "error", "time")
+    head += ("seconds", "predicted", "ratio") if args.figures is not None else ()
     for row in chain([head], rows(names, args)):
         cells = [cell.rjust(max(len(title), 8)) for cell, title in zip(row[1:], head[1:], strict=True)]
         print(row[0].ljust(max(map(len, POLICIES))), *cells, sep="  ", flush=True)

@@ -95,8 +95,8 @@ def packed_attention(
     **_: Any,
 ) -> int:
     """Of `mmfn::attention`. Keys with offsets of their own have no causal mask."""
-    lengths_N = offsets_N.diff()
-    keys_N = lengths_N if key_offsets_N is None else key_offsets_N.diff()
+    lengths_N = offsets_N.diff().long()  # whose squares int32 cannot hold
+    keys_N = lengths_N if key_offsets_N is None else key_offsets_N.diff().long()
     pairs_N = lengths_N * (lengths_N + 1) // 2 if is_causal else lengths_N * keys_N
     return 4 * q_THC.shape[1] * q_THC.shape[2] * int(pairs_N.sum())
 

@@ -58,3 +58,12 @@ def test_an_unknown_operator_is_refused_and_torchs_own_counts_nothing():
     with pytest.raises(ValueError, match="no op of the table declares the operator elsewhere::square"):
         flops.formula_of(unknown._opoverload, {})
     assert flops.formula_of(unknown._opoverload, {torch.ops.elsewhere.square: None}) is None
+
+
+def test_pairs_of_long_segments_do_not_overflow():
+    """More than 46,340 tokens have more pairs than int32 holds, which offsets are."""
+    T = 100_000
+    x_THC = torch.empty(T, 1, 8, device="meta")
+    offsets_N = torch.tensor([0, T], dtype=torch.int32)
+    assert flops.packed_attention(x_THC, x_THC, x_THC, offsets_N, True) == 4 * 8 * (T * (T + 1) // 2)
+    assert flops.packed_attention(x_THC, x_THC, x_THC, offsets_N, False, offsets_N) == 4 * 8 * T * T

@@ -11,7 +11,7 @@ import torch
 
 from mmfn import cli, tree
 from mmfn.ops.logit_chunks import aligned
-from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.parallel.planning import devices, plan
 from mmfn.parallel.planning import extrapolate as scaling
@@ -63,6 +63,10 @@ def test_a_trace_without_values_is_that_of_the_real_step(name: str) -> None:
     assert fake.count == real.count
     assert fake.sent_bytes == real.sent_bytes
     assert fake.flops == real.flops
+    if "omni" in name:  # a convolution's kernel chooses the order of its result, which is then copied or not
+        assert dict(fake.account) == pytest.approx(dict(real.account), rel=0.02)
+    else:
+        assert fake.account == real.account
     if name.endswith("bfloat16"):  # layer norm keeps statistics in bfloat16 on the CPU, elsewhere (and here) in float32
         assert fake.peak.total == pytest.approx(real.peak.total, rel=1e-3)
     else:
@@ -245,30 +249,6 @@ def test_what_lies_on_the_host_is_shown_and_is_not_the_devices() -> None:
     assert "held on the host" not in str(plain)
     assert "host: 0 B ->" in plan.diff(plain, moved)
     assert plan.from_json(moved.to_json()) == moved
-
-
-def test_time_model() -> None:
-    chosen = devices.device("h100")
-    inside = devices.Transfer(wire_bytes=0.8 * chosen.link, is_inside_node=True, is_ahead=False)
-    ahead = devices.Transfer(wire_bytes=0.8 * chosen.network * 3, is_inside_node=False, is_ahead=True)
-    time = devices.predict(chosen.flops, 0.0, 0.0, [inside, ahead], chosen)
-    assert (time.compute_s, time.overlapped_s, time.exposed_s) == pytest.approx((2, 3, 1))
-    assert time.total_s == pytest.approx(4)
-    assert time.hfu == pytest.approx(0.25)
-    update = devices.predict(0.0, chosen.flops, 0.8 * chosen.memory_bandwidth, [], chosen)
-    assert (update.compute_s, update.update_s, update.total_s) == pytest.approx((0, 2 + 1, 3))
-    share = 0.8 * chosen.host_link
-    hosted = devices.predict(chosen.flops, 0.0, 0.0, [ahead], chosen, stashed_bytes=share, hosted_bytes=2 * share)
-    assert (hosted.overlapped_s, hosted.update_s, hosted.total_s) == pytest.approx((3 + 2, 4, 5 + 4))
-    assert devices.wire_bytes("all_gather", 10, 4) == 30
-    assert devices.wire_bytes("reduce_scatter", 40, 4) == 30
-    assert devices.wire_bytes("all_reduce", 40, 4) == 60
-    assert devices.wire_bytes("all_to_all", 40, 4) == 30
-    assert devices.wire_bytes("shift", 40, 4) == 40
-    assert devices.is_inside_node(Layout(dp=8, cp=2), "cp", chosen)
-    assert not devices.is_inside_node(Layout(dp=8, cp=2), "dp", chosen)
-    with pytest.raises(ValueError, match="device 'tpu' is unknown"):
-        devices.device("tpu")
 
 
 def test_a_compiled_program_is_refused() -> None:

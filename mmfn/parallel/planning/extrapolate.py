@@ -56,7 +56,9 @@ def choose_depths(
 def extend(traces: Sequence[Trace], depths: Depths, num_before: int, num_blocks: int) -> Trace | None:
     """The trace of `num_blocks` blocks, or None where a figure is not affine in the depth."""
     steps = (num_blocks - depths.first) // depths.period
-    tables = [[_Table(t.count), _Table(t.sent_bytes), _Table(t.exposed), _Table(t.flops)] for t in traces]
+    tables = [
+        [_Table(t.count), _Table(t.sent_bytes), _Table(t.exposed), _Table(t.flops), _Table(t.account)] for t in traces
+    ]
     figures = [_affine(three, steps) for three in zip(*tables, strict=True)]
     placed = [_by_place(t.peaks, depths, num_before + n) for t, n in zip(traces, depths.all, strict=True)]
     ends = [{k: p for k, p in peaks.items() if k[2] != "middle"} for peaks in placed]
@@ -71,8 +73,8 @@ def extend(traces: Sequence[Trace], depths: Depths, num_before: int, num_blocks:
         index = offset if side == "front" else num_before + num_blocks + offset
         peaks[phase, batch, index] = Peak.of(parts)
     peaks |= _middle(placed, depths, num_before + num_blocks, steps)
-    count, sent_bytes, exposed, flops = (Counter(f) for f in figures if f is not None)
-    return Trace(count=count, sent_bytes=sent_bytes, exposed=exposed, flops=flops, peaks=peaks)
+    count, sent_bytes, exposed, flops, account = (Counter(f) for f in figures if f is not None)
+    return Trace(count=count, sent_bytes=sent_bytes, exposed=exposed, flops=flops, account=account, peaks=peaks)
 
 
 class _Table(dict[Any, int]):

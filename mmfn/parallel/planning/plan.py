@@ -12,8 +12,9 @@ from mmfn.errors import UserError
 from mmfn.ops.flops import FORMULAS
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning import devices
-from mmfn.parallel.planning.devices import Device, Time, Transfer
-from mmfn.parallel.planning.trace import CATEGORIES, UPDATE, Trace
+from mmfn.parallel.planning.devices import Device
+from mmfn.parallel.planning.time_model import MODEL, Time, Transfer, predict, ranks_in_node, wire_bytes
+from mmfn.parallel.planning.trace import CATEGORIES, Trace
 from mmfn.parallel.weights.sharding import local, sharding_of
 from mmfn.tree import Tree
 
@@ -35,7 +36,8 @@ class Leaf:
 @dataclass(frozen=True, kw_only=True)
 class Collective:
     """All calls of one kind. `sent_bytes`: what the rank gives; `wire_bytes`: what crosses its links; `exposed`: how
-    many of the calls are waited for without work since they were sent."""
+    many of the calls are waited for without work since they were sent; `size`: ranks of the axis, `node_size` of them
+    in the node of this one."""
 
     phase: str
     site: str
@@ -45,7 +47,13 @@ class Collective:
     sent_bytes: int
     wire_bytes: int
     exposed: int
-    is_inside_node: bool
+    size: int
+    node_size: int
+
+    @property
+    def is_inside_node(self) -> bool:
+        """True where all ranks are in one node."""
+        return self.node_size == self.size
 
     @property
     def transfers(self) -> list[Transfer]:
@@ -53,8 +61,11 @@ class Collective:
         parts = {False: self.exposed, True: self.count - self.exposed}
         return [
             Transfer(
+                op=self.op,
+                count=num_calls,
                 wire_bytes=self.wire_bytes * num_calls / self.count,
-                is_inside_node=self.is_inside_node,
+                size=self.size,
+                node_size=self.node_size,
                 is_ahead=is_ahead,
             )
             for is_ahead, num_calls in parts.items()
@@ -145,8 +156,10 @@ def make_plan(
     balance: Mapping[str, float],
     notes: Sequence[str],
     assumptions: Sequence[str],
+    is_fused: bool = False,
 ) -> Plan:
-    """A plan from what was traced and what is known of the leaves."""
+    """A plan from what was traced and what is known of the leaves. `is_fused`: elementwise work as a compiler runs
+    it."""
     mark = max(trace.peaks, key=lambda m: trace.peaks[m].total)
     peak = trace.peaks[mark]
     phases = {phase: 0 for phase, *_ in trace.peaks}
@@ -154,8 +167,6 @@ def make_plan(
         phases[phase] = max(phases[phase], stretch.total)
     collectives = _collectives(trace, mesh, device, rank)
     transfers = [transfer for c in collectives for transfer in c.transfers]
-    update_flops = sum(n for (phase, _), n in trace.flops.items() if phase == UPDATE)
-    other_flops = sum(trace.flops.values()) - update_flops
     return Plan(
         title=title,
         layout=asdict(mesh.layout),
@@ -170,12 +181,11 @@ def make_plan(
         peak_parts={name: peak.parts[name] for name in CATEGORIES if peak.parts.get(name)},
         phase_peaks=phases,
         host_bytes=trace.host_bytes,
-        time=devices.predict(
-            other_flops,
-            update_flops,
-            _update_bytes(leaves),
+        time=predict(
+            trace.account,
             transfers,
             device,
+            is_fused=is_fused,
             stashed_bytes=trace.stashed_bytes,
             hosted_bytes=trace.hosted_bytes,
         ),
@@ -197,17 +207,12 @@ def _collectives(trace: Trace, mesh: Mesh, device: Device, rank: int) -> list[Co
             count=count,
             sent_bytes=trace.sent_bytes[key],
             exposed=trace.exposed[key],
-            wire_bytes=round(devices.wire_bytes(key.op, trace.sent_bytes[key], mesh[key.axis].size)),
-            is_inside_node=devices.is_inside_node(mesh.layout, key.axis, device, rank),
+            wire_bytes=round(wire_bytes(key.op, trace.sent_bytes[key], mesh[key.axis].size)),
+            size=mesh[key.axis].size,
+            node_size=ranks_in_node(mesh.layout, key.axis, device, rank),
         )
         for key, count in sorted(trace.count.items(), key=lambda item: str(item[0]))
     ]
-
-
-def _update_bytes(leaves: Sequence[Leaf]) -> int:
-    """What the update reads and writes."""
-    trained = [leaf for leaf in leaves if leaf.gradient_bytes]
-    return sum(2 * (leaf.parameter_bytes + leaf.optimizer_bytes) + leaf.gradient_bytes for leaf in trained)
 
 
 def plan_leaves(params: Tree, opt: Tree, specs: Tree, mesh: Mesh, gradient_itemsize: int | None = None) -> list[Leaf]:
@@ -276,8 +281,10 @@ def diff(a: Plan, b: Plan) -> str:
     compare("exposed calls", a.exposed, b.exposed, lambda n: f"{n:,}")
     compare("TFLOPs", a.flops, b.flops, lambda n: f"{n / 1e12:,.2f}")
     compare("model TFLOPs", a.model_flops, b.model_flops, lambda n: f"{n / 1e12:,.2f}")
-    for field in fields(Time):
-        compare(f"time {field.name}", getattr(a.time, field.name), getattr(b.time, field.name), lambda x: f"{x:.4g}")
+    for name in (f.name for f in fields(Time) if f.name != "classes"):
+        compare(f"time {name}", getattr(a.time, name), getattr(b.time, name), lambda x: f"{x:.4g}")
+    for name in {**a.time.classes, **b.time.classes}:
+        compare(f"  {name}", a.time.classes.get(name, 0.0), b.time.classes.get(name, 0.0), lambda x: f"{x:.4g}")
     calls = [{(c.phase, c.site, c.axis, c.op): c for c in p.collectives} for p in (a, b)]
     for key in sorted({**calls[0], **calls[1]}):
         found = [table.get(key) for table in calls]
@@ -358,13 +365,20 @@ def _lines(p: Plan) -> list[str]:
     lines += [
         "",
         f"predicted step on {p.device}: {t.total_s:.4g} s, MFU {p.mfu:.1%}, HFU {t.hfu:.1%}",
+        f"  by class: {_classes(t)}",
         f"  compute {t.compute_s:.4g} s beside {t.overlapped_s:.4g} s of transfers, {t.exposed_s:.4g} s of other "
         f"transfers, update {t.update_s:.4g} s",
         "  MFU: model FLOPs over peak times time; HFU: all FLOPs of forward and backward, those computed again too",
-        f"  {devices.MODEL}",
+        f"  {MODEL}",
         "balance: " + ", ".join(f"{name} {share:.1%}" for name, share in p.balance.items()),
     ]
     return lines
+
+
+def _classes(time: Time) -> str:
+    """What each class of forward and backward takes, the longest first."""
+    ranked = sorted(time.classes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {seconds:.3g} s" for name, seconds in ranked)
 
 
 def _world(p: Plan) -> int:

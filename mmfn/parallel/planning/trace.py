@@ -24,6 +24,7 @@ from mmfn.ops.kernel import Formula, Whole
 from mmfn.parallel.mesh.axis import InProcess
 from mmfn.parallel.mesh.layout import Layout, Mesh, Partition, make_mesh
 from mmfn.parallel.planning import fake_tensors as shapes
+from mmfn.parallel.planning.account import Account, Entry
 from mmfn.parallel.weights.host_memory import HOST
 from mmfn.torch_private import EagerMode, autograd_node, local_tensor, next_node_number, node_number, storage_key
 
@@ -99,14 +100,15 @@ class Trace:
     """What one step of one rank did.
 
     `count`, `sent_bytes` (what the rank gives) by kind of collective, and how many of the calls are `exposed`: waited
-    for without work since they were sent; `flops` by (phase, site); `peaks` by stretch: a stretch starts where a block
-    starts, forward or backward. Stretches are in the order of time.
+    for without work since they were sent; `flops` by (phase, site); `account` by (phase, class, what is counted);
+    `peaks` by stretch: a stretch starts where a block starts, forward or backward. Stretches are in the order of time.
     """
 
     count: Counter[Key]
     sent_bytes: Counter[Key]
     exposed: Counter[Key]
     flops: Counter[tuple[str, str]]
+    account: Counter[Entry]
     peaks: dict[Mark, Peak]
 
     @property
@@ -159,6 +161,7 @@ class Recorder(EagerMode):
         self._times = (1, 1)
         self._ends: list[int] = []  # where forwards end
         self._turns: list[int] = []  # where backwards end
+        self.account = Account(self._alive)
 
     def __enter__(self) -> "Recorder":
         """Python's collector of cycles rests meanwhile: memory is freed where the program frees it, at every run."""
@@ -179,13 +182,17 @@ class Recorder(EagerMode):
         is_shaped = self.is_fake and func is not _MOVED
         out = shapes.run(func, types, args, kwargs) if is_shaped else func(*args, **kwargs)
         formula = None if types else self._formula(func)
-        if formula is not None and (work := formula(*args, **kwargs, out_val=out)):
+        work = formula(*args, **kwargs, out_val=out) if formula is not None else 0
+        if work:
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
             self._num_worked += 1
         site = args[2] if func is _COUNTED else "exchanged" if func is _MOVED else None
         for x in (out,) if isinstance(out, Tensor) else out if isinstance(out, Sequence) else ():
             if isinstance(x, Tensor):
                 self.allocate(x, site)
+        if self.site != "communication":
+            where = self.phase, self._times
+            self.account.note(func, args, kwargs, out, work=work, where=where, is_grouped=self.site == "experts")
         if isinstance(formula, Whole):
             self._pass(workspace(formula.body, shapes.freeze(args)))
         return out
@@ -232,7 +239,7 @@ class Recorder(EagerMode):
 
     def begin(self) -> None:
         """The step starts here: what is alive is its state, and peaks are counted from now on."""
-        self.phase = FORWARD
+        self.phase, self.account = FORWARD, Account(self._alive)
         self._marks = [(self._events, (FORWARD, 0, -1))]
 
     def watch(self, ops: Ops) -> Ops:
@@ -288,6 +295,7 @@ class Recorder(EagerMode):
     def called(self, axis: str, op: str, site: str, x: Tensor) -> Key:
         """Note one collective that this rank gives `x` to."""
         self._turn()
+        self.account.end_group()
         key = Key(self.phase, site, axis, op)
         self.count[key] += 1
         self.sent_bytes[key] += x.numel() * x.element_size()
@@ -310,6 +318,7 @@ class Recorder(EagerMode):
             sent_bytes=self.sent_bytes,
             exposed=self.exposed,
             flops=self.flops,
+            account=self.account.end(),
             peaks=self._peaks(),
         )
 

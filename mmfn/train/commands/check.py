@@ -9,6 +9,7 @@ from typing import Any
 from mmfn.errors import UserError
 from mmfn.models import Family
 from mmfn.ops import planned_table
+from mmfn.parallel.planning.devices import USUAL
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.spec import num_params
@@ -20,8 +21,6 @@ from mmfn.train.config.schema import Config
 from mmfn.train.planning.request import check_fits
 from mmfn.train.run.folder import check_output
 from mmfn.tree import Tree
-
-DEVICES = {"cpu": "cpu", "cuda": "h100", "npu": "910b"}  # kind of torch device -> what a plan takes it for
 
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     else:
         _check_files(checks, config)
     checks.make("layout", lambda: _check_layout(config, family, cfg, specs, args.world), str)
-    device = args.device or DEVICES.get(config.model.device.partition(":")[0])
+    device = args.device or USUAL.get(config.model.device.partition(":")[0])
     if device is None:
         say(f"left   memory: no plan knows {config.model.device!r}; name one by --device")
     elif not checks.wrong:

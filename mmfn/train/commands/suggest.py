@@ -28,7 +28,6 @@ from mmfn.train.survey.text import tower_sizes
 EPOCH_STEPS = 50  # steps that an epoch should have: a batch of many ranks may be larger than the data suits
 MOST_BUDGETS = 4  # sizes of batches that are planned
 LORA = {"rank": 16, "alpha": 32}
-TYPES = {"910b": "npu", "a3": "npu", "h100": "cuda", "h200": "cuda", "cpu": "cpu"}  # device -> kind of torch device
 
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
@@ -108,7 +107,7 @@ def typical_tokens(seen: Survey) -> int:
 def _usual(args: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
     """What stands in a suggested config beside what is chosen."""
     name = Path(os.path.abspath(args.model)).name
-    kind = TYPES[args.device]
+    kind = device(args.device).kind
     return {
         "model": {"path": args.model, "dtype": "float32" if kind == "cpu" else "bfloat16", "device": kind},
         "data": {"train": args.data},

@@ -11,6 +11,7 @@ from mmfn.errors import UserError
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.planning import devices
 from mmfn.parallel.planning.plan import Plan, size
+from mmfn.parallel.planning.time_model import MODEL
 from mmfn.parallel.planning.trace import CATEGORIES
 
 WIDTH, HEIGHT, MARGIN = 640, 320, 48
@@ -28,7 +29,7 @@ def render(plans: Sequence[Plan]) -> str:
         title=first.title,
         device=first.device,
         limit=size(limit),
-        model=devices.MODEL,
+        model=MODEL,
         categories=CATEGORIES,
         rows=[_row(p, max(limit, *(q.peak_bytes for q in plans))) for p in plans],
         wires=_bars([_wires(p) for p in plans]),

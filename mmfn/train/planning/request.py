@@ -124,6 +124,7 @@ def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
         dtype=getattr(torch, config.model.dtype),
         objective=build_objective(config.objective),
         kernels=config.model.table,
+        is_fused=config.train.compile != "none",
     )
     return setup, layout
 

@@ -36,6 +36,7 @@ class Measured:
     balance: Mapping[str, float]
     notes: Sequence[str]
     assumptions: Sequence[str]
+    is_fused: bool = False
 
     def on(self, device: Device, title: str = "plan") -> Plan:
         """The plan on a device."""
@@ -51,6 +52,7 @@ class Measured:
             balance=self.balance,
             notes=self.notes,
             assumptions=self.assumptions,
+            is_fused=self.is_fused,
         )
 
 
@@ -99,6 +101,7 @@ def measure(setup: PlannedStep, layout: Layout, *, rank: int = 0, all_layers: bo
         balance=_balance(whole, shares[0], mesh["cp"].size),
         notes=[*program.notes, checkpoint, how],
         assumptions=_assumptions(setup, program, mesh["cp"].size),
+        is_fused=setup.is_fused,
     )
 
 

@@ -39,7 +39,8 @@ Build = Callable[[Any, Mesh], Program]  # (cfg, mesh) -> how a rank runs a model
 class PlannedStep:
     """A step to plan: what `make_step` takes, with a function for the program, which is built for several depths.
 
-    `kernels`: the name of the table of ops that the program is built with.
+    `kernels`: the name of the table of ops that the program is built with. `is_fused`: whether training compiles it,
+    which changes its time alone.
     """
 
     family: Family
@@ -50,6 +51,7 @@ class PlannedStep:
     dtype: torch.dtype = torch.float32
     objective: Named = "per_token_loss"
     kernels: str = "portable"
+    is_fused: bool = False
 
 
 def trace_step(

@@ -151,7 +151,7 @@ class Measures:
         """The plan of a config, with its own largest buckets, on a device. Raises ValueError where there is none."""
         names = {"layout", "data", "lora", "freeze", "optimizer", "objective"}
         sections = config.model_dump(mode="json", include=names)
-        key = json.dumps([config.model.path, config.model.dtype, config.model.table, sections])
+        key = json.dumps([config.model.path, config.model.dtype, config.model.table, config.train.compile, sections])
         if key not in self._known:
             request = run_request(config, device_name, sample_tokens=self._sample_tokens)
             self._known[key] = measure_config(request)

@@ -99,7 +99,7 @@ def _begins_again(loaded: Loaded) -> bool:
     return config.checkpoint.resume != "none" and config.checkpoint.every is not None and not has_results
 
 
-def check_file(name: str, path: str, loaded: Loaded | Settings) -> None:
+def check_file(name: str, path: str, loaded: Loaded | Settings | None = None) -> None:
     """Raise ValueError unless a file can be written at `path`, replacing nothing the command reads."""
     check_name(name, path)
     if not Path(path).parent.is_dir():
@@ -108,7 +108,7 @@ def check_file(name: str, path: str, loaded: Loaded | Settings) -> None:
         raise UserError(f"{name} {path!r} is a folder; give the path of a file")
     if not os.access(Path(path).parent, os.W_OK | os.X_OK):
         raise UserError(f"{name} {path!r} lies in a folder that may not be written; choose another")
-    for read, source in input_paths(loaded).items():
+    for read, source in input_paths(loaded).items() if loaded is not None else ():
         if os.path.realpath(path) == os.path.realpath(source):
             raise UserError(f"{name} {path!r} is {read} itself; choose another file")
 
