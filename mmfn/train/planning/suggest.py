@@ -13,10 +13,10 @@ from math import inf
 from typing import Any
 
 from mmfn.errors import UserError
-from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.train.config.schema import Config
 from mmfn.train.planning.choice import Budget, Choice, Space
+from mmfn.train.planning.device_file import planned_device
 from mmfn.train.planning.request import measure_config, run_request
 from mmfn.train.planning.search import planners
 from mmfn.train.planning.step_plan import Measured
@@ -66,7 +66,7 @@ def suggest(
         least = min(choices, key=lambda c: c.plan.peak_bytes)
         raise UserError(
             f"nothing fits {space.world} ranks of {space.device}, the least is {size(least.plan.peak_bytes)} of "
-            f"{size(device(space.device).memory_bytes)} a rank; use more ranks, or LoRA"
+            f"{size(planned_device(space.device).memory_bytes)} a rank; use more ranks, or LoRA"
         )
     return choices
 
@@ -155,7 +155,7 @@ class Measures:
         if key not in self._known:
             request = run_request(config, device_name, sample_tokens=self._sample_tokens)
             self._known[key] = measure_config(request)
-        return self._known[key].on(device(device_name))
+        return self._known[key].on(planned_device(device_name))
 
 
 @contextmanager
