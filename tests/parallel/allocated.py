@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmfn import tree
 from mmfn.parallel.mesh.layout import Layout, Mesh
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
+from mmfn.parallel.planning.trace import Recorder
 from mmfn.parallel.program import Program
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import init_params

@@ -15,7 +15,8 @@ from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.parallel.planning import devices, plan
 from mmfn.parallel.planning import extrapolate as scaling
-from mmfn.parallel.planning.trace import Key, Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
+from mmfn.parallel.planning.trace import Key, Recorder
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.weights.sharding import local
 from mmfn.train.planning import step_plan, step_trace

@@ -13,7 +13,8 @@ from mmfn import tree
 from mmfn.lora import add_adapters, lora
 from mmfn.parallel.mesh.layout import AXES, GRIDS, Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
+from mmfn.parallel.planning.trace import Recorder
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.weights.gather import Gather

@@ -15,7 +15,8 @@ from mmfn.model import Model
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.virtual import World, run_virtual
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
+from mmfn.parallel.planning.trace import Recorder
 from mmfn.parallel.weights.sharding import shard_params
 from mmfn.train.build.forward import build_forward
 from mmfn.train.forward import Forward

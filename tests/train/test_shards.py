@@ -17,7 +17,8 @@ from mmfn.lora import add_adapters
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
+from mmfn.parallel.planning.trace import Recorder
 from mmfn.parallel.weights.sharding import local
 from mmfn.train.build import shards
 from mmfn.train.build.agreement import SAMPLE, sample_ranges

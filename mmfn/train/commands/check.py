@@ -9,9 +9,10 @@ from typing import Any
 from mmfn.errors import UserError
 from mmfn.models import Family
 from mmfn.ops import planned_table
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.planning.devices import USUAL
 from mmfn.parallel.planning.plan import Plan, size
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.trace import Recorder
 from mmfn.spec import num_params
 from mmfn.train.build.checks import check_training, check_weights, measure_first, read_processor
 from mmfn.train.build.model import find_family, trained_note

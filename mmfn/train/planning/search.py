@@ -15,8 +15,9 @@ import torch
 
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.layout import Layout
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.planning.plan import Plan, size
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.trace import Recorder
 from mmfn.parallel.weights.sharding import sizes_over
 from mmfn.train.build.model import find_family
 from mmfn.train.build.program import build_program

@@ -12,9 +12,10 @@ from mmfn.batch import Batch
 from mmfn.models.work import counts_of, flops_of
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning import extrapolate as scaling
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.planning.devices import Device
 from mmfn.parallel.planning.plan import Leaf, Plan, make_plan, plan_leaves
-from mmfn.parallel.planning.trace import Recorder, Trace, recording_mesh
+from mmfn.parallel.planning.trace import Recorder, Trace
 from mmfn.parallel.program import Program
 from mmfn.train.checkpoint.estimate import describe_sizes, sizes_of
 from mmfn.train.flops import model_work
