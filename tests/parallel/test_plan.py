@@ -218,7 +218,7 @@ def test_what_is_not_affine_is_not_extended() -> None:
 def test_state_is_exact_and_a_plan_survives_json(tmp_path: Path) -> None:
     setup, layout = make(moe=True, dp=3, remat="full")
     found = step_plan.plan(setup, layout, devices.device("910b"), rank=2)
-    program = setup.build(setup.cfg, recording_mesh(layout, 2, Recorder(is_fake=False)))
+    program = setup.build(setup.cfg, recording_mesh(layout, 2))
     state, _ = start(setup, program, program.mesh)
     params = tree.leaves(state["params"])
     assert [leaf.parameter_bytes for leaf in found.leaves] == [local(x).nbytes for x in params]

@@ -67,11 +67,12 @@ class Alike(InProcess):
         return out
 
 
-def recording_mesh(layout: Layout, rank: int, recorder: Recorder) -> Mesh:
-    """The mesh of one rank whose collectives are noted and answered as if all ranks were alike."""
+def recording_mesh(layout: Layout, rank: int, recorder: Recorder | None = None) -> Mesh:
+    """The mesh of one rank whose collectives are answered as if all ranks were alike, and noted where one records."""
+    noted_by = recorder or Recorder(is_fake=False)
 
     def connect(name: str, partition: Partition) -> Alike:
         group = next(g for g in partition if rank in g)
-        return Alike(recorder, name, group.index(rank), len(group))
+        return Alike(noted_by, name, group.index(rank), len(group))
 
     return make_mesh(layout, rank, connect)

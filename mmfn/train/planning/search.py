@@ -17,7 +17,6 @@ from mmfn.errors import UserError
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.planning.plan import Plan, size
-from mmfn.parallel.planning.trace import Recorder
 from mmfn.parallel.weights.sharding import sizes_over
 from mmfn.train.build.model import find_family
 from mmfn.train.build.program import build_program
@@ -88,7 +87,7 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
                 config = loaded.config
                 if config.layout in seen or config.layout.world != world:
                     continue
-                mesh = recording_mesh(config.layout.sizes, 0, Recorder(is_fake=True))
+                mesh = recording_mesh(config.layout.sizes, 0)
                 build_program(config, model_family, cfg, mesh)
             except UserError as error:
                 refusals.append(str(error))

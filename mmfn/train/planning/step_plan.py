@@ -73,7 +73,7 @@ def measure(setup: PlannedStep, layout: Layout, *, rank: int = 0, all_layers: bo
     stacks = setup.family.stacks(setup.cfg)
     *_, (last, L) = stacks.items()
     V = sum(stacks[name] for name in setup.family.towers(setup.cfg))  # blocks before those of the last stack
-    mesh = recording_mesh(layout, rank, Recorder(is_fake=True))
+    mesh = recording_mesh(layout, rank)
     program = setup.build(setup.cfg, mesh)
     blocks = program.specs[last]["layers"]
     reach = 2 if program.weights.is_hosted and layout.world > 1 else 1  # how many blocks ahead something is started
