@@ -21,7 +21,7 @@ from mmfn.train.planning.request import measure_config, run_request
 from mmfn.train.planning.search import planners
 from mmfn.train.planning.step_plan import Measured
 
-BEAM = 2  # layouts of each size of batch that go on
+BEAM = 4  # layouts of each size of batch that go on
 
 Start = tuple[Budget, Mapping[str, Any]]  # a batch and a layout
 Offload = tuple[str, ...]
@@ -114,13 +114,13 @@ def _climb(
     policies = space.policies(layout)
 
     def up(policy: int, offload: Offload) -> Iterator[tuple[int, Choice]]:
-        """As long as it fits."""
+        """As long as it fits; with activations on the host, what keeps more may take less."""
         while policy >= 0:
             found = choose(budget, {**layout, **policies[policy], **_moved(offload)})
             if not isinstance(found, Choice):
                 return
             yield policy, found
-            if not found.fits:
+            if not found.fits and "activations" not in offload:
                 return
             policy -= 1
 
