@@ -27,7 +27,6 @@ from mmfn import models, tree
 from mmfn.batch import Batch
 from mmfn.batch import to as batch_to
 from mmfn.parallel.mesh.layout import Layout, single_mesh
-from mmfn.parallel.planning.devices import device as device_of
 from mmfn.parallel.planning.time_model import predict
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.offload import offload
@@ -35,6 +34,7 @@ from mmfn.parallel.transforms.remat import remat
 from mmfn.spec import init_params
 from mmfn.train import optim
 from mmfn.train.planning import step_trace, workload
+from mmfn.train.planning.device_file import planned_device
 from mmfn.train.schedule import schedule
 from mmfn.train.step import init_state, make_step
 
@@ -197,7 +197,7 @@ def rows(names: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[str, 
         error, ratio = f"{measured / planned - 1:+.2%}", f"{seconds / first[2]:.2f}"
         spent: tuple[str, ...] = ()
         if args.figures is not None:
-            here, stashed, hosted = device_of(args.figures), trace.stashed_bytes, trace.hosted_bytes
+            here, stashed, hosted = planned_device(args.figures), trace.stashed_bytes, trace.hosted_bytes
             predicted = predict(trace.account, [], here, stashed_bytes=stashed, hosted_bytes=hosted).total_s
             spent = (f"{seconds:.3f}", f"{predicted:.3f}", f"{predicted / seconds:.2f}")
         yield (name, *(f"{n / MIB:,.1f}" for n in sizes), error, ratio, *spent)

@@ -192,13 +192,12 @@ def main() -> None:
     rows = list(compare(sweep()))
     near = sum(abs(ratio - 1) <= NEAR for *_, ratio in rows)
     print(f"\n{near} of {len(rows)} within {NEAR:.0%}")
-    mfu = [(plan.mfu, plan.mfu * ratio) for _, plan, ratio in rows]
-    print(f"rank correlation of MFU over all: {rank_correlation(*zip(*mfu, strict=True)):.2f}")
-    for model in DATA["sweep"]:
-        of_model = [(plan.mfu, plan.mfu * ratio) for point, plan, ratio in rows if point.model == model]
-        speeds = [(plan.tokens / plan.time.total_s, p.tokens_s or 0) for p, plan, _ in rows if p.model == model]
-        spoken = [f"{rank_correlation(*zip(*pairs, strict=True)):.2f}" for pairs in (of_model, speeds)]
-        print(f"  {model}, {len(of_model)} rows: of MFU {spoken[0]}, of tokens per second {spoken[1]}")
+    for model in (None, *DATA["sweep"]):
+        chosen = [row for row in rows if model in (None, row[0].model)]
+        mfu = [(plan.mfu, plan.mfu * ratio) for _, plan, ratio in chosen]
+        speeds = [(plan.tokens / plan.time.total_s, point.tokens_s or 0) for point, plan, _ in chosen]
+        spoken = [f"{rank_correlation(*zip(*pairs, strict=True)):.2f}" for pairs in (mfu, speeds)]
+        print(f"{model or 'all'}, {len(chosen)} rows: rank correlation of MFU {spoken[0]}, of tokens/s {spoken[1]}")
 
 
 if __name__ == "__main__":

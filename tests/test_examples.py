@@ -40,3 +40,27 @@ def test_a_benchmark_at_its_smallest(command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2  # a head and a row
+
+
+def test_published_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each names a model, a source and a device that are there; a small one is planned; ranks by hand."""
+    spec = importlib.util.spec_from_file_location("published", ROOT / "benchmarks" / "published.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "published", module)  # dataclasses look there
+    spec.loader.exec_module(module)
+    points = [*module.points("points"), *module.points("others"), *module.sweep()]
+    assert len(module.points("points")) >= 12
+    assert all(point.source in module.DATA["sources"] and point.target.flops for point in points)
+    assert {point.model for point in points} == set(module.DATA["models"])
+    assert all((point.tokens_s is None) != (point.tflops is None) for point in points)
+    assert module.rank_correlation([1.0, 2.0, 3.0], [10.0, 30.0, 20.0]) == 0.5
+    assert module.rank_correlation([1.0, 1.0, 2.0], [5.0, 5.0, 4.0]) == -1.0
+    monkeypatch.setitem(module.DATA["models"], "small", [64, 256, 512, 2, 2, 1])
+    small = module.Point(
+        source="fms", model="small", device="a100", devices=2, length=64, batch=2, layout={}, network=5, tokens_s=64.0
+    )
+    plan = module.plan_point(small)
+    assert (plan.tokens, small.published_s(plan)) == (128, 2.0)
+    assert {c.site for c in plan.collectives if c.axis == "shard"} >= {"weights", "gradients"}
+    assert plan.time.overlapped_s > 0
+    assert small.target.network == 5 * 10**9

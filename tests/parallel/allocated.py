@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmfn import tree
 from mmfn.parallel.mesh.layout import Layout, Mesh
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.program import Program
 from mmfn.parallel.weights.sharding import local, shard_params
 from mmfn.spec import init_params
@@ -24,7 +24,7 @@ def allocated_peak(setup: step_trace.PlannedStep, layout: Layout) -> tuple[int, 
 
     By then the buffers of the host have been made, so that they are no part of it.
     """
-    mesh = recording_mesh(layout, 0, Recorder(is_fake=False))
+    mesh = recording_mesh(layout, 0)
     program = setup.build(setup.cfg, mesh)
     program = replace(program, ops=step_trace.balanced(program.ops))
     state, batches = start(setup, program, mesh)

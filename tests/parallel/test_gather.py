@@ -14,7 +14,7 @@ from mmfn.ops import run_stack
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.virtual import run_virtual, virtual
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.remat import remat
@@ -308,7 +308,7 @@ def test_blocks_that_are_alike_are_planned_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Gather, "_make_plan", lambda self, ws: made.append(len(ws)) or make_plan(self, ws))
     specs = [{"w": spec((n, 2), "mlp embed", ZEROS), "b": spec((n,), "mlp", ZEROS)} for n in (4, 4, 4, 6)]
 
-    mesh = recording_mesh(Layout(dp=2), 0, Recorder(is_fake=False))
+    mesh = recording_mesh(Layout(dp=2), 0)
     program = lower(pipe(Program.of(specs, mesh=mesh), data_parallel()))
     whole = tree.map(lambda leaf: torch.ones(leaf.shape), specs)
     params = tree.map(lambda x: x.detach().requires_grad_(), shard_params(whole, specs, mesh))

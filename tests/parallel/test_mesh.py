@@ -98,7 +98,10 @@ def test_axes_over_the_same_ranks_share_a_process_group(monkeypatch: pytest.Monk
         ([[0, 2], [1, 3]], "gloo"),  # dp, batch
         ([[0, 1], [2, 3]], "gloo"),  # ring, cp
         ([[0, 1, 2, 3]], "gloo"),  # shard, world, edp
+        ([[0, 1, 2, 3]], "gloo"),  # sums of gradients, which do not stand behind gathers of weights
         ([[0, 1, 2, 3]], "gloo"),  # saves, whose collectives may not meet those of a step
     ]
     assert mesh["dp"].transport is mesh["batch"].transport is not mesh["cp"].transport
     assert mesh["world"].transport is mesh["shard"].transport is mesh["edp"].transport is not mesh["saves"].transport
+    assert (mesh["shard"].transport.name, mesh["shard"].transport.scatters) == ("3", "4")
+    assert mesh["dp"].transport.scatters == ""

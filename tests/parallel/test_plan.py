@@ -15,7 +15,8 @@ from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import run_virtual
 from mmfn.parallel.planning import devices, plan
 from mmfn.parallel.planning import extrapolate as scaling
-from mmfn.parallel.planning.trace import Key, Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
+from mmfn.parallel.planning.trace import Key, Recorder
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.weights.sharding import local
 from mmfn.train.planning import step_plan, step_trace
@@ -217,7 +218,7 @@ def test_what_is_not_affine_is_not_extended() -> None:
 def test_state_is_exact_and_a_plan_survives_json(tmp_path: Path) -> None:
     setup, layout = make(moe=True, dp=3, remat="full")
     found = step_plan.plan(setup, layout, devices.device("910b"), rank=2)
-    program = setup.build(setup.cfg, recording_mesh(layout, 2, Recorder(is_fake=False)))
+    program = setup.build(setup.cfg, recording_mesh(layout, 2))
     state, _ = start(setup, program, program.mesh)
     params = tree.leaves(state["params"])
     assert [leaf.parameter_bytes for leaf in found.leaves] == [local(x).nbytes for x in params]

@@ -13,7 +13,7 @@ from mmfn import tree
 from mmfn.lora import add_adapters, lora
 from mmfn.parallel.mesh.layout import AXES, GRIDS, Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.weights.gather import Gather
@@ -127,7 +127,7 @@ def test_parameters_of_another_mesh_are_refused() -> None:
     specs = model.family.specs(model.cfg)
 
     def run(mesh: Mesh) -> None:
-        other = recording_mesh(Layout(replicate=2, dp=2), mesh["world"].index, Recorder(is_fake=False))
+        other = recording_mesh(Layout(replicate=2, dp=2), mesh["world"].index)
         with pytest.raises(ValueError, match=r"text/embed/weight was cut for another mesh: .* of \(2, 2\) ranks"):
             take_step(mesh, shard_params(model.params, specs, other), specs)
         with pytest.raises(ValueError, match=r"of \(1, 4\) ranks, where the program's has one device"):

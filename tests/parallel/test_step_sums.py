@@ -14,7 +14,8 @@ from torch import Tensor
 from mmfn.parallel.mesh.layout import Layout, Mesh, make_mesh, process_groups
 from mmfn.parallel.mesh.step_sums import all_counts, digits, norm_and_sums, numbers
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.parallel.planning.trace import Alike, Recorder
+from mmfn.parallel.planning.alike import Alike
+from mmfn.parallel.planning.trace import Recorder
 
 COUNT = 2**24 + 1  # which float32 does not hold
 

@@ -15,7 +15,7 @@ from mmfn.model import Model
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.virtual import World, run_virtual
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.weights.sharding import shard_params
 from mmfn.train.build.forward import build_forward
 from mmfn.train.forward import Forward
@@ -91,7 +91,7 @@ def test_memory_does_not_grow_with_the_blocks() -> None:
     for depth in (3, 11):
         model = tiny.model_of("dense", depth)
         config, specs = config_of("unused", layout={"dp": 4}), model.family.specs(model.cfg)
-        mesh = recording_mesh(config.layout.sizes, 0, Recorder(is_fake=False))
+        mesh = recording_mesh(config.layout.sizes, 0)
         own = replace(model, params=shard_params(model.params, specs, mesh))
         forward = build_forward(config, own, Place(device=CPU, mesh=mesh, host=mesh), specs)
         batch = forward.pack([tiny.sample(model.family, model.cfg, 0, [])])

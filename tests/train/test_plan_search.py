@@ -149,7 +149,7 @@ def test_targets_are_checked_first(call: Call, tmp_path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "device": (lambda p: p.update(device="tpu"), "device 'tpu' is unknown"),
+    "device": (lambda p: p.update(memory_bytes="80 GB"), "memory_bytes is '80 GB' but should be of type int"),
     "layout": (lambda p: p.update(layout={"tp": 2}), "'tp'"),
     "nothing": (lambda p: p.update(tokens=None), "tokens is 'None' but should be of type int"),
     "a number for a list": (lambda p: p.update(leaves=3), "leaves is '3' but should be of type tuple"),

@@ -17,7 +17,7 @@ from mmfn.lora import add_adapters
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.mesh.virtual import virtual
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.weights.sharding import local
 from mmfn.train.build import shards
 from mmfn.train.build.agreement import SAMPLE, sample_ranges
@@ -120,7 +120,7 @@ def test_one_process_has_whole_parameters(tmp_path: Path) -> None:
 def test_memory_is_the_share_and_one_leaf(disk: str, init: str, tmp_path: Path) -> None:
     """Of a leaf that is read, nothing but the share; the file is mapped, which the allocator's events count."""
     config = config_of(save(tmp_path, "glm", disk), model={"init": init})
-    mesh = recording_mesh(LAYOUTS["dp x ep"], 0, Recorder(is_fake=False))
+    mesh = recording_mesh(LAYOUTS["dp x ep"], 0)
     loaded: list[mmfn.Model] = []
     peak = peak_of(lambda: loaded.append(shards.load_shards(config, Place(device=CPU, mesh=mesh, host=mesh))))
     leaves = tree.leaves(loaded[0].params)

@@ -121,7 +121,7 @@ def test_what_alone_fits_is_found_behind_what_is_faster(
     tmp_path: Path, small: Callable[[float], None], offload: tuple[str, ...]
 ) -> None:
     """The slowest of all layouts, with that on the host or more: no more is moved than it needs."""
-    small(1000)
+    small(100_000)
     budget = Budget(tokens=64, towers={"vision": 32})
     space = space_of(tmp_path, hf_config(), 4, [budget])
     layouts = [layout for _, layout in space.layouts()]
@@ -133,12 +133,31 @@ def test_what_alone_fits_is_found_behind_what_is_faster(
         place = next(i for i, layout in enumerate(layouts) if layout.items() <= sizes.items())
         fits = place == len(layouts) - 1 and set(config.layout.offload) >= set(offload)
         time = replace(any_plan.time, total_s=1.0 + place + len(config.layout.offload) / 100)
-        return replace(any_plan, peak_bytes=KIB * (500 if fits else 2000), time=time)
+        return replace(any_plan, peak_bytes=KIB * (500 if fits else 200_000), time=time)
 
     first = suggest(space, plan)[0]
     assert first.fits
     assert first.config.layout.offload == offload
     assert layouts[-1].items() <= first.config.layout.model_dump().items()
+
+
+def test_what_keeps_more_may_fit_on_the_host_where_less_does_not(
+    tmp_path: Path, small: Callable[[float], None]
+) -> None:
+    small(100_000)
+    budget = Budget(tokens=64, towers={"vision": 32})
+    space = space_of(tmp_path, hf_config(), 2, [budget], layout={"cp": 1, "replicate": 1})
+    ((_, layout),) = space.layouts()
+    any_plan = Measures(64).plan(space.config(budget, layout), "small")
+
+    def plan(config: Config) -> Plan:
+        remat, offload = config.layout.remat, config.layout.offload
+        fits = remat == "full" or (remat, offload) == ("none", ("activations",))
+        time = replace(any_plan.time, total_s={"full": 3.0, "selective": 2.0, "none": 1.0}[remat])
+        return replace(any_plan, peak_bytes=KIB * (500 if fits else 200_000), time=time)
+
+    first = suggest(space, plan)[0].config.layout
+    assert (first.remat, first.offload) == ("none", ("activations",))
 
 
 def test_what_is_given_is_kept(tmp_path: Path, small: Callable[[float], None]) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from mmfn.errors import UserError
 from mmfn.parallel.planning.account import ATTENTION, GROUPED, LARGE, NARROW, NARROW_GROUPED
-from mmfn.parallel.planning.device_file import is_file, read_fields
 
 GB, TFLOPS, US = 10**9, 10**12, 1e-6
 
@@ -210,9 +209,7 @@ NAMES = {
 
 
 def device(name: str) -> Device:
-    """The device of a name, or of a file that `mmfn calibrate` has written. Raises ValueError for an unknown one."""
-    if is_file(name):
-        return Device(**read_fields(name, Device))
+    """The device of a name. Raises ValueError for an unknown one."""
     if name not in DEVICES:
         known = ", ".join(DEVICES)
         raise UserError(f"device {name!r} is unknown; known are {known}, and files of mmfn calibrate (NAME.yaml)")

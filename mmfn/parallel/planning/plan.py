@@ -11,7 +11,6 @@ from mmfn import tree
 from mmfn.errors import UserError
 from mmfn.ops.flops import FORMULAS
 from mmfn.parallel.mesh.layout import Layout, Mesh
-from mmfn.parallel.planning import devices
 from mmfn.parallel.planning.devices import Device
 from mmfn.parallel.planning.time_model import MODEL, Time, Transfer, predict, ranks_in_node, wire_bytes
 from mmfn.parallel.planning.trace import CATEGORIES, Trace
@@ -86,15 +85,18 @@ class Work:
 class Plan:
     """One step of one rank. `peak_parts`: bytes by category when most bytes are alive, at the stretch `peak_at`.
 
-    `host_bytes`: beside them, what is kept on the host. `balance`: of what the ranks of a batch compute, the part that
-    is real work. `model_flops`: this rank's part of what the model needs; `work` is what is computed, some of it again
-    or for padding. `assumptions` say what is not known to a plan; `notes` what each transform did.
+    `peak_flops`, `memory_bytes`: of the device. `host_bytes`: what is kept on the host beside it. `balance`:
+    of what the ranks of a batch compute, the part that is real work. `model_flops`: this rank's part of what the model
+    needs; `work` is what is computed, some of it again or for padding. `assumptions` say what is not known to a plan;
+    `notes` what each transform did.
     """
 
     title: str
     layout: dict[str, int]
     rank: int
     device: str
+    peak_flops: float
+    memory_bytes: int
     tokens: int
     leaves: tuple[Leaf, ...]
     collectives: tuple[Collective, ...]
@@ -118,7 +120,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """The share of the device's peak that the model's FLOPs are, in the predicted time."""
-        peak = self.time.total_s * devices.device(self.device).flops
+        peak = self.time.total_s * self.peak_flops
         return self.model_flops / peak if peak else 0.0
 
     @property
@@ -129,7 +131,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """True where the peak is below the device's memory."""
-        return self.peak_bytes <= devices.device(self.device).memory_bytes
+        return self.peak_bytes <= self.memory_bytes
 
     def total(self, name: str) -> int:
         """The sum over leaves of "parameter", "gradient" or "optimizer" bytes."""
@@ -166,12 +168,13 @@ def make_plan(
     for (phase, *_), stretch in trace.peaks.items():
         phases[phase] = max(phases[phase], stretch.total)
     collectives = _collectives(trace, mesh, device, rank)
-    transfers = [transfer for c in collectives for transfer in c.transfers]
     return Plan(
         title=title,
         layout=asdict(mesh.layout),
         rank=rank,
         device=device.name,
+        peak_flops=device.flops,
+        memory_bytes=device.memory_bytes,
         tokens=tokens,
         leaves=tuple(leaves),
         collectives=tuple(collectives),
@@ -183,7 +186,7 @@ def make_plan(
         host_bytes=trace.host_bytes,
         time=predict(
             trace.account,
-            transfers,
+            [transfer for c in collectives for transfer in c.transfers],
             device,
             is_fused=is_fused,
             stashed_bytes=trace.stashed_bytes,
@@ -245,7 +248,6 @@ def from_json(text: str, source: str = "the plan") -> Plan:
     """The plan of `Plan.to_json`. Raises ValueError for other text."""
     try:
         found: Plan = _typed(Plan, json.loads(text), "plan")
-        devices.device(found.device)
         Layout(**found.layout)
         return found
     except (ValueError, TypeError, RecursionError) as error:
@@ -327,7 +329,6 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
 
 
 def _lines(p: Plan) -> list[str]:
-    limit = devices.device(p.device).memory_bytes
     t = p.time
     lines = [f"{p.title}: {Layout(**p.layout)} ({_world(p)} ranks), rank {p.rank}, {p.tokens:,} tokens per rank"]
     lines += [f"  {note}" for note in p.notes]
@@ -359,7 +360,11 @@ def _lines(p: Plan) -> list[str]:
     lines += ["", f"peak of allocated bytes: {size(p.peak_bytes)} ({p.peak_at})"]
     lines += _table(("category", "bytes"), [(name, size(n)) for name, n in p.peak_parts.items()])
     lines += [f"  held on the host: {size(p.host_bytes)}"] * bool(p.host_bytes)
-    lines += [f"  {p.device}: {size(limit)}, {'fits' if p.fits else 'DOES NOT FIT'}", "", "floating-point operations"]
+    lines += [
+        f"  {p.device}: {size(p.memory_bytes)}, {'fits' if p.fits else 'DOES NOT FIT'}",
+        "",
+        "floating-point operations",
+    ]
     lines += _table(("phase", "site", "TFLOP"), [(w.phase, w.site, f"{w.flops / 1e12:,.3f}") for w in p.work])
     lines += [f"  {name}: {formula}" for name, formula in FORMULAS.items()]
     lines += [

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -21,8 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from mmfn.ops import Ops, flops, kernels
 from mmfn.ops.kernel import Formula, Whole
-from mmfn.parallel.mesh.axis import InProcess
-from mmfn.parallel.mesh.layout import Layout, Mesh, Partition, make_mesh
 from mmfn.parallel.planning import fake_tensors as shapes
 from mmfn.parallel.planning.account import Account, Entry
 from mmfn.parallel.weights.host_memory import HOST
@@ -267,10 +265,6 @@ class Recorder(EagerMode):
 
         return replace(ops, **named, layer=layer)
 
-    def transport(self, axis: str, index: int, size: int) -> "Alike":
-        """The transport of one axis whose other ranks are imagined."""
-        return Alike(self, axis, index, size)
-
     @contextmanager
     def labelled(self, site: str) -> Iterator[None]:
         """What is allocated or computed within belongs to a site, and so does its backward."""
@@ -408,69 +402,3 @@ def workspace(body: Callable[..., Any], args: tuple[Any, ...]) -> int:
         remains = sum(a.num_bytes for a in recorder.allocations if a.died < 0)
         del out
     return recorder.trace().peak.total - remains
-
-
-@dataclass(frozen=True)
-class Alike(InProcess):
-    """The transport of one rank that stands for all: every other rank is taken to hold the values this one holds.
-
-    What is known stays known (counts, lengths) and what is a shape has the shape it would have.
-    """
-
-    recorder: Recorder = field(repr=False)
-    axis: str
-    index: int
-    size: int
-
-    def all_gather(self, x: Tensor, site: str) -> Tensor:
-        """See `Transport`."""
-
-        def gathered() -> Tensor:
-            return x.new_empty(self.size * x.shape[0], *x.shape[1:]).view(self.size, *x.shape).copy_(x).flatten(0, 1)
-
-        return self._send("all_gather", x, site, gathered)
-
-    def reduce_scatter(self, x: Tensor, site: str) -> Tensor:
-        """See `Transport`."""
-        return self._send("reduce_scatter", x, site, lambda: x.chunk(self.size)[self.index] * self.size)
-
-    def all_reduce(self, x: Tensor, site: str) -> Tensor:
-        """See `Transport`."""
-        return self._send("all_reduce", x, site, lambda: x * self.size)
-
-    def move(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
-        """See `InProcess`. With unequal sizes the rows that arrive are unknown, and given as zeros."""
-
-        def moved() -> Tensor:
-            own: Tensor = torch.split(x, list(in_sizes))[self.index]
-            if set(out_sizes) == {own.shape[0]}:
-                return own.repeat(self.size, *[1] * (x.ndim - 1))
-            return x.new_zeros(sum(out_sizes), *x.shape[1:])
-
-        return self._send("all_to_all", x, site, moved)
-
-    def shift(self, x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], site: str) -> Tensor:
-        """See `Transport`."""
-        return self._send("shift", x, site, lambda: x.new_zeros(sum(out_sizes), *x.shape[1:]))
-
-    def wait(self, x: Tensor) -> Tensor:
-        """See `Transport`."""
-        self.recorder.waited(x)
-        return x
-
-    def _send(self, op: str, x: Tensor, site: str, make: Callable[[], Tensor]) -> Tensor:
-        key = self.recorder.called(self.axis, op, site, x)
-        with self.recorder.labelled("communication"):
-            out = make()
-        self.recorder.sent(key, out)
-        return out
-
-
-def recording_mesh(layout: Layout, rank: int, recorder: Recorder) -> Mesh:
-    """The mesh of one rank whose collectives are noted and answered as if all ranks were alike."""
-
-    def connect(name: str, partition: Partition) -> Alike:
-        group = next(g for g in partition if rank in g)
-        return Alike(recorder, name, group.index(rank), len(group))
-
-    return make_mesh(layout, rank, connect)

@@ -12,10 +12,10 @@ from mmfn.ops import table
 from mmfn.parallel.mesh import launch
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.planning.calibration import measure
-from mmfn.parallel.planning.device_file import SUFFIXES, device_text
 from mmfn.parallel.planning.devices import Device, like
 from mmfn.train.build.model import find_device
 from mmfn.train.evidence.machine import machine
+from mmfn.train.planning.device_file import SUFFIXES, device_text
 from mmfn.train.run.folder import check_file, write_text
 
 TIMEOUT_S = 600.0

@@ -9,7 +9,6 @@ from typing import Any
 
 from mmfn.batch import Sample
 from mmfn.errors import UserError
-from mmfn.parallel.planning.devices import device
 from mmfn.train.build.data import open_dataset
 from mmfn.train.build.model import find_family
 from mmfn.train.build.processor import load_model_processor
@@ -18,6 +17,7 @@ from mmfn.train.config.schema import DataSection, ModelSection
 from mmfn.train.data import Dataset
 from mmfn.train.planning.choice import Budget, Space
 from mmfn.train.planning.config_text import config_text
+from mmfn.train.planning.device_file import planned_device
 from mmfn.train.planning.suggest import planner, suggest
 from mmfn.train.run.folder import check_file, write_text
 from mmfn.train.survey.counts import total
@@ -32,7 +32,7 @@ LORA = {"rank": 16, "alpha": 32}
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     """`mmfn suggest MODEL DATA --device NAME --world N`: print the config, or write it with --out."""
-    device(args.device)
+    planned_device(args.device)
     if args.world < 1 or args.rows < 1:
         raise UserError(f"--world {args.world} and --rows {args.rows} must be positive; raise them")
     given = Settings(values=_usual(args), path=Path("(options)"), origins={}).overridden(args.overrides)
@@ -107,7 +107,7 @@ def typical_tokens(seen: Survey) -> int:
 def _usual(args: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
     """What stands in a suggested config beside what is chosen."""
     name = Path(os.path.abspath(args.model)).name
-    kind = device(args.device).kind
+    kind = planned_device(args.device).kind
     return {
         "model": {"path": args.model, "dtype": "float32" if kind == "cpu" else "bfloat16", "device": kind},
         "data": {"train": args.data},

@@ -12,13 +12,13 @@ from typing import Any
 
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.layout import Layout
-from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.weights.sharding import sizes_over
 from mmfn.spec import has_experts, num_params, num_trained
 from mmfn.train.build.model import find_family, model_specs
 from mmfn.train.config.load import Settings, check
 from mmfn.train.config.schema import Config
+from mmfn.train.planning.device_file import planned_device
 
 ROOM = 0.9  # share of a device's memory that a plan may fill: the allocator rounds up, kernels have workspaces
 FULL: Mapping[str, Any] = {"remat": "full"}
@@ -52,7 +52,7 @@ class Choice:
     @property
     def fits(self) -> bool:
         """Whether it leaves the room on the device that a plan does not know of."""
-        return self.plan.peak_bytes <= ROOM * device(self.plan.device).memory_bytes
+        return self.plan.peak_bytes <= ROOM * self.plan.memory_bytes
 
     @property
     def token_s(self) -> float:
@@ -110,7 +110,7 @@ class Space:
         family, cfg = find_family(self._bare.model)
         specs = model_specs(self._bare, family, cfg)
         experts = gcd(*sizes_over(specs, "ep").values()) if has_experts(specs) else 1
-        nodes = max(1, self.world // device(self.device).ranks_per_node)
+        nodes = max(1, self.world // planned_device(self.device).ranks_per_node)
         for budget, copies in product(self.budgets, sorted({1, nodes, self.world})):
             shards = self.world // copies
             fits = copies == 1 or self._state_fits(num_params(specs), num_trained(specs), shards)
@@ -152,4 +152,4 @@ class Space:
         """Whether parameters, gradients and AdamW's state can lie on a device, cut into so many parts."""
         itemsize = 2 if self._bare.model.dtype == "bfloat16" else 4
         state = trained * (itemsize + 8 + (4 if itemsize == 2 else 0))
-        return (params * itemsize + state) / shards < ROOM * device(self.device).memory_bytes
+        return (params * itemsize + state) / shards < ROOM * planned_device(self.device).memory_bytes

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import size
 from mmfn.train.planning.choice import Choice
+from mmfn.train.planning.device_file import planned_device
 
 
 def config_text(head: Sequence[str], choice: Choice, name: str) -> str:
@@ -25,14 +25,14 @@ def expectation(choice: Choice) -> list[str]:
     host = f", {size(plan.host_bytes)} on the host" if plan.host_bytes else ""
     rate = choice.config.layout.world / choice.token_s
     return [
-        f"Expected of a rank: {size(plan.peak_bytes)} of {size(device(plan.device).memory_bytes)}{host}; a step of "
+        f"Expected of a rank: {size(plan.peak_bytes)} of {size(plan.memory_bytes)}{host}; a step of "
         f"{t.total_s:.3g} s, {rate:,.0f} tokens/s in all, HFU {t.hfu:.0%} (mmfn plan says how)."
     ]
 
 
 def start_command(choice: Choice, name: str) -> str:
     """What starts the run."""
-    world, most = choice.config.layout.world, device(choice.plan.device).ranks_per_node
+    world, most = choice.config.layout.world, planned_device(choice.plan.device).ranks_per_node
     if world == 1:
         return f"mmfn train {shlex.quote(name)}"
     nodes = f"--nnodes {world // most} " if world > most else ""

@@ -9,7 +9,6 @@ from jinja2 import Environment, StrictUndefined
 
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.layout import Layout
-from mmfn.parallel.planning import devices
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.planning.time_model import MODEL
 from mmfn.parallel.planning.trace import CATEGORIES
@@ -24,7 +23,7 @@ def render(plans: Sequence[Plan]) -> str:
     template = resources.files("mmfn.train.planning").joinpath("picture.html.jinja").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     first = plans[0]
-    limit = devices.device(first.device).memory_bytes
+    limit = first.memory_bytes
     return page.render(
         title=first.title,
         device=first.device,

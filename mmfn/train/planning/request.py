@@ -11,7 +11,6 @@ from mmfn.errors import UserError
 from mmfn.ops import planned_table
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
-from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.program import Program
 from mmfn.train.build.checks import with_any_steps
@@ -21,6 +20,7 @@ from mmfn.train.build.program import build_program
 from mmfn.train.build.step import build_objective
 from mmfn.train.config.load import Loaded, Settings, check, read_settings
 from mmfn.train.config.schema import Config
+from mmfn.train.planning.device_file import planned_device
 from mmfn.train.planning.step_plan import Measured, measure
 from mmfn.train.planning.step_trace import PlannedStep
 from mmfn.train.planning.workload import Workload, largest_workload
@@ -70,7 +70,7 @@ def with_world(settings: Settings, world: int | None) -> Loaded:
 
 def plan_config(request: Request) -> Plan:
     """The plan of a config's layout."""
-    return measure_config(request).on(device(request.device), request.title)
+    return measure_config(request).on(planned_device(request.device), request.title)
 
 
 def measure_config(request: Request) -> Measured:
@@ -92,7 +92,7 @@ def check_fits(config: Config, device_name: str) -> Plan:
         most = max(found.peak_parts, key=lambda name: found.peak_parts[name])
         raise UserError(
             f"layout: a rank needs {size(found.peak_bytes)} but {device_name} has "
-            f"{size(device(device_name).memory_bytes)}, most of it for {most}; use more ranks, smaller buckets, "
+            f"{size(found.memory_bytes)}, most of it for {most}; use more ranks, smaller buckets, "
             "layout.remat or layout.offload (mmfn suggest finds which)"
         )
     return found

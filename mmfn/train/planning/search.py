@@ -15,15 +15,15 @@ import torch
 
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.layout import Layout
-from mmfn.parallel.planning.devices import device
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.planning.plan import Plan, size
-from mmfn.parallel.planning.trace import Recorder, recording_mesh
 from mmfn.parallel.weights.sharding import sizes_over
 from mmfn.train.build.model import find_family
 from mmfn.train.build.program import build_program
 from mmfn.train.config.layout import LayoutSection
 from mmfn.train.config.load import Settings, check
 from mmfn.train.config.schema import Config
+from mmfn.train.planning.device_file import planned_device
 from mmfn.train.planning.request import Request, plan_config, planned_step
 
 SHARDS = (1, 2, 4, 8, 16)  # of a search: parameters are whole on a world's 1, 1/2, 1/4, ... of the ranks
@@ -41,7 +41,7 @@ def search(
     """
     if not requests:
         raise UserError("a search got no layout to plan; give it those of candidates(settings, world)")
-    device(requests[0].device)  # this and the next: what is wrong with any layout is found before work begins
+    planned_device(requests[0].device)  # this and the next: what is wrong with any layout is found before work begins
     planned_step(requests[0])
     jobs = min(jobs or os.cpu_count() or 1, len(requests))
     say(f"planning {len(requests)} layouts in {jobs} processes; layout settings that are given are kept")
@@ -87,7 +87,7 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
                 config = loaded.config
                 if config.layout in seen or config.layout.world != world:
                     continue
-                mesh = recording_mesh(config.layout.sizes, 0, Recorder(is_fake=True))
+                mesh = recording_mesh(config.layout.sizes, 0)
                 build_program(config, model_family, cfg, mesh)
             except UserError as error:
                 refusals.append(str(error))

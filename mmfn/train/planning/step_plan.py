@@ -12,9 +12,10 @@ from mmfn.batch import Batch
 from mmfn.models.work import counts_of, flops_of
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning import extrapolate as scaling
+from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.planning.devices import Device
 from mmfn.parallel.planning.plan import Leaf, Plan, make_plan, plan_leaves
-from mmfn.parallel.planning.trace import Recorder, Trace, recording_mesh
+from mmfn.parallel.planning.trace import Recorder, Trace
 from mmfn.parallel.program import Program
 from mmfn.train.checkpoint.estimate import describe_sizes, sizes_of
 from mmfn.train.flops import model_work
@@ -72,7 +73,7 @@ def measure(setup: PlannedStep, layout: Layout, *, rank: int = 0, all_layers: bo
     stacks = setup.family.stacks(setup.cfg)
     *_, (last, L) = stacks.items()
     V = sum(stacks[name] for name in setup.family.towers(setup.cfg))  # blocks before those of the last stack
-    mesh = recording_mesh(layout, rank, Recorder(is_fake=True))
+    mesh = recording_mesh(layout, rank)
     program = setup.build(setup.cfg, mesh)
     blocks = program.specs[last]["layers"]
     reach = 2 if program.weights.is_hosted and layout.world > 1 else 1  # how many blocks ahead something is started

@@ -20,7 +20,8 @@ from mmfn.ops.cross_entropy import chunk_rows
 from mmfn.ops.kernel import wrapping
 from mmfn.ops.route import RouteConfig
 from mmfn.parallel.mesh.layout import Layout, Mesh
-from mmfn.parallel.planning.trace import Recorder, Trace, recording_mesh
+from mmfn.parallel.planning.alike import recording_mesh
+from mmfn.parallel.planning.trace import Recorder, Trace
 from mmfn.parallel.program import Program
 from mmfn.parallel.weights.hosted import host_copy
 from mmfn.parallel.weights.sharding import local, shard_params
@@ -30,7 +31,6 @@ from mmfn.train.optim import Transform
 from mmfn.train.planning.workload import Workload, make_batch
 from mmfn.train.schedule import Schedule, schedule
 from mmfn.train.step import init_state, make_step
-from mmfn.tree import Tree
 
 Build = Callable[[Any, Mesh], Program]  # (cfg, mesh) -> how a rank runs a model of that config
 
@@ -134,7 +134,7 @@ def shortened(ops: Ops, recorder: Recorder) -> Ops:
 def rank_state(setup: PlannedStep, program: Program, recorder: Recorder) -> dict[str, Any]:
     """A rank's state; the recorder counts what is made under the name it is given as a phase."""
     recorder.phase = "parameters"
-    params: Tree = meta_params(program.specs, setup.dtype)
+    params = meta_params(program.specs, setup.dtype)
     if not recorder.is_fake:
         params = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype), params)
     if program.mesh.layout.world > 1:

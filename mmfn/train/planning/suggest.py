@@ -13,15 +13,15 @@ from math import inf
 from typing import Any
 
 from mmfn.errors import UserError
-from mmfn.parallel.planning.devices import device
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.train.config.schema import Config
 from mmfn.train.planning.choice import Budget, Choice, Space
+from mmfn.train.planning.device_file import planned_device
 from mmfn.train.planning.request import measure_config, run_request
 from mmfn.train.planning.search import planners
 from mmfn.train.planning.step_plan import Measured
 
-BEAM = 2  # layouts of each size of batch that go on
+BEAM = 4  # layouts of each size of batch that go on
 
 Start = tuple[Budget, Mapping[str, Any]]  # a batch and a layout
 Offload = tuple[str, ...]
@@ -66,7 +66,7 @@ def suggest(
         least = min(choices, key=lambda c: c.plan.peak_bytes)
         raise UserError(
             f"nothing fits {space.world} ranks of {space.device}, the least is {size(least.plan.peak_bytes)} of "
-            f"{size(device(space.device).memory_bytes)} a rank; use more ranks, or LoRA"
+            f"{size(planned_device(space.device).memory_bytes)} a rank; use more ranks, or LoRA"
         )
     return choices
 
@@ -114,13 +114,13 @@ def _climb(
     policies = space.policies(layout)
 
     def up(policy: int, offload: Offload) -> Iterator[tuple[int, Choice]]:
-        """As long as it fits."""
+        """As long as it fits; with activations on the host, what keeps more may take less."""
         while policy >= 0:
             found = choose(budget, {**layout, **policies[policy], **_moved(offload)})
             if not isinstance(found, Choice):
                 return
             yield policy, found
-            if not found.fits:
+            if not found.fits and "activations" not in offload:
                 return
             policy -= 1
 
@@ -155,7 +155,7 @@ class Measures:
         if key not in self._known:
             request = run_request(config, device_name, sample_tokens=self._sample_tokens)
             self._known[key] = measure_config(request)
-        return self._known[key].on(device(device_name))
+        return self._known[key].on(planned_device(device_name))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import yaml
 
 from mmfn.errors import UserError
 from mmfn.parallel.planning.account import ATTENTION, GROUPED, LARGE, NARROW, NARROW_GROUPED
+from mmfn.parallel.planning.devices import Device, device
 
 SUFFIXES = (".yaml", ".yml")
 SHARES = (LARGE, NARROW, GROUPED, NARROW_GROUPED, ATTENTION)
@@ -19,21 +20,21 @@ TEXTS = ("kind", "source")
 CURE = "write one with mmfn calibrate --out FILE"
 
 
-def is_file(name: str) -> bool:
-    """Whether a name is that of a file."""
-    return name.endswith(SUFFIXES)
+def planned_device(name: str) -> Device:
+    """The device of a name, or of a file of `mmfn calibrate`. Raises ValueError for an unknown one."""
+    return read_device(name) if name.endswith(SUFFIXES) else device(name)
 
 
-def device_text(device: Any, head: Sequence[str]) -> str:
+def device_text(chosen: Device, head: Sequence[str]) -> str:
     """The file of a device, behind the lines of a comment: what is not a whole number, to four digits."""
-    values = {name: _short(value) for name, value in asdict(device).items() if name != "name"}
-    values["shares"] = {name: _short(share) for name, share in device.shares.items()}
+    values = {name: _short(value) for name, value in asdict(chosen).items() if name != "name"}
+    values["shares"] = {name: _short(share) for name, share in chosen.shares.items()}
     body = yaml.safe_dump(values, sort_keys=False, width=10**6)
     return "".join(f"# {line}\n" for line in head) + body
 
 
-def read_fields(path: str, kind: type) -> dict[str, Any]:
-    """The fields of a device (the dataclass `kind`), by name. Raises ValueError for a file that is none."""
+def read_device(path: str) -> Device:
+    """The device of a file, whose name is the path. Raises ValueError for a file that holds none."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -41,14 +42,14 @@ def read_fields(path: str, kind: type) -> dict[str, Any]:
         raise UserError(f"device file {path!r} cannot be read: {reason}; {CURE}") from error
     if not isinstance(values, Mapping):
         raise UserError(f"device file {path!r} holds no settings; {CURE}")
-    known = {f.name: f for f in fields(kind) if f.name != "name"}
+    known = {f.name: f for f in fields(Device) if f.name != "name"}
     unknown = [str(name) for name in values if name not in known]
     absent = [name for name, f in known.items() if name not in values and f.default is MISSING]
     if unknown or absent:
         what = f"has an unknown {unknown[0]!r}" if unknown else f"lacks {absent[0]!r}"
         raise UserError(f"device file {path!r} {what}; it may have {', '.join(known)}")
-    found = {name: _value(path, name, value) for name, value in values.items()}
-    return {**found, "name": path}
+    found: dict[str, Any] = {name: _value(path, name, value) for name, value in values.items()}
+    return Device(**found, name=path)
 
 
 def _short(value: Any) -> Any:

@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 from mmfn.parallel.planning import devices
-from mmfn.parallel.planning.device_file import device_text
+from mmfn.train.planning.device_file import device_text, planned_device
 
 
 @pytest.mark.parametrize("name", list(devices.DEVICES))
 def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
     chosen, path = devices.device(name), str(tmp_path / "here.yaml")
     Path(path).write_text(device_text(chosen, ["measured", "here"]))
-    found = devices.device(path)
+    found = planned_device(path)
     assert (found.name, found.kind, found.source) == (path, chosen.kind, chosen.source)
     assert Path(path).read_text().startswith("# measured\n# here\nkind: ")
     for key, value in asdict(chosen).items():
@@ -47,7 +47,7 @@ def test_what_is_wrong_is_one_sentence(name: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match=r"device file '.*bad.yaml'") as error:
-        devices.device(str(path))
+        planned_device(str(path))
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -59,9 +59,9 @@ def test_what_is_no_device(text: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=expected):
-        devices.device(str(path))
+        planned_device(str(path))
     with pytest.raises(ValueError, match=r"cannot be read: .*; write one with mmfn calibrate --out FILE"):
-        devices.device(str(tmp_path / "absent.yaml"))
+        planned_device(str(tmp_path / "absent.yaml"))
 
 
 def test_a_device_of_torch_is_like_one_of_the_table() -> None:
