@@ -109,8 +109,8 @@ class Watch:
 
     # ---- where a call is
 
-    def _enter(self, inner: Callable[..., Tree], paths: Sequence[str], params: Tree, values: Tree) -> Tree:
-        entered = inner(params, values)
+    def _enter(self, inner: Callable[..., Tree], paths: Sequence[str], params: Tree, *given: Any) -> Tree:
+        entered = inner(params, *given)
         for path, leaf in zip(paths, tree.leaves(entered), strict=True):
             self._remember(leaf, path)
         return entered
