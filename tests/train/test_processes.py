@@ -34,7 +34,7 @@ def test_torchrun_trains_and_evaluates(make_config: MakeConfig, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("step=")] == ["step=2/4", "step=4/4"]
-    assert lines[0] == "data_parallel: parameters over 2 ranks, next gather ahead (eager)"
+    assert lines[0] == "data_parallel: parameters over 2 ranks, next gather ahead, 2 sums of gradients behind"
     assert sum(line.startswith("held-out accuracy") for line in lines) == 1
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in expected], rel=2e-3)

@@ -36,9 +36,9 @@ def data_parallel(
             return done
         note = f"data_parallel: parameters over {layout.shard} ranks"
         note += f", {layout.replicate} replicas" if layout.replicate > 1 else ""
-        note += ", next gather ahead (eager)" if prefetch else ""
+        note += ", next gather ahead" if prefetch else ""
         note += ", weights kept for the backward" if keep_gathered else ""
-        note += f", {sums_under_way} sums of gradients behind (eager)" if sums_under_way else ""
+        note += f", {sums_under_way} sums of gradients behind" if sums_under_way else ""
         return noted(uses(done, "dp", "replicate"), note)
 
     return transform
