@@ -213,3 +213,15 @@ def test_an_interrupt_of_a_search_is_quiet(tmp_path: Path) -> None:
         os.killpg(search.pid, signal.SIGINT)
         out, err = search.communicate(timeout=600)
     assert (search.returncode, out, err) == (130, "", "mmfn: error: interrupted\n")
+
+
+@pytest.mark.parametrize(("compiled", "is_waited_for"), [("none", False), ("layer", True), ("step", True)])
+def test_a_graph_that_gathers_is_planned_to_wait(call: Call, compiled: str, *, is_waited_for: bool) -> None:
+    """Blocks that keep some results have their gathers in their graphs, where nothing runs beside them."""
+    chosen = ["layout.dp=4", "layout.remat=selective", "layout.remat_save=[attention]", f"train.compile={compiled}"]
+    code, out, _ = call("1.7/config.json", *SMALL, *chosen)
+    rows = [line.split() for line in out.splitlines() if " all_gather " in line or " reduce_scatter " in line]
+    moved = [(int(row[4]), int(row[5])) for row in rows if row[1] in ("weights", "gradients")]
+    assert code == 0
+    assert len(moved) == 3
+    assert all(calls == exposed for calls, exposed in moved) == is_waited_for

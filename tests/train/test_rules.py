@@ -44,8 +44,12 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"layout.ulysses": 2}, "layout.ulysses has no effect with kind 'gather'"),
     ({"layout.keep_gathered": True, "layout.dp": 2}, "layout.keep_gathered has no effect with remat 'none'"),
     (
+        {"layout.prefetch": False, "layout.dp": 2, "train.compile": "layer", "layout.remat": "selective"},
+        "layout.prefetch has no effect with train.compile 'layer' and remat 'selective', whose graphs gather",
+    ),
+    (
         {"layout.sums_under_way": 4, "layout.dp": 2, "train.compile": "step"},
-        "layout.sums_under_way has no effect with train.compile 'step', whose graphs sum the gradients themselves",
+        "layout.sums_under_way has no effect with train.compile 'step' and remat 'none', whose graphs gather",
     ),
     ({"layout.remat_layers": 2}, "layout.remat_layers has no effect with remat 'none'"),
     (

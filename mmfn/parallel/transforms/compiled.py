@@ -18,8 +18,10 @@ def compiled(kind: str, backend: str | Backend = "inductor") -> Transform:
     """Compile a program: "layer" (one graph for all blocks of a stack, plus the update), "step" (one graph) or "none".
 
     Every distinct set of shapes (a bucket) compiles once; nothing is dynamic. With "layer" the lowered `ops.layer` is
-    compiled with everything inside it (gather, exchange, recomputation), and runs under `Program.compiling()`; "step"
-    leaves the ops alone, the step being traced as a whole. Placements do not change.
+    compiled and runs under `Program.compiling()`. On several ranks, and where parameters lie on the host, blocks are
+    given their weights, and are computed again, from outside of their graphs; those that keep some results (`remat`
+    "selective") have their gathers and recomputation in them, as have all blocks on one device. "step" leaves the ops
+    alone, the step being traced as a whole. Placements do not change.
     Raises ValueError for another kind, and for "step" where this torch cannot trace `torch.autograd.grad`.
     """
     if kind not in COMPILE_KINDS:

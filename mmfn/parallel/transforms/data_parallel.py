@@ -16,11 +16,11 @@ def data_parallel(
     by one reduce-scatter over the same axis, and its sum over a step's micro-batches by one all-reduce over the
     replicas if there are any.
 
-    `prefetch`: in eager execution the next block's gather is under way while a block runs, forward and, with `remat`,
-    backward; a block compiled with its gather inside has none ahead. `keep_gathered`: with `remat`, whole weights of
-    all blocks are kept from the forward, one gather per block instead of two. Without `remat` autograd keeps them in
-    any case. It takes the gather out of compiled blocks. `sums_under_way`: so many reduce-scatters run beside the
-    backward of the blocks before, at most; 0: each is waited for. Each holds a block's gradients, whole.
+    `prefetch`: the next block's gather is under way while a block runs, forward and, with `remat`, backward.
+    `keep_gathered`: with `remat`, whole weights of all blocks are kept from the forward, one gather per block instead
+    of two. Without `remat` autograd keeps them in any case. `sums_under_way`: so many reduce-scatters run beside the
+    backward of the blocks before, at most; 0: each is waited for. Each holds a block's gradients, whole. Graphs that
+    have their gathers in them (`compiled`) wait for each.
 
     On one device nothing is gathered or summed, and the first two are for the copies of parameters that lie on the
     host (`offload`).

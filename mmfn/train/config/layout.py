@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mmfn.parallel.mesh.layout import Layout
+from mmfn.parallel.weights.gradient_sums import MOST_UNDER_WAY
 from mmfn.train.config.section import ConfigSection, Different, Dtype, Patterns, Tuple
 
 Remat = Literal["none", "full", "selective", "uniform", "block"]
@@ -36,7 +37,7 @@ class LayoutSection(ConfigSection):
     prefetch: bool = Field(default=True, description="gather the next layer's parameters while one computes")
     keep_gathered: bool = Field(default=False, description="keep gathered parameters for the backward under remat")
     sums_under_way: NonNegativeInt = Field(
-        default=2, description="sums of layers' gradients that run beside the backward at once; 0: none"
+        default=MOST_UNDER_WAY, description="sums of layers' gradients that run beside the backward at once; 0: none"
     )
     head: Literal["gathered", "sharded"] = Field(
         default="gathered", description="sharded: tokens travel to the head's rows, which stay where they are"
@@ -76,6 +77,11 @@ class LayoutSection(ConfigSection):
         """The sizes of the mesh. Raises ValueError for sizes that do not fit together."""
         ulysses = {"ulysses": self.cp, "usp": self.ulysses}.get(self.kind, 1) if self.cp > 1 else 1
         return Layout(replicate=self.replicate, dp=self.dp, cp=self.cp, ulysses=ulysses, ep=self.ep)
+
+    @property
+    def remat_kinds(self) -> set[str]:
+        """What is computed again, over all stacks."""
+        return {self.remat, *(stack.kind for stack in self.remat_stacks.values())}
 
     def remat_of(self, stack: str) -> RematStack:
         """What is computed again of a stack."""

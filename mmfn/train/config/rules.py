@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from mmfn.errors import UserError
 from mmfn.parallel.context.token_order import token_multiple
-from mmfn.parallel.program import check_one_graph, gathers_in_graphs
+from mmfn.parallel.program import check_one_graph
 from mmfn.parallel.transforms.context_parallel import check_kind
 from mmfn.train.config.layout import RematStack
 from mmfn.train.config.learning import LoraSection
@@ -28,17 +28,8 @@ def _is_unsharded(c: Config) -> bool:
     return c.layout.dp * c.layout.cp == 1
 
 
-def _remat_kinds(c: Config) -> set[str]:
-    return {c.layout.remat, *(stack.kind for stack in c.layout.remat_stacks.values())}
-
-
 def _recomputes(c: Config) -> bool:
-    return _remat_kinds(c) != {"none"}
-
-
-def _gathers_in_graphs(c: Config) -> bool:
-    is_selective = "selective" in _remat_kinds(c)
-    return gathers_in_graphs(c.train.compile, is_selective=is_selective, keep_gathered=c.layout.keep_gathered)
+    return c.layout.remat_kinds != {"none"}
 
 
 def _is_all_float32(c: Config) -> bool:
@@ -211,6 +202,7 @@ def _ahead_settings(subject: Subject) -> Iterator[str]:
 
 POLICY_KINDS = {"save": ("selective",), "every": ("full", "selective"), "layers": ("uniform", "block")}
 EXPERT_OPS = ("experts", "exchange")  # of those that selective remat can keep
+IN_GRAPHS = "with train.compile {c.train.compile!r} and remat {c.layout.remat!r}, whose graphs gather"
 
 RULES = (
     # sizes first: others ask for them
@@ -237,11 +229,8 @@ RULES = (
     # layout
     idle("layout.ulysses", lambda c: c.layout.kind != "usp", "with kind {c.layout.kind!r}"),
     idle("layout.keep_gathered", lambda c: not _recomputes(c), "with remat 'none'"),
-    idle(
-        "layout.sums_under_way",
-        _gathers_in_graphs,
-        "with train.compile {c.train.compile!r}, whose graphs sum the gradients themselves",
-    ),
+    idle("layout.prefetch", lambda c: c.gathers_in_graphs, IN_GRAPHS),
+    idle("layout.sums_under_way", lambda c: c.gathers_in_graphs, IN_GRAPHS),
     Rule(settings=("layout.remat_save", "layout.remat_every", "layout.remat_layers"), find=_idle_policies),
     Rule(settings=("layout.remat_every", "layout.remat_layers"), find=_deep_policies),
     Rule(settings=("layout.remat_save",), find=_saved_experts),

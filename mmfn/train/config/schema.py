@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from mmfn.parallel.program import gathers_in_graphs
 from mmfn.train.chat_options import ChatOptions
 from mmfn.train.config.layout import LayoutSection
 from mmfn.train.config.learning import (
@@ -353,6 +354,12 @@ class Config(ConfigSection):
     def has_adapters(self) -> bool:
         """Whether LoRA adapters are trained."""
         return self.lora.rank is not None or self.model.adapter is not None
+
+    @property
+    def gathers_in_graphs(self) -> bool:
+        """Whether compiled graphs gather parameters, so that nothing runs ahead of blocks or behind them."""
+        is_selective = "selective" in self.layout.remat_kinds
+        return gathers_in_graphs(self.train.compile, is_selective=is_selective, keep_gathered=self.layout.keep_gathered)
 
     def is_changed(self, name: str) -> bool:
         """Whether a dotted setting differs from its default."""

@@ -104,7 +104,13 @@ def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
     model_family, cfg = find_family(config.model)
     layout = config.layout.sizes
     ops = planned_table(config.model.table)
-    eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "none"})})
+    waits = {"prefetch": False, "sums_under_way": 0} if config.gathers_in_graphs else {}
+    eager = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"compile": "none"}),
+            "layout": config.layout.model_copy(update=waits),
+        }
+    )
 
     specs = model_specs(config, model_family, cfg)
     check_model(config, model_family, cfg, is_plan=True)
