@@ -16,6 +16,7 @@ from mmfn import cli, rng
 from mmfn.models.data import Sampling
 from mmfn.train.data import Dataset, load_processor
 from mmfn.train.data.video import decode_video
+from tests.oracles.demo_answers import library_answers
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,15 +104,19 @@ def test_cells(load: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "module", "least"), [("video", "moving_digits", 0.97), ("text", "cells", 0.93)])
 def test_a_model_learns_it(name: str, module: str, least: float, load: Any, tmp_path: Path, capsys: Any) -> None:
-    """Trained and evaluated by the commands, as `make demo-NAME` does."""
+    """Trained and evaluated by the commands, as `make demo-NAME` does; transformers answers the same, of its own."""
     load(module).write_demo(tmp_path)
     text = (ROOT / "configs" / f"demo-{name}.yaml").read_text(encoding="utf-8")
     config: dict[str, Any] = yaml.safe_load(text.replace(f"build/demo-{name}", str(tmp_path)))
     config["train"]["allocator"] = "default"  # the other is for the whole process
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert cli.main(["train", str(tmp_path / "config.yaml")]) == 0
-    accuracy = json.loads((tmp_path / "run" / "eval.json").read_text(encoding="utf-8"))["accuracy"]
+    evaluation = json.loads((tmp_path / "run" / "eval.json").read_text(encoding="utf-8"))
+    accuracy = evaluation["accuracy"]
     assert accuracy >= least
+    answers = [answer["prediction"] for answer in evaluation["answers"]]
+    assert answers == list(library_answers(tmp_path, config["eval"]["max_new_tokens"]))
+    assert len(set(answers)) == (4 if name == "video" else 2)
     capsys.readouterr()
     loaded = ["model.init=load", f"model.path={tmp_path / 'run' / 'checkpoint'}"]
     assert cli.main(["eval", str(tmp_path / "config.yaml"), *loaded]) == 0
