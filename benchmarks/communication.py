@@ -1,12 +1,14 @@
 """How much of a step ranks wait for each other, on real ranks over gloo whose transport is slowed, and as planned.
 
     python benchmarks/communication.py                            # 4 ranks, minutes
-    python benchmarks/communication.py --rate 2e9 --layers 4 --rounds 3
+    python benchmarks/communication.py --share 0.3 --layers 4 --rounds 3
 
-Collectives take their bytes on the wire (ring algorithms) / `--rate`, beside the computation, those of one process
-group one after the other; a rank that waits sleeps. Orders: "waited for", nothing runs ahead or behind; "gathers
-ahead", the next block's weights; "and sums behind", two blocks' gradients as well. All are in one run, step by step in
-turn, and give the same losses. "exposed": of the planned calls of collectives, those waited for without work between.
+Collectives take their bytes on the wire (ring algorithms) / a rate, beside the computation, those of one process
+group one after the other; a rank that waits sleeps. The rate is such that the sums of a step's gradients take
+`--share` of the time that a step takes without delays. Orders: "waited for", nothing runs ahead or behind; "gathers
+ahead", the next block's weights; "and sums behind", two blocks' gradients as well. All are in one run, step by step
+in turn, and give the same losses. "exposed": of the planned calls of collectives, those waited for without work
+between.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from mmfn import models
 from mmfn.parallel.mesh.axis import Group
 from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh
 from mmfn.parallel.planning.time_model import wire_bytes
+from mmfn.parallel.planning.trace import Trace
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.remat import remat
@@ -51,7 +54,7 @@ class Slowed:
     """The transport of a process group, as slow as `rate` bytes a second."""
 
     inner: Group
-    rate: float
+    rate: float  # bytes a second; 0: as fast as it is
     free: dict[str, float] = field(default_factory=dict)  # by group: when it has sent all it was given
     ready: dict[int, float] = field(default_factory=dict)  # by result
 
@@ -100,7 +103,7 @@ class Slowed:
     def _note(self, op: str, x: Tensor, out: Tensor) -> Tensor:
         group = self.inner.scatters or self.inner.name if op == "reduce_scatter" else self.inner.name
         start = max(time.perf_counter(), self.free.get(group, 0.0))
-        self.free[group] = start + wire_bytes(op, x.nbytes, self.inner.size) / self.rate
+        self.free[group] = start + (wire_bytes(op, x.nbytes, self.inner.size) / self.rate if self.rate else 0.0)
         self.ready[out.data_ptr()] = self.free[group]
         return out
 
@@ -117,6 +120,7 @@ def slowed(mesh: Mesh, rate: float) -> Mesh:
 def make_setup(order: str, args: argparse.Namespace) -> step_trace.PlannedStep:
     """The step of an order, of a batch with an image."""
     hf = config(args.width, args.layers)
+    hf["text_config"]["vocab_size"] = args.vocabulary
     family = models.family(hf["model_type"])
     transforms: list[Transform] = [ORDERS[order], remat("full")]
     return step_trace.PlannedStep(
@@ -150,16 +154,19 @@ def measure(rank: int, folder: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.ranks)
     try:
-        mesh = slowed(distributed_mesh(Layout(dp=args.ranks)), args.rate)
+        plain = distributed_mesh(Layout(dp=args.ranks))
+        alone = real_step(make_setup("waited for", args), slowed(plain, 0.0))
+        seconds = [_timed(alone)[0] for _ in range(args.rounds + 1)][1:]
+        mean = plain["world"].all_reduce(torch.tensor(seconds), "seconds").median().item() / args.ranks
+        mesh = slowed(plain, sums_bytes(args) / (args.share * mean))
         steps = {order: real_step(make_setup(order, args), mesh) for order in ORDERS}
-        found: dict[str, list[float]] = {order: [] for order in ORDERS}
+        found: dict[str, list[float]] = {"without delays": seconds} | {order: [] for order in ORDERS}
         for number in range(args.rounds + 1):  # the first is not counted
             losses = set()
             for order, step in steps.items():
-                dist.barrier()
-                start = time.perf_counter()
-                losses.add(step())
-                found[order] += [time.perf_counter() - start] * (number > 0)
+                seconds_of, loss = _timed(step)
+                losses.add(loss)
+                found[order] += [seconds_of] * (number > 0)
             assert len(losses) == 1, f"orders give different losses: {losses}"
         if rank == 0:
             torch.save(found, Path(folder) / "found.pt")
@@ -167,9 +174,29 @@ def measure(rank: int, folder: str, args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
+def _timed(step: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of a step that all ranks begin together, and its loss."""
+    dist.barrier()
+    start = time.perf_counter()
+    loss = step()
+    return time.perf_counter() - start, loss
+
+
+def sums_bytes(args: argparse.Namespace) -> float:
+    """What the sums of a step's gradients put on the wire."""
+    trace = planned("waited for", args)
+    sent = sum(n for key, n in trace.sent_bytes.items() if key.op == "reduce_scatter")
+    return wire_bytes("reduce_scatter", sent, args.ranks)
+
+
+def planned(order: str, args: argparse.Namespace) -> Trace:
+    """The trace of an order."""
+    return step_trace.trace_step(make_setup(order, args), Layout(dp=args.ranks), args.layers)
+
+
 def exposed(order: str, args: argparse.Namespace) -> str:
     """Planned calls that are waited for without work, of all."""
-    trace = step_trace.trace_step(make_setup(order, args), Layout(dp=args.ranks), args.layers)
+    trace = planned(order, args)
     return f"{sum(trace.exposed.values())} of {sum(trace.count.values())}"
 
 
@@ -180,7 +207,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8, help="of the text and of the tower")
     parser.add_argument("--tokens", type=int, default=512, help="a rank")
-    parser.add_argument("--rate", type=float, default=1e8, help="bytes a second of one rank in a process group")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="as small a part as in a model of 30B or more")
+    parser.add_argument("--share", type=float, default=0.7, help="sums of gradients to a step without delays")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -191,7 +219,8 @@ def main() -> None:
     print(f"{'order':<18}{'step':>9}{'ratio':>8}  exposed calls")
     for order, times in found.items():
         seconds = statistics.median(times)
-        print(f"{order:<18}{seconds:>8.2f}s{seconds / first:>8.2f}  {exposed(order, args)}")
+        waits = exposed(order, args) if order in ORDERS else ""
+        print(f"{order:<18}{seconds:>8.2f}s{seconds / first:>8.2f}  {waits}")
 
 
 if __name__ == "__main__":
