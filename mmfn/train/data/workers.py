@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from mmfn.errors import UserError
 
@@ -95,7 +95,7 @@ def _in_processes(
     from torch.utils.data import DataLoader
 
     _check_sendable(make)
-    others = _children()
+    others = multiprocessing.active_children()
     loader: Any = DataLoader(
         _Keyed(make),  # type: ignore[arg-type]  # has what is asked of a data set
         sampler=jobs,  # any iterable of keys, and jobs are the keys
@@ -107,7 +107,12 @@ def _in_processes(
         worker_init_fn=_ignore_signals,
         timeout=POLL_S,
     )
-    results = iter(loader)
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, END})  # in the workers until they ignore them
+    try:
+        results = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    started = [child for child in multiprocessing.active_children() if child not in others]
     try:
         while True:
             try:
@@ -125,17 +130,16 @@ def _in_processes(
             if not is_wanted():
                 return
     finally:
-        for pid in () if is_wanted() else _children() - others:
-            os.kill(pid, END)
-        del results, loader  # what ends the processes
+        for child in () if is_wanted() else started:
+            os.kill(cast(int, child.pid), END)
+        del results, loader  # what asks the processes to end, and waits for them for a while
+        for child in started:  # torch leaves one that has not come so far as to hear it
+            child.kill()
+            child.join()
 
 
 OF_THE_LOADER = "DataLoader"  # how torch begins to say what has become of its processes
 TIMED_OUT = "timed out"  # a result has not come in time; it may be asked for again
-
-
-def _children() -> set[int]:
-    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
 
 
 def _ignore_signals(worker: int) -> None:
@@ -143,6 +147,7 @@ def _ignore_signals(worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(END, lambda number, frame: os._exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, END})
 
 
 def _check_sendable(make: Any) -> None:

@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,37 @@ def test_worker_processes_end_with_the_steps() -> None:
         list(failing)
     assert "in _take" in error.value.__notes__[0]
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_process_that_is_still_starting_ends_with_the_steps() -> None:
+    """Torch waits for it for ten seconds and goes. What is meant for the run does not end it before."""
+    workers = Workers(number=2, ahead=4, kind="processes")
+    steps = make_loader("samples", workers=workers, dataset=SlowToArrive()).steps(STEPS)
+    next(steps)
+    children = multiprocessing.active_children()
+    for child in children:
+        os.kill(child.pid, signal.SIGTERM)
+        child.join(1)
+        assert child.is_alive()
+    assert len(children) == 2
+    steps.close()
+    assert not multiprocessing.active_children()
+
+
+class SlowToArrive(Data):
+    """Data that the second process to which they are sent does not have for a minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.sent += 1  # the first time to see that they can be sent
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        time.sleep(60 if self.sent > 2 else 0)
 
 
 def test_data_that_no_process_can_be_sent_are_refused() -> None:
