@@ -28,8 +28,8 @@ BIN := .venv/bin
 STAMP := .venv/installed
 NPU_STAMP := .venv-npu/installed
 
-# Test processes share the cores: one thread each is faster than several that compete.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+# Test processes share the cores: one thread each is faster than several that compete. A test that hangs ends the suite.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0
 
 .PHONY: demo demo-video demo-text demo-audio demo-lora test test-full test-npu lint check check-full format house support npu schema configs migrating evidence clean
 .DEFAULT_GOAL := test
@@ -69,16 +69,16 @@ demo-audio: $(STAMP)
 	$(BIN)/python examples/verify_sound.py $(DEMO)-audio
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --timeout 900
 
 test-full: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) --timeout 7200
 
 # An environment of its own: where torch_npu is installed without CANN, torch cannot be imported as usual.
 $(NPU_STAMP): pyproject.toml
 	test -x .venv-npu/bin/python || "$(PYTHON)" -m venv .venv-npu
 	.venv-npu/bin/python -m pip install --quiet $(TORCH) $(TORCH_NPU)
-	.venv-npu/bin/python -m pip install --quiet -e . 'pytest>=8.0'
+	.venv-npu/bin/python -m pip install --quiet -e . 'pytest>=8.0' 'pytest-timeout>=2.3'
 	touch $@
 
 test-npu: $(NPU_STAMP)
