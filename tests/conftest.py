@@ -3,7 +3,8 @@
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def scheduling() -> Iterator[None]:
+    """A test leaves this process scheduled as it was: what comes after it, and the processes of these, inherit it.
+
+    Ranks that run in real time starve each other where there are fewer cores.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = os.sched_getscheduler(0), os.nice(0)
+    yield
+    assert (os.sched_getscheduler(0), os.nice(0)) == before
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Clips that tests write: any codec, rate, time stamps and rotation, and what a decoder of all their frames gives."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ def write_clip(
     import av
 
     num = len(stamps_ms) or num
-    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
+    options_of_file = {"movflags": movflags} if movflags else {}
+    with scheduled_as_before(), av.open(str(path), "w", options=options_of_file) as container:
         stream = container.add_stream(codec, rate=rate, options={"g": "12", **(options or {})})
         stream.width, stream.height = size
         stream.pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8"}.get(codec, "yuv420p")
@@ -62,6 +65,16 @@ def write_clip(
                 container.mux(track.encode(part))
             container.mux(track.encode())
     return path
+
+
+@contextmanager
+def scheduled_as_before() -> Iterator[None]:
+    """SVT-AV1's encoder has the thread that calls it run in real time, before all others, where it may."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def everything(path: Path) -> tuple[Tensor, list[float]]:
