@@ -8,6 +8,7 @@ import torch
 
 from mmfn.ops import cuda as tables
 from mmfn.ops import experts as products
+from mmfn.ops import varlen
 from tests.cuda import test_table
 from tests.cuda.emulated import emulated
 
@@ -107,6 +108,6 @@ def test_a_changed_argument_is_found(monkeypatch: pytest.MonkeyPatch, name: str)
 
 def test_rows_that_a_kernel_leaves_unwritten_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated kernels leave NaN there, and the ops set them."""
-    monkeypatch.setattr(tables.attention, "_is_behind", lambda x, ends: torch.zeros(x.shape[0], dtype=torch.bool))
+    monkeypatch.setattr(varlen, "is_behind", lambda x, ends: torch.zeros(x.shape[0], dtype=torch.bool))
     with pytest.raises(AssertionError):
         test_table.test_attention([5, 3, 8], is_causal=False)

@@ -113,7 +113,7 @@ def test_what_the_kernels_lack_is_said() -> None:
         def __init__(self, dtype: torch.dtype, *shape: int) -> None:
             self.device, self.dtype, self.shape = torch.device("cuda"), dtype, torch.Size(shape)
 
-    check = tables.cuda.attention.check_kernel
+    check = tables.cuda.attention.check
     check(OnGpu(torch.bfloat16, 4, 2, 72))
     with pytest.raises(ValueError, match=r"made for bfloat16 and float16 but got torch.float32; set layout.compute_"):
         check(OnGpu(torch.float32, 4, 2, 64))

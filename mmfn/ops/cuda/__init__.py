@@ -14,9 +14,7 @@ def cuda() -> Ops:
     """The table. It is made on any machine; what a GPU, a dtype or a shape does not have is said where it is called."""
     return replace(
         portable(cross_entropy="logits", logit_bytes=ACCELERATOR_BYTES),
-        attention=attention.KERNEL,
-        attention_block=attention.BLOCK,
-        attention_block_grad=attention.BLOCK_GRAD,
+        **attention.KERNELS,
         experts=experts.KERNEL,
         notes=(
             "attention by FlashAttention over packed segments, experts by grouped products: bfloat16 or float16",

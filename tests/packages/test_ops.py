@@ -1,0 +1,124 @@
+"""Entries that packages make, with fakes of them, against the reference: outputs, gradients, states and pieces."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmfn.ops import Ops, portable, reference
+from mmfn.ops.packages import overlay
+from mmfn.ops.packages.package import Machine
+from tests.ops.delta_cases import HEADS, PACKINGS, check_close, draw, outcome, pack
+from tests.packages.fakes import calls, installed
+
+VERSIONS = {"fla-core": "0.6.0", "triton": "3.7.1", "triton-ascend": "3.6.0", "flash-attn": "2.8.3.post2"}
+REFERENCE = reference()
+LONG = "mixed with empty and of one"
+
+
+def machine(device: str = "cuda", generation: int | None = 9, **changed: str | None) -> Machine:
+    """One that has all packages in versions that are known. `changed`: other versions, "-" being "_"."""
+    versions = VERSIONS | {name.replace("_", "-"): version for name, version in changed.items()}
+    return Machine(device=device, versions=versions, generation=generation)
+
+
+def table(*names: str) -> Ops:
+    """The portable table with packages laid over it."""
+    return overlay(portable(cross_entropy="logits"), names or ("fla", "flash-attn"), machine())
+
+
+def spoil(leaves: list[Tensor], num_tokens: int) -> None:
+    """What lies behind the last segment, which nobody may read, is NaN from now on."""
+    with torch.no_grad():
+        for x in leaves:
+            x[num_tokens:] = torch.nan
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_gated_delta_rule(packing: str, heads: tuple[int, int, int, int]) -> None:
+    lengths, tail = PACKINGS[packing]
+    leaves, do = draw(sum(lengths) + tail, heads)
+    wanted = outcome(REFERENCE.gated_delta_rule, leaves, do, pack(lengths))
+    spoil(leaves, sum(lengths))
+    with installed():
+        found = outcome(table().gated_delta_rule, leaves, do, pack(lengths))
+        assert calls["rule"] == calls["rule_grad"] == (1 if sum(lengths) else 0), "nothing is computed twice"
+    check_close(found, wanted, 1e-11)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_pieces(packing: str) -> None:
+    lengths, tail = PACKINGS[packing]
+    heads = (2, 4, 6, 4)
+    leaves, do = draw(sum(lengths) + tail, heads)
+    rows, segments = [x.detach() for x in leaves], pack(lengths)
+    state, dend = torch.randn(2, 4, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
+
+    def run(ops: Ops) -> list[Tensor]:
+        out = ops.gated_delta_piece(*rows, segments, state)
+        grads = ops.gated_delta_piece_grad(do, *rows, segments, state, dend)
+        return [out, *grads, ops.gated_delta_entry_grad(do, *rows[:2], *rows[3:], segments)]
+
+    with installed():
+        found = run(table())
+    check_close(found, run(REFERENCE), 1e-11)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("more", [None, 0, 3])
+def test_states(packing: str, more: int | None) -> None:
+    lengths, tail = PACKINGS[packing]
+    rows = [x.detach() for x in draw(sum(lengths) + tail, (2, 4, 6, 4))[0]][1:]
+    shape = (len(lengths), 4, 6, 4 + (more or 0))
+    states = None if more is None else torch.randn(shape, dtype=torch.float64)
+    with installed():
+        found = table().gated_delta_state(*rows, pack(lengths), states)
+    check_close([found], [REFERENCE.gated_delta_state(*rows, pack(lengths), states)], 1e-11)
+
+
+@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_causal_conv1d(packing: str, taps: int) -> None:
+    lengths, tail = PACKINGS[packing]
+    T, draws = sum(lengths) + tail, torch.Generator().manual_seed(taps)
+    x, dy = torch.randn(2, T, 6, dtype=torch.float64, generator=draws).unbind(0)
+    weight = torch.randn(6, taps, dtype=torch.float64, generator=draws).requires_grad_()
+    leaves = [x.requires_grad_(), weight]
+    wanted = outcome(REFERENCE.causal_conv1d, leaves, dy, pack(lengths))
+    spoil(leaves[:1], sum(lengths))
+    with installed():
+        found = outcome(table().causal_conv1d, leaves, dy, pack(lengths))
+    check_close(found, wanted, 1e-11)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("packing", [LONG, "all empty", "one token"])
+def test_attention(packing: str, is_causal: bool) -> None:
+    lengths, tail = PACKINGS[packing]
+    T, draws = sum(lengths) + tail, torch.Generator().manual_seed(7)
+    q, do = torch.randn(2, T, 4, 8, dtype=torch.float64, generator=draws).unbind(0)
+    k, v = torch.randn(2, T, 2, 8, dtype=torch.float64, generator=draws).unbind(0)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def run(ops: Ops) -> list[Tensor]:
+        return outcome(lambda *xs: ops.attention(*xs[:3], xs[3], is_causal=is_causal), leaves, do, pack(lengths))
+
+    with installed():
+        found = run(table())
+        assert calls["attention"] == calls["attention_grad"] == (1 if sum(lengths) else 0)
+    check_close(found, run(REFERENCE), 1e-11)
+
+
+def test_blocks_of_attention() -> None:
+    segments, keys, draws = pack([5, 0, 4]), pack([0, 5, 2]), torch.Generator().manual_seed(3)
+    q, do = torch.randn(2, 11, 4, 8, dtype=torch.float64, generator=draws).unbind(0)
+    k, v = torch.randn(2, 8, 2, 8, dtype=torch.float64, generator=draws).unbind(0)
+    o, lse = REFERENCE.attention_block(q, k, v, segments, keys, is_causal=False)
+    saved = do, q, k, v, o, (lse + 0.7).clamp(min=-1e9), segments, keys
+    with installed():
+        found_o, found_lse = table().attention_block(q, k, v, segments, keys, is_causal=False)
+        grads = table().attention_block_grad(*saved, is_causal=False)
+    has_keys = lse > -torch.inf
+    assert torch.equal(found_lse > -torch.inf, has_keys)
+    check_close([found_o, found_lse[has_keys]], [o, lse[has_keys]], 1e-11)
+    check_close(grads, REFERENCE.attention_block_grad(*saved, is_causal=False), 1e-11)
