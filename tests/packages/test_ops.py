@@ -4,26 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfn.ops import Ops, portable, reference
-from mmfn.ops.packages import overlay
-from mmfn.ops.packages.package import Machine
+from mmfn.ops import Ops, reference
 from tests.ops.delta_cases import HEADS, PACKINGS, check_close, draw, outcome, pack
 from tests.packages.fakes import calls, installed
+from tests.packages.table import laid_over
 
-VERSIONS = {"fla-core": "0.6.0", "triton": "3.7.1", "triton-ascend": "3.6.0", "flash-attn": "2.8.3.post2"}
 REFERENCE = reference()
 LONG = "mixed with empty and of one"
-
-
-def machine(device: str = "cuda", generation: int | None = 9, **changed: str | None) -> Machine:
-    """One that has all packages in versions that are known. `changed`: other versions, "-" being "_"."""
-    versions = VERSIONS | {name.replace("_", "-"): version for name, version in changed.items()}
-    return Machine(device=device, versions=versions, generation=generation)
-
-
-def table(*names: str) -> Ops:
-    """The portable table with packages laid over it."""
-    return overlay(portable(cross_entropy="logits"), names or ("fla", "flash-attn"), machine())
 
 
 def spoil(leaves: list[Tensor], num_tokens: int) -> None:
@@ -41,14 +28,14 @@ def test_gated_delta_rule(packing: str, heads: tuple[int, int, int, int]) -> Non
     wanted = outcome(REFERENCE.gated_delta_rule, leaves, do, pack(lengths))
     spoil(leaves, sum(lengths))
     with installed():
-        found = outcome(table().gated_delta_rule, leaves, do, pack(lengths))
+        found = outcome(laid_over().gated_delta_rule, leaves, do, pack(lengths))
         assert calls["rule"] == calls["rule_grad"] == (1 if sum(lengths) else 0), "nothing is computed twice"
     check_close(found, wanted, 1e-11)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", [*PACKINGS, "nothing between"])
 def test_pieces(packing: str) -> None:
-    lengths, tail = PACKINGS[packing]
+    lengths, tail = PACKINGS.get(packing, ([3, 0, 0, 5], 2))
     heads = (2, 4, 6, 4)
     leaves, do = draw(sum(lengths) + tail, heads)
     rows, segments = [x.detach() for x in leaves], pack(lengths)
@@ -60,7 +47,7 @@ def test_pieces(packing: str) -> None:
         return [out, *grads, ops.gated_delta_entry_grad(do, *rows[:2], *rows[3:], segments)]
 
     with installed():
-        found = run(table())
+        found = run(laid_over())
     check_close(found, run(REFERENCE), 1e-11)
 
 
@@ -72,7 +59,7 @@ def test_states(packing: str, more: int | None) -> None:
     shape = (len(lengths), 4, 6, 4 + (more or 0))
     states = None if more is None else torch.randn(shape, dtype=torch.float64)
     with installed():
-        found = table().gated_delta_state(*rows, pack(lengths), states)
+        found = laid_over().gated_delta_state(*rows, pack(lengths), states)
     check_close([found], [REFERENCE.gated_delta_state(*rows, pack(lengths), states)], 1e-11)
 
 
@@ -87,7 +74,7 @@ def test_causal_conv1d(packing: str, taps: int) -> None:
     wanted = outcome(REFERENCE.causal_conv1d, leaves, dy, pack(lengths))
     spoil(leaves[:1], sum(lengths))
     with installed():
-        found = outcome(table().causal_conv1d, leaves, dy, pack(lengths))
+        found = outcome(laid_over().causal_conv1d, leaves, dy, pack(lengths))
     check_close(found, wanted, 1e-11)
 
 
@@ -104,7 +91,7 @@ def test_attention(packing: str, is_causal: bool) -> None:
         return outcome(lambda *xs: ops.attention(*xs[:3], xs[3], is_causal=is_causal), leaves, do, pack(lengths))
 
     with installed():
-        found = run(table())
+        found = run(laid_over())
         assert calls["attention"] == calls["attention_grad"] == (1 if sum(lengths) else 0)
     check_close(found, run(REFERENCE), 1e-11)
 
@@ -116,8 +103,8 @@ def test_blocks_of_attention() -> None:
     o, lse = REFERENCE.attention_block(q, k, v, segments, keys, is_causal=False)
     saved = do, q, k, v, o, (lse + 0.7).clamp(min=-1e9), segments, keys
     with installed():
-        found_o, found_lse = table().attention_block(q, k, v, segments, keys, is_causal=False)
-        grads = table().attention_block_grad(*saved, is_causal=False)
+        found_o, found_lse = laid_over().attention_block(q, k, v, segments, keys, is_causal=False)
+        grads = laid_over().attention_block_grad(*saved, is_causal=False)
     has_keys = lse > -torch.inf
     assert torch.equal(found_lse > -torch.inf, has_keys)
     check_close([found_o, found_lse[has_keys]], [o, lse[has_keys]], 1e-11)

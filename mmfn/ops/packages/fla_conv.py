@@ -28,13 +28,18 @@ def causal_conv1d(x_TD: Tensor, weight_DK: Tensor, segments: Segments) -> Tensor
     for another dtype.
     """
     portable.check(x_TD, weight_DK, segments)
+    check_kernel(x_TD)
+    y_TD: Tensor = _conv(x_TD, weight_DK, segments.offsets_N, segments.host_N)
+    return y_TD
+
+
+def check_kernel(x_TD: Tensor) -> None:
+    """Raise ValueError for a tensor of a device, or of a plan for one, that the kernels do not take."""
     if x_TD.device.type != "cpu" and x_TD.dtype not in DTYPES:  # on a CPU are no kernels, but emulated ones
         raise UserError(
             f"causal_conv1d of fla is made for bfloat16, float16 and float32 but got {x_TD.dtype}; remove 'fla' from "
             "model.kernel_packages"
         )
-    y_TD: Tensor = _conv(x_TD, weight_DK, segments.offsets_N, segments.host_N)
-    return y_TD
 
 
 def _arguments(run: Run) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def runs(offsets_N: Tensor, host_N: Tensor, *, is_entered: bool = False, is_left
     inner |= {last} if is_left else set()
     for a, b in pairwise(sorted({first, last + 1} | inner)):
         start, end = int(host_N[a]), int(host_N[b])
+        if start == end:  # empty segments between the first and the last
+            continue
         yield Run(
             start=start,
             end=end,
