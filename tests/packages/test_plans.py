@@ -62,7 +62,7 @@ def test_what_is_kept_for_the_backward_is_counted() -> None:
 
 
 def test_a_plan_refuses_what_the_kernels_do() -> None:
-    with pytest.raises(UserError, match="attention of flash-attn is made for bfloat16 and float16 but got torch.float"):
+    with pytest.raises(UserError, match=r"attention of flash-attn is made for bfloat16 and float16 but got torch"):
         traced(PLANNED, dtype=None)
 
 
