@@ -123,6 +123,13 @@ def test_rms_norm_rounds_as_it_says() -> None:
     assert not torch.equal(found, twice)
 
 
+def test_a_plan_of_compiled_blocks_leaves_norms_to_the_compiler() -> None:
+    assert tables.planned_table("cuda").rms_norm is table("cuda").rms_norm
+    compiled_one = tables.planned_table("cuda", is_compiled=True)
+    assert compiled_one.rms_norm.operators == {}
+    assert compiled_one.attention is table("cuda").attention
+
+
 def test_chunks_of_logits_fill_a_gpu() -> None:
     """16,384 tokens of a vocabulary of 151,936 go through 8 chunks, on a CPU through 64."""
     rows = tables.cross_entropy.chunk_rows

@@ -15,6 +15,7 @@ from mmfn.train.build.kernels import build_ops, planned_ops
 from mmfn.train.config.schema import ModelSection
 from tests.packages.fakes import installed
 from tests.packages.table import VERSIONS, laid_over, machine
+from tests.train.test_rules import config_of
 
 HOPPER = "fla is refused with triton {}: gradients of the gated delta rule are wrong on Hopper with Triton 3.4.0 to "
 
@@ -96,7 +97,8 @@ def test_a_run_asks_and_a_plan_does_not() -> None:
     if machine_of("cuda").versions["fla-core"] is None:
         with pytest.raises(UserError, match="fla is not installed"):
             build_ops(section)
-    assert planned_ops(section).notes[-1].endswith("causal_conv1d by fla")
+    planned = planned_ops(config_of({"model.device": "cuda", "model.kernel_packages": ["fla"]}))
+    assert planned.notes[-1].endswith("causal_conv1d by fla")
     assert build_ops(ModelSection(path="x")).notes == portable().notes
     assert set(machine_of("npu").versions) == set(VERSIONS)
 

@@ -2,7 +2,7 @@
 
 from mmfn.ops import Ops, planned_table, table
 from mmfn.ops.packages import machine_of, overlay
-from mmfn.train.config.schema import ModelSection
+from mmfn.train.config.schema import Config, ModelSection
 
 
 def build_ops(section: ModelSection) -> Ops:
@@ -14,6 +14,7 @@ def build_ops(section: ModelSection) -> Ops:
     return overlay(made, section.kernel_packages, machine_of(section.kind)) if section.kernel_packages else made
 
 
-def planned_ops(section: ModelSection) -> Ops:
+def planned_ops(config: Config) -> Ops:
     """The same of a plan, whose machine may have neither the device nor the packages."""
-    return overlay(planned_table(section.table), section.kernel_packages, None)
+    made = planned_table(config.model.table, is_compiled=config.train.compile != "none")
+    return overlay(made, config.model.kernel_packages, None)

@@ -117,6 +117,6 @@ def _check_layout(config: Config, family: Family, cfg: Any, specs: Tree | None, 
     if world is not None:
         layout.check_world(world)
     mesh = recording_mesh(layout, 0)
-    program = build_program(config, family, cfg, mesh, specs or family.specs(cfg), planned_ops(config.model))
+    program = build_program(config, family, cfg, mesh, specs or family.specs(cfg), planned_ops(config))
     ranks = f", {layout.world} ranks" if layout.world > 1 else ""
     return "; ".join((f"{layout}{ranks}", *program.notes))

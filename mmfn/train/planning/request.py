@@ -103,7 +103,7 @@ def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
     config = request.config
     model_family, cfg = find_family(config.model)
     layout = config.layout.sizes
-    ops = planned_ops(config.model)
+    ops = planned_ops(config)
     waits = {"prefetch": False, "sums_under_way": 0} if config.gathers_in_graphs else {}
     eager = config.model_copy(
         update={
@@ -130,6 +130,7 @@ def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
         dtype=getattr(torch, config.model.dtype),
         objective=build_objective(config.objective),
         kernels=config.model.table,
+        packages=config.model.kernel_packages,
         is_fused=config.train.compile != "none",
     )
     return setup, layout
