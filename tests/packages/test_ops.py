@@ -39,6 +39,21 @@ def test_gated_delta_rule(packing: str, heads: tuple[int, int, int, int]) -> Non
     check_close(found, wanted, 1e-11)
 
 
+def test_rows_in_bfloat16() -> None:
+    """Decays in float32, as models have them: every gradient in the dtype of what it is of, near the exact one."""
+    lengths, _ = PACKINGS[LONG]
+    leaves, do = draw(sum(lengths), (2, 4, 8, 6))
+    wanted = outcome(REFERENCE.gated_delta_rule, leaves, do, pack(lengths))
+    rows = [x.detach().to(torch.float32 if i == 3 else torch.bfloat16).requires_grad_() for i, x in enumerate(leaves)]
+    with installed():
+        found = outcome(laid_over().gated_delta_rule, rows, do.bfloat16(), pack(lengths))
+        state = laid_over().gated_delta_state(*(x.detach() for x in rows[1:]), pack(lengths))
+    assert [x.dtype for x in found] == [torch.bfloat16, *(x.dtype for x in rows)]
+    assert state.dtype == torch.float32
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.double() - b).abs().max() <= 4e-2 * b.abs().max()
+
+
 @pytest.mark.parametrize("packing", [*PACKINGS, "nothing between"])
 def test_pieces(packing: str) -> None:
     lengths, tail = PACKINGS.get(packing, ([3, 0, 0, 5], 2))

@@ -5,19 +5,22 @@ of every mechanism, `make test-full` all.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from mmfn.ops.packages import overlay
 from mmfn.parallel.mesh.layout import Layout
-from mmfn.parallel.program import Transform
+from mmfn.parallel.program import Program, Transform
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import remat
 from tests import tiny
+from tests.npu.table import emulated
 from tests.packages.fakes import calls, installed
-from tests.packages.table import on_packages
+from tests.packages.table import machine, on_packages
 from tests.parallel.conformance import Cell, check_cell, spread
 
 KEEP = remat("selective", save=("attention", "gated_delta_rule"))
@@ -64,6 +67,16 @@ def test_a_kept_rule_is_not_computed_again() -> None:
             check_cell(cell("delta", Layout(), transform))
             counts.append(calls["rule"])
     assert counts[1] == 2 * counts[0] > 0
+
+
+def test_the_same_packages_lie_over_the_table_for_npus() -> None:
+    def on_npu(program: Program) -> Program:
+        return replace(program, ops=overlay(emulated(), ["fla"], machine("npu", triton="3.6.0")))
+
+    with installed():
+        check_cell(Cell(layout=Layout(), name="npu", transforms=(on_npu, KEEP), family="delta"))
+        assert calls["rule"] > 0 < calls["conv_grad"]
+        assert calls["attention"] == 0
 
 
 @pytest.mark.slow
