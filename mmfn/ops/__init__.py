@@ -7,7 +7,7 @@ an op declares what selective remat and plans must know of it). Hooks (`gather`,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -335,12 +335,15 @@ TABLES: Mapping[str, Callable[[], Ops]] = {
 """Name of a table -> the function that makes it."""
 
 
-def planned_table(name: str) -> Ops:
+def planned_table(name: str, *, is_compiled: bool = False) -> Ops:
     """The table that a plan takes for the one of a name.
 
     Operators of NPUs are only where torch_npu is, so theirs is planned as the portable one, with an accelerator's
-    chunks of logits.
+    chunks of logits. `is_compiled`: of blocks that a compiler will fuse; what the table for GPUs leaves to it there is
+    planned as the portable one too.
     """
+    if name == "cuda" and is_compiled:
+        return replace(table(name), rms_norm=Kernel(norm.rms_norm))
     return portable(cross_entropy="logits", logit_bytes=ACCELERATOR_BYTES) if name == "npu" else table(name)
 
 

@@ -34,14 +34,14 @@ def causal_conv1d(x_TD: Tensor, weight_DK: Tensor, segments: Segments) -> Tensor
     from the host's copy. Raises ValueError for shapes or offsets that do not fit. Source: `causal_conv1d_fn` of
     transformers 5.23 (`F.conv1d` with groups, silu). Oracle: `causal_conv1d_reference`.
     """
-    _check(x_TD, weight_DK, segments)
+    check(x_TD, weight_DK, segments)
     y_TD: Tensor = _conv(x_TD, weight_DK, segments.host_N)
     return y_TD
 
 
 def causal_conv1d_reference(x_TD: Tensor, weight_DK: Tensor, segments: Segments) -> Tensor:
     """`causal_conv1d` by torch's convolution, one segment after the other."""
-    _check(x_TD, weight_DK, segments)
+    check(x_TD, weight_DK, segments)
     dtype, (D, K), parts = wide(x_TD.dtype, weight_DK.dtype), weight_DK.shape, [x_TD[:0]]
     for first, last in itertools.pairwise([*segments.host_N.tolist(), len(x_TD)]):
         if first < last:
@@ -80,7 +80,8 @@ def causal_conv1d_state(x_TD: Tensor, segments: Segments, num_inputs: int) -> Te
     return F.pad(x_TD, (0, 0, 1, 0))[(place_NK + 1).where(is_inside_NK, 0)]  # row 0 is zero
 
 
-def _check(x_TD: Tensor, weight_DK: Tensor, segments: Segments) -> None:
+def check(x_TD: Tensor, weight_DK: Tensor, segments: Segments) -> None:
+    """Raise ValueError unless channels and offsets fit."""
     if x_TD.ndim != 2 or weight_DK.ndim != 2 or x_TD.shape[1] != weight_DK.shape[0] or weight_DK.shape[1] == 0:
         raise ValueError(
             f"x_TD {tuple(x_TD.shape)} and weight_DK {tuple(weight_DK.shape)} must be [T, D] and [D, K] with one D"

@@ -31,7 +31,7 @@ def gated_delta_piece(
     `state_HCV`: float32 (float64 for float64), read by the first segment that is not empty; zero where that begins with
     the piece. Not differentiable by autograd. Raises ValueError for shapes, dtypes or offsets that do not fit.
     """
-    _check(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments, state_HCV)
+    check_piece(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments, state_HCV)
     rows = (x.detach() for x in (q_TKC, k_TKC, v_THV, g_TH, beta_TH))
     o_THV: Tensor = RULE(*rows, segments.host_N, state_HCV)
     return o_THV
@@ -53,7 +53,7 @@ def gated_delta_piece_grad(
     `do_THV`: of the output; `dend_HCV`: of the state behind the last segment that is not empty. Raises ValueError as
     `gated_delta_piece` does.
     """
-    _check(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments, state_HCV, dend_HCV)
+    check_piece(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments, state_HCV, dend_HCV)
     dq, dk, dv, dg, dbeta = RULE_GRAD(do_THV, q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments.host_N, state_HCV, dend_HCV)
     return dq, dk, dv, dg, dbeta
 
@@ -81,7 +81,7 @@ def gated_delta_piece_reference(
     state_HCV: Tensor,
 ) -> Tensor:
     """`gated_delta_piece` token by token."""
-    _check(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments, state_HCV)
+    check_piece(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments, state_HCV)
     return recurrent(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments=segments, state_HCV=state_HCV)[0].detach()
 
 
@@ -97,7 +97,7 @@ def gated_delta_piece_grad_reference(
     dend_HCV: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`gated_delta_piece_grad` by autograd of the recurrence."""
-    _check(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments, state_HCV, dend_HCV)
+    check_piece(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments, state_HCV, dend_HCV)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q_TKC, k_TKC, v_THV, g_TH, beta_TH)]
         outs = recurrent(*leaves, segments=segments, state_HCV=state_HCV)
@@ -129,9 +129,10 @@ def _gradients(outs: Sequence[Tensor], leaves: Sequence[Tensor], douts: Sequence
     return tuple(grads)
 
 
-def _check(
+def check_piece(
     q_TKC: Tensor, k_TKC: Tensor, v_THV: Tensor, g_TH: Tensor, beta_TH: Tensor, segments: Segments, *states: Tensor
 ) -> None:
+    """Raise ValueError unless a piece and states of it fit."""
     check_inputs(q_TKC, k_TKC, v_THV, g_TH, beta_TH, segments)
     shape, dtype = (v_THV.shape[1], k_TKC.shape[2], v_THV.shape[2]), wide(v_THV.dtype)
     for x in states:

@@ -67,7 +67,7 @@ def gated_delta_state(
     ValueError as there, and for a state that does not fit. Oracle: `gated_delta_state_reference`.
     """
     check_inputs(k_TKC, k_TKC, v_THV, g_TH, beta_TH, segments)
-    _check_state(k_TKC, v_THV, segments, state_NHCV)
+    check_state(k_TKC, v_THV, segments, state_NHCV)
     rows = (x.detach() for x in (k_TKC, v_THV, g_TH, beta_TH))
     end_NHCV: Tensor = STATE(*rows, segments.host_N, state_NHCV)
     return end_NHCV
@@ -83,7 +83,7 @@ def gated_delta_state_reference(
 ) -> Tensor:
     """`gated_delta_state` token by token, one segment after the other."""
     check_inputs(k_TKC, k_TKC, v_THV, g_TH, beta_TH, segments)
-    _check_state(k_TKC, v_THV, segments, state_NHCV)
+    check_state(k_TKC, v_THV, segments, state_NHCV)
     dtype, shape = wide(v_THV.dtype), (segments.num, v_THV.shape[1], k_TKC.shape[2], v_THV.shape[2])
     states_NHCV = v_THV.new_zeros(shape, dtype=dtype) if state_NHCV is None else state_NHCV.clone()
     v_THV = F.pad(v_THV, (0, states_NHCV.shape[3] - v_THV.shape[2]))
@@ -181,7 +181,8 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state_
         raise ValueError(f"state_BHCV {tuple(state_BHCV.shape)} must be {(*v.shape[:2], k.shape[2], v.shape[2])}")
 
 
-def _check_state(k_TKC: Tensor, v_THV: Tensor, segments: Segments, state_NHCV: Tensor | None) -> None:
+def check_state(k_TKC: Tensor, v_THV: Tensor, segments: Segments, state_NHCV: Tensor | None) -> None:
+    """Raise ValueError unless states before segments fit, of which there may be none."""
     if state_NHCV is None:
         return
     (N, H, C, V), dtype = (segments.num, v_THV.shape[1], k_TKC.shape[2], v_THV.shape[2]), wide(v_THV.dtype)
@@ -196,17 +197,20 @@ def _forward_fake(q: Tensor, k: Tensor, v_THV: Tensor, *rest: object) -> Tensor:
     return v_THV.new_empty(v_THV.shape)
 
 
-def _backward_fake(do: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def backward_fake(do: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Gradients without values, of q, k, v, g and beta."""
     return tuple(x.new_empty(x.shape) for x in rest[:5])
 
 
-def _entry_fake(do_THV: Tensor, q: Tensor, k_TKC: Tensor, *rest: object) -> Tensor:
+def entry_fake(do_THV: Tensor, q: Tensor, k_TKC: Tensor, *rest: object) -> Tensor:
+    """The gradient of a state without values."""
     return do_THV.new_empty(do_THV.shape[1], k_TKC.shape[2], do_THV.shape[2], dtype=wide(do_THV.dtype))
 
 
-def _state_fake(
+def state_fake(
     k_TKC: Tensor, v_THV: Tensor, g: Tensor, beta: Tensor, offsets_N: Tensor, state_NHCV: Tensor | None
 ) -> Tensor:
+    """States without values."""
     shape = (len(offsets_N) - 1, v_THV.shape[1], k_TKC.shape[2], v_THV.shape[2])
     return v_THV.new_empty(shape if state_NHCV is None else state_NHCV.shape, dtype=wide(v_THV.dtype))
 
@@ -220,9 +224,9 @@ def _gradient(ctx: Context, do_THV: Tensor) -> tuple[Tensor | None, ...]:
 
 
 RULE = operator("mmfn::gated_delta_rule", chunks.row_forward, _forward_fake, is_whole=True)
-RULE_GRAD = operator("mmfn::gated_delta_rule_grad", chunks.row_backward, _backward_fake, is_whole=True)
-ENTRY_GRAD = operator("mmfn::gated_delta_entry_grad", chunks.entry_backward, _entry_fake, is_whole=True)
-STATE = operator("mmfn::gated_delta_state", chunks.end_states, _state_fake, is_whole=True)
+RULE_GRAD = operator("mmfn::gated_delta_rule_grad", chunks.row_backward, backward_fake, is_whole=True)
+ENTRY_GRAD = operator("mmfn::gated_delta_entry_grad", chunks.entry_backward, entry_fake, is_whole=True)
+STATE = operator("mmfn::gated_delta_state", chunks.end_states, state_fake, is_whole=True)
 _rule = RULE.with_gradient(_save, _gradient)
 
 OPERATORS = flops.register(

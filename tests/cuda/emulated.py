@@ -77,10 +77,42 @@ def grouped_mm(
     return torch.stack([a[:, start:end] @ b[start:end] for start, end in pairwise(ends)])
 
 
+def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    """`aten::_fused_rms_norm` over the last dim: in float32 or wider, rounded once; and the inverse of the root."""
+    calls["rms_norm"] += 1
+    assert weight is not None
+    assert eps is not None
+    assert weight.dtype == x.dtype
+    assert list(shape) == list(weight.shape) == [x.shape[-1]]
+    wide_x = x.to(_wide(x))
+    rstd = (wide_x * wide_x).mean(-1, keepdim=True).add(eps).pow(-0.5)
+    return (wide_x * rstd * weight.to(_wide(x))).to(x.dtype), rstd
+
+
+def rms_norm_grad(
+    dy: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor | None, mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """`aten::_fused_rms_norm_backward`: gradients of x and of the weight."""
+    calls["rms_norm_grad"] += 1
+    assert weight is not None
+    assert weight.dtype == x.dtype == dy.dtype
+    assert dy.is_contiguous()
+    assert x.is_contiguous()
+    assert rstd.shape == (*x.shape[:-1], 1)
+    assert list(shape) == [x.shape[-1]]
+    assert list(mask) == [True, True]
+    unit, slope = x.to(_wide(x)) * rstd, dy.to(_wide(x)) * weight.to(_wide(x))
+    dx = (slope - unit * (slope * unit).mean(-1, keepdim=True)) * rstd
+    dw = (dy.to(_wide(x)) * unit).reshape(-1, x.shape[-1]).sum(0)
+    return dx.to(x.dtype), dw.to(weight.dtype)
+
+
 KERNELS = {
     "_flash_attention_forward": flash_forward,
     "_flash_attention_backward": flash_backward,
     "_grouped_mm": grouped_mm,
+    "_fused_rms_norm": rms_norm,
+    "_fused_rms_norm_backward": rms_norm_grad,
 }
 
 

@@ -47,7 +47,7 @@ def gradients(run: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     leaves = [x.clone().requires_grad_() for x in inputs]
     torch.cuda.set_sync_debug_mode("error")
     out = run(*leaves)
-    found = torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(0) / out.shape[0])
+    found = torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(0) / max(1, out.shape[0]))
     torch.cuda.set_sync_debug_mode("default")
     return [out.detach(), *found]
 
@@ -109,3 +109,18 @@ def test_experts(counts: list[int]) -> None:
     check_close(found, expected)
     assert not found[0][-TAIL:].any()
     assert not found[1][-TAIL:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(333, 1024), (57, 8, 72), (0, 64)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """With weights of the rows' dtype and wider ones."""
+    inputs = drawn(*shape), drawn(shape[-1]).to(dtype)
+    dirty()
+    found = gradients(lambda *x: table("cuda").rms_norm(*x, 1e-6), *inputs)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    out = REFERENCE.rms_norm(*leaves, 1e-6)
+    expected = torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(0) / max(1, out.shape[0]))
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16, dtype]
+    if shape[0]:
+        check_close(found, [out.detach(), *expected])

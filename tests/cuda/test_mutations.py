@@ -8,10 +8,13 @@ import torch
 
 from mmfn.ops import cuda as tables
 from mmfn.ops import experts as products
+from mmfn.ops import varlen
 from tests.cuda import test_table
 from tests.cuda.emulated import emulated
 
 FORWARD, BACKWARD, GROUPED = "_forward", "_backward", "grouped_mm"
+NORM, NORM_GRAD = "_fused", "_fused_grad"
+PLACES: dict[str, Any] = {GROUPED: products.F, NORM: tables.norm, NORM_GRAD: tables.norm}
 ENDS, KEY_ENDS, LONGEST, KEY_LONGEST = 3, 4, 5, 6  # places of arguments; those of a backward are 3 further
 CAUSAL = 8
 
@@ -72,6 +75,11 @@ MUTANTS: dict[str, tuple[str, Change]] = {
     "ends of 64 bits": (GROUPED, named("offs", lambda x: x.long())),
     "weights turned over": (GROUPED, put(1, lambda x: x.flip(0))),
     "rows turned over": (GROUPED, put(0, lambda x: x.flip(0))),
+    "another eps": (NORM, put(3, lambda x: 2 * x)),
+    "a weight that is added to 1 here too": (NORM, put(2, lambda x: 1 + x)),
+    "roots in place of their inverse": (NORM_GRAD, put(3, lambda x: 1 / x)),
+    "the gradient without the weight": (NORM_GRAD, put(4, lambda x: torch.ones_like(x))),
+    "rows and their gradient": (NORM_GRAD, swap(0, 1)),
 }
 
 
@@ -81,6 +89,7 @@ def check() -> None:
         test_table.test_attention([5, 3, 8], is_causal)
     test_table.test_blocks([3, 4, 2])
     test_table.test_experts([3, 1, 4])
+    test_table.test_rms_norm((3, 8))
 
 
 def test_without_a_change_all_is_well() -> None:
@@ -90,7 +99,7 @@ def test_without_a_change_all_is_well() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_changed_argument_is_found(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     place, change = MUTANTS[name]
-    module: Any = products.F if place == GROUPED else tables.attention
+    module: Any = PLACES.get(place, tables.attention)
     real, calls = getattr(module, place), []
 
     def changed(*args: Any, **kwargs: Any) -> Any:
@@ -107,6 +116,6 @@ def test_a_changed_argument_is_found(monkeypatch: pytest.MonkeyPatch, name: str)
 
 def test_rows_that_a_kernel_leaves_unwritten_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated kernels leave NaN there, and the ops set them."""
-    monkeypatch.setattr(tables.attention, "_is_behind", lambda x, ends: torch.zeros(x.shape[0], dtype=torch.bool))
+    monkeypatch.setattr(varlen, "is_behind", lambda x, ends: torch.zeros(x.shape[0], dtype=torch.bool))
     with pytest.raises(AssertionError):
         test_table.test_attention([5, 3, 8], is_causal=False)

@@ -98,6 +98,38 @@ def test_experts(counts: list[int]) -> None:
     check_close(found, run(REFERENCE))
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (3, 2, 8), (0, 8), (8,)], ids=str)
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    x, weight = drawn(*shape), drawn(8, seed=1)
+    with emulated():
+        found = gradients(lambda *xs: table("cuda").rms_norm(*xs, 1e-2), x, weight)
+        assert kernels.calls["rms_norm"] == 1
+        assert kernels.calls["rms_norm_grad"] == (1 if x.numel() else 0)
+    check_close(found, gradients(lambda *xs: REFERENCE.rms_norm(*xs, 1e-2), x, weight))
+
+
+def test_rms_norm_rounds_as_it_says() -> None:
+    """To the bit of the reference with a weight that is wider; with one that is not once, so nearer to the truth."""
+    x, weight = drawn(200, 8).bfloat16(), 1 + drawn(8, seed=1)
+    with emulated():
+        for wide in (weight.float(), weight):
+            assert torch.equal(table("cuda").rms_norm(x, wide, 1e-6), REFERENCE.rms_norm(x, wide, 1e-6))
+        narrow = weight.bfloat16()
+        found, twice = (ops.rms_norm(x, narrow, 1e-6).double() for ops in (table("cuda"), REFERENCE))
+    exact = REFERENCE.rms_norm(x.double(), narrow.double(), 1e-6)
+    unit = 2.0 ** (exact.abs().log2().floor() - 7)
+    assert ((found - exact).abs() <= 0.501 * unit).all()
+    assert ((found - twice).abs() <= 2 * unit).all()
+    assert not torch.equal(found, twice)
+
+
+def test_a_plan_of_compiled_blocks_leaves_norms_to_the_compiler() -> None:
+    assert tables.planned_table("cuda").rms_norm is table("cuda").rms_norm
+    compiled_one = tables.planned_table("cuda", is_compiled=True)
+    assert compiled_one.rms_norm.operators == {}
+    assert compiled_one.attention is table("cuda").attention
+
+
 def test_chunks_of_logits_fill_a_gpu() -> None:
     """16,384 tokens of a vocabulary of 151,936 go through 8 chunks, on a CPU through 64."""
     rows = tables.cross_entropy.chunk_rows
@@ -113,7 +145,7 @@ def test_what_the_kernels_lack_is_said() -> None:
         def __init__(self, dtype: torch.dtype, *shape: int) -> None:
             self.device, self.dtype, self.shape = torch.device("cuda"), dtype, torch.Size(shape)
 
-    check = tables.cuda.attention.check_kernel
+    check = tables.cuda.attention.check
     check(OnGpu(torch.bfloat16, 4, 2, 72))
     with pytest.raises(ValueError, match=r"made for bfloat16 and float16 but got torch.float32; set layout.compute_"):
         check(OnGpu(torch.float32, 4, 2, 64))

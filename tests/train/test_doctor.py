@@ -22,7 +22,7 @@ PACKAGES = {"torch": "2.12.0", "optree": "0.20.0", "torch_npu": "2.12.0.post1", 
 NPUS = Devices(devices=["Ascend910B3"] * 8, memory_bytes=64 * 2**30, backends=["gloo", "hccl"])
 ATLAS = Found(
     machine=dict.fromkeys(("mmfn", "python", "system", "processor", "cores", "memory"), "x"),
-    packages={**PACKAGES, "triton-ascend": None, "flash-linear-attention": None, "av": None},
+    packages={**PACKAGES, "triton-ascend": None, "fla-core": None, "flash-attn": None, "av": None},
     needs=NEEDS,
     devices={"npu": NPUS, "cuda": Devices()},
     cann="9.1.0",
@@ -67,9 +67,31 @@ def test_parts_that_do_not_go_together() -> None:
 
 @pytest.mark.parametrize(("triton", "is_wrong"), [("3.3.1", False), ("3.4.0", True), ("3.7.0", True), ("3.7.1", False)])
 def test_compilers_whose_gradients_are_wrong(triton: str, is_wrong: bool) -> None:
-    packages = {**ATLAS.packages, "flash-linear-attention": "0.6.0", "triton": triton}
-    lines = said(replace(ATLAS, packages=packages), "triton")
-    assert any("wrong gradients on Hopper" in line for line in lines) == is_wrong
+    hopper = Devices(devices=["NVIDIA H200"], memory_bytes=2**37, backends=["gloo", "nccl"], generation=9)
+    packages = {**ATLAS.packages, "fla-core": "0.6.0", "triton": triton}
+    found = replace(ATLAS, packages=packages, devices={"cuda": hopper})
+    (line,) = said(found, "package fla")
+    assert ("wrong on Hopper" in line) == is_wrong
+    assert line.startswith(
+        "note   package fla: not for cuda: " if is_wrong else "ok     package fla: 0.6.0 for cuda: gated"
+    )
+    (line,) = said(replace(found, devices={"cuda": replace(hopper, generation=8)}), "package fla")
+    assert line.startswith("ok")
+
+
+def test_packages_of_kernels() -> None:
+    assert said(ATLAS, "package fla")[0].startswith(
+        "left   package fla: fla is not installed; pip install 'fla-core', or"
+    )
+    packages = {**ATLAS.packages, "fla-core": "0.6.0", "flash-attn": "2.6.3"}
+    found = replace(ATLAS, packages=packages)
+    assert said(found, "package fla") == [
+        "note   package fla: not for npu: fla needs triton-ascend, which is not installed; pip install "
+        "'triton-ascend', or remove 'fla' from model.kernel_packages"
+    ]
+    assert "is refused with flash-attn 2.6.3" in said(found, "package flash-attn")[0]
+    found = replace(ATLAS, packages={**packages, "triton-ascend": "3.6.0"})
+    assert said(found, "package fla")[0].startswith("ok     package fla: 0.6.0 for npu: gated_delta_rule, ")
 
 
 def test_devices_that_a_run_wants_and_are_not_there() -> None:

@@ -177,6 +177,11 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
         {"model.kernels": "cuda"},
         "model.kernels 'cuda' are those of a device that model.device 'cpu' is not; use model.kernels=portable, or",
     ),
+    (
+        {"model.kernel_packages": ["fla"]},
+        "model.kernel_packages 'fla' has kernels for cuda and npu, not for model.device 'cpu'; remove it, or use "
+        "model.device=cuda",
+    ),
     ({"output.experts": "transformers"}, "output.experts 'transformers' has no effect, the model has no experts"),
     ({"layout.capacity": 1.5}, "layout.capacity has no effect, the model has no experts; remove it"),
     ({"data.max_audio_seconds": 9.0}, "data.max_audio_seconds has no effect, the model hears nothing; remove it"),
@@ -302,6 +307,14 @@ def test_a_tower_the_model_does_not_have() -> None:
 def test_kernels_of_a_gpu_have_every_layout() -> None:
     settings = {"layout.cp": 2, "layout.kind": "ring", "model.device": "cuda"}
     assert said({**settings, "train.compile": "layer", "data.tower_buckets": {"vision": [4]}}) == []
+
+
+def test_packages_bring_attention_that_is_one_operator_and_has_blocks() -> None:
+    settings = {"model.kernels": "portable", "model.device": "cuda", "layout.cp": 2, "train.compile": "layer"}
+    settings["data.tower_buckets"] = {"vision": [4]}
+    assert len(said(settings)) == 2
+    assert said({**settings, "model.kernel_packages": ["flash-attn"]}) == []
+    assert len(said({**settings, "model.kernel_packages": ["fla"]})) == 2
 
 
 def test_a_plan_reads_neither_data_nor_device() -> None:

@@ -2,7 +2,6 @@
 
 from mmfn import tree
 from mmfn.model import Model
-from mmfn.ops import table
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import by_rows
 from mmfn.parallel.program import Program, pipe
@@ -10,6 +9,7 @@ from mmfn.parallel.transforms.data_parallel import data_parallel
 from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.weights.sharding import local
+from mmfn.train.build.kernels import build_ops
 from mmfn.train.build.model import model_specs
 from mmfn.train.build.program import build_precision
 from mmfn.train.config.schema import Config
@@ -26,7 +26,7 @@ def build_forward(config: Config, model: Model, place: Place, specs: Tree | None
     specs, mesh = specs or model_specs(config, model.family, model.cfg), by_rows(place.mesh)
     is_hosted = local(tree.leaves(model.params)[0]).device != place.device
     program = pipe(
-        Program.of(specs, table(config.model.table), mesh),
+        Program.of(specs, build_ops(config.model), mesh),
         expert_parallel(),
         *([offload("parameters")] if is_hosted else []),
         data_parallel(prefetch=config.layout.prefetch),

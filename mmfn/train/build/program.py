@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mmfn.models import Family
-from mmfn.ops import Ops, table
+from mmfn.ops import Ops
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.program import Program, pipe
 from mmfn.parallel.program import Transform as ProgramTransform
@@ -19,6 +19,7 @@ from mmfn.parallel.transforms.offload import OFFLOAD_KINDS, offload
 from mmfn.parallel.transforms.precision import precision
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.transforms.vocabulary_parallel import vocabulary_parallel
+from mmfn.train.build.kernels import build_ops
 from mmfn.train.build.model import model_specs, stacks_of, trained_note
 from mmfn.train.config.layout import LayoutSection, RematStack
 from mmfn.train.config.schema import Config
@@ -30,7 +31,7 @@ def build_program(
 ) -> Program:
     """How a rank of `mesh` runs a model under a config.
 
-    `specs` are by default those of `model_specs`, `ops` the table of `model.kernels`.
+    `specs` are by default those of `model_specs`, `ops` the table of `model.kernels` and `model.kernel_packages`.
     Raises ValueError for a layout the model cannot take, and as `model_specs` does.
     """
     section, specs = config.layout, specs or model_specs(config, family, cfg)
@@ -55,7 +56,7 @@ def build_program(
     ]
     if section.head == "sharded":
         transforms.append(vocabulary_parallel())
-    ops = ops or table(config.model.table)
+    ops = ops or build_ops(config.model)
     return pipe(replace(Program.of(specs, ops, mesh), notes=trained_note(specs)), *transforms)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from mmfn.errors import UserError
 from mmfn.models import Family
-from mmfn.ops import planned_table
 from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.planning.devices import USUAL
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.spec import num_params
 from mmfn.train.build.checks import check_training, check_weights, measure_first, read_processor
+from mmfn.train.build.kernels import planned_ops
 from mmfn.train.build.model import find_family, trained_note
 from mmfn.train.build.program import build_program
 from mmfn.train.config.load import Loaded, known_keys, load_config
@@ -117,6 +117,6 @@ def _check_layout(config: Config, family: Family, cfg: Any, specs: Tree | None, 
     if world is not None:
         layout.check_world(world)
     mesh = recording_mesh(layout, 0)
-    program = build_program(config, family, cfg, mesh, specs or family.specs(cfg), planned_table(config.model.table))
+    program = build_program(config, family, cfg, mesh, specs or family.specs(cfg), planned_ops(config))
     ranks = f", {layout.world} ranks" if layout.world > 1 else ""
     return "; ".join((f"{layout}{ranks}", *program.notes))

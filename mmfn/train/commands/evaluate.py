@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmfn.errors import UserError
-from mmfn.ops import table
 from mmfn.parallel.mesh import launch
 from mmfn.parallel.mesh.host_values import wait_for_all
 from mmfn.train.build.agreement import check_same, files_in_common, settings_in_common
 from mmfn.train.build.data import open_dataset
 from mmfn.train.build.forward import build_forward
+from mmfn.train.build.kernels import build_ops
 from mmfn.train.build.match import check_match
 from mmfn.train.build.model import find_device
 from mmfn.train.build.processor import eos_token_ids, load_model_processor
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         raise UserError("mmfn eval needs data.eval, the held-out set; set it in the file or as data.eval=FILE")
     if args.out is not None:
         check_file("--out", args.out, loaded)
-    table(config.model.table)  # refused before a weight is read
+    build_ops(config.model)  # refused before a weight is read
     if config.model.init == "random":
         say("note: model.init is random, so nothing was learned; model.init=load model.path=RUN/checkpoint is a run's")
     processor = load_model_processor(config.model.path, config.data.chat, config.data.media_settings)

@@ -8,11 +8,11 @@ from typing import Any
 
 from mmfn.batch import Sample
 from mmfn.errors import UserError
-from mmfn.ops import table
 from mmfn.parallel.mesh import launch
 from mmfn.parallel.mesh.host_values import gather_values
 from mmfn.train.build.data import open_dataset
 from mmfn.train.build.forward import build_forward
+from mmfn.train.build.kernels import build_ops
 from mmfn.train.build.match import check_match
 from mmfn.train.build.model import find_device
 from mmfn.train.build.processor import eos_token_ids, load_model_processor, published_sampling
@@ -34,7 +34,7 @@ Say = Callable[..., None]
 def run(args: argparse.Namespace, say: Say) -> None:
     """`mmfn generate`: answer one prompt, or every conversation of a file, one JSON line for each."""
     config = _config(args)
-    table(config.model.table)  # refused before a weight is read
+    build_ops(config.model)  # refused before a weight is read
     processor = load_model_processor(config.model.path, config.data.chat, config.data.media_settings)
     sampling = _sampling(args)
     prompts = _prompts(args, config, processor)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 from mmfn.errors import UserError
+from mmfn.ops.packages import PACKAGES
 from mmfn.parallel.context.token_order import token_multiple
 from mmfn.parallel.program import check_one_graph
 from mmfn.parallel.transforms.context_parallel import check_kind
@@ -48,6 +49,21 @@ def _is_on_accelerator(c: Config) -> bool:
 
 def _is_of_any_device(c: Config) -> bool:
     return c.model.table in ("portable", "reference")
+
+
+def _is_by_package(c: Config, op: str) -> bool:
+    return any(op in PACKAGES[name].kernels() for name in c.model.kernel_packages)
+
+
+def _kernel_packages(subject: Subject) -> Iterator[str]:
+    section = subject.config.model
+    for name in section.kernel_packages:
+        kinds = tuple(PACKAGES[name].needs)
+        if section.kind not in kinds and not subject.is_plan:
+            yield (
+                f"model.kernel_packages {name!r} has kernels for {' and '.join(kinds)}, not for model.device "
+                f"{section.device!r}; remove it, or use model.device={kinds[0]}"
+            )
 
 
 def _short_schedules(subject: Subject) -> Iterator[str]:
@@ -385,11 +401,12 @@ RULES = (
     # the model's kind and the device
     refused(
         "model.kernels model.device",
-        lambda c: not _is_of_any_device(c) and c.model.device.partition(":")[0] != c.model.table,
+        lambda c: not _is_of_any_device(c) and c.model.kind != c.model.table,
         "model.kernels {c.model.kernels!r} are those of a device that model.device {c.model.device!r} is not; use "
         "model.kernels=portable, or model.device={c.model.kernels}",
         runs=True,
     ),
+    Rule(settings=("model.kernel_packages", "model.device"), find=_kernel_packages),
     Rule(settings=("output.experts",), find=_expert_settings),
     Rule(settings=("layout.capacity",), find=_capacity),
     Rule(settings=("data.max_audio_seconds",), find=_sound_settings),
@@ -397,14 +414,25 @@ RULES = (
     Rule(settings=("objective.ahead_weight",), find=_ahead_settings),
     refused(
         "train.compile model.device model.kernels",
-        lambda c: c.train.compile != "none" and _is_on_accelerator(c) and c.model.table != "cuda",
+        lambda c: (
+            c.train.compile != "none"
+            and _is_on_accelerator(c)
+            and c.model.table != "cuda"
+            and not _is_by_package(c, "attention")
+        ),
         "train.compile {c.train.compile!r} needs attention that is one operator, as it is on a CPU and of the kernels "
         "'cuda', not of {c.model.table!r} on {c.model.device}; use train.compile=none",
         runs=True,
     ),
     refused(
         "layout.kind model.device model.kernels",
-        lambda c: c.layout.cp > 1 and c.layout.kind != "ulysses" and _is_on_accelerator(c) and _is_of_any_device(c),
+        lambda c: (
+            c.layout.cp > 1
+            and c.layout.kind != "ulysses"
+            and _is_on_accelerator(c)
+            and _is_of_any_device(c)
+            and not _is_by_package(c, "attention_block")
+        ),
         "layout.kind {c.layout.kind!r} needs attention blocks with log-sum-exp, which model.kernels "
         "{c.model.table!r} has on the CPU only; use the kernels of {c.model.device}, or layout.kind=ulysses",
         runs=True,

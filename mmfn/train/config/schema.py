@@ -26,6 +26,7 @@ from mmfn.train.config.section import (
     Dtype,
     Fraction,
     Patterns,
+    Tuple,
     Window,
 )
 from mmfn.train.config.sets import Sets, SetSection
@@ -45,6 +46,9 @@ class ModelSection(ConfigSection):
     kernels: Literal["auto", "portable", "reference", "cuda", "npu"] = Field(
         default="auto", description="which table of ops computes; auto: that of the device, portable on a CPU"
     )
+    kernel_packages: Annotated[tuple[Literal["fla", "flash-attn"], ...], Tuple, Different] = Field(
+        default=(), description="installed packages whose kernels lie over that table (docs/kernels.md)"
+    )
     adapter: str | None = Field(
         default=None, description="folder of a LoRA adapter in peft's format that is trained on; null: none"
     )
@@ -52,10 +56,14 @@ class ModelSection(ConfigSection):
     @property
     def table(self) -> str:
         """The name of the table of ops that computes."""
-        kind = self.device.partition(":")[0]
         if self.kernels != "auto":
             return self.kernels
-        return kind if kind in ("cuda", "npu") else "portable"
+        return self.kind if self.kind in ("cuda", "npu") else "portable"
+
+    @property
+    def kind(self) -> str:
+        """The type of the device, without its number."""
+        return self.device.partition(":")[0]
 
 
 Pixels = Annotated[int, Field(ge=0)] | None

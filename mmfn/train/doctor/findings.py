@@ -8,6 +8,8 @@ from packaging.version import Version
 
 from mmfn.errors import UserError
 from mmfn.ops import TABLES, kernels, table
+from mmfn.ops.packages import PACKAGES as KERNEL_PACKAGES
+from mmfn.ops.packages.package import Machine, why_not
 from mmfn.parallel.mesh.launch import BACKENDS
 from mmfn.parallel.planning.devices import peak_flops
 from mmfn.parallel.planning.plan import size
@@ -16,8 +18,6 @@ from mmfn.train.doctor.probe import DEVICE_PACKAGES, PACKAGES, Devices, Found
 CANN = {"2.11": "9.1.0", "2.12": "9.1.0"}
 """Release of torch_npu -> the CANN it was published for. None is published for 2.13."""
 PIP = {"cuda": "torch", "npu": "'mmfn[npu]'"}  # type of a device -> what is installed for it
-BAD_TRITON = (Version("3.4.0"), Version("3.7.0"))
-"""From and to: the gated delta rule of flash-linear-attention has wrong gradients on Hopper with these."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def judge(found: Found, device: str | None = None) -> list[Finding]:
         *_machine(found),
         *_packages(found),
         *_npu_pairs(found),
-        *_triton(found),
+        *_kernel_packages(found),
         *(finding for kind in DEVICE_PACKAGES for finding in _devices(kind, found, device == kind)),
         *_collectives(found),
         *_tables(),
@@ -82,15 +82,25 @@ def _npu_pairs(found: Found) -> Iterator[Finding]:
     yield Finding("ok" if found.cann == known else "note", "CANN", f"{found.cann} with torch_npu {npu}, {fits}")
 
 
-def _triton(found: Found) -> Iterator[Finding]:
-    triton, low, high = found.packages["triton"], *BAD_TRITON
-    if triton and found.packages["flash-linear-attention"] and low <= Version(triton) <= high:
-        yield Finding(
-            "WRONG",
-            "triton",
-            f"{triton}: from {low} to {high} the gated delta rule of flash-linear-attention has wrong gradients on "
-            "Hopper; install a later one",
-        )
+def _kernel_packages(found: Found) -> Iterator[Finding]:
+    """Every package of kernels on the devices that are here (or on those it is for): its version, or why not."""
+    for package in KERNEL_PACKAGES.values():
+        here = [kind for kind in package.needs if kind in found.devices and found.devices[kind].devices]
+        for kind in here or package.needs:
+            devices = found.devices.get(kind, Devices())
+            machine = Machine(device=kind, versions=found.packages, generation=devices.generation)
+            have, name, reason = (
+                found.packages.get(package.distribution),
+                f"package {package.name}",
+                why_not(package, machine),
+            )
+            if have is None:
+                yield Finding("left", name, str(reason))
+                break
+            if reason is None:
+                yield Finding("ok", name, f"{have} for {kind}: {', '.join(package.kernels())}")
+            else:
+                yield Finding("note", name, f"not for {kind}: {reason}")
 
 
 def _devices(kind: str, found: Found, is_wanted: bool) -> Iterator[Finding]:

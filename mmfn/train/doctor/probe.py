@@ -16,11 +16,16 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from mmfn.ops.packages import PACKAGES as KERNEL_PACKAGES
 from mmfn.train.evidence.machine import machine, versions
 
 DEVICE_PACKAGES = {"cuda": "torch", "npu": "torch_npu"}
 """Type of a device -> the package whose import makes torch know it."""
-PACKAGES = ("torch_npu", "triton", "triton-ascend", "flash-linear-attention", "av")
+PACKAGES = (
+    "torch_npu",
+    *dict.fromkeys(name for package in KERNEL_PACKAGES.values() for name in package.distributions),
+    "av",
+)
 """What is told of beside what mmfn cannot do without."""
 VARIABLES = re.compile(
     "|".join(
@@ -39,7 +44,7 @@ PROBE_S = 120
 _LOAD = """
 import json, sys
 kind, package = sys.argv[1:]
-found = {"error": None, "devices": [], "memory_bytes": 0, "libraries": {}, "backends": []}
+found = {"error": None, "devices": [], "memory_bytes": 0, "libraries": {}, "backends": [], "generation": None}
 try:
     import torch
     if package != "torch":
@@ -49,6 +54,7 @@ try:
     found["devices"] = [module.get_device_name(i) for i in range(module.device_count())]
     if found["devices"]:
         found["memory_bytes"] = module.get_device_properties(0).total_memory
+        found["generation"] = torch.cuda.get_device_capability(0)[0] if kind == "cuda" else None
     if kind == "cuda" and torch.version.cuda:
         found["libraries"] = {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
         found["libraries"]["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -62,7 +68,7 @@ print("\\n" + json.dumps(found))
 class Devices:
     """Devices of one type. `error`: why their package cannot be loaded. `libraries`: what it was built with.
 
-    `backends`: of collectives, that torch has with it.
+    `backends`: of collectives, that torch has with it. `generation`: of GPUs, the major number of their capability.
     """
 
     error: str | None = None
@@ -70,6 +76,7 @@ class Devices:
     memory_bytes: int = 0
     libraries: Mapping[str, str] | None = None
     backends: Sequence[str] = ()
+    generation: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

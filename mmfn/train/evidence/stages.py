@@ -13,7 +13,7 @@ import yaml
 from mmfn.errors import UserError
 from mmfn.interop.checkpoint import read_config
 from mmfn.interop.hf import load_hf, save_hf
-from mmfn.ops import table
+from mmfn.train.build.kernels import build_ops
 from mmfn.train.build.model import find_device
 from mmfn.train.build.processor import eos_token_ids, load_model_processor
 from mmfn.train.evidence import equality, library
@@ -118,7 +118,7 @@ def run_export(stage: ExportStage, bench: Bench) -> Figures:
     eos = eos_token_ids(path, processor, model.cfg.vocab_size)
     longest = config.eval.max_new_tokens
     again = evaluate(
-        Forward.of(model, table(section.table)),
+        Forward.of(model, build_ops(section)),
         held_out,
         batch_samples=config.eval.batch_samples,
         max_new_tokens=longest,
@@ -144,7 +144,7 @@ def run_export(stage: ExportStage, bench: Bench) -> Figures:
 def _compare(path: str, samples: list[Any], dtype: str, bench: Bench) -> library.Comparison:
     section = bench.load().config.model
     read_config(Path(path))  # a folder that is none is named before transformers looks for it elsewhere
-    return library.compare(path, samples, getattr(torch, dtype), find_device(section.device), table(section.table))
+    return library.compare(path, samples, getattr(torch, dtype), find_device(section.device), build_ops(section))
 
 
 def _on_processes(stage: EqualityStage, bench: Bench, world: int) -> Figures:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from mmfn.errors import UserError
-from mmfn.ops import planned_table
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.program import Program
 from mmfn.train.build.checks import with_any_steps
+from mmfn.train.build.kernels import planned_ops
 from mmfn.train.build.model import check_model, find_family, model_specs
 from mmfn.train.build.optimizer import build_optimizer
 from mmfn.train.build.program import build_program
@@ -103,7 +103,7 @@ def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
     config = request.config
     model_family, cfg = find_family(config.model)
     layout = config.layout.sizes
-    ops = planned_table(config.model.table)
+    ops = planned_ops(config)
     waits = {"prefetch": False, "sums_under_way": 0} if config.gathers_in_graphs else {}
     eager = config.model_copy(
         update={
@@ -130,6 +130,7 @@ def planned_step(request: Request) -> tuple[PlannedStep, Layout]:
         dtype=getattr(torch, config.model.dtype),
         objective=build_objective(config.objective),
         kernels=config.model.table,
+        packages=config.model.kernel_packages,
         is_fused=config.train.compile != "none",
     )
     return setup, layout

@@ -159,7 +159,8 @@ def _balance(whole: Batch, share: Batch, num_ranks: int) -> dict[str, float]:
 
 def _stand_in(setup: PlannedStep) -> str:
     """See `ops.planned_table`."""
-    return ", planned as portable ones" if setup.kernels == "npu" else ""
+    by = f" with {' and '.join(setup.packages)}" if setup.packages else ""
+    return (", planned as portable ones" if setup.kernels == "npu" else "") + by
 
 
 def _assumptions(setup: PlannedStep, program: Program, num_ranks: int) -> list[str]:

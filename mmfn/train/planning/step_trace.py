@@ -39,8 +39,8 @@ Build = Callable[[Any, Mesh], Program]  # (cfg, mesh) -> how a rank runs a model
 class PlannedStep:
     """A step to plan: what `make_step` takes, with a function for the program, which is built for several depths.
 
-    `kernels`: the name of the table of ops that the program is built with. `is_fused`: whether training compiles it,
-    which changes its time alone.
+    `kernels`: the name of the table of ops that the program is built with, `packages`: what is laid over it.
+    `is_fused`: whether training compiles it, which changes its time alone.
     """
 
     family: Family
@@ -51,6 +51,7 @@ class PlannedStep:
     dtype: torch.dtype = torch.float32
     objective: Named = "per_token_loss"
     kernels: str = "portable"
+    packages: tuple[str, ...] = ()
     is_fused: bool = False
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from mmfn.ops import Ops, table
+from mmfn.ops import Ops
 from mmfn.parallel.program import Program, lower
+from mmfn.train.build.kernels import build_ops
 from mmfn.train.build.program import build_program
 from mmfn.train.build.run import Run
 from mmfn.train.config.schema import Config
@@ -38,7 +39,7 @@ def in_dtype(config: Config, dtype: torch.dtype) -> Config:
 
 def lower_program(run: Run, config: Config, watch: Watch | None) -> Program:
     """The program of a config on a run's mesh, watched or not."""
-    ops: Ops = table(config.model.table)
+    ops: Ops = build_ops(config.model)
     ops = ops if watch is None else watch.table(ops)
     program = lower(build_program(config, run.model.family, run.model.cfg, run.place.mesh, ops=ops))
     return program if watch is None else watch.program(program)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from mmfn.ops import table
 from mmfn.parallel.mesh.layout import single_mesh
+from mmfn.train.build.kernels import build_ops
 from mmfn.train.checkpoint import Checkpoint
 from mmfn.train.config.load import Loaded, load_config
 from mmfn.train.run.modes import deterministic
@@ -57,7 +57,7 @@ class Request:
     def changes(self) -> list[str]:
         """The settings of the other program, as overrides."""
         layout = {} if self.layout is None else {**dict.fromkeys(SIZES, 1), **self.layout}
-        kernels = [] if self.kernels is None else [f"model.kernels={self.kernels}"]
+        kernels = [] if self.kernels is None else [f"model.kernels={self.kernels}", "model.kernel_packages=[]"]
         return [*(f"layout.{name}={size}" for name, size in layout.items()), *kernels, *self.overrides]
 
 
@@ -95,7 +95,7 @@ def _replay(
     step, layout = request.step, loaded.config.layout.sizes
     judge, judged_by = None, ""
     if other is not None and (request.dtype is not None or request.kernels is not None):
-        judge = Judge(ops=table(other.config.model.table), dtype=request.dtype or torch.float64)
+        judge = Judge(ops=build_ops(other.config.model), dtype=request.dtype or torch.float64)
         judged_by = f"{other.config.model.table} in {_name(judge.dtype)}"
     look = Look(judge=judge, has_snapshot=other is not None or request.against is not None)
     seen = on_ranks(layout, partial(see, loaded=loaded, history=history, step=step, look=look))
