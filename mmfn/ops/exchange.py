@@ -4,9 +4,9 @@
     rank 1 has rows for experts   0   | 3
     rank 0 gets 0 0 1 0, sorts them by expert (0 0 0 1), computes, and sends back what it was sent, in that order
 
-Which rows go where is `expert_parallel`'s to know and the ranks' to move: `Routes` is what an entry of the table is told
-of both. The base form exchanges, sorts and calls the table's `experts`. A table of a device whose operators exchange
-rows and multiply them at once has a form of its own (`mmfn/ops/npu/exchange.py`).
+Which rows go where `expert_parallel` knows, and the ranks move them: `Routes` is what an entry of the table is told of
+both. The base form exchanges, sorts and calls the table's `experts`. A table of a device whose operators exchange rows
+and multiply them at once has a form of its own (`mmfn/ops/npu/exchange.py`).
 
 Legend: R routed rows of a rank (U of them have an expert), S rows that arrive at it, D width, E experts, W ranks,
 G groups of the rows from one rank to another: one for each of the E / W experts there, and with a capacity a last one
@@ -74,8 +74,8 @@ def experts_over_ranks(x_RD: Tensor, weights: Tree, routes: Routes, experts: Exp
     """`ops.experts` over the ranks of `routes`; y_RD, the results of this rank's rows.
 
     `x_RD`: floating[R, D] sorted by expert; behind the rows of experts lies padding, which stays and gives zeros.
-    `weights`: those of this rank's E / W experts, as `experts` takes them, which is the table's op. An expert's gradient
-    is summed over the rows of all ranks; a row's travels the row's way back. One host read, of `routes`.
+    `weights`: those of this rank's E / W experts, as `experts` takes them, which is the table's op. An expert's
+    gradient is summed over the rows of all ranks; a row's travels the row's way back. One host read, of `routes`.
     """
     to_W, from_W = routes.by_rank()
     arrived_SD = routes.exchange(first_rows(x_RD, sum(to_W)), from_W, to_W)

@@ -74,7 +74,7 @@ def expert_parallel(
         raise UserError("balanced has no effect with kind 'capacity', whose shapes are static; leave it out")
     if kind == "capacity" and fused:
         raise UserError(
-            "fused needs the rows of each expert on the host, which kind 'capacity' leaves on the device; use 'dropless'"
+            "fused needs the rows of each expert on the host, which kind 'capacity' never reads; use 'dropless'"
         )
     if capacity is not None and not capacity > 0:
         raise UserError(f"capacity is {capacity} but must be positive; 1 is the even share of each rank's rows")
