@@ -32,6 +32,7 @@ CHECKED = (
     "remat but attention, experts",
     "fsdp, remat, asymmetric",
     "dropless, kept",
+    "fused, remat, adapters",
     "capacity",
     "ulysses",
     "ring",

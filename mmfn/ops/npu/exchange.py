@@ -82,11 +82,9 @@ class Way:
 def hccl_name(group: str) -> str:
     """The name that HCCL has for a process group. Raises ValueError where its ranks have not met over HCCL."""
     try:
-        name: str = group_backend(group, torch.device("npu")).get_hccl_comm_name(torch.distributed.get_rank())
+        name: str = group_backend(group, "npu").get_hccl_comm_name(torch.distributed.get_rank())
     except (RuntimeError, AttributeError) as error:
-        raise UserError(
-            f"layout.fused_exchange needs ranks that meet over HCCL ({error}); use NPUs, {WITHOUT}"
-        ) from error
+        raise UserError(f"layout.fused_exchange needs ranks that meet over HCCL; use NPUs, {WITHOUT}") from error
     return name
 
 

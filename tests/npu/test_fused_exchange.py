@@ -1,0 +1,281 @@
+"""Experts whose rows travel by operators that multiply them, on emulated operators: any counts, and what they cost."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmfn import tree
+from mmfn.lora import Adapter
+from mmfn.ops.npu.exchange import hccl_name
+from mmfn.ops.npu.limits import LIMITS
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh, single_mesh
+from mmfn.parallel.mesh.virtual import run_virtual, virtual
+from mmfn.parallel.program import Program, Transform, pipe
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import dropless, expert_parallel
+from mmfn.parallel.transforms.remat import remat
+from mmfn.spec import ZEROS, spec
+from tests import tiny
+from tests.host_reads import reads_of
+from tests.npu.cells import MOE
+from tests.npu.operators import CALLS, MEETING
+from tests.npu.table import emulated, on_emulated
+from tests.parallel import expert_cases
+from tests.parallel import test_expert_parallel as unfused
+from tests.parallel.conformance import Cell, outcome, prepared, sequence, values
+from tests.parallel.ranks import run_ranks
+
+EP2, EP4, EDP = Layout(dp=2, ep=2), Layout(dp=4, ep=4), Layout(dp=4, ep=2)
+KEPT = remat("selective", save=("experts", "exchange"))
+
+
+def fused(program: Program) -> Program:
+    return expert_parallel(fused=True)(on_emulated(program))
+
+
+def draw_counts(layout: Layout, name: str) -> list[Tensor]:
+    """Rows of every rank for every expert, none of them for the third."""
+    g = torch.Generator().manual_seed(2)
+    counts = [torch.randint(1, 7, (unfused.E,), generator=g) for _ in range(layout.world)]
+    for count in counts:
+        count[2] = 0
+        if name == "the first rank gets none":
+            count[: unfused.E // layout.ep] = 0
+    if name == "the first rank has none":
+        counts[0][:] = 0
+    return counts
+
+
+@pytest.mark.parametrize("name", ["uneven", "the first rank has none", "the first rank gets none"])
+@pytest.mark.parametrize("layout", [EP2, EP4, EDP], ids=str)
+def test_any_counts(layout: Layout, name: str) -> None:
+    """Also with rows behind the last expert's, which hold no number."""
+    counts_E = draw_counts(layout, name)
+    x_RD, dy_RD = unfused.rows_of(counts_E, [rank % 3 for rank in range(layout.world)])
+    CALLS.clear()
+    world = unfused.run_op(layout, fused, counts_E, x_RD, dy_RD)
+    unfused.check_op(world, layout.ep, counts_E, counts_E, x_RD, dy_RD)
+    assert CALLS["npu_alltoallv_gmm"] == CALLS["npu_gmm_alltoallv"] == 2 * layout.world, "forward, and backward"
+
+
+ADAPTED = {"gate_up": (10, 6), "down": (6, 5)}  # name -> rows and columns of its weights
+
+
+def adapted(names: tuple[str, ...], num_experts: int) -> dict[str, Any]:
+    """Weights of all experts, those of some names with an adapter."""
+    g = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(num_experts, *shape, generator=g, dtype=torch.float64)
+
+    weights: dict[str, Any] = {name: draw(*shape) for name, shape in ADAPTED.items()}
+    low = {name: (draw(2, shape[1]), draw(shape[0], 2)) for name, shape in ADAPTED.items()}
+    own = {name: Adapter(a=low[name][0], b=low[name][1], alpha=3.0, is_rs=False) for name in names}
+    return weights | ({"lora": own} if own else {})
+
+
+@pytest.mark.parametrize("names", [("gate_up",), ("down",), ("gate_up", "down")], ids=str)
+def test_adapters(names: tuple[str, ...]) -> None:
+    """Of one weight, or both: results and all gradients, with the base trained too, are those of the base form."""
+    specs = {name: spec((4, *shape), "experts mlp embed", ZEROS) for name, shape in ADAPTED.items()}
+    counts_E = [torch.tensor([2, 0, 3, 1]), torch.tensor([0, 0, 4, 1])]
+
+    def run(mesh: Mesh, *transforms: Transform) -> list[Tensor]:
+        rank = mesh["ep"].index
+        whole, g = adapted(names, 4), torch.Generator().manual_seed(rank)
+        own = tree.map(lambda leaf: leaf.chunk(2)[rank].clone().requires_grad_(), whole)
+        x_RD = torch.randn(8, 6, generator=g, dtype=torch.float64).requires_grad_()
+        program = pipe(Program.of(specs, mesh=mesh), *transforms)
+        y_RD = program.ops.experts(x_RD, counts_E[rank], own)
+        dy_RD = torch.randn(8, 6, generator=g, dtype=torch.float64)
+        return [y_RD.detach(), *torch.autograd.grad(y_RD, [x_RD, *tree.leaves(own)], dy_RD)]
+
+    both = (virtual(EP2, lambda mesh: run(mesh, spread)) for spread in (fused, expert_parallel()))  # noqa: B023
+    for found, wanted in zip(*both, strict=True):
+        assert len(found) == 2 + 2 + 2 * len(names)
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("uneven", EP2),
+        ("a rank of padding alone", EDP),
+        ("all rows to the last rank", EP4),
+        pytest.param("one rank's rows to one rank", EP4, marks=pytest.mark.slow),
+        pytest.param("an expert without rows", EDP, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("policy", [remat("none"), remat("full"), KEPT], ids=["plain", "again", "kept"])
+def test_routings(name: str, layout: Layout, policy: Transform) -> None:
+    case = expert_cases.Case.of(layout.world, name)
+    transforms = (on_emulated, data_parallel(), expert_parallel(fused=True), policy)
+    world = run_virtual(layout, lambda mesh: expert_cases.on_mesh(expert_cases.build(mesh, *transforms), case))
+    expert_cases.check(case, world.results)
+
+
+@pytest.mark.parametrize(
+    ("policy", "forwards"),
+    [
+        pytest.param(remat("none"), 1, id="plain", marks=pytest.mark.slow),
+        pytest.param(remat("full"), 2, id="again"),
+        pytest.param(KEPT, 1, id="kept"),
+    ],
+)
+def test_what_a_layer_costs(policy: Transform, forwards: int) -> None:
+    """One host read and one exchange of counts, as many exchanges of rows as without: what is kept is not repeated."""
+    cell = Cell(layout=EP2, name="costs", transforms=(), family="moe")
+    seen = {}
+    for is_fused in (False, True):
+        transforms = (on_emulated, policy, expert_parallel(fused=is_fused), data_parallel())
+
+        def run(mesh: Mesh, transforms: tuple[Transform, ...] = transforms) -> dict[tuple[str, str], int]:
+            step, state, batch = prepared(replace(cell, transforms=transforms), mesh)
+            with reads_of(state, [batch]) as (found, batches):
+                step(state, batches)
+            return {key: number for key, number in found.items() if "expert_parallel" in key[0]}
+
+        CALLS.clear()
+        world = run_virtual(EP2, run)
+        exchanges = [call.site for call in world.calls[0] if call.axis == "ep"]
+        seen[is_fused] = world.results, sorted(exchanges)
+        assert sum(CALLS[name] for name in MEETING) == (2 * 2 * (2 * forwards + 2) if is_fused else 0)
+    assert seen[True][1].count("experts") == 2 * (2 * forwards + 2)
+    if policy is not KEPT:  # where the counts' exchange is an operator that is kept, as is the copy to the host
+        assert seen[True] == seen[False]
+
+
+def test_a_table_without_such_operators_exchanges_as_ever() -> None:
+    """The same bits by the same collectives."""
+    found = [
+        run_virtual(
+            EDP,
+            lambda mesh, is_fused=is_fused: outcome(
+                Cell(
+                    layout=EDP,
+                    name="portable",
+                    transforms=(expert_parallel(fused=is_fused), data_parallel(), remat("full")),
+                    family="moe",
+                ),
+                mesh,
+            ),
+        )
+        for is_fused in (False, True)
+    ]
+    for one, other in zip(*(world.results for world in found), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [sequence(calls) for calls in found[0].calls] == [sequence(calls) for calls in found[1].calls]
+
+
+@pytest.mark.parametrize("family", [pytest.param(x, marks=() if x == "moe" else pytest.mark.slow) for x in MOE])
+def test_accumulated_step(family: str) -> None:
+    """Two micro-batches on two ranks, against one device with the portable table, which takes both ranks' twice."""
+    cell = Cell(layout=EP2, name="accumulated", transforms=(), family=family)
+
+    def run(mesh: Mesh, *transforms: Transform) -> dict[str, Tensor]:
+        step, state, batch = prepared(replace(cell, transforms=transforms), mesh)
+        return values(*step(state, [batch, batch]), mesh)
+
+    wanted = run(single_mesh())
+    for found in virtual(EP2, lambda mesh: run(mesh, fused, data_parallel(), remat("full"))):
+        for name, want in wanted.items():
+            assert (found[name] - want).abs().max() <= 1e-11 * tiny.scale_of(want, torch.float64), name
+
+
+def on_real_ranks(layout: Layout, case: expert_cases.Case) -> dict[str, Tensor]:
+    """A rank of several processes."""
+    mesh = distributed_mesh(layout)
+    program = expert_cases.build(mesh, on_emulated, data_parallel(), expert_parallel(fused=True), KEPT)
+    CALLS.clear()
+    found = expert_cases.on_mesh(program, case)
+    assert all(CALLS[name] == 2 * 2 for name in MEETING), "two layers, forward and backward"
+    return found
+
+
+@pytest.mark.dist
+def test_four_real_ranks() -> None:
+    case = expert_cases.Case.of(4, "a rank of padding alone")
+    expert_cases.check(case, run_ranks(4, on_real_ranks, EDP, case))
+
+
+def test_a_capacity_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="fused needs the rows of each expert on the host, which kind 'capacity' never"
+    ):
+        expert_parallel("capacity", fused=True)
+
+
+def refusal(
+    layout: Layout = EP2, shape: tuple[int, ...] = (8, 4, 4), *, dtype: Any = torch.float64, **given: Any
+) -> str:
+    """What one call says on virtual ranks. `shape`: of `gate_up`; `given`: choices of the table, or `num_chosen`."""
+    num_experts, d_ff2, d_model = shape
+    shapes = {"gate_up": shape, "down": (num_experts, d_model, d_ff2 // 2)}
+    specs = {name: spec(shape, "experts mlp embed", ZEROS) for name, shape in shapes.items()}
+    spread = expert_parallel(fused=True, num_chosen=given.pop("num_chosen", 2))
+
+    def run(mesh: Mesh) -> None:
+        program = spread(replace(on_emulated(Program.of(specs, mesh=mesh)), ops=emulated(**given)))
+        own = {name: torch.zeros(num_experts // layout.ep, *shape[1:], dtype=dtype) for name, shape in shapes.items()}
+        program.ops.experts(torch.zeros(num_experts, d_model, dtype=dtype), torch.ones(num_experts).long(), own)
+
+    with pytest.raises(ValueError, match=r"^layout.fused_exchange .*, or set layout.fused_exchange=false$") as error:
+        run_virtual(layout, run)
+    return str(error.value)
+
+
+def test_what_the_operators_do_not_take() -> None:
+    """One sentence each."""
+    without = "or set layout.fused_exchange=false"
+    of_device = replace(LIMITS, exchange_dtypes=(torch.float64,))
+    few = replace(of_device, exchange_ranks=(("", (2, 4)),), exchange_rows=7)
+    assert refusal(dtype=torch.float32) == (
+        "layout.fused_exchange takes float16, bfloat16, float64 but got torch.float32; set "
+        f"layout.compute_dtype=bfloat16, {without}"
+    )
+    assert refusal(limits=of_device) == (
+        f"layout.fused_exchange is for devices Ascend910_93, Ascend950 but got cpu; use one of them, {without}"
+    )
+    assert refusal(Layout(dp=8, ep=8)) == (
+        f"layout.fused_exchange takes ep of 2, 4 on cpu but got 8; use one of them, {without}"
+    )
+    assert refusal(shape=(66, 2, 2)) == (
+        f"layout.fused_exchange takes at most 32 experts of a rank but got 33; use more ep ranks, {without}"
+    )
+    many = replace(few, exchange_experts=256)
+    assert refusal(EP4, (260, 2, 2), limits=many) == (
+        f"layout.fused_exchange takes at most 256 experts of all ranks but got 260; use a smaller model, {without}"
+    )
+    for number in (1, 9):
+        assert refusal(num_chosen=number) == (
+            f"layout.fused_exchange takes 2 to 8 experts of a token but got {number}; use another model, {without}"
+        )
+    assert refusal(shape=(2, 65536, 1)).startswith("layout.fused_exchange takes at most 65535 channels but got 65536;")
+    assert refusal(limits=few) == (
+        f"layout.fused_exchange takes at most 7 rows of a rank but got 8; use smaller batches, {without}"
+    )
+    assert refusal(name_of=hccl_name) == (f"layout.fused_exchange needs ranks that meet over HCCL; use NPUs, {without}")
+
+
+def test_it_is_refused_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that fails leaves its process in another state: so none is run."""
+    axis = Axis(name="ep", size=2, transport=unfused.Silent())
+    x_RD, counts_E, weights = torch.zeros(2, 4), torch.ones(2).long(), {}
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    with pytest.raises(ValueError, match=r"takes counts of the host, as no graph has; use train.compile=none, or set"):
+        dropless(x_RD, counts_E, weights, base=torch.add, axis=axis, over_ranks=emulated().experts_over_ranks)
+
+
+def test_the_name_that_hccl_has_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of what carries the group on NPUs, with this process' rank among all."""
+    backend = SimpleNamespace(get_hccl_comm_name=lambda rank: f"comm of {rank}")
+    monkeypatch.setattr("mmfn.ops.npu.exchange.group_backend", lambda *asked: {("7", "npu"): backend}[asked])
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 5)
+    assert hccl_name("7") == "comm of 5"
