@@ -4,10 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from mmfn.ops import portable
-from mmfn.parallel.mesh.layout import Mesh
+from mmfn.ops import planned_table, portable
+from mmfn.parallel.mesh.layout import Layout, Mesh
 from mmfn.parallel.program import Program, Transform, pipe
+from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import remat
 from mmfn.train.planning import step_trace
 from tests.npu.table import emulated
@@ -16,8 +19,9 @@ from tests.parallel.plan_cases import make
 KEEP = remat("selective", save=("attention", "experts"))
 
 
-def traced(ops: Any, *transforms: Transform) -> Any:
-    setup, layout = make(moe=True, side=0)
+def traced(ops: Any, *transforms: Transform, ep: int = 1) -> Any:
+    setup, _ = make(moe=True, side=0)
+    layout = Layout(dp=ep, ep=ep)
 
     def build(cfg: Any, mesh: Mesh) -> Program:
         return pipe(replace(Program.of(setup.family.specs(cfg), mesh=mesh), ops=ops), *transforms)
@@ -31,3 +35,21 @@ def test_the_same_work_is_counted(transforms: tuple[Transform, ...]) -> None:
     del wanted["backward", "rms_norm"]  # the portable one is made of a product
     assert found == wanted
     assert found["forward", "attention"] > 0 < found["forward", "experts"]
+
+
+def test_an_exchange_fused_with_products_is_planned_as_one_apart() -> None:
+    """By the table that a plan takes for the one of NPUs: the same collectives, their bytes, and the same work."""
+    ops = planned_table("npu")
+    apart, fused = (traced(ops, data_parallel(), expert_parallel(fused=is_fused), ep=2) for is_fused in (False, True))
+    assert apart.count == fused.count
+    assert apart.sent_bytes == fused.sent_bytes
+    assert apart.flops == fused.flops
+    assert any(key.site == "experts" and key.axis == "ep" for key in fused.count)
+
+
+def test_the_work_of_its_operators_is_declared() -> None:
+    """Two FLOPs for each row that meets each element of its expert's weights; what is exchanged is none."""
+    declared, counts = emulated().experts_over_ranks.operators, [1, 0, 2, 4]
+    x, weight = torch.zeros(7, 5), torch.zeros(2, 3, 5)
+    assert declared["npu::npu_alltoallv_gmm"](x, weight, "", 2, [7, 0, 0, 0], counts) == 2 * 7 * 3 * 5
+    assert declared["npu::npu_gmm_alltoallv"](x[:6], weight, "", 2, counts, [7, 0, 0, 0]) == 2 * 6 * 3 * 5

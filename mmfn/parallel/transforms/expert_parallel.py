@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfn.errors import UserError
+from mmfn.ops import Ops
 from mmfn.ops.custom import operator
 from mmfn.ops.eager import is_eager
 from mmfn.ops.exchange import KERNEL as UNFUSED
@@ -66,18 +67,7 @@ def expert_parallel(
     The identity where ep is 1. Raises ValueError for an unknown kind, settings of the other kind, a capacity that is
     not positive, a model without experts, and ep that does not divide their number.
     """
-    if kind not in EXPERT_KINDS:
-        raise UserError(f"expert kind {kind!r} is unknown; use one of {', '.join(EXPERT_KINDS)}")
-    if kind == "dropless" and capacity is not None:
-        raise UserError(f"capacity is {capacity} but kind 'dropless' has none; leave it out or use kind 'capacity'")
-    if kind == "capacity" and balanced:
-        raise UserError("balanced has no effect with kind 'capacity', whose shapes are static; leave it out")
-    if kind == "capacity" and fused:
-        raise UserError(
-            "fused needs the rows of each expert on the host, which kind 'capacity' never reads; use 'dropless'"
-        )
-    if capacity is not None and not capacity > 0:
-        raise UserError(f"capacity is {capacity} but must be positive; 1 is the even share of each rank's rows")
+    check_experts(kind, capacity=capacity, balanced=balanced, fused=fused)
 
     def transform(program: Program) -> Program:
         axis = program.mesh["ep"]
@@ -91,22 +81,39 @@ def expert_parallel(
         if kind == "dropless":
             note += ", rows taken to be spread evenly" if balanced else ""
             note += ", exchange fused with products where the table has it" if fused else ""
-            over_ranks = ops.experts_over_ranks if fused else UNFUSED
-            spread = partial(dropless, base=ops.experts, axis=axis, balanced=balanced)
-            spread = partial(spread, over_ranks=over_ranks, num_chosen=num_chosen)
-            ops = replace(ops, experts=wrapping(spread, ops.experts, over_ranks))
-            return noted(replace(program, ops=ops), note)
+            return noted(replace(program, ops=_with_dropless(ops, axis, balanced, fused, num_chosen)), note)
         factor = min(capacity or axis.size, axis.size)
         note += f", room for {factor:g} times the even share of rows"
         note += ", nothing is dropped" if factor == axis.size else ", what is beyond it is dropped"
-        ops = replace(
-            ops,
-            experts=wrapping(partial(fixed, base=ops.experts, axis=axis, factor=factor), ops.experts),
-            kept=partial(kept_rows, num_ranks=axis.size, factor=factor),
-        )
+        experts = wrapping(partial(fixed, base=ops.experts, axis=axis, factor=factor), ops.experts)
+        ops = replace(ops, experts=experts, kept=partial(kept_rows, num_ranks=axis.size, factor=factor))
         return noted(replace(program, ops=ops), note)
 
     return transform
+
+
+def _with_dropless(ops: Ops, axis: Axis, balanced: bool, fused: bool, num_chosen: int | None) -> Ops:
+    """The table with experts over the ranks of an axis, whose operators are those of what it is made of."""
+    over_ranks = ops.experts_over_ranks if fused else UNFUSED
+    experts = partial(dropless, base=ops.experts, axis=axis, balanced=balanced)
+    experts = partial(experts, over_ranks=over_ranks, num_chosen=num_chosen)
+    return replace(ops, experts=wrapping(experts, ops.experts, over_ranks))
+
+
+def check_experts(kind: str, *, capacity: float | None = None, balanced: bool = False, fused: bool = False) -> None:
+    """Raise ValueError for settings of `expert_parallel` that do not go together."""
+    if kind not in EXPERT_KINDS:
+        raise UserError(f"expert kind {kind!r} is unknown; use one of {', '.join(EXPERT_KINDS)}")
+    if kind == "dropless" and capacity is not None:
+        raise UserError(f"capacity is {capacity} but kind 'dropless' has none; leave it out or use kind 'capacity'")
+    if kind == "capacity" and balanced:
+        raise UserError("balanced has no effect with kind 'capacity', whose shapes are static; leave it out")
+    if kind == "capacity" and fused:
+        raise UserError(
+            "fused needs the rows of each expert on the host, which kind 'capacity' never reads; use 'dropless'"
+        )
+    if capacity is not None and not capacity > 0:
+        raise UserError(f"capacity is {capacity} but must be positive; 1 is the even share of each rank's rows")
 
 
 def _num_experts(program: Program) -> int:
