@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from mmfn.ops import planned_table, portable
-from mmfn.parallel.mesh.layout import Layout, Mesh
+from mmfn.ops import portable
+from mmfn.parallel.mesh.layout import Mesh
+from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Program, Transform, pipe
-from mmfn.parallel.transforms.data_parallel import data_parallel
-from mmfn.parallel.transforms.expert_parallel import expert_parallel
 from mmfn.parallel.transforms.remat import remat
 from mmfn.train.planning import step_trace
 from tests.npu.table import emulated
@@ -19,9 +18,8 @@ from tests.parallel.plan_cases import make
 KEEP = remat("selective", save=("attention", "experts"))
 
 
-def traced(ops: Any, *transforms: Transform, ep: int = 1) -> Any:
-    setup, _ = make(moe=True, side=0)
-    layout = Layout(dp=ep, ep=ep)
+def traced(ops: Any, *transforms: Transform) -> Any:
+    setup, layout = make(moe=True, side=0)
 
     def build(cfg: Any, mesh: Mesh) -> Program:
         return pipe(replace(Program.of(setup.family.specs(cfg), mesh=mesh), ops=ops), *transforms)
@@ -39,8 +37,13 @@ def test_the_same_work_is_counted(transforms: tuple[Transform, ...]) -> None:
 
 def test_an_exchange_fused_with_products_is_planned_as_one_apart() -> None:
     """By the table that a plan takes for the one of NPUs: the same collectives, their bytes, and the same work."""
-    ops = planned_table("npu")
-    apart, fused = (traced(ops, data_parallel(), expert_parallel(fused=is_fused), ep=2) for is_fused in (False, True))
+    found = []
+    for is_fused in (False, True):
+        setup, layout = make(moe=True, side=0, dp=2, ep=2, fused_exchange=is_fused)
+        (notes, _) = virtual(layout, lambda mesh, setup=setup: setup.build(setup.cfg, mesh).notes)
+        assert any("exchange fused with products" in note for note in notes) == is_fused, "the setting gets there"
+        found.append(step_trace.trace_step(setup, layout, 2))
+    apart, fused = found
     assert apart.count == fused.count
     assert apart.sent_bytes == fused.sent_bytes
     assert apart.flops == fused.flops

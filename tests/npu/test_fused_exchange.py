@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.lora import Adapter
-from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh, single_mesh
+from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
@@ -23,8 +23,7 @@ from tests.npu.operators import CALLS, MEETING
 from tests.npu.table import on_emulated
 from tests.parallel import expert_cases
 from tests.parallel import test_expert_parallel as unfused
-from tests.parallel.conformance import Cell, outcome, prepared, sequence, values
-from tests.parallel.ranks import run_ranks
+from tests.parallel.conformance import Cell, prepared, values
 
 EP2, EP4, EDP = Layout(dp=2, ep=2), Layout(dp=4, ep=4), Layout(dp=4, ep=2)
 KEPT = remat("selective", save=("experts", "exchange"))
@@ -121,7 +120,7 @@ def test_routings(name: str, layout: Layout, policy: Transform) -> None:
     ("policy", "forwards"),
     [
         pytest.param(remat("none"), 1, id="plain", marks=pytest.mark.slow),
-        pytest.param(remat("full"), 2, id="again"),
+        pytest.param(remat("full"), 2, id="again", marks=pytest.mark.slow),
         pytest.param(KEPT, 1, id="kept"),
     ],
 )
@@ -150,24 +149,14 @@ def test_what_a_layer_costs(policy: Transform, forwards: int) -> None:
 
 def test_a_table_without_such_operators_exchanges_as_ever() -> None:
     """The same bits by the same collectives."""
-    found = [
-        run_virtual(
-            EDP,
-            lambda mesh, is_fused=is_fused: outcome(
-                Cell(
-                    layout=EDP,
-                    name="portable",
-                    transforms=(expert_parallel(fused=is_fused), data_parallel(), remat("full")),
-                    family="moe",
-                ),
-                mesh,
-            ),
-        )
-        for is_fused in (False, True)
-    ]
-    for one, other in zip(*(world.results for world in found), strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    assert [sequence(calls) for calls in found[0].calls] == [sequence(calls) for calls in found[1].calls]
+    counts_E = draw_counts(EDP, "the first rank has none")
+    x_RD, dy_RD = unfused.rows_of(counts_E, [rank % 3 for rank in range(EDP.world)])
+    fused, apart = (
+        unfused.run_op(EDP, expert_parallel(fused=is_fused), counts_E, x_RD, dy_RD) for is_fused in (True, False)
+    )
+    assert fused.calls == apart.calls
+    for one, other in zip(fused.results, apart.results, strict=True):
+        assert all(map(torch.equal, tree.leaves(one), tree.leaves(other)))
 
 
 @pytest.mark.parametrize("family", [pytest.param(x, marks=() if x == "moe" else pytest.mark.slow) for x in MOE])
@@ -183,19 +172,3 @@ def test_accumulated_step(family: str) -> None:
     for found in virtual(EP2, lambda mesh: run(mesh, fused, data_parallel(), remat("full"))):
         for name, want in wanted.items():
             assert (found[name] - want).abs().max() <= 1e-11 * tiny.scale_of(want, torch.float64), name
-
-
-def on_real_ranks(layout: Layout, case: expert_cases.Case) -> dict[str, Tensor]:
-    """A rank of several processes."""
-    mesh = distributed_mesh(layout)
-    program = expert_cases.build(mesh, on_emulated, data_parallel(), expert_parallel(fused=True), KEPT)
-    CALLS.clear()
-    found = expert_cases.on_mesh(program, case)
-    assert all(CALLS[name] == 2 * 2 for name in MEETING), "two layers, forward and backward"
-    return found
-
-
-@pytest.mark.dist
-def test_four_real_ranks() -> None:
-    case = expert_cases.Case.of(4, "a rank of padding alone")
-    expert_cases.check(case, run_ranks(4, on_real_ranks, EDP, case))

@@ -30,6 +30,7 @@ from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params, whole
 from mmfn.spec import init_params
 from mmfn.tree import Tree
+from tests.npu.table import on_emulated
 
 CFG = moe.MoeConfig(d_model=7, d_ff=6, num_experts=8, num_chosen=2, init_std=0.6)
 SPECS = [moe.specs(CFG), moe.specs(CFG)]
@@ -204,6 +205,12 @@ EAGER = {
         remat("selective", save=("experts", "exchange")),
         data_parallel(),
         expert_parallel("capacity"),
+    ),
+    "fused on emulated NPUs": (
+        on_emulated,
+        remat("selective", save=("experts", "exchange")),
+        data_parallel(),
+        expert_parallel(fused=True),
     ),
 }
 
