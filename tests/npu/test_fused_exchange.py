@@ -26,7 +26,7 @@ from tests.parallel import test_expert_parallel as unfused
 from tests.parallel.conformance import Cell, prepared, values
 
 EP2, EP4, EDP = Layout(dp=2, ep=2), Layout(dp=4, ep=4), Layout(dp=4, ep=2)
-KEPT = remat("selective", save=("experts", "exchange"))
+KEPT = remat("selective", save=("exchange",))
 
 
 def fused(program: Program) -> Program:
@@ -74,25 +74,29 @@ def adapted(names: tuple[str, ...], num_experts: int) -> dict[str, Any]:
     return weights | ({"lora": own} if own else {})
 
 
-@pytest.mark.parametrize("names", [("gate_up",), ("down",), ("gate_up", "down")], ids=str)
-def test_adapters(names: tuple[str, ...]) -> None:
-    """Of one weight, or both: results and all gradients, with the base trained too, are those of the base form."""
+@pytest.mark.parametrize("trained", ["all", "lora"])
+@pytest.mark.parametrize("names", [("gate_up",), ("down",), ("gate_up", "down"), ()], ids=str)
+def test_adapters(names: tuple[str, ...], trained: str) -> None:
+    """Of one weight, both or none; the base trained too, or frozen: results and gradients are the base form's."""
     specs = {name: spec((4, *shape), "experts mlp embed", ZEROS) for name, shape in ADAPTED.items()}
     counts_E = [torch.tensor([2, 0, 3, 1]), torch.tensor([0, 0, 4, 1])]
 
     def run(mesh: Mesh, *transforms: Transform) -> list[Tensor]:
         rank = mesh["ep"].index
         whole, g = adapted(names, 4), torch.Generator().manual_seed(rank)
-        own = tree.map(lambda leaf: leaf.chunk(2)[rank].clone().requires_grad_(), whole)
+        own = tree.map_with_path(
+            lambda path, leaf: leaf.chunk(2)[rank].clone().requires_grad_(trained in (*path.split("/"), "all")), whole
+        )
         x_RD = torch.randn(8, 6, generator=g, dtype=torch.float64).requires_grad_()
         program = pipe(Program.of(specs, mesh=mesh), *transforms)
         y_RD = program.ops.experts(x_RD, counts_E[rank], own)
         dy_RD = torch.randn(8, 6, generator=g, dtype=torch.float64)
-        return [y_RD.detach(), *torch.autograd.grad(y_RD, [x_RD, *tree.leaves(own)], dy_RD)]
+        leaves = [x_RD, *(leaf for leaf in tree.leaves(own) if leaf.requires_grad)]
+        return [y_RD.detach(), *torch.autograd.grad(y_RD, leaves, dy_RD)]
 
     both = (virtual(EP2, lambda mesh: run(mesh, spread)) for spread in (fused, expert_parallel()))  # noqa: B023
     for found, wanted in zip(*both, strict=True):
-        assert len(found) == 2 + 2 + 2 * len(names)
+        assert len(found) == 2 + 2 * (trained == "all") + 2 * len(names)
         for got, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
 

@@ -19,7 +19,7 @@ E experts of a rank, W ranks.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -49,7 +49,9 @@ class Way:
     from_E: Sequence[int]
     exchanging: Callable[[], AbstractContextManager[None]]
 
-    def there(self, x_UD: Tensor, weight: Tensor, *, is_turned: bool) -> tuple[Tensor, Tensor]:
+    def there(
+        self, x_UD: Tensor, weight: Tensor, *, is_turned: bool, returns_rows: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The rows that arrive times the weights [E, D, F], or [E, F, D] `is_turned`, and these rows, by expert."""
         with self.exchanging():
             y_SF, _, x_SD = torch.ops.npu.npu_alltoallv_gmm(
@@ -60,9 +62,9 @@ class Way:
                 self.to_E,
                 self.from_E,
                 trans_gmm_weight=is_turned,
-                permute_out_flag=True,
+                permute_out_flag=returns_rows,
             )
-        return y_SF, x_SD
+        return y_SF, x_SD if returns_rows else None
 
     def back(self, x_SD: Tensor, weight: Tensor, *, is_turned: bool) -> Tensor:
         """What rows by expert give with the weights, where the rows came from."""
@@ -176,6 +178,7 @@ def check(x_RD: Tensor, weights: Tree, routes: Routes, limits: Limits) -> None:
             raise refuse(f"takes at most {largest} {what}", size, fix)
 
 
+@cache
 def device_name(device: torch.device) -> str:
     """The name of an NPU; the type of any other device."""
     return str(torch.get_device_module(device).get_device_name(device)) if device.type == "npu" else device.type
@@ -186,7 +189,8 @@ def _beside(tensors: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _forward_there(ctx: Context, way: Way, counts_E: Tensor, ends_E: Tensor, x_UD: Tensor, *weights: Tensor) -> Tensor:
-    y_SF, x_SD = way.there(x_UD, _beside(weights, 1), is_turned=True)
+    needs_dw = any(ctx.needs_input_grad[4:])  # frozen weights need no rows
+    y_SF, x_SD = way.there(x_UD, _beside(weights, 1), is_turned=True, returns_rows=needs_dw)
     ctx.save_for_backward(x_SD, counts_E, ends_E, *weights)
     ctx.settings = way
     return y_SF
@@ -216,11 +220,12 @@ def _backward_back(ctx: Context, dy_UD: Tensor) -> tuple[Tensor | None, ...]:
     (counts_E, ends_E, *rows_and_weights), way = ctx.saved_tensors, ctx.settings
     number = len(rows_and_weights) // 2
     rows, weights = rows_and_weights[:number], rows_and_weights[number:]
-    drows_SF, dy_SD = way.there(dy_UD, _beside(weights, 2), is_turned=False)
+    needs_dw = ctx.needs_input_grad[3 + number :]
+    drows_SF, dy_SD = way.there(dy_UD, _beside(weights, 2), is_turned=False, returns_rows=any(needs_dw))
     drows = torch.split(drows_SF, [x.shape[1] for x in rows], dim=1)
     dw = [
-        weight_grad(dy_SD, x, counts_E, ends_E) if needs else None
-        for x, needs in zip(rows, ctx.needs_input_grad[3 + number :], strict=True)
+        weight_grad(dy_SD, x, counts_E, ends_E) if needs and dy_SD is not None else None
+        for x, needs in zip(rows, needs_dw, strict=True)
     ]
     return None, None, None, *drows, *dw
 
