@@ -64,7 +64,7 @@ def refusal(call: Callable[[], Any]) -> str:
     """What it says, "" where it gets to a kernel."""
     try:
         kernel_reached(call)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         return str(error).partition("\n")[0]
     return ""
 

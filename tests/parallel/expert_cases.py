@@ -20,7 +20,6 @@ from mmfn import tree
 from mmfn.grad import value_and_grad
 from mmfn.models.layers import moe
 from mmfn.models.layers.balance import balance
-from mmfn.ops import Ops
 from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh
 from mmfn.parallel.program import Program, Transform, lower, pipe
 from mmfn.parallel.transforms.compiled import compiled
@@ -109,13 +108,13 @@ NAMES = (
 )
 
 
-def block(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, ops: Ops) -> tuple[Tensor, Tree]:
+def block(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, ops: tables.Ops) -> tuple[Tensor, Tree]:
     params = ops.gather(params)
     y_TD, router = moe.apply(params, x_TD, is_real_T, cfg=CFG, ops=ops)
     return x_TD + torch.cat([torch.zeros_like(y_TD[:, :2]), y_TD[:, 2:]], 1), router  # the first channels stay
 
 
-def loss(params: Tree, is_real_T: Tensor, weights_T: Tensor, *, ops: Ops) -> tuple[Tensor, Tree]:
+def loss(params: Tree, is_real_T: Tensor, weights_T: Tensor, *, ops: tables.Ops) -> tuple[Tensor, Tree]:
     x_TD, outs, _ = ops.stack(ops.layer, partial(block, ops=ops), params["layers"], params["x"], is_real_T)
     aux = moe.total(outs)
     aux_loss = balance(aux, ops)
