@@ -47,6 +47,14 @@ document leaves undefined is NaN in the emulation (rows behind the last end, wei
 nothing rests on it. One fault no result can show: causal calls state the mask that is aligned at the bottom right
 (sparse mode 3), and as queries and keys are the same tokens there, one aligned at the top left is the same.
 
+`layout.fused_exchange` sends rows of experts by `npu_alltoallv_gmm` and `npu_gmm_alltoallv`, which multiply them too
+(`mmfn/ops/npu/exchange.py`); the default exchanges and multiplies apart. Their documents name inference: gradients are
+ours, each the other operator's. Rows are read on the host once a layer, as without, and a rank without rows sends
+itself one of zeros, as the operators want one. With `layout.capacity`, and in a graph, it is refused. Plans count it as
+the exchange and the products apart, so no time is hidden in them; `mmfn replay` holds no experts against another table
+where it is on. Their documents list A3 and 950 and not A2. In tests, ranks of one process or over gloo stand for those
+of HCCL, so that its communicator, and the name it is known by, are not proved.
+
 `mmfn.ops.npu.npu(layout=..., lengths=...)` makes the table with another layout of attention (`BSND`, `BNSD`: a call
 for each run of segments of one length), or with tensors of lengths (`npu_fusion_attention_v3`), which graphs need.
 """
@@ -60,7 +68,8 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def calls() -> list[tuple[str, ...]]:
     """A row for each operator."""
     entries: dict[str, list[str]] = {}
-    for name, op in kernels(emulated()).items():
+    table = emulated()
+    for name, op in {**kernels(table), "experts_over_ranks": table.experts_over_ranks}.items():
         assert isinstance(op, Kernel)
         for operator in op.operators:
             space, _, short = operator.partition("::")
@@ -89,8 +98,13 @@ def levels(name: str) -> str:
 def limits() -> list[tuple[str, ...]]:
     """What is refused before a call, by name."""
     found = [("`dtypes`", ", ".join(str(dtype).removeprefix("torch.") for dtype in LIMITS.dtypes))]
-    numbers = [(f"`{f.name}`", getattr(LIMITS, f.name)) for f in fields(Limits) if f.name != "dtypes"]
-    return [*found, *((name, f"at most {number:,}") for name, number in numbers)]
+    for name, value in ((f.name, getattr(LIMITS, f.name)) for f in fields(Limits)):
+        if isinstance(value, int):
+            found.append((f"`{name}`", f"at most {value:,}"))
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in LIMITS.exchange_dtypes)
+    ranks = "; ".join(f"{', '.join(map(str, sizes))} of {device}" for device, sizes in LIMITS.exchange_ranks)
+    chosen = "from {} to {}".format(*LIMITS.exchange_chosen)
+    return [*found, ("`exchange_dtypes`", dtypes), ("`exchange_ranks`", ranks), ("`exchange_chosen`", chosen)]
 
 
 def page() -> str:

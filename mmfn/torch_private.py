@@ -106,6 +106,13 @@ def rename_group(name: str, other: str) -> None:
     _register_process_group(other, _resolve_process_group(name))  # type: ignore[arg-type]
 
 
+def group_backend(name: str, device_type: str) -> Any:
+    """What carries the collectives of a process group on a type of device. RuntimeError where nothing does."""
+    from torch._C._distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)._get_backend(torch.device(device_type))  # type: ignore[arg-type]
+
+
 def all_gather(x: Tensor, size: int, group: str) -> Tensor:
     """Parts of all ranks of a process group end to end, under way until `wait`. It and those below enter graphs."""
     out: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, size, group)

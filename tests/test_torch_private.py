@@ -195,6 +195,13 @@ def test_mesh_settings():
     assert not torch.distributed.is_initialized()
 
 
+def test_group_backend(one_rank):
+    group = torch.distributed.group.WORLD.group_name
+    assert private.group_backend(group, "cpu").name() == "gloo"
+    with pytest.raises(RuntimeError):
+        private.group_backend(group, "meta")
+
+
 def test_collectives(one_rank):
     """Of a process group by a further name: what one rank gives itself."""
     private.rename_group(torch.distributed.group.WORLD.group_name, "further")

@@ -3,7 +3,8 @@
 `reference()` is slow and obvious, for any dtype: the oracle. `portable()` is fast plain torch: the CPU default. Both
 have the same signatures; `dataclasses.replace(table, attention=Kernel(mine, ...))` swaps one entry (`mmfn.ops.kernel`:
 an op declares what selective remat and plans must know of it). Hooks (`gather`, `gather_head`,
-`layer`, `stack`, `place_features`, `kept`, `psum`) are what transforms of a program wrap; their base forms are here.
+`layer`, `stack`, `place_features`, `kept`, `psum`, `experts_over_ranks`) are what transforms of a program wrap or call;
+they have base forms.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from mmfn.ops import (
     attention_block,
     causal_conv1d,
     dispatch,
+    exchange,
     experts,
     gated_delta_piece,
     gated_delta_rule,
@@ -221,6 +223,7 @@ class Ops:
     place_features: Callable[[Tensor, Tensor], Tensor] = place_features
     kept: Callable[[Tensor, int], Tensor] = keep_all
     psum: Callable[[Tensor], Tensor] = identity
+    experts_over_ranks: exchange.ExpertsOverRanks = exchange.KERNEL
     logit_bytes: int = CHUNK_BYTES  # of float32 logits that its loss holds at a time
     notes: tuple[str, ...] = ()  # what was chosen when the table was made, and why
 

@@ -21,6 +21,10 @@ MOE = tuple(name for name in TINY if has_experts(name))
 ATTENDING = tuple(name for name in TINY if name not in ("delta", "delta_moe"))  # ring and gather have no recurrence
 ROUNDED = ("dense", "windows", "glm", "omni", "toy")  # bfloat16 moves the others as far with the portable table
 KEEP = remat("selective", save=("attention", "experts", "matmul"))
+SENT = remat("selective", save=("experts", "exchange"))
+FUSED = expert_parallel(fused=True)
+EDP = Layout(replicate=2, dp=4, ep=2)
+UNEVEN = "first half without images"
 PACK = {"segment_multiple": 4}
 
 
@@ -49,10 +53,13 @@ LINES = [
     line("remat but attention, experts", KEEP),
     line("adapters, remat", remat("full"), trained="lora"),
     line("fsdp", data_parallel(), layout=TWO),
-    line("fsdp, remat, asymmetric", data_parallel(), remat("full"), layout=TWO, batch="first half without images"),
+    line("fsdp, remat, asymmetric", data_parallel(), remat("full"), layout=TWO, batch=UNEVEN),
     line("hsdp, offload", data_parallel(), offload("activations"), layout=HSDP),
     line("dropless", expert_parallel(), data_parallel(), layout=Layout(dp=2, ep=2), families=MOE),
     line("dropless, kept", KEEP, expert_parallel(), data_parallel(), layout=Layout(dp=4, ep=4), families=MOE),
+    line("fused", FUSED, data_parallel(), layout=Layout(dp=2, ep=2), families=MOE),
+    line("fused, remat, adapters", FUSED, data_parallel(), remat("full"), layout=EDP, families=MOE, trained="lora"),
+    line("fused, kept", SENT, FUSED, data_parallel(), layout=Layout(dp=4, ep=4), families=MOE, batch=UNEVEN),
     line(
         "capacity",
         *(expert_parallel("capacity"), data_parallel()),
@@ -65,5 +72,6 @@ LINES = [
     cp("ring, kept", "ring", Layout(dp=2, cp=2), KEEP, families=ATTENDING),
     cp("usp", "usp", Layout(cp=4, ulysses=2), families=ATTENDING),
     cp("gather", "gather", Layout(cp=2), remat("full")),
+    cp("gather, fused", "gather", Layout(dp=2, cp=2, ep=4), FUSED, families=MOE),
     cp("gather, experts", "gather", Layout(dp=2, cp=2, ep=2), expert_parallel(), families=MOE),
 ]

@@ -16,6 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from threading import RLock
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
-from tests.npu.operators import KERNELS, bound
+from tests.npu.operators import KERNELS, MEETING, bound
 
 COMPOSITE = ("CompositeExplicitAutograd", "CompositeImplicitAutograd", "CompositeExplicitAutogradNonFunctional")
 REACHED = (
@@ -202,8 +203,10 @@ class OnHost(TorchDispatchMode):
                 self._known.add(known)
                 with torch._C._AutoDispatchBelowAutograd():
                     self.kernels.setdefault(name, set()).add(kernel_reached(lambda: func(*args, **kwargs)))
+        with nullcontext() if name in MEETING else LOCK, _disable_current_modes():
             arguments: Mapping[str, Any] = tree_map(lambda x: alias(x) if on_npu(x) else x, bound(name, args, kwargs))
             out = KERNELS[name](**arguments)
+        with LOCK, _disable_current_modes():
             return tree_map(lambda x: self._moved(x, self.device) if isinstance(x, Tensor) else x, out)
 
 

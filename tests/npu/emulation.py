@@ -6,7 +6,7 @@ taken, and gives float64 statistics. Gradients exist where the wheel registers o
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +278,55 @@ def grouped_matmul(x: Sequence[Tensor], weight: Sequence[Tensor], **a: Any) -> l
         found = [y if end > start else y.fill_(torch.nan) for y, (start, end) in zip(found, parts, strict=True)]
         out = torch.stack(found)
     return [out] if a["split_item"] in (2, 3) else found
+
+
+# ---- experts over ranks
+
+GROUPS: dict[str, Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]] = {}
+"""By the name of a group, how its ranks exchange rows: (rows by rank, how many go to each, and come from each)."""
+
+
+def alltoallv_gmm(**a: Any) -> tuple[Tensor, None, Tensor | None]:
+    """Rows travel, are sorted by expert (those of one by rank), and meet the weights."""
+    send, receive = checked_counts(a)
+    rows = GROUPS[a["hcom"]](a["gmm_x"], *([sum(counts) for counts in side] for side in (send, receive)))
+    parts = rows.split([count for counts in receive for count in counts])
+    own = [torch.cat(parts[expert :: len(receive[0])]) for expert in range(len(receive[0]))]
+    y = torch.cat([x @ w for x, w in zip(own, turned(a), strict=True)])
+    return y, None, torch.cat(own) if a["permute_out_flag"] else None
+
+
+def gmm_alltoallv(**a: Any) -> tuple[Tensor, None]:
+    """Rows by expert meet the weights, are sorted by rank (those of one by expert), and travel."""
+    send, receive = checked_counts(a)
+    own = a["gmm_x"].split([sum(counts) for counts in zip(*send, strict=True)])
+    y = torch.cat([x @ w for x, w in zip(own, turned(a), strict=True)])
+    parts = y.split([counts[expert] for expert in range(len(send[0])) for counts in send])
+    rows = torch.cat([part for rank in range(len(send)) for part in parts[rank :: len(send)]])
+    return GROUPS[a["hcom"]](rows, *([sum(counts) for counts in side] for side in (send, receive))), None
+
+
+def turned(a: dict[str, Any]) -> Tensor:
+    """The weights of an expert as the rows meet them."""
+    return a["gmm_weight"].transpose(1, 2) if a["trans_gmm_weight"] else a["gmm_weight"]
+
+
+def checked_counts(a: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows sent to and received from each rank, for each of its experts or of this rank's."""
+    x, weight, ranks, given = a["gmm_x"], a["gmm_weight"], a["ep_world_size"], ("send_counts", "recv_counts")
+    unused = ("send_counts_tensor", "recv_counts_tensor", "mm_x", "mm_weight", "comm_mode")
+    assert all(a[name] is None for name in unused)
+    assert not a["trans_mm_weight"]
+    assert x.ndim == 2
+    assert weight.ndim == 3
+    assert x.dtype == weight.dtype
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    assert 0 < len(a["hcom"]) < 128
+    experts = weight.shape[0]
+    assert experts <= 32
+    assert all(len(a[name]) == experts * ranks <= 256 for name in given), "a count for each expert of each rank"
+    assert all(sum(a[name]) > 0 for name in given), "a rank has to send and to receive"
+    assert sum(a["send_counts"]) == x.shape[0], "the rows that are sent are those given"
+    send, receive = ([list(a[name][i : i + experts]) for i in range(0, experts * ranks, experts)] for name in given)
+    return send, receive

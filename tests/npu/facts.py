@@ -18,6 +18,8 @@ KERNELS_OF_CANN = {
     "_npu_moe_token_unpermute": "aclnnMoeTokenUnpermute",
     "npu_moe_token_unpermute_grad_v2": "aclnnMoeTokenUnpermuteGrad",
     "npu_grouped_matmul": "aclnnGroupedMatmulV5",
+    "npu_alltoallv_gmm": "aclnnAlltoAllvGroupedMatMul",
+    "npu_gmm_alltoallv": "aclnnGroupedMatMulAlltoAllv",
 }
 """Operators that a step calls, and where each gets."""
 

@@ -46,6 +46,7 @@ def wrong() -> dict[str, Callable[[], Any]]:
     rows, weights = empty(96, 64), empty(8, 64, 32)
     groups = {"group_list": empty(8, dtype=torch.int64), "group_list_type": 0}
     attend, multiply = torch.ops.npu.npu_fusion_attention, torch.ops.npu.npu_grouped_matmul
+    send, counts = torch.ops.npu.npu_alltoallv_gmm, [2] * 48
     return {
         "unknown layout": lambda: attend(q, q, q, 4, "XYZ", **ends),
         "no lengths": lambda: attend(q, q, q, 4, "TND"),
@@ -53,6 +54,8 @@ def wrong() -> dict[str, Callable[[], Any]]:
         "sparse mode 5 of packed rows": lambda: attend(q, q, q, 4, "TND", sparse_mode=5, **ends),
         "keep probability 2": lambda: attend(q, q, q, 4, "TND", keep_prob=2.0, **ends),
         "split item 7": lambda: multiply([rows], [weights], split_item=7, group_type=0, **groups),
+        "weights of two dims": lambda: send(rows, weights[0], "comm", 8, counts, counts),
+        "fewer rows than none": lambda: send(rows, weights, "comm", 8, counts, [-2] * 48),
         "group type 9": lambda: multiply([rows], [weights], split_item=2, group_type=9, **groups),
     }
 
@@ -61,15 +64,16 @@ def refusal(call: Callable[[], Any]) -> str:
     """What it says, "" where it gets to a kernel."""
     try:
         kernel_reached(call)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         return str(error).partition("\n")[0]
     return ""
 
 
 def main() -> None:
-    stub.load()
+    backend = stub.load()._C._distributed_c10d.ProcessGroupHCCL
     found = {name: reached(call) for name, call in RIGHT.items()}
-    print(json.dumps({"reached": found, "refused": {name: refusal(call) for name, call in wrong().items()}}))
+    refused = {name: refusal(call) for name, call in wrong().items()}
+    print(json.dumps({"reached": found, "refused": refused, "of groups": dir(backend)}))
 
 
 if __name__ == "__main__":

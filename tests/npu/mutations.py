@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.npu import test_emulated_ops as checks
+from tests.npu import test_fused_exchange as over_ranks
 from tests.npu.operators import bound
 
 Change = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -29,6 +30,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "activations": checks.test_activations,
     "dispatch and combine": partial(checks.test_dispatch_and_combine, 3),
     "experts": partial(checks.test_experts, (3, 0, 4, 2), False),
+    "experts over ranks": partial(over_ranks.test_any_counts, over_ranks.EP2, "uneven"),
 }
 
 
@@ -67,6 +69,41 @@ def of_weights(change: Change) -> Change:
     return lambda a: change(a) if a["group_type"] == 2 else {}
 
 
+def by_expert_first(a: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts of one expert side by side, not those of one rank."""
+    ranks, names = a["ep_world_size"], ("send_counts", "recv_counts")
+    return {
+        name: [n for i in range(len(a[name]) // ranks) for n in a[name][i :: len(a[name]) // ranks]] for name in names
+    }
+
+
+def counts_swapped(a: Mapping[str, Any]) -> dict[str, Any]:
+    return {"send_counts": a["recv_counts"], "recv_counts": a["send_counts"]}
+
+
+def of_first_rank(name: str) -> Change:
+    """Its first two counts swapped: as many rows for a rank, others for its experts."""
+    return lambda a: {name: [a[name][1], a[name][0], *a[name][2:]]}
+
+
+OVER_RANKS: dict[str, tuple[Change, str]] = {
+    "counts swapped": (counts_swapped, "experts over ranks"),
+    "counts by expert, then rank": (by_expert_first, "experts over ranks"),
+    "two experts' rows received swapped": (of_first_rank("recv_counts"), "experts over ranks"),
+    "a row too few": (lambda a: {"gmm_x": a["gmm_x"][1:]}, "experts over ranks"),
+    "ranks in another order": (
+        lambda a: {name: a[name][::-1] for name in ("send_counts", "recv_counts")},
+        "experts over ranks",
+    ),
+    "weights not turned, or turned": (
+        lambda a: {"trans_gmm_weight": not a["trans_gmm_weight"]},
+        "experts over ranks",
+    ),
+    "experts from the last": (tensors(lambda x: x.flip(0), "gmm_weight"), "experts over ranks"),
+    "rows from the last": (tensors(lambda x: x.flip(0), "gmm_x"), "experts over ranks"),
+    "one rank": (put(ep_world_size=1), "experts over ranks"),
+    "another group": (put(hcom=""), "experts over ranks"),
+}
 ATTENTION: dict[str, tuple[Change, str]] = {
     "mask inverted": (inverted, "causal"),
     "no mask": (put(atten_mask=None), "causal"),
@@ -164,6 +201,9 @@ MUTATIONS: dict[tuple[str, str], tuple[Change, str]] = {
     **{("npu_fusion_attention", name): change for name, change in ATTENTION.items()},
     **{("npu_fusion_attention_grad", name): change for name, change in GRADIENT.items()},
     **{("npu_fusion_attention_v3", name): change for name, change in WITH_TENSORS.items()},
+    **{("npu_alltoallv_gmm", name): change for name, change in OVER_RANKS.items()},
+    **{("npu_gmm_alltoallv", name): change for name, change in OVER_RANKS.items() if "received" not in name},
+    ("npu_gmm_alltoallv", "two experts' rows sent swapped"): (of_first_rank("send_counts"), "experts over ranks"),
     **OTHER,
 }
 

@@ -15,18 +15,24 @@ import torch
 from torch import Tensor
 
 from mmfn.ops.npu import npu
+from mmfn.ops.npu.limits import LIMITS
 from mmfn.parallel.mesh.layout import Mesh, make_mesh
 from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.program import Program
 from tests.npu import stub
 from tests.npu.cells import LINES
 from tests.npu.device import OnHost
+from tests.npu.table import join
 from tests.parallel.conformance import Cell, check_outcome, one_device, prepared, values
+
+ANY = replace(LIMITS, exchange_dtypes=LIMITS.dtypes, exchange_ranks=(("", (2, 4)),))
+"""What operators that exchange rows take where nothing is exchanged over HCCL."""
 
 
 def with_npu(program: Program) -> Program:
     """As a transform, which comes first."""
-    return replace(program, ops=npu())
+    join(program.mesh)
+    return replace(program, ops=npu(limits=ANY, name_of=str))
 
 
 def on_rank(cell: Cell, mesh: Mesh) -> tuple[dict[str, Tensor], OnHost]:

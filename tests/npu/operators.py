@@ -77,8 +77,12 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "_npu_moe_token_unpermute": _unpermute,
     "npu_moe_token_unpermute_grad_v2": _unpermute_grad,
     "npu_grouped_matmul": emulation.grouped_matmul,
+    "npu_alltoallv_gmm": emulation.alltoallv_gmm,
+    "npu_gmm_alltoallv": emulation.gmm_alltoallv,
 }
 """What computes, by all arguments of the schema."""
+MEETING = ("npu_alltoallv_gmm", "npu_gmm_alltoallv")
+"""What waits for other ranks."""
 COMPOSITE = {"npu_moe_token_unpermute": "_npu_moe_token_unpermute"}
 """What is the first result of another."""
 

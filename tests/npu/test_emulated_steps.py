@@ -16,7 +16,7 @@ from mmfn.parallel.program import Program
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.transforms.remat import remat
 from tests.npu.cells import FAMILIES, LINES, ONE
-from tests.npu.operators import CALLS
+from tests.npu.operators import CALLS, MEETING
 from tests.npu.table import emulated, on_emulated
 from tests.parallel.conformance import Cell, check_cell, prepared
 from tests.tiny import has_experts
@@ -35,6 +35,7 @@ def test_step(cell: Cell) -> None:
     check_cell(replace(cell, transforms=(on_emulated, *cell.transforms)))
     used = {"npu_fusion_attention", "npu_fusion_attention_grad", "npu_rotary_mul"}
     used |= {"npu_grouped_matmul", "npu_moe_token_permute_grad_v2"} if has_experts(cell.family) else set()
+    used |= set(MEETING) if "fused" in cell.name else set()
     assert used <= CALLS.keys()
 
 

@@ -32,6 +32,7 @@ CHECKED = (
     "remat but attention, experts",
     "fsdp, remat, asymmetric",
     "dropless, kept",
+    "fused, remat, adapters",
     "capacity",
     "ulysses",
     "ring",
@@ -119,7 +120,13 @@ def test_level_3_other_calls_get_to_their_kernels() -> None:
         "keep probability 2",
         "split item 7",
         "group type 9",
+        "weights of two dims",
+        "fewer rows than none",
     ],
 )
 def test_level_3_a_wrong_call_is_refused(name: str) -> None:
     assert refusals()["refused"][name]
+
+
+def test_level_3_a_group_is_asked_for_its_name_by_what_there_is() -> None:
+    assert "get_hccl_comm_name" in refusals()["of groups"]

@@ -20,7 +20,6 @@ from mmfn import tree
 from mmfn.grad import value_and_grad
 from mmfn.models.layers import moe
 from mmfn.models.layers.balance import balance
-from mmfn.ops import Ops
 from mmfn.parallel.mesh.layout import Layout, Mesh, distributed_mesh
 from mmfn.parallel.program import Program, Transform, lower, pipe
 from mmfn.parallel.transforms.compiled import compiled
@@ -30,6 +29,7 @@ from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params, whole
 from mmfn.spec import init_params
 from mmfn.tree import Tree
+from tests.npu.table import on_emulated
 
 CFG = moe.MoeConfig(d_model=7, d_ff=6, num_experts=8, num_chosen=2, init_std=0.6)
 SPECS = [moe.specs(CFG), moe.specs(CFG)]
@@ -108,13 +108,13 @@ NAMES = (
 )
 
 
-def block(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, ops: Ops) -> tuple[Tensor, Tree]:
+def block(params: Tree, x_TD: Tensor, is_real_T: Tensor, *, ops: tables.Ops) -> tuple[Tensor, Tree]:
     params = ops.gather(params)
     y_TD, router = moe.apply(params, x_TD, is_real_T, cfg=CFG, ops=ops)
     return x_TD + torch.cat([torch.zeros_like(y_TD[:, :2]), y_TD[:, 2:]], 1), router  # the first channels stay
 
 
-def loss(params: Tree, is_real_T: Tensor, weights_T: Tensor, *, ops: Ops) -> tuple[Tensor, Tree]:
+def loss(params: Tree, is_real_T: Tensor, weights_T: Tensor, *, ops: tables.Ops) -> tuple[Tensor, Tree]:
     x_TD, outs, _ = ops.stack(ops.layer, partial(block, ops=ops), params["layers"], params["x"], is_real_T)
     aux = moe.total(outs)
     aux_loss = balance(aux, ops)
@@ -204,6 +204,12 @@ EAGER = {
         remat("selective", save=("experts", "exchange")),
         data_parallel(),
         expert_parallel("capacity"),
+    ),
+    "fused on emulated NPUs": (
+        on_emulated,
+        remat("selective", save=("experts", "exchange")),
+        data_parallel(),
+        expert_parallel(fused=True),
     ),
 }
 

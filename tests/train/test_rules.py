@@ -31,6 +31,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"layout.cp": 4, "layout.kind": "usp"}, "context_parallel('usp') over cp 4 (ulysses 1) needs 1 < ulysses < cp"),
     ({"layout.kind": "ring"}, "layout.kind has no effect with cp 1; remove it or change that"),
     ({"layout.capacity": 1.5}, "layout.capacity has no effect with ep 1"),
+    ({"layout.fused_exchange": True, "model.device": "npu"}, "layout.fused_exchange has no effect with ep 1"),
     ({"layout.head": "sharded"}, "layout.head has no effect with dp 1 and cp 1"),
     ({"layout.prefetch": False}, "layout.prefetch has no effect with dp 1 and cp 1, parameters on the device"),
     ({"layout.keep_gathered": True, "layout.remat": "full"}, "layout.keep_gathered has no effect on one rank"),
@@ -71,6 +72,14 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     (
         {"layout.dp": 2, "layout.ep": 2, "layout.capacity": 1.5, "data.token_buckets": [64, 128]},
         "layout.capacity needs batches of one size on all ranks, but data.token_buckets are (64, 128); keep",
+    ),
+    (
+        {"layout.dp": 2, "layout.ep": 2, "layout.fused_exchange": True, "layout.capacity": 1.5},
+        "layout.fused_exchange, layout.capacity: fused needs the rows of each expert on the host, which kind",
+    ),
+    (
+        {"layout.dp": 2, "layout.ep": 2, "layout.fused_exchange": True},
+        "layout.fused_exchange has no effect with model.kernels 'portable', which exchange rows and multiply",
     ),
     ({"layout.compute_dtype": "float32"}, "layout.compute_dtype has no effect beside an equal model.dtype"),
     ({"layout.compute_rules": {}}, "layout.compute_rules has no effect where all is computed in float32"),
@@ -184,6 +193,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"output.experts": "transformers"}, "output.experts 'transformers' has no effect, the model has no experts"),
     ({"layout.capacity": 1.5}, "layout.capacity has no effect, the model has no experts; remove it"),
+    ({"layout.fused_exchange": True}, "layout.fused_exchange has no effect, the model has no experts; remove it"),
     ({"data.max_audio_seconds": 9.0}, "data.max_audio_seconds has no effect, the model hears nothing; remove it"),
     ({"objective.router_aux_coef": 0.0}, "objective.router_aux_coef has no effect, the model has no experts; remove"),
     (

@@ -15,7 +15,7 @@ from mmfn.errors import UserError
 from mmfn.ops import Ops, portable
 from mmfn.ops.cross_entropy import ACCELERATOR_BYTES
 from mmfn.ops.kernel import Kernel
-from mmfn.ops.npu import activation, attention, attention_block, dispatch, experts, norm, rotary
+from mmfn.ops.npu import activation, attention, attention_block, dispatch, exchange, experts, norm, rotary
 from mmfn.ops.npu.attention import Layout, Lengths
 from mmfn.ops.npu.limits import LIMITS, Limits
 
@@ -38,8 +38,16 @@ PORTABLE = {
 """Entries that are the portable table's, and why."""
 
 
-def npu(*, layout: Layout = "TND", lengths: Lengths = "list", limits: Limits = LIMITS) -> Ops:
+def npu(
+    *,
+    layout: Layout = "TND",
+    lengths: Lengths = "list",
+    limits: Limits = LIMITS,
+    name_of: Callable[[str], str] = exchange.hccl_name,
+) -> Ops:
     """The table. `layout`, `lengths`: those of `mmfn.ops.npu.attention.attention`. `limits`: what operators take.
+
+    `name_of`: the name of a process group to operators that exchange rows by themselves.
 
     `notes` say which entries are the portable ones, and why. Raises ValueError for a choice that there is not, and
     where torch_npu cannot be imported.
@@ -66,6 +74,11 @@ def npu(*, layout: Layout = "TND", lengths: Lengths = "list", limits: Limits = L
         dispatch=kernel(dispatch.dispatch, operators=dispatch.DISPATCH, results=dispatch.DISPATCHED),
         experts=kernel(experts.experts, operators=experts.OPERATORS, results=experts.RESULTS),
         combine=kernel(dispatch.combine, operators=dispatch.COMBINE, results=dispatch.COMBINED),
+        experts_over_ranks=kernel(
+            partial(exchange.experts_over_ranks, name_of=name_of),
+            operators=exchange.OPERATORS,
+            results=exchange.RESULTS,
+        ),
         notes=tuple(f"{name} is the portable one: {reason}" for name, reason in PORTABLE.items()),
     )
 

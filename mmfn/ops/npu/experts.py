@@ -68,12 +68,16 @@ def _forward(ctx: Context, x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, e
 def _backward(ctx: Context, dy_RF: Tensor) -> tuple[Tensor | None, ...]:
     x_RD, weight_EFD, counts_E, ends_E = ctx.saved_tensors
     needs_dx, needs_dw, *_ = ctx.needs_input_grad
-    dy_RF, dw_EFD = dy_RF.contiguous(), None
+    dy_RF = dy_RF.contiguous()
     dx_RD = _multiply(dy_RF, weight_EFD, ends_E, ROWS, 2) if needs_dx else None
-    if needs_dw:
-        dw_EFD = _multiply(dy_RF.t(), x_RD, ends_E, SUMMED, 3)
-        dw_EFD = dw_EFD.masked_fill_((counts_E == 0)[:, None, None], 0)  # no document says what it is without rows
+    dw_EFD = weight_grad(dy_RF, x_RD, counts_E, ends_E) if needs_dw else None
     return dx_RD, dw_EFD, None, None
+
+
+def weight_grad(dy_RF: Tensor, x_RD: Tensor, counts_E: Tensor, ends_E: Tensor) -> Tensor:
+    """The gradient [E, F, D] of the weight, of contiguous rows."""
+    dw_EFD = _multiply(dy_RF.t(), x_RD, ends_E, SUMMED, 3)
+    return dw_EFD.masked_fill_((counts_E == 0)[:, None, None], 0)  # no document says what it is without rows
 
 
 def _zero_padding(ctx: Context, x_RD: Tensor, is_real_R1: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ G groups of the rows from one rank to another: one for each of the E / W experts
 of empty rows.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 
@@ -15,20 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfn.errors import UserError
-from mmfn.ops.custom import Context, function, operator
+from mmfn.ops import Ops
+from mmfn.ops.custom import operator
 from mmfn.ops.eager import is_eager
+from mmfn.ops.exchange import KERNEL as UNFUSED
+from mmfn.ops.exchange import Experts, ExpertsOverRanks, by_expert, labels, pick
 from mmfn.ops.kernel import wrapping
 from mmfn.parallel.mesh.axis import Axis, exchange
+from mmfn.parallel.mesh.collective import Collective
 from mmfn.parallel.program import Program, Transform, noted, uses
 from mmfn.parallel.weights.sharding import sizes_over
-from mmfn.torch_private import assert_on_device, tell_compiler
+from mmfn.torch_private import assert_on_device
 from mmfn.tree import Tree
 
 EXPERT_KINDS = ("dropless", "capacity")
-Experts = Callable[[Tensor, Tensor, Tree], Tensor]  # ops.experts: (x_RD, counts_E, weights) -> y_RD
 
 
-def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, balanced: bool = False) -> Transform:
+def expert_parallel(
+    kind: str = "dropless",
+    *,
+    capacity: float | None = None,
+    balanced: bool = False,
+    fused: bool = False,
+    num_chosen: int | None = None,
+) -> Transform:
     """Spread experts over the ranks of ep, and exchange routed rows around `ops.experts`.
 
     Placement of an expert leaf: (Replicate on replicate, Shard(1) on edp, Shard(0) on ep). It is gathered over edp and
@@ -49,17 +60,14 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
     `balanced` (dropless): take equal parts instead of the host read, for plans, which have no values to read. Where
     there are values and rows are not spread evenly, the device raises.
 
+    `fused` (dropless): rows are exchanged as the table says (`ops.experts_over_ranks`), whose operators may multiply
+    the rows that they exchange. The host reads the rows of each expert in its one read. A table that has no such
+    operators exchanges as without. `num_chosen`: experts of a token, which operators may limit.
+
     The identity where ep is 1. Raises ValueError for an unknown kind, settings of the other kind, a capacity that is
     not positive, a model without experts, and ep that does not divide their number.
     """
-    if kind not in EXPERT_KINDS:
-        raise UserError(f"expert kind {kind!r} is unknown; use one of {', '.join(EXPERT_KINDS)}")
-    if kind == "dropless" and capacity is not None:
-        raise UserError(f"capacity is {capacity} but kind 'dropless' has none; leave it out or use kind 'capacity'")
-    if kind == "capacity" and balanced:
-        raise UserError("balanced has no effect with kind 'capacity', whose shapes are static; leave it out")
-    if capacity is not None and not capacity > 0:
-        raise UserError(f"capacity is {capacity} but must be positive; 1 is the even share of each rank's rows")
+    check_experts(kind, capacity=capacity, balanced=balanced, fused=fused)
 
     def transform(program: Program) -> Program:
         axis = program.mesh["ep"]
@@ -72,20 +80,40 @@ def expert_parallel(kind: str = "dropless", *, capacity: float | None = None, ba
         ops, program = program.ops, uses(program, "ep")
         if kind == "dropless":
             note += ", rows taken to be spread evenly" if balanced else ""
-            spread = partial(dropless, base=ops.experts, axis=axis, balanced=balanced)
-            ops = replace(ops, experts=wrapping(spread, ops.experts))
-            return noted(replace(program, ops=ops), note)
+            note += ", exchange fused with products where the table has it" if fused else ""
+            return noted(replace(program, ops=_with_dropless(ops, axis, balanced, fused, num_chosen)), note)
         factor = min(capacity or axis.size, axis.size)
         note += f", room for {factor:g} times the even share of rows"
         note += ", nothing is dropped" if factor == axis.size else ", what is beyond it is dropped"
-        ops = replace(
-            ops,
-            experts=wrapping(partial(fixed, base=ops.experts, axis=axis, factor=factor), ops.experts),
-            kept=partial(kept_rows, num_ranks=axis.size, factor=factor),
-        )
+        experts = wrapping(partial(fixed, base=ops.experts, axis=axis, factor=factor), ops.experts)
+        ops = replace(ops, experts=experts, kept=partial(kept_rows, num_ranks=axis.size, factor=factor))
         return noted(replace(program, ops=ops), note)
 
     return transform
+
+
+def _with_dropless(ops: Ops, axis: Axis, balanced: bool, fused: bool, num_chosen: int | None) -> Ops:
+    """The table with experts over the ranks of an axis, whose operators are those of what it is made of."""
+    over_ranks = ops.experts_over_ranks if fused else UNFUSED
+    experts = partial(dropless, base=ops.experts, axis=axis, balanced=balanced)
+    experts = partial(experts, over_ranks=over_ranks, num_chosen=num_chosen)
+    return replace(ops, experts=wrapping(experts, ops.experts, over_ranks))
+
+
+def check_experts(kind: str, *, capacity: float | None = None, balanced: bool = False, fused: bool = False) -> None:
+    """Raise ValueError for settings of `expert_parallel` that do not go together."""
+    if kind not in EXPERT_KINDS:
+        raise UserError(f"expert kind {kind!r} is unknown; use one of {', '.join(EXPERT_KINDS)}")
+    if kind == "dropless" and capacity is not None:
+        raise UserError(f"capacity is {capacity} but kind 'dropless' has none; leave it out or use kind 'capacity'")
+    if kind == "capacity" and balanced:
+        raise UserError("balanced has no effect with kind 'capacity', whose shapes are static; leave it out")
+    if kind == "capacity" and fused:
+        raise UserError(
+            "fused needs the rows of each expert on the host, which kind 'capacity' never reads; use 'dropless'"
+        )
+    if capacity is not None and not capacity > 0:
+        raise UserError(f"capacity is {capacity} but must be positive; 1 is the even share of each rank's rows")
 
 
 def _num_experts(program: Program) -> int:
@@ -105,38 +133,82 @@ def _num_experts(program: Program) -> int:
 
 
 def dropless(
-    x_RD: Tensor, counts_E: Tensor, weights: Tree, *, base: Experts, axis: Axis, balanced: bool = False
+    x_RD: Tensor,
+    counts_E: Tensor,
+    weights: Tree,
+    *,
+    base: Experts,
+    axis: Axis,
+    balanced: bool = False,
+    over_ranks: ExpertsOverRanks = UNFUSED,
+    num_chosen: int | None = None,
 ) -> Tensor:
     """`ops.experts` with weights of this rank's experts alone; every row of an expert is computed.
 
-    See `expert_parallel`.
+    `over_ranks`: `ops.experts_over_ranks`. See `expert_parallel`.
     """
-    R, W = x_RD.shape[0], axis.size
-    to_WG = counts_E.view(W, -1)
-    from_WG = axis.all_to_all(to_WG, "expert counts")
-    if balanced:
-        sizes_out = sizes_in = _even(R, to_WG, from_WG)
-    else:
-        sizes_in, sizes_out = _read(torch.stack([to_WG.sum(1), from_WG.sum(1)]))
-    arrived_SD = exchange(_first(x_RD, sum(sizes_in)), axis, "experts", sizes_out, sizes_in)
-    y_SD = _by_expert(arrived_SD, from_WG, weights, base)
-    return _with_rest(exchange(y_SD, axis, "experts", sizes_in, sizes_out), R)
+    to_WG = counts_E.view(axis.size, -1)
+    routes = EpRoutes(
+        axis=axis,
+        to_WG=to_WG,
+        from_WG=axis.all_to_all(to_WG, "expert counts"),
+        num_rows=x_RD.shape[0],
+        is_balanced=balanced,
+        num_chosen=num_chosen,
+    )
+    return over_ranks(x_RD, weights, routes, base)
 
 
-def _first(x_RD: Tensor, used: int) -> Tensor:
-    """The first rows. A compiler, which does not know how many there are, always gets a slice."""
-    if torch.compiler.is_compiling():
-        tell_compiler(used <= x_RD.shape[0])
-    elif used == x_RD.shape[0]:
-        return x_RD
-    return x_RD.narrow(0, 0, used)
+@dataclass(frozen=True, kw_only=True)
+class EpRoutes:
+    """`mmfn.ops.exchange.Routes` over ep. `num_rows`: of this rank; `is_balanced`: they are spread evenly."""
 
+    axis: Axis
+    to_WG: Tensor
+    from_WG: Tensor
+    num_rows: int
+    is_balanced: bool
+    num_chosen: int | None
 
-def _with_rest(y_UD: Tensor, num_rows: int) -> Tensor:
-    """`num_rows` rows, zeros behind those there are."""
-    if not torch.compiler.is_compiling() and y_UD.shape[0] == num_rows:
-        return y_UD
-    return torch.cat([y_UD, y_UD.new_zeros(num_rows - y_UD.shape[0], y_UD.shape[1])])
+    @property
+    def size(self) -> int:
+        """See `Routes`."""
+        return self.axis.size
+
+    @property
+    def index(self) -> int:
+        """See `Routes`."""
+        return self.axis.index
+
+    @property
+    def group(self) -> str:
+        """See `Routes`."""
+        return "" if self.axis.transport is None else self.axis.transport.name
+
+    def by_rank(self) -> tuple[list[int], list[int]]:
+        """See `Routes`."""
+        if self.is_balanced:
+            sizes = _even(self.num_rows, self.to_WG, self.from_WG)
+            return sizes, sizes
+        to_W, from_W = _read(torch.stack([self.to_WG.sum(1), self.from_WG.sum(1)]))
+        return to_W, from_W
+
+    def by_expert(self) -> tuple[list[int], list[int]]:
+        """See `Routes`."""
+        if self.is_balanced:
+            raise UserError(
+                "rows that are taken to be spread evenly over ranks say nothing of experts; use fused=False"
+            )
+        to_E, from_E = _read(torch.stack([self.to_WG.flatten(), self.from_WG.flatten()]))
+        return to_E, from_E
+
+    def exchange(self, x_RD: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int]) -> Tensor:
+        """See `Routes`."""
+        return exchange(x_RD, self.axis, "experts", out_sizes, in_sizes)
+
+    def exchanging(self) -> AbstractContextManager[None]:
+        """See `Routes`."""
+        return Collective("all_to_all", self.axis.name, "experts")
 
 
 def _read(sizes_2W: Tensor) -> list[list[int]]:
@@ -173,9 +245,9 @@ def fixed(x_RD: Tensor, counts_E: Tensor, weights: Tree, *, base: Experts, axis:
     to_WG = torch.cat([kept_WE, room - kept_WE.sum(1, keepdim=True)], 1)
     from_WG = axis.all_to_all(to_WG, "expert counts")
     row_S, slot_R = _slots(counts_E, to_WG, R, room)
-    arrived_SD = exchange(_pick(x_RD, row_S, slot_R), axis, "experts")
-    y_SD = exchange(_by_expert(arrived_SD, from_WG, weights, base, has_empty=True), axis, "experts")
-    return _pick(y_SD, slot_R, row_S)
+    arrived_SD = exchange(pick(x_RD, row_S, slot_R), axis, "experts")
+    y_SD = exchange(by_expert(arrived_SD, from_WG, weights, base, has_empty=True), axis, "experts")
+    return pick(y_SD, slot_R, row_S)
 
 
 def _room(num_rows: int, num_ranks: int, factor: float) -> int:
@@ -199,7 +271,7 @@ def _slots(counts_E: Tensor, to_WG: Tensor, num_rows: int, room: int) -> tuple[T
     W, G = to_WG.shape
     S = W * room
     slots_S = torch.arange(S, device=to_WG.device)
-    group_S = _labels(torch.arange(W * G, device=to_WG.device), to_WG, S)
+    group_S = labels(torch.arange(W * G, device=to_WG.device), to_WG, S)
     first_row_WG = F.pad((counts_E.cumsum(0) - counts_E).view(W, G - 1), (0, 1))
     first_slot_WG = to_WG.flatten().cumsum(0).view(W, G) - to_WG
     row_S = slots_S + (first_row_WG - first_slot_WG).flatten().index_select(0, group_S)
@@ -207,52 +279,3 @@ def _slots(counts_E: Tensor, to_WG: Tensor, num_rows: int, room: int) -> tuple[T
     slot_R = torch.full((num_rows + 1,), -1, device=to_WG.device)
     slot_R = slot_R.scatter(0, torch.where(is_empty_S, num_rows, row_S), slots_S)[:num_rows]
     return row_S.masked_fill(is_empty_S, -1), slot_R
-
-
-def _by_expert(arrived_SD: Tensor, from_WG: Tensor, weights: Tree, base: Experts, *, has_empty: bool = False) -> Tensor:
-    """`base` for rows that lie by source rank, and by group within one: sorted by expert, computed, put back."""
-    W, G = from_WG.shape
-    S = arrived_SD.shape[0]
-    group_S = _labels(torch.arange(G, device=from_WG.device).repeat(W), from_WG, S)
-    order_S = group_S.argsort(stable=True)  # empty rows, the last group, go behind the last expert's
-    place_S = torch.empty_like(order_S).scatter(0, order_S, torch.arange(S, device=order_S.device))
-    counts_G = from_WG.sum(0)
-    y_SD = base(_permute(arrived_SD, order_S, place_S), counts_G[:-1] if has_empty else counts_G, weights)
-    return _permute(y_SD, place_S, order_S)
-
-
-def _labels(values: Tensor, counts: Tensor, num_rows: int) -> Tensor:
-    """`values[i]` repeated `counts[i]` times; told the sum, the host need not read it."""
-    return values.repeat_interleave(counts.flatten(), output_size=num_rows)
-
-
-def _permute(x_SD: Tensor, index_S: Tensor, inverse_S: Tensor) -> Tensor:
-    """`x_SD[index_S]` of a permutation and its inverse: the gradient is a permutation too, and adds nothing up."""
-    y_SD: Tensor = _rows(x_SD, index_S, inverse_S, False)
-    return y_SD
-
-
-def _pick(x_RD: Tensor, index_S: Tensor, inverse_R: Tensor) -> Tensor:
-    """`_permute` of the rows that are in both; where an index is -1, zeros."""
-    y_SD: Tensor = _rows(x_RD, index_S, inverse_R, True)
-    return y_SD
-
-
-def _take(x_RD: Tensor, index_S: Tensor, has_holes: bool) -> Tensor:
-    if not has_holes:
-        return x_RD.index_select(0, index_S)
-    return x_RD.index_select(0, index_S.clamp(min=0)).masked_fill_((index_S < 0)[:, None], 0)
-
-
-def _take_rows(ctx: Context, x_RD: Tensor, index_S: Tensor, inverse_R: Tensor, has_holes: bool) -> Tensor:
-    ctx.save_for_backward(inverse_R)
-    ctx.settings = has_holes
-    return _take(x_RD, index_S, has_holes)
-
-
-def _put_back(ctx: Context, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
-    (inverse_R,) = ctx.saved_tensors
-    return _take(dy_SD, inverse_R, ctx.settings), None, None, None
-
-
-_rows = function(_take_rows, _put_back)

@@ -35,7 +35,8 @@ def remat(kind: str, *, save: Sequence[str] = (), every: int = 1, num_layers: in
     happens between two blocks, as features that are added); "block", only the first `num_layers` blocks; "none".
     `save` names ops of the table that declare results (`mmfn.ops.kernel`), such as "attention" and "experts"; "matmul"
     is every product of two matrices; "exchange" is what arrives by the all-to-alls of ep, and the host's read of how
-    many rows: so none of them is repeated. "experts" beside it spares the products whose results are sent back.
+    many rows: so none of them is repeated. "experts" beside it spares the products whose results are sent back (an
+    operator that exchanges rows and multiplies them is kept for either).
     `every`: of so many blocks only the first is computed again ("full" and "selective"). `where`: the stack it is for,
     by the path of its parameters; "all" for every one. Transforms for different stacks go side by side.
 
@@ -144,8 +145,8 @@ def _policy_of(save: Sequence[str], program: Program, where: str) -> Callable[..
 def _results(name: str, ops: Ops) -> tuple[str, ...]:
     """The operators whose results are kept for a name in `save`."""
     if name in BESIDE_OPS:
-        of_linear = declaration("linear", ops.linear).results if name == "matmul" else ()
-        return (*BESIDE_OPS[name], *of_linear)
+        entry = {"matmul": "linear", "exchange": "experts_over_ranks"}[name]  # of a table with operators of its own
+        return (*BESIDE_OPS[name], *declaration(entry, getattr(ops, entry)).results)
     declared = [declaration(part, getattr(ops, part)).results for part in PARTS.get(name, (name,))]
     if not any(declared):
         can = [n for n, op in kernels(ops).items() if isinstance(op, Kernel) and op.results]

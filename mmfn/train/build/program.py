@@ -43,7 +43,12 @@ def build_program(
             towers=family.towers(cfg),
             is_recurrent=family.is_recurrent(cfg),
         ),
-        expert_parallel("dropless" if section.capacity is None else "capacity", capacity=section.capacity),
+        expert_parallel(
+            "dropless" if section.capacity is None else "capacity",
+            capacity=section.capacity,
+            fused=section.fused_exchange,
+            num_chosen=family.experts_per_token(cfg),
+        ),
         *build_remat(section, list(stacks_of(specs))),
         *(offload(what) for what in section.offload if what in OFFLOAD_KINDS),
         data_parallel(

@@ -34,6 +34,9 @@ class LayoutSection(ConfigSection):
     capacity: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="rows an ep rank takes from another, in even shares; null: all there are"
     )
+    fused_exchange: bool = Field(
+        default=False, description="exchange rows of experts by NPU operators that multiply them too (docs/npu.md)"
+    )
     prefetch: bool = Field(default=True, description="gather the next layer's parameters while one computes")
     keep_gathered: bool = Field(default=False, description="keep gathered parameters for the backward under remat")
     sums_under_way: NonNegativeInt = Field(

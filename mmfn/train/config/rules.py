@@ -13,6 +13,7 @@ from mmfn.ops.packages import PACKAGES
 from mmfn.parallel.context.token_order import token_multiple
 from mmfn.parallel.program import check_one_graph
 from mmfn.parallel.transforms.context_parallel import check_kind
+from mmfn.parallel.transforms.expert_parallel import check_experts
 from mmfn.train.config.layout import RematStack
 from mmfn.train.config.learning import LoraSection
 from mmfn.train.config.rule import Breach, Rule, Stack, Subject, asked, idle, refused
@@ -201,6 +202,11 @@ def _capacity(subject: Subject) -> Iterator[str]:
         yield "layout.capacity has no effect, the model has no experts; remove it"
 
 
+def _fused_exchange(subject: Subject) -> Iterator[str]:
+    if not subject.has_experts and subject.config.layout.fused_exchange:
+        yield "layout.fused_exchange has no effect, the model has no experts; remove it"
+
+
 def _sound_settings(subject: Subject) -> Iterator[str]:
     if subject.hears is False and subject.config.is_changed("data.max_audio_seconds"):
         yield "data.max_audio_seconds has no effect, the model hears nothing; remove it"
@@ -230,6 +236,7 @@ RULES = (
     # what a smaller layout idles
     idle("layout.kind", lambda c: c.layout.cp == 1, "with cp 1", warns=True),
     idle("layout.capacity", lambda c: c.layout.ep == 1, "with ep 1", warns=True),
+    idle("layout.fused_exchange", lambda c: c.layout.ep == 1, "with ep 1", warns=True),
     idle("layout.head", _is_unsharded, "with dp 1 and cp 1", warns=True),
     idle(
         "layout.prefetch",
@@ -260,6 +267,17 @@ RULES = (
         lambda c: c.layout.capacity is not None and c.layout.ep > 1 and len(c.data.token_buckets) > 1,
         "layout.capacity needs batches of one size on all ranks, but data.token_buckets are "
         "{c.data.token_buckets}; keep the largest",
+    ),
+    asked(
+        "layout.fused_exchange layout.capacity",
+        lambda c: check_experts("dropless" if c.layout.capacity is None else "capacity", fused=c.layout.fused_exchange),
+    ),
+    refused(
+        "layout.fused_exchange model.kernels",
+        lambda c: c.layout.fused_exchange and c.model.table != "npu",
+        "layout.fused_exchange has no effect with model.kernels {c.model.table!r}, which exchange rows and multiply "
+        "them apart; use model.kernels=npu or remove it",
+        runs=True,
     ),
     # dtypes
     idle("layout.compute_dtype", lambda c: c.layout.compute_dtype == c.model.dtype, "beside an equal model.dtype"),
@@ -409,6 +427,7 @@ RULES = (
     Rule(settings=("model.kernel_packages", "model.device"), find=_kernel_packages),
     Rule(settings=("output.experts",), find=_expert_settings),
     Rule(settings=("layout.capacity",), find=_capacity),
+    Rule(settings=("layout.fused_exchange",), find=_fused_exchange),
     Rule(settings=("data.max_audio_seconds",), find=_sound_settings),
     Rule(settings=("objective.router_aux_coef",), find=_router_settings),
     Rule(settings=("objective.ahead_weight",), find=_ahead_settings),

@@ -31,9 +31,12 @@ def on_device(config: Config) -> Config:
 
 
 def in_dtype(config: Config, dtype: torch.dtype) -> Config:
-    """The config of a program that computes in a dtype from one end to the other, in which its parameters come."""
+    """The config of a program that computes in a dtype from one end to the other, in which its parameters come.
+
+    Rows are exchanged by themselves: operators that multiply them too take narrow ones only.
+    """
     name = "bfloat16" if dtype == torch.bfloat16 else "float32"  # wider ones are computed in what they are
-    none = {"compute_dtype": None, "compute_rules": None, "reduce_dtype": None}
+    none = {"compute_dtype": None, "compute_rules": None, "reduce_dtype": None, "fused_exchange": False}
     return _having(config, model={"dtype": name}, layout=none)
 
 
