@@ -6,7 +6,7 @@ calls the first two ahead of time is in `prefetch`; a block alone does all three
 leaves (buckets, cuts, dtypes) is planned once for all blocks that are alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -69,7 +69,11 @@ class Plan(NamedTuple):
 
 @dataclass(eq=False)
 class BlockWeights:
-    """The weights of one block, and what of them is under way: `copies` from the host, all-gathers, a list."""
+    """The weights of one block, and what of them is under way: `copies` from the host, all-gathers, a list.
+
+    `on_take`: called with the whole weights when they are taken. `is_gathered_again`: the backward takes them too
+    (`reshard`).
+    """
 
     weights: list[Weight]
     structure: optree.PyTreeSpec
@@ -77,6 +81,8 @@ class BlockWeights:
     copies: dict[int, Tensor] | None = None
     arrival: Arrival | None = None
     issued: list[Issued] | None = None
+    on_take: Callable[[Sequence[Tensor]], None] | None = None
+    is_gathered_again: bool = False
 
     def arrived(self) -> dict[int, Tensor]:
         """The copies by position; what the current stream is given from here on may read and free them."""
@@ -113,7 +119,7 @@ class Gather:
 
     def __call__(self, params: Tree | BlockWeights) -> Tree:
         """The weights of a block: of `Weight` leaves, of leaves as they are, or of those that are under way."""
-        block = params if isinstance(params, BlockWeights) else self.block(params)
+        block = self.block(params)
         if self.memory is not None:
             self.start(block)
         return self.take(block)
@@ -125,8 +131,10 @@ class Gather:
         sharding = sharding_of(spec, self.mesh, path)
         return self._place(spec.shape, shard_shape(spec.shape, sharding), sharding)
 
-    def block(self, params: Tree) -> BlockWeights:
-        """A block of which nothing is under way yet."""
+    def block(self, params: Tree | BlockWeights) -> BlockWeights:
+        """A block of which nothing is under way yet, or one as it is."""
+        if isinstance(params, BlockWeights):
+            return params
         leaves, structure = tree.flatten(params)
         weights = [x if isinstance(x, Weight) else self._weight(x) for x in leaves]
         return BlockWeights(weights, structure, self._plan(weights))
@@ -171,7 +179,10 @@ class Gather:
                 gathered = bucket.gather(shards, under_way)
             for i, whole in zip(members, gathered, strict=True):
                 leaves[i] = whole
-        return tree.unflatten(block.structure, [x.to(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
+        leaves = [x.to(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+        if block.on_take is not None:
+            block.on_take(leaves)
+        return tree.unflatten(block.structure, leaves)
 
     def _weight(self, leaf: Tensor) -> Weight:
         """A leaf that comes as it is."""

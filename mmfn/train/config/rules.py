@@ -12,6 +12,7 @@ from mmfn.errors import UserError
 from mmfn.parallel.context.token_order import token_multiple
 from mmfn.parallel.program import check_one_graph
 from mmfn.parallel.transforms.context_parallel import check_kind
+from mmfn.parallel.transforms.data_parallel import check_weights
 from mmfn.train.config.layout import RematStack
 from mmfn.train.config.learning import LoraSection
 from mmfn.train.config.rule import Breach, Rule, Stack, Subject, asked, idle, refused
@@ -222,6 +223,7 @@ RULES = (
         warns=True,
     ),
     idle("layout.keep_gathered", _is_alone, "on one rank with parameters on the device", warns=True),
+    idle("layout.reshard_after_forward", _is_alone, "on one rank with parameters on the device", warns=True),
     idle("layout.sums_under_way", lambda c: c.layout.world == 1, "with one rank", warns=True),
     idle("layout.reduce_dtype", lambda c: c.layout.world == 1, "with one rank", warns=True),
     idle("layout.timeout_s", lambda c: c.layout.world == 1, "with one rank", warns=True),
@@ -229,6 +231,14 @@ RULES = (
     # layout
     idle("layout.ulysses", lambda c: c.layout.kind != "usp", "with kind {c.layout.kind!r}"),
     idle("layout.keep_gathered", lambda c: not _recomputes(c), "with remat 'none'"),
+    asked(
+        "layout.keep_gathered layout.reshard_after_forward",
+        lambda c: check_weights(
+            keep_gathered=c.layout.keep_gathered, reshard_after_forward=c.layout.reshard_after_forward
+        ),
+    ),
+    idle("layout.reshard_after_forward", lambda c: c.layout.recomputes_all, "where remat computes all layers again"),
+    idle("layout.reshard_after_forward", lambda c: c.gathers_in_graphs, IN_GRAPHS),
     idle("layout.prefetch", lambda c: c.gathers_in_graphs, IN_GRAPHS),
     idle("layout.sums_under_way", lambda c: c.gathers_in_graphs, IN_GRAPHS),
     Rule(settings=("layout.remat_save", "layout.remat_every", "layout.remat_layers"), find=_idle_policies),
