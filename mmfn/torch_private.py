@@ -55,7 +55,7 @@ def next_node_number() -> int:
 
 
 def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """The innermost pair of `saved_tensors_hooks` on this thread, None outside of all: of several only that is called."""
+    """The innermost pair of `saved_tensors_hooks` on this thread, of several the only one that is called, or None."""
     pair: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
     pair = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return pair

@@ -50,9 +50,9 @@ class WeightSettings:
     """How blocks get their weights, and how gradients are summed.
 
     `compute` and `reduce`: dtypes of gathered parameters and of gradient sums (None: the leaf's own, and float32 or
-    wider). `prefetch` and `keep_gathered`: when whole weights are made (see `data_parallel`). `is_hosted`: parameters
-    lie on the host. `reshard_after_forward`: autograd keeps no whole weights. `is_head_sharded`: the loss takes a rank's rows of the head. `sums_under_way`: sums of gradients
-    that are sent and not yet waited for, at most.
+    wider). `prefetch`, `keep_gathered` and `reshard_after_forward`: when whole weights are made, and how long they stay
+    (see `data_parallel`). `is_hosted`: parameters lie on the host. `is_head_sharded`: the loss takes a rank's rows of
+    the head. `sums_under_way`: sums of gradients that are sent and not yet waited for, at most.
     """
 
     compute: torch.dtype | None = None

@@ -51,7 +51,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
             "layout.dp": 2,
             "layout.remat": "block",
         },
-        "layout.keep_gathered, layout.reshard_after_forward: keep_gathered keeps whole weights and reshard_after_forward",
+        "layout.keep_gathered, layout.reshard_after_forward: keep_gathered keeps whole weights and reshard_after",
     ),
     (
         {"layout.reshard_after_forward": True, "layout.dp": 2, "layout.remat": "full"},

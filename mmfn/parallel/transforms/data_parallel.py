@@ -21,12 +21,12 @@ def data_parallel(
     by one reduce-scatter over the same axis, and its sum over a step's micro-batches by one all-reduce over the
     replicas if there are any.
 
-    `prefetch`: the next block's gather is under way while a block runs, forward and, with `remat`, backward.
-    `keep_gathered`: with `remat`, whole weights of all blocks are kept from the forward, one gather per block instead
-    of two. `reshard_after_forward`: without `remat`, whole weights of blocks are released behind their forward and
-    gathered again in the backward, where autograd would keep them; nothing is computed again. `sums_under_way`: so many reduce-scatters run beside the
-    backward of the blocks before, at most; 0: each is waited for. Each holds a block's gradients, whole. Graphs that
-    have their gathers in them (`compiled`) wait for each.
+    `prefetch`: the next block's gather is under way while a block runs, forward and, where blocks gather again,
+    backward. `keep_gathered`: with `remat`, whole weights of all blocks are kept from the forward, one gather per block
+    instead of two. `reshard_after_forward`: without `remat` autograd keeps them; with this, those of a block go behind
+    its forward and are gathered again in its backward, and nothing is computed again. `sums_under_way`: so many
+    reduce-scatters run beside the backward of the blocks before, at most; 0: each is waited for. Each holds a block's
+    gradients, whole. Graphs that have their gathers in them (`compiled`) wait for each.
 
     On one device nothing is gathered or summed, and the first three are for the copies of parameters that lie on the
     host (`offload`). Graphs that have their gathers in them keep what they like: with such, `reshard_after_forward` is

@@ -23,12 +23,12 @@ Stack = Callable[..., Any]  # `ops.stack`
 def wrap_stack_with_prefetch(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:
     """Start the all-gather of the next block before a block runs, so that the two overlap.
 
-    `in_backward`: blocks that are computed again gather again, as do those whose weights are released (`reshard`); then
-    the gather of the block before is started when the gradient reaches a block. There is at most one gather ahead, and each is taken by the block it is for; in a group
-    of blocks that are run as one, it is that of the second block, or (backward) of the first. Outside of graphs only:
-    what is under way is written down in `BlockWeights`, which a graph cannot hold. Where parameters lie on the host
-    their copies are started with the gather on one device, and one block before it on several, so that the gather does
-    not wait.
+    `in_backward`: blocks that are computed again gather again, as do those whose weights were released (`reshard`);
+    then the gather of the block before is started when the gradient reaches a block. There is at most one gather ahead,
+    and each is taken by the block it is for; in a group of blocks that are run as one, it is that of the second block,
+    or (backward) of the first. Outside of graphs only: what is under way is written down in `BlockWeights`, which a
+    graph cannot hold. Where parameters lie on the host their copies are started with the gather on one device, and one
+    block before it on several, so that the gather does not wait.
     """
     is_on_several = gather.mesh.layout.world > 1
 

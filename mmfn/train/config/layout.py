@@ -37,7 +37,8 @@ class LayoutSection(ConfigSection):
     prefetch: bool = Field(default=True, description="gather the next layer's parameters while one computes")
     keep_gathered: bool = Field(default=False, description="keep gathered parameters for the backward under remat")
     reshard_after_forward: bool = Field(
-        default=False, description="release gathered parameters behind the forward, and gather them again, without remat"
+        default=False,
+        description="release gathered parameters behind the forward, and gather them again, without remat",
     )
     sums_under_way: NonNegativeInt = Field(
         default=MOST_UNDER_WAY, description="sums of layers' gradients that run beside the backward at once; 0: none"
