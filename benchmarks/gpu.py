@@ -134,7 +134,7 @@ def fitting_layers(shape: str, memory_bytes: int, args: argparse.Namespace) -> i
     most = 4 + int((ROOM * memory_bytes - four) // ((four - two) / 2))
     if most < 1:
         raise SystemExit(f"{shape}: one block does not fit into {memory_bytes / 1e9:.0f} GB")
-    return min(most, hf["text_config"]["num_hidden_layers"])
+    return min(most, int(hf["text_config"]["num_hidden_layers"]))
 
 
 def draw(specs: Any, args: argparse.Namespace) -> Any:

@@ -7,6 +7,7 @@ leaves (buckets, cuts, dtypes) is planned once for all blocks that are alike.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -22,9 +23,10 @@ from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.weights.buckets import Bucket, Cut, Issued, Like
 from mmfn.parallel.weights.gradient_sums import GradientSums
-from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
+from mmfn.parallel.weights.host_memory import HostMemory, counted_empty
 from mmfn.parallel.weights.hosted import fetch_in_graph, stand_for
 from mmfn.parallel.weights.sharding import Sharding, local, shard_shape, sharding_of
+from mmfn.parallel.weights.streams import Arrival, SideStream
 from mmfn.spec import ParamSpec
 from mmfn.torch_private import local_tensor
 from mmfn.tree import Tree
@@ -69,7 +71,8 @@ class Plan(NamedTuple):
 
 @dataclass(eq=False)
 class BlockWeights:
-    """The weights of one block, and what of them is under way: `copies` from the host, all-gathers, a list.
+    """The weights of one block, and what of them is under way: `copies` from the host, all-gathers, a list, which
+    what is sent is packed for beside the computation.
 
     `on_take`: called with the whole weights when they are taken. `is_gathered_again`: the backward takes them too
     (`reshard`).
@@ -81,6 +84,7 @@ class BlockWeights:
     copies: dict[int, Tensor] | None = None
     arrival: Arrival | None = None
     issued: list[Issued] | None = None
+    packed: Arrival = field(default_factory=Arrival)
     on_take: Callable[[Sequence[Tensor]], None] | None = None
     is_gathered_again: bool = False
 
@@ -93,6 +97,7 @@ class BlockWeights:
 
     def release(self) -> list[Issued] | None:
         """The all-gathers, which are kept here no longer, as they would keep whole weights alive."""
+        self.packed.wait()  # where a rank is alone, there is nothing else to wait for
         issued, self.issued = self.issued, None
         return issued
 
@@ -106,7 +111,8 @@ class Gather:
     placement, layout and dtype of the leaf: summed over "shard" (experts: edp) by reduce-scatter and over "replicate"
     by all-reduce. Leaves that need no gradient go in a bucket of their own. With `is_sharded` leaves stay this rank's
     shards, and what computes with them has summed their gradients over "shard" itself. What lies on the host is copied
-    to the device before, through `memory`; without one the copies are operators of a graph.
+    to the device before, through `memory`; without one the copies are operators of a graph. Gathers that are started
+    ahead are packed and sent on `side`, but for copies from the host, which the current stream has waited for.
     """
 
     mesh: Mesh
@@ -114,6 +120,7 @@ class Gather:
     reduce: torch.dtype | None = None
     is_sharded: bool = False
     memory: HostMemory | None = None
+    side: SideStream = field(default_factory=SideStream)
     places: dict[Any, Place] = field(default_factory=dict, init=False, repr=False, compare=False)
     plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -154,10 +161,14 @@ class Gather:
         self.start_copies(block)
         buckets, weights = block.plan.buckets, block.weights
         copies = block.arrived() if buckets else {}
-        block.issued = [
-            bucket.issue([copies.pop(i) if i in copies else local(weights[i].leaf) for i in members])
-            for bucket, members in buckets
-        ]
+        is_aside, device = bool(buckets and not copies), weights[0].leaf.device
+        with self.side.behind_current(device) if is_aside else nullcontext():
+            block.issued = [
+                bucket.issue([copies.pop(i) if i in copies else local(weights[i].leaf) for i in members])
+                for bucket, members in buckets
+            ]
+        if is_aside:
+            block.packed = self.side.arrival(device)
         if copies:
             block.copies = copies
 
