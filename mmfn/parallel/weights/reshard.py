@@ -64,7 +64,7 @@ class Resharded:
     block: BlockWeights
     take: Callable[[BlockWeights], Tree]
     saved: WeakValueDictionary[int, _Whole] = field(default_factory=WeakValueDictionary, init=False)  # by position
-    forward: dict[int, tuple[int, Tensor]] = field(default_factory=dict, init=False)  # position and weight, by storage
+    by_storage: dict[int, tuple[int, Tensor]] = field(default_factory=dict, init=False)  # position and leaf
 
     def run(self, run: Callable[..., Any], block: Any, *xs: Any) -> tuple[Tensor, Any]:
         """The block's forward. What it saves that is no weight goes where it would go without this."""
@@ -84,18 +84,18 @@ class Resharded:
         with saved_tensors_hooks(pack, unpack):
             out: tuple[Tensor, Any] = run(block, self.block, *xs)
         self.block.on_take, self.block.is_gathered_again = None, bool(self.saved)
-        self.forward.clear()
+        self.by_storage.clear()
         return out
 
     def _begin(self, leaves: Sequence[Tensor]) -> None:
         """The block has its weights. Some may share a storage; then one of them stands for it."""
         for i, (weight, leaf) in enumerate(zip(self.block.weights, leaves, strict=True)):
             if weight.place is not None or weight.host is not None:
-                self.forward.setdefault(storage_key(leaf.untyped_storage()), (i, leaf))
+                self.by_storage.setdefault(storage_key(leaf.untyped_storage()), (i, leaf))
 
     def _view(self, x: Tensor) -> _View | None:
         """What a tensor is of a whole weight, None where it is no part of one."""
-        position, weight = self.forward.get(storage_key(x.untyped_storage()), (-1, x))
+        position, weight = self.by_storage.get(storage_key(x.untyped_storage()), (-1, x))
         if position < 0 or x.dtype != weight.dtype:
             return None
         whole = self.saved.get(position)
