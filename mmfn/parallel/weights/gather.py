@@ -84,7 +84,7 @@ class BlockWeights:
     copies: dict[int, Tensor] | None = None
     arrival: Arrival | None = None
     issued: list[Issued] | None = None
-    packed: Arrival = field(default_factory=Arrival)
+    packed: Arrival | None = None
     on_take: Callable[[Sequence[Tensor]], None] | None = None
     is_gathered_again: bool = False
 
@@ -97,7 +97,8 @@ class BlockWeights:
 
     def release(self) -> list[Issued] | None:
         """The all-gathers, which are kept here no longer, as they would keep whole weights alive."""
-        self.packed.wait()  # where a rank is alone, there is nothing else to wait for
+        if self.packed is not None:
+            self.packed.wait()  # where a rank is alone on its axis, there is nothing else to wait for
         issued, self.issued = self.issued, None
         return issued
 
