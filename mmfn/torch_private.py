@@ -54,6 +54,13 @@ def next_node_number() -> int:
     return number
 
 
+def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The innermost pair of `saved_tensors_hooks` on this thread, of several the only one that is called, or None."""
+    pair: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
+    pair = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return pair
+
+
 def local_tensor(x: Any) -> Tensor:
     """This rank's part of a DTensor, without a node in autograd's graph."""
     local: Tensor = x._local_tensor

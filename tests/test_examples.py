@@ -31,10 +31,12 @@ def test_mesh_experiment(capsys: pytest.CaptureFixture[str]) -> None:
         "cross_entropy.py --sizes 64x128x32 --rounds 1 --allocators default",
         "gated_delta_rule.py --sizes 1:2x70x16 --rounds 1",
         "memory.py --width 128 --layers 2 --tokens 64 --rounds 1 --policies none",
+        "gpu.py --device cpu --smallest --variants eager transformers",
+        pytest.param("gpu.py --device cpu --smallest", marks=pytest.mark.slow),  # and compiled
     ],
 )
 def test_a_benchmark_at_its_smallest(command: str) -> None:
-    """`step.py` refuses to print figures where transformers' first loss is another, on packed rows with images."""
+    """`step.py` and `gpu.py` refuse to print figures where transformers' first loss is another."""
     done = subprocess.run(
         [sys.executable, *command.split()], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
     )

@@ -52,6 +52,25 @@ def test_flash_cpu():
             torch.testing.assert_close(grads, torch.autograd.grad(want, (q, k, v), do), rtol=1e-11, atol=1e-12)
 
 
+def test_saving_hooks():
+    """Those of the innermost context, of which torch calls no other."""
+    assert private.saving_hooks() is None
+    outer, inner = [], []
+
+    def hooks(calls):
+        return (lambda x: calls.append("pack") or x), (lambda x: calls.append("unpack") or x)
+
+    first, second = hooks(outer), hooks(inner)
+    x = torch.ones(2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(*first), torch.autograd.graph.saved_tensors_hooks(*second):
+        assert private.saving_hooks() == second
+        y = x * x
+    assert private.saving_hooks() is None
+    y.sum().backward()
+    assert outer == []
+    assert inner == ["pack", "pack", "unpack", "unpack"]
+
+
 def test_dispatch_modes():
     assert list(private.dispatch_modes()) == []
     with Seen() as outer, Seen() as inner:

@@ -23,6 +23,7 @@ from mmfn.parallel.weights.gather import Gather, enter
 from mmfn.parallel.weights.gradient_sums import MOST_UNDER_WAY, GradientSums
 from mmfn.parallel.weights.host_memory import HostMemory
 from mmfn.parallel.weights.prefetch import wrap_layer_with_gather, wrap_stack_with_gather, wrap_stack_with_prefetch
+from mmfn.parallel.weights.reshard import wrap_stack_with_reshard
 from mmfn.parallel.weights.sharding import dims_by_axis
 from mmfn.tree import Tree
 
@@ -49,15 +50,16 @@ class WeightSettings:
     """How blocks get their weights, and how gradients are summed.
 
     `compute` and `reduce`: dtypes of gathered parameters and of gradient sums (None: the leaf's own, and float32 or
-    wider). `prefetch` and `keep_gathered`: when whole weights are made (see `data_parallel`). `is_hosted`: parameters
-    lie on the host. `is_head_sharded`: the loss takes a rank's rows of the head. `sums_under_way`: sums of gradients
-    that are sent and not yet waited for, at most.
+    wider). `prefetch`, `keep_gathered` and `reshard_after_forward`: when whole weights are made, and how long they stay
+    (see `data_parallel`). `is_hosted`: parameters lie on the host. `is_head_sharded`: the loss takes a rank's rows of
+    the head. `sums_under_way`: sums of gradients that are sent and not yet waited for, at most.
     """
 
     compute: torch.dtype | None = None
     reduce: torch.dtype | None = None
     prefetch: bool = True
     keep_gathered: bool = False
+    reshard_after_forward: bool = False
     is_hosted: bool = False
     is_head_sharded: bool = False
     sums_under_way: int = MOST_UNDER_WAY
@@ -188,6 +190,11 @@ def _check(program: Program) -> None:
     for path, spec in tree.items(program.specs):
         dims_by_axis(spec, path)
     moved = [what for what, yes in (("activations", program.is_offloaded), ("parameters", weights.is_hosted)) if yes]
+    if weights.reshard_after_forward and program.gathers_in_graphs:
+        raise UserError(
+            f"reshard_after_forward releases what eager blocks saved but the graphs of compiled({program.compile!r}) "
+            "have their gathers in them; use compiled('layer') without selective remat"
+        )
     check_one_graph(program.compile, is_head_sharded=weights.is_head_sharded, moved=moved)
     transport = program.mesh["world"].transport
     if program.compile != "none" and transport is not None and not transport.is_traceable:
@@ -225,6 +232,8 @@ def _weights_in_time(program: Program, ops: Ops, gather: Gather) -> Ops:
             layer = wrap_layer_with_gather(layer, gather)
         if weights.prefetch:
             stack = wrap_stack_with_prefetch(stack, gather, in_backward=not weights.keep_gathered)
+        if weights.reshard_after_forward:
+            stack = wrap_stack_with_reshard(stack, gather, program.watch(ops).gather)
     stack = wrap_stack_with_gather(stack, gather) if weights.keep_gathered else stack
     return replace(ops, layer=layer, stack=stack)
 

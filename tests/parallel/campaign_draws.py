@@ -50,6 +50,7 @@ class Draw:
     optimizer: str
     dtype: torch.dtype
     micro_batches: int
+    is_released: bool
 
     def __str__(self) -> str:
         return ", ".join(f"{f.name} {value}" for f in fields(self) if (value := getattr(self, f.name)) not in ("", ()))
@@ -98,13 +99,16 @@ def draw(seed: int) -> Draw:
         optimizer="adamw" if optimizer == "rules" and trained != "all" else optimizer,
         dtype=dtype,
         micro_batches=r.choice((1, 2, 3)),
+        is_released=random.Random(f"released {seed}").random() < 0.3,
     )
 
 
 def transforms_of(case: Draw) -> list[Transform]:
     """In any order."""
     r, model = random.Random(case.seed), tiny.model_of(case.family, case.num_layers)
-    found = [data_parallel(prefetch=case.gathered != "late", keep_gathered=case.gathered == "kept")]
+    is_kept = case.gathered == "kept"
+    reshard = case.is_released and not is_kept
+    found = [data_parallel(prefetch=case.gathered != "late", keep_gathered=is_kept, reshard_after_forward=reshard)]
     if case.kind:
         found.append(spread(case.kind, case.family))
     if case.layout.ep > 1:

@@ -32,6 +32,8 @@ FAMILIES = tuple(name for name in TINY if name != "small")  # that one is for gr
 QUIET_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 KEPT = ("attention", "matmul", "experts")
 
+RELEASED = data_parallel(reshard_after_forward=True)
+
 
 def line(
     name: str,
@@ -97,6 +99,8 @@ LINES = [
         layouts=(Layout(), TWO),
         dtype=torch.float32,
     ),
+    line("released", RELEASED, layouts=(THREE, HSDP)),
+    line("hosted, released", offload("parameters"), RELEASED, offload("activations"), layouts=(Layout(), TWO)),
     line("kept", data_parallel(keep_gathered=True), remat("full"), layouts=(TWO, HSDP)),
     line("wide sums", data_parallel(), precision(reduce=torch.float64), layouts=(TWO,)),
     line("float32", data_parallel(), precision(compute=torch.float32), layouts=(TWO,), dtype=torch.float32),

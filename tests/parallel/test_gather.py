@@ -17,6 +17,7 @@ from mmfn.parallel.mesh.virtual import run_virtual, virtual
 from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.program import Program, lower, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.offload import offload
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.buckets import Bucket, Cut, Like
 from mmfn.parallel.weights.gather import Gather
@@ -232,7 +233,7 @@ def test_dtypes_of_travel() -> None:
 def block(params: Any, x: Tensor, axis: Axis, gather: Any) -> tuple[Tensor, None]:
     """A block that calls a collective behind its gather, so that the log shows when it ran."""
     w = gather(params)["w"]
-    return Mark.apply(x * w.sum(), axis), None
+    return Mark.apply(x * (w * w).sum(), axis), None
 
 
 class Mark(torch.autograd.Function):
@@ -250,6 +251,9 @@ class Mark(torch.autograd.Function):
         return grad * x.exp(), None
 
 
+RELEASED = data_parallel(reshard_after_forward=True)
+
+
 def log_of_a_stack(*transforms: Any, num_layers: int = 3) -> str:
     """W a gather of weights, B a block's body, G its gradient, R the reduction of gradients of its weights."""
 
@@ -265,7 +269,7 @@ def log_of_a_stack(*transforms: Any, num_layers: int = 3) -> str:
         want = [w.clone().requires_grad_() for w in ws]
         y = torch.ones(())
         for w in want:
-            y = (y * w.sum()).exp()
+            y = (y * (w * w).sum()).exp()
         for grad, expected in zip(grads, torch.autograd.grad(2 * y, want), strict=True):  # two ranks, two losses
             torch.testing.assert_close(grad.to_local(), local(shard(expected, sharding_of(spec_w, mesh))))
         return x.detach()
@@ -295,6 +299,11 @@ def log_of_a_stack(*transforms: Any, num_layers: int = 3) -> str:
         ((data_parallel(prefetch=False), remat("uniform", num_layers=2)), "WBWB WB WBGR WBWBGRGR"),
         ((data_parallel(keep_gathered=True), remat("uniform", num_layers=2)), "WWBB WB BGR BBGGRR"),
         ((data_parallel(), remat("block", num_layers=2)), "WWBWBB GR WWBGR BGR"),
+        ((RELEASED,), "WWBWBB WWGR WGR GR"),
+        ((data_parallel(reshard_after_forward=True, prefetch=False),), "WBWBWB GWR GWR GWR"),
+        ((RELEASED, remat("full", every=2)), "WWBWBB WWBGR WGR BGR"),
+        ((RELEASED, remat("full")), "WWBWBB WWBGR WBGR BGR"),
+        ((RELEASED, offload("activations")), "WWBWBB WWGR WGR GR"),
     ],
 )
 def test_order_of_gathers(transforms: Sequence[Any], log: str) -> None:
@@ -323,6 +332,7 @@ def test_blocks_that_are_alike_are_planned_once(monkeypatch: pytest.MonkeyPatch)
 
 
 PER_LAYER = {
+    "released": ((RELEASED,), 2, 1),
     "plain": ((data_parallel(),), 1, 1),
     "no prefetch": ((data_parallel(prefetch=False),), 1, 1),
     "remat": ((data_parallel(), remat("full")), 2, 1),

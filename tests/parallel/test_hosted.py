@@ -13,11 +13,12 @@ from mmfn.ops import call_layer, run_stack
 from mmfn.parallel.mesh.layout import Layout, Mesh, single_mesh
 from mmfn.parallel.mesh.virtual import virtual
 from mmfn.parallel.weights.gather import Gather, enter
-from mmfn.parallel.weights.host_memory import Arrival, HostMemory
+from mmfn.parallel.weights.host_memory import HostMemory
 from mmfn.parallel.weights.hosted import copy_of, fetch_in_graph, handles, host_copy, to_device, to_host
 from mmfn.parallel.weights.prefetch import wrap_stack_with_gather, wrap_stack_with_prefetch
 from mmfn.parallel.weights.recompute import Recomputed
 from mmfn.parallel.weights.sharding import local, shard_params
+from mmfn.parallel.weights.streams import Arrival
 from mmfn.spec import ONES, spec
 
 CPU = torch.device("cpu")

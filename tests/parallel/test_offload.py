@@ -15,7 +15,8 @@ from mmfn.parallel.transforms import offload as module
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.transforms.offload import OFFLOAD_KINDS, offload, wrap_stack_with_offload
 from mmfn.parallel.transforms.remat import remat
-from mmfn.parallel.weights.host_memory import Arrival, HostMemory
+from mmfn.parallel.weights.host_memory import HostMemory
+from mmfn.parallel.weights.streams import Arrival
 from mmfn.train.planning import step_trace
 from tests.parallel.allocated import allocated_peak
 from tests.parallel.conformance import Cell, check_outcome, outcome

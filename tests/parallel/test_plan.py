@@ -19,6 +19,7 @@ from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.planning.trace import Key, Recorder
 from mmfn.parallel.transforms.compiled import compiled
 from mmfn.parallel.weights.sharding import local
+from mmfn.spec import num_params
 from mmfn.train.planning import step_plan, step_trace
 from mmfn.train.planning.picture import render
 from mmfn.train.schedule import schedule
@@ -31,7 +32,18 @@ SAMPLE = (
     *("one device", "remat", "uniform remat", "block remat", "remat of the tower", "offload", "offload, remat, dp"),
     *("offload optimizer", "offload both, dp"),
     *("offload parameters, remat", "offload parameters, dp", "offload parameters, lora", "offload all"),
-    *("frozen tower", "lora", "micro-batches", "experts", "dp, remat", "hsdp", "gather", "ring, dp", "ep"),
+    *(
+        "frozen tower",
+        "lora",
+        "micro-batches",
+        "experts",
+        "dp, remat",
+        "dp, released",
+        "hsdp",
+        "gather",
+        "ring, dp",
+        "ep",
+    ),
     *(
         "ep, exchange kept",
         "capacity, exchange kept",
@@ -123,6 +135,20 @@ def test_what_is_kept_of_an_exchange_is_counted() -> None:
         assert of_site[2] == of_site[0] != of_site[1]
 
 
+def test_a_plan_shows_whole_weights_that_are_released() -> None:
+    """Between the passes, of every block more all its weights, each of which some node saves."""
+    whole, layers = {}, (3, 6)
+    for n in layers:
+        for reshard in (False, True):
+            setup, layout = make(layers=n, dp=2, reshard_after_forward=reshard)
+            peaks = step_trace.trace_step(setup, layout, n).peaks
+            whole[n, reshard] = peaks["backward", 0, n + 2].parts["gathered weights"]  # behind those of the tower
+    block = setup.family.specs(setup.cfg)["text"]["layers"][0]
+    num_bytes = 4 * num_params(block)
+    assert whole[6, False] - whole[3, False] == 3 * num_bytes
+    assert whole[6, True] == whole[3, True] < whole[3, False] - 3 * num_bytes
+
+
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_peak_is_that_of_the_allocator(name: str) -> None:
     """torch's own allocation events know nothing of the recorder."""
@@ -180,7 +206,7 @@ def _by_call(table: Counter[Key]) -> Counter[Any]:
 EXTENDED = (
     *("one device", "dp, remat", "experts", "ring, dp", "micro-batches", "uniform remat", "block remat", "every 2"),
     *("remat of the tower", "offload", "offload both, dp", "ep, exchange kept"),
-    *("offload parameters, remat", "offload parameters, dp", "toy, hsdp", "toy, ring, ep"),
+    *("offload parameters, remat", "offload parameters, dp", "toy, hsdp", "toy, ring, ep", "dp, released"),
 )
 
 

@@ -27,6 +27,7 @@ CELLS = {
         Cell(layout=Layout(dp=4), name="remat", transforms=(data_parallel(), remat("full"))),
         Cell(layout=Layout(replicate=2, dp=2), name="hsdp", transforms=(data_parallel(), remat("full")), family="moe"),
         Cell(layout=Layout(replicate=4), name="ddp", transforms=(data_parallel(),), batch="first half unsupervised"),
+        Cell(layout=Layout(dp=4), name="released", transforms=(data_parallel(reshard_after_forward=True),)),
         Cell(layout=Layout(dp=4), name="sharded head", transforms=(data_parallel(), vocabulary_parallel())),
         Cell(
             layout=Layout(dp=4),

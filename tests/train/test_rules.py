@@ -35,6 +35,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"layout.head": "sharded"}, "layout.head has no effect with dp 1 and cp 1"),
     ({"layout.prefetch": False}, "layout.prefetch has no effect with dp 1 and cp 1, parameters on the device"),
     ({"layout.keep_gathered": True, "layout.remat": "full"}, "layout.keep_gathered has no effect on one rank"),
+    ({"layout.reshard_after_forward": True}, "layout.reshard_after_forward has no effect on one rank with parameters"),
     ({"layout.sums_under_way": 0}, "layout.sums_under_way has no effect with one rank"),
     ({"layout.reduce_dtype": "bfloat16"}, "layout.reduce_dtype has no effect with one rank"),
     ({"layout.timeout_s": 60}, "layout.timeout_s has no effect with one rank"),
@@ -44,6 +45,23 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"layout.ulysses": 2}, "layout.ulysses has no effect with kind 'gather'"),
     ({"layout.keep_gathered": True, "layout.dp": 2}, "layout.keep_gathered has no effect with remat 'none'"),
+    (
+        {
+            "layout.keep_gathered": True,
+            "layout.reshard_after_forward": True,
+            "layout.dp": 2,
+            "layout.remat": "block",
+        },
+        "layout.keep_gathered, layout.reshard_after_forward: keep_gathered keeps whole weights and reshard_after",
+    ),
+    (
+        {"layout.reshard_after_forward": True, "layout.dp": 2, "layout.remat": "full"},
+        "layout.reshard_after_forward has no effect where remat computes all layers again",
+    ),
+    (
+        {"layout.reshard_after_forward": True, "layout.dp": 2, "train.compile": "step"},
+        "layout.reshard_after_forward has no effect with train.compile 'step' and remat 'none', whose graphs gather",
+    ),
     (
         {"layout.prefetch": False, "layout.dp": 2, "train.compile": "layer", "layout.remat": "selective"},
         "layout.prefetch has no effect with train.compile 'layer' and remat 'selective', whose graphs gather",

@@ -13,9 +13,10 @@ from mmfn import tree
 from mmfn.errors import UserError
 from mmfn.parallel.program import Program, Transform, noted
 from mmfn.parallel.weights.gather import BlockWeights, Weight
-from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
+from mmfn.parallel.weights.host_memory import HostMemory, counted_empty
 from mmfn.parallel.weights.prefetch import on_gradient
 from mmfn.parallel.weights.sharding import local
+from mmfn.parallel.weights.streams import Arrival
 from mmfn.torch_private import storage_key
 
 OFFLOAD_KINDS = ("activations", "parameters")

@@ -6,7 +6,8 @@ calls the first two ahead of time is in `prefetch`; a block alone does all three
 leaves (buckets, cuts, dtypes) is planned once for all blocks that are alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -22,9 +23,10 @@ from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.weights.buckets import Bucket, Cut, Issued, Like
 from mmfn.parallel.weights.gradient_sums import GradientSums
-from mmfn.parallel.weights.host_memory import Arrival, HostMemory, counted_empty
+from mmfn.parallel.weights.host_memory import HostMemory, counted_empty
 from mmfn.parallel.weights.hosted import fetch_in_graph, stand_for
 from mmfn.parallel.weights.sharding import Sharding, local, shard_shape, sharding_of
+from mmfn.parallel.weights.streams import Arrival, SideStream
 from mmfn.spec import ParamSpec
 from mmfn.torch_private import local_tensor
 from mmfn.tree import Tree
@@ -69,7 +71,12 @@ class Plan(NamedTuple):
 
 @dataclass(eq=False)
 class BlockWeights:
-    """The weights of one block, and what of them is under way: `copies` from the host, all-gathers, a list."""
+    """The weights of one block, and what of them is under way: `copies` from the host, all-gathers, a list, which
+    what is sent is packed for beside the computation.
+
+    `on_take`: called with the whole weights when they are taken. `is_gathered_again`: the backward takes them too
+    (`reshard`).
+    """
 
     weights: list[Weight]
     structure: optree.PyTreeSpec
@@ -77,6 +84,9 @@ class BlockWeights:
     copies: dict[int, Tensor] | None = None
     arrival: Arrival | None = None
     issued: list[Issued] | None = None
+    packed: Arrival | None = None
+    on_take: Callable[[Sequence[Tensor]], None] | None = None
+    is_gathered_again: bool = False
 
     def arrived(self) -> dict[int, Tensor]:
         """The copies by position; what the current stream is given from here on may read and free them."""
@@ -87,6 +97,8 @@ class BlockWeights:
 
     def release(self) -> list[Issued] | None:
         """The all-gathers, which are kept here no longer, as they would keep whole weights alive."""
+        if self.packed is not None:
+            self.packed.wait()  # where a rank is alone on its axis, there is nothing else to wait for
         issued, self.issued = self.issued, None
         return issued
 
@@ -100,7 +112,8 @@ class Gather:
     placement, layout and dtype of the leaf: summed over "shard" (experts: edp) by reduce-scatter and over "replicate"
     by all-reduce. Leaves that need no gradient go in a bucket of their own. With `is_sharded` leaves stay this rank's
     shards, and what computes with them has summed their gradients over "shard" itself. What lies on the host is copied
-    to the device before, through `memory`; without one the copies are operators of a graph.
+    to the device before, through `memory`; without one the copies are operators of a graph. Gathers that are started
+    ahead are packed and sent on `side`, but for copies from the host, which the current stream has waited for.
     """
 
     mesh: Mesh
@@ -108,12 +121,13 @@ class Gather:
     reduce: torch.dtype | None = None
     is_sharded: bool = False
     memory: HostMemory | None = None
+    side: SideStream = field(default_factory=SideStream)
     places: dict[Any, Place] = field(default_factory=dict, init=False, repr=False, compare=False)
     plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, params: Tree | BlockWeights) -> Tree:
         """The weights of a block: of `Weight` leaves, of leaves as they are, or of those that are under way."""
-        block = params if isinstance(params, BlockWeights) else self.block(params)
+        block = self.block(params)
         if self.memory is not None:
             self.start(block)
         return self.take(block)
@@ -125,8 +139,10 @@ class Gather:
         sharding = sharding_of(spec, self.mesh, path)
         return self._place(spec.shape, shard_shape(spec.shape, sharding), sharding)
 
-    def block(self, params: Tree) -> BlockWeights:
-        """A block of which nothing is under way yet."""
+    def block(self, params: Tree | BlockWeights) -> BlockWeights:
+        """A block of which nothing is under way yet, or one as it is."""
+        if isinstance(params, BlockWeights):
+            return params
         leaves, structure = tree.flatten(params)
         weights = [x if isinstance(x, Weight) else self._weight(x) for x in leaves]
         return BlockWeights(weights, structure, self._plan(weights))
@@ -146,10 +162,14 @@ class Gather:
         self.start_copies(block)
         buckets, weights = block.plan.buckets, block.weights
         copies = block.arrived() if buckets else {}
-        block.issued = [
-            bucket.issue([copies.pop(i) if i in copies else local(weights[i].leaf) for i in members])
-            for bucket, members in buckets
-        ]
+        is_aside, device = bool(buckets and not copies), weights[0].leaf.device
+        with self.side.behind_current(device) if is_aside else nullcontext():
+            block.issued = [
+                bucket.issue([copies.pop(i) if i in copies else local(weights[i].leaf) for i in members])
+                for bucket, members in buckets
+            ]
+        if is_aside:
+            block.packed = self.side.arrival(device)
         if copies:
             block.copies = copies
 
@@ -171,7 +191,10 @@ class Gather:
                 gathered = bucket.gather(shards, under_way)
             for i, whole in zip(members, gathered, strict=True):
                 leaves[i] = whole
-        return tree.unflatten(block.structure, [x.to(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
+        leaves = [x.to(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+        if block.on_take is not None:
+            block.on_take(leaves)
+        return tree.unflatten(block.structure, leaves)
 
     def _weight(self, leaf: Tensor) -> Weight:
         """A leaf that comes as it is."""

@@ -5,10 +5,11 @@ Where the device is the CPU, the same code makes plain copies; a plan counts the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmfn.parallel.weights.streams import Arrival, SideStream, has_streams
 
 HOST_DEVICE = torch.device("cpu")
 HOST = "host memory"  # what plans count buffers of the host under, beside the memory of the device
@@ -16,7 +17,7 @@ HOST = "host memory"  # what plans count buffers of the host under, beside the m
 
 def is_pinned_for(device: torch.device) -> bool:
     """Whether memory of the host is pinned for copies to and from a device."""
-    return device.type not in ("cpu", "meta")
+    return has_streams(device)
 
 
 def complete(device: torch.device) -> None:
@@ -36,24 +37,6 @@ def _(x: Tensor, device: torch.device, site: str, is_pinned: bool = False) -> Te
     return torch.empty(x.shape, dtype=x.dtype, device=x.device if x.is_meta else device)
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """Copies of a device under way; `event` None: they are complete."""
-
-    event: Any = None
-    device: torch.device | None = None
-
-    def wait(self) -> None:
-        """What the device's current stream is given from here on runs behind the copies. The host does not wait."""
-        if self.event is not None:
-            torch.accelerator.current_stream(self.device).wait_event(self.event)
-
-    def synchronize(self) -> None:
-        """Wait, on the host, until the copies are complete."""
-        if self.event is not None:
-            self.event.synchronize()
-
-
 @dataclass(eq=False)
 class HostMemory:
     """Buffers by dtype and shape, made once and reused, and one stream per device that all copies go through in order.
@@ -62,7 +45,7 @@ class HostMemory:
     """
 
     free: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = field(default_factory=dict)
-    streams: dict[torch.device, torch.Stream] = field(default_factory=dict)
+    side: SideStream = field(default_factory=SideStream)
 
     def take(self, x: Tensor, device: torch.device | None = None) -> Tensor:
         """A buffer for what `x` holds, for copies to and from `device` (default: that of x)."""
@@ -81,11 +64,7 @@ class HostMemory:
             for to, source in pairs:
                 to.copy_(source)
             return Arrival()
-        if device not in self.streams:
-            self.streams[device] = torch.Stream(device)
-        side = self.streams[device]
-        side.wait_stream(torch.accelerator.current_stream(device))
-        with side:
+        with self.side.behind_current(device):
             for to, source in pairs:
                 to.copy_(source, non_blocking=True)
-        return Arrival(side.record_event(), device)
+        return self.side.arrival(device)

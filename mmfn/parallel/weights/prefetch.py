@@ -23,26 +23,27 @@ Stack = Callable[..., Any]  # `ops.stack`
 def wrap_stack_with_prefetch(stack: Stack, gather: Gather, *, in_backward: bool) -> Stack:
     """Start the all-gather of the next block before a block runs, so that the two overlap.
 
-    `in_backward`: blocks that are computed again gather again; then the gather of the block before is started when the
-    gradient reaches a block. There is at most one gather ahead, and each is taken by the block it is for; in a group
-    of blocks that are run as one, it is that of the second block, or (backward) of the first. Outside of graphs only:
-    what is under way is written down in `BlockWeights`, which a graph cannot hold. Where parameters lie on the host
-    their copies are started with the gather on one device, and one block before it on several, so that the gather does
-    not wait.
+    `in_backward`: blocks that are computed again gather again, as do those whose weights were released (`reshard`);
+    then the gather of the block before is started when the gradient reaches a block. There is at most one gather ahead,
+    and each is taken by the block it is for; in a group of blocks that are run as one, it is that of the second block,
+    or (backward) of the first. Outside of graphs only: what is under way is written down in `BlockWeights`, which a
+    graph cannot hold. Where parameters lie on the host their copies are started with the gather on one device, and one
+    block before it on several, so that the gather does not wait.
     """
     is_on_several = gather.mesh.layout.world > 1
 
     def run_stack(run: Run, block: Any, layers: Sequence[Tree], x: Tensor, *xs: Any, **kwargs: Any) -> Any:
         blocks = [gather.block(params) for params in layers]
         rest = list(blocks)  # to run, from the next one on
-        again: list[BlockWeights] = []  # to compute again, so far
+        again: list[BlockWeights] = []  # to gather again, so far
 
         def run_ahead(block: Any, params: Params, *xs: Any) -> tuple[Tensor, Any]:
             members = params if isinstance(params, list) else [params]
             _start(gather, rest, is_on_several)
             del rest[: len(members)]
             x, out = run(block, params, *xs)
-            if in_backward and isinstance(block, Recomputed) and x.requires_grad:  # a frozen stack has no backward
+            is_gathered_again = isinstance(block, Recomputed) or members[0].is_gathered_again
+            if in_backward and is_gathered_again and x.requires_grad:  # a frozen stack has no backward
                 again.append(members[0])
                 x = on_gradient(x, partial(_start, gather, again[-1:-4:-1], is_on_several))
             return x, out

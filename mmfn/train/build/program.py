@@ -54,6 +54,7 @@ def build_program(
         data_parallel(
             prefetch=section.prefetch,
             keep_gathered=section.keep_gathered,
+            reshard_after_forward=section.reshard_after_forward,
             sums_under_way=section.sums_under_way,
         ),
         compiled(config.train.compile),

@@ -14,7 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from mmfn.parallel.mesh.axis import Axis
-from mmfn.parallel.weights.host_memory import Arrival, HostMemory
+from mmfn.parallel.weights.host_memory import HostMemory
+from mmfn.parallel.weights.streams import Arrival
 from mmfn.train.checkpoint.format import Facts
 from mmfn.train.checkpoint.retention import Retention, remove_old
 from mmfn.train.checkpoint.write import Part, part_of, publish

@@ -39,6 +39,10 @@ class LayoutSection(ConfigSection):
     )
     prefetch: bool = Field(default=True, description="gather the next layer's parameters while one computes")
     keep_gathered: bool = Field(default=False, description="keep gathered parameters for the backward under remat")
+    reshard_after_forward: bool = Field(
+        default=False,
+        description="release gathered parameters behind the forward, and gather them again, without remat",
+    )
     sums_under_way: NonNegativeInt = Field(
         default=MOST_UNDER_WAY, description="sums of layers' gradients that run beside the backward at once; 0: none"
     )
@@ -85,6 +89,12 @@ class LayoutSection(ConfigSection):
     def remat_kinds(self) -> set[str]:
         """What is computed again, over all stacks."""
         return {self.remat, *(stack.kind for stack in self.remat_stacks.values())}
+
+    @property
+    def recomputes_all(self) -> bool:
+        """Whether every block of every stack is computed again."""
+        policies = self.remat_of(""), *self.remat_stacks.values()
+        return all(p.every == 1 and p.kind in ("full", "selective", "uniform") for p in policies)
 
     def remat_of(self, stack: str) -> RematStack:
         """What is computed again of a stack."""

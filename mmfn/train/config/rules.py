@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from mmfn.parallel.program import check_one_graph
 from mmfn.parallel.transforms.context_parallel import check_kind
+from mmfn.parallel.transforms.data_parallel import check_weights
 from mmfn.parallel.transforms.expert_parallel import check_experts
 from mmfn.train.config import conditions
 from mmfn.train.config.learning import LoraSection
@@ -37,6 +38,7 @@ RULES = (
         warns=True,
     ),
     idle("layout.keep_gathered", conditions.is_alone, "on one rank with parameters on the device", warns=True),
+    idle("layout.reshard_after_forward", conditions.is_alone, "on one rank with parameters on the device", warns=True),
     idle("layout.sums_under_way", lambda c: c.layout.world == 1, "with one rank", warns=True),
     idle("layout.reduce_dtype", lambda c: c.layout.world == 1, "with one rank", warns=True),
     idle("layout.timeout_s", lambda c: c.layout.world == 1, "with one rank", warns=True),
@@ -44,6 +46,14 @@ RULES = (
     # layout
     idle("layout.ulysses", lambda c: c.layout.kind != "usp", "with kind {c.layout.kind!r}"),
     idle("layout.keep_gathered", lambda c: not conditions.recomputes(c), "with remat 'none'"),
+    asked(
+        "layout.keep_gathered layout.reshard_after_forward",
+        lambda c: check_weights(
+            keep_gathered=c.layout.keep_gathered, reshard_after_forward=c.layout.reshard_after_forward
+        ),
+    ),
+    idle("layout.reshard_after_forward", lambda c: c.layout.recomputes_all, "where remat computes all layers again"),
+    idle("layout.reshard_after_forward", lambda c: c.gathers_in_graphs, IN_GRAPHS),
     idle("layout.prefetch", lambda c: c.gathers_in_graphs, IN_GRAPHS),
     idle("layout.sums_under_way", lambda c: c.gathers_in_graphs, IN_GRAPHS),
     Rule(settings=("layout.remat_save", "layout.remat_every", "layout.remat_layers"), find=conditions.idle_policies),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mmfn import tree
 from mmfn.errors import UserError
-from mmfn.parallel.weights.host_memory import HOST_DEVICE, Arrival, HostMemory, counted_empty
+from mmfn.parallel.weights.host_memory import HOST_DEVICE, HostMemory, counted_empty
+from mmfn.parallel.weights.streams import Arrival
 from mmfn.train.optim.transform import Facts, Leaves, Transform, Update, UpdateFn
 from mmfn.tree import Tree
 

@@ -15,7 +15,7 @@ from mmfn.train.run.replay.watch import Watch
 
 PLAIN: Mapping[str, Any] = {
     "remat": "full", "remat_stacks": {}, "remat_save": ("attention",), "remat_every": 1, "remat_layers": 1,
-    "offload": (), "keep_gathered": False,
+    "offload": (), "keep_gathered": False, "reshard_after_forward": False,
 }  # fmt: skip
 """What changes no number of an eager step: blocks are computed again, and nothing is moved."""
 
