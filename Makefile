@@ -5,7 +5,7 @@
 #   make demo-lora  teach the demo's model another question by LoRA, after `make demo` (a minute)
 #   make demo-audio  train a small model that hears on synthetic telephone tones (a minute)
 #   make test     the fast test suite          make test-full   with the slow tests
-#   make check    format, lint, types, tests   make check-full   the same with the slow tests
+#   make check    format, lint, types, tests, test-npu   make check-full   the same with the slow tests
 #   make test-npu  checks every call of ops.table("npu") against torch_npu itself, which is installed beside (no NPU is needed)
 #   make format   rewrite files in the project's format
 #   make house    draw which package imports which into docs/architecture.md
@@ -89,9 +89,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test test-npu
 
-check-full: lint test-full
+check-full: lint test-full test-npu
 
 format: $(STAMP)
 	$(BIN)/ruff format .
