@@ -78,7 +78,8 @@ def describe_memory(config: Config) -> str:
     layout = config.layout
     saved = f" but {', '.join(layout.remat_save)}" if layout.remat == "selective" else ""
     offload = f", {' and '.join(layout.offload)} on the host" if layout.offload else ""
-    return f"remat {layout.remat}{saved}{offload}"
+    released = ", whole weights released" if layout.reshard_after_forward else ""
+    return f"remat {layout.remat}{saved}{released}{offload}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,8 @@ class Space:
                     yield budget, {**sizes, **({"kind": "ulysses"} if cp > 1 else {})}
 
     def policies(self, layout: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """What may be computed again, from nothing to all: what costs most for its memory is kept longest."""
+        """What may be computed again, from nothing to all: what costs most for its memory is kept longest. Before
+        anything is, whole weights are gathered again, where there are ranks to gather them from outside of graphs."""
         if "remat" in self._layout:
             return [{}]
         family, cfg = find_family(self._bare.model)
@@ -129,7 +131,9 @@ class Space:
         exchange = ["exchange"] if layout["ep"] > 1 else []
         saves = [["attention", *exchange, *experts, "matmul"], ["attention", *exchange], ["attention"]]
         saves = saves if exchange else saves[:2]
-        return [{"remat": "none"}, *({"remat": "selective", "remat_save": save} for save in saves), FULL]
+        is_open = self.world > 1 and self.settings.values.get("train", {}).get("compile") != "step"
+        released = [{"remat": "none", "reshard_after_forward": True}] if is_open else []
+        return [{"remat": "none"}, *released, *({"remat": "selective", "remat_save": save} for save in saves), FULL]
 
     def offloads(self) -> tuple[tuple[str, ...], ...]:
         """What may lie on the host."""
