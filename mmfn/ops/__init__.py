@@ -310,6 +310,7 @@ def portable(*, cross_entropy: str = "auto", logit_bytes: int = CHUNK_BYTES) -> 
         linear_cross_entropy=Kernel(
             partial(linear_cross_entropy, method=method, chunk_bytes=logit_bytes), operators=OPERATORS
         ),
+        experts_over_ranks=exchange.KERNEL,  # the default, which a graph that makes the table has no name for
         logit_bytes=logit_bytes,
         notes=(f"cross entropy of bfloat16 on a CPU by {name} ({reason})",),
     )
