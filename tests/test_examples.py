@@ -33,10 +33,13 @@ def test_mesh_experiment(capsys: pytest.CaptureFixture[str]) -> None:
         "memory.py --width 128 --layers 2 --tokens 64 --rounds 1 --policies none",
         "gpu.py --device cpu --smallest --variants eager transformers",
         pytest.param("gpu.py --device cpu --smallest", marks=pytest.mark.slow),  # and compiled
+        pytest.param(
+            "communication.py --ranks 2 --layers 1 --tokens 64 --rounds 1 --width 128", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_benchmark_at_its_smallest(command: str) -> None:
-    """`step.py` and `gpu.py` refuse to print figures where transformers' first loss is another."""
+    """Those that compare refuse to print figures where first losses are others (`step`, `gpu`, `communication`)."""
     done = subprocess.run(
         [sys.executable, *command.split()], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
     )
