@@ -51,6 +51,7 @@ PLAIN = campaign.Draw(
     optimizer="adamw",
     dtype=torch.float64,
     micro_batches=2,
+    is_released=False,
 )
 
 
