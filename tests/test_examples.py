@@ -27,7 +27,9 @@ def test_mesh_experiment(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "step.py --sizes tiny --seeds 1 --rounds 1 --variants eager --allocators default",
+        pytest.param(
+            "step.py --sizes tiny --seeds 1 --rounds 1 --variants eager --allocators default", marks=pytest.mark.slow
+        ),
         "cross_entropy.py --sizes 64x128x32 --rounds 1 --allocators default",
         "gated_delta_rule.py --sizes 1:2x70x16 --rounds 1",
         "memory.py --width 128 --layers 2 --tokens 64 --rounds 1 --policies none",

@@ -404,9 +404,11 @@ def test_four_real_ranks() -> None:
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        ("dropless, remat", "aot_eager"),
         ("dropless, exchange kept", "aot_eager"),
-        *(pytest.param(name, "aot_eager", marks=SLOW) for name in ("dropless", "capacity", "capacity, exchange kept")),
+        *(
+            pytest.param(name, "aot_eager", marks=SLOW)
+            for name in ("dropless", "dropless, remat", "capacity", "capacity, exchange kept")
+        ),
         *(pytest.param(f"{kind}, exchange kept", "inductor", marks=SLOW) for kind in ("dropless", "capacity")),
     ],
 )

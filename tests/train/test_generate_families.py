@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("family", ["qwen3_omni", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", ["qwen3_omni", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)])
 def test_ranks_that_share_experts_answer_as_one(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,12 @@ from mmfn.train.step import init_state, make_step
 from tests import tiny
 from tests.train.test_every_family import NAMES
 
+SAMPLED = {("dense", "step"), ("delta_moe", "step"), ("moe", "layer"), ("glm", "layer"), ("omni", "layer")}
+CELLS = [
+    pytest.param(name, kind, marks=() if (name, kind) in SAMPLED else pytest.mark.slow)
+    for name in NAMES
+    for kind in ("layer", "step")
+]
 NUM_LAYERS = 6  # so that there are several blocks of each kind
 SAMPLES = 4
 FURTHER = {"omni": 1}  # beside blocks: the convolutions of sound
@@ -65,8 +71,7 @@ def num_kinds(model: mmfn.Model) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("kind", ["layer", "step"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), CELLS)
 def test_there_is_one_graph_for_each_kind_of_block_or_one_in_all(name: str, kind: str) -> None:
     """And one for the update. What a compiled step learns is what one on its own does, to rounding."""
     torch._dynamo.reset()
