@@ -34,6 +34,7 @@ from mmfn.parallel.planning.time_model import wire_bytes
 from mmfn.parallel.planning.trace import Trace
 from mmfn.parallel.program import Program, Transform, pipe
 from mmfn.parallel.transforms.data_parallel import data_parallel
+from mmfn.parallel.transforms.precision import precision
 from mmfn.parallel.transforms.remat import remat
 from mmfn.parallel.weights.sharding import shard_params
 from mmfn.spec import init_params
@@ -121,8 +122,9 @@ def make_setup(order: str, args: argparse.Namespace) -> step_trace.PlannedStep:
     """The step of an order, of a batch with an image."""
     hf = config(args.width, args.layers)
     hf["text_config"]["vocab_size"] = args.vocabulary
+    hf["vision_config"]["depth"] = args.tower_layers
     family = models.family(hf["model_type"])
-    transforms: list[Transform] = [ORDERS[order], remat("full")]
+    transforms: list[Transform] = [ORDERS[order], remat("full"), precision(compute=torch.bfloat16)]
     return step_trace.PlannedStep(
         family=family,
         cfg=family.config_from_hf(hf),
@@ -205,8 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8, help="of the text and of the tower")
-    parser.add_argument("--tokens", type=int, default=512, help="a rank")
+    parser.add_argument("--layers", type=int, default=12, help="of the text")
+    parser.add_argument("--tower-layers", type=int, default=2, help="as small a part as in a published model")
+    parser.add_argument("--tokens", type=int, default=1024, help="a rank")
     parser.add_argument("--vocabulary", type=int, default=1024, help="as small a part as in a model of 30B or more")
     parser.add_argument("--share", type=float, default=0.7, help="sums of gradients to a step without delays")
     parser.add_argument("--rounds", type=int, default=5)
