@@ -3,6 +3,7 @@
     python benchmarks/communication.py                            # 4 ranks, minutes
     python benchmarks/communication.py --share 0.3 --layers 4 --rounds 3
 
+The model computes in bfloat16 and sums gradients in float32, all blocks again in the backward; most of it is text.
 Collectives take their bytes on the wire (ring algorithms) / a rate, beside the computation, those of one process
 group one after the other; a rank that waits sleeps. The rate is such that the sums of a step's gradients take
 `--share` of the time that a step takes without delays. Orders: "waited for", nothing runs ahead or behind; "gathers

@@ -16,40 +16,49 @@ EXPERT_OPS = ("experts", "exchange")  # of those that selective remat can keep
 
 
 def is_alone(c: Config) -> bool:
+    """One rank, whose parameters are on the device: nothing is gathered."""
     return c.layout.world == 1 and "parameters" not in c.layout.offload
 
 
 def is_unsharded(c: Config) -> bool:
+    """No parameter is cut over ranks."""
     return c.layout.dp * c.layout.cp == 1
 
 
 def recomputes(c: Config) -> bool:
+    """Some stack is computed again."""
     return c.layout.remat_kinds != {"none"}
 
 
 def is_all_float32(c: Config) -> bool:
+    """No leaf is computed in a narrower dtype."""
     rules = c.layout.compute_rules or {}
     return {c.layout.compute_dtype or c.model.dtype, *rules.values()} == {"float32"}
 
 
 def is_stateless(c: Config) -> bool:
+    """The optimizer keeps nothing beside the parameters."""
     has_master = c.model.dtype == "bfloat16" and c.optimizer.master is not False
     return c.optimizer.kind == "sgd" and c.optimizer.momentum == 0 and c.optimizer.ema_decay is None and not has_master
 
 
 def is_on_accelerator(c: Config) -> bool:
+    """The device is none of the CPU's."""
     return not c.model.device.startswith("cpu")
 
 
 def is_of_any_device(c: Config) -> bool:
+    """The table is one that every device has."""
     return c.model.table in ("portable", "reference")
 
 
 def is_by_package(c: Config, op: str) -> bool:
+    """Whether `op` is a kernel of an installed package."""
     return any(op in PACKAGES[name].kernels() for name in c.model.kernel_packages)
 
 
 def kernel_packages(subject: Subject) -> Iterator[str]:
+    """Packages without kernels for the device."""
     section = subject.config.model
     for name in section.kernel_packages:
         kinds = tuple(PACKAGES[name].needs)
@@ -61,6 +70,7 @@ def kernel_packages(subject: Subject) -> Iterator[str]:
 
 
 def short_schedules(subject: Subject) -> Iterator[str]:
+    """Schedules that end before they have warmed up."""
     config = subject.config
     shapes = {"schedule": config.schedule} | {f"schedule.groups {k!r}": v for k, v in config.schedule.groups.items()}
     for name, shape in shapes.items():
@@ -70,6 +80,7 @@ def short_schedules(subject: Subject) -> Iterator[str]:
 
 
 def constant_schedules(subject: Subject) -> Iterator[str]:
+    """Constant schedules that are told where to end."""
     chosen = subject.config.schedule
     shapes = {"schedule": chosen} | {f"schedule.groups {k!r}": v for k, v in chosen.groups.items()}
     for name, shape in shapes.items():
@@ -78,6 +89,7 @@ def constant_schedules(subject: Subject) -> Iterator[str]:
 
 
 def data_sets(subject: Subject) -> Iterator[str]:
+    """Weights, columns and dialects of data sets that mean nothing, or not to all."""
     data = subject.config.data
     for name, sets in (("data.train", list_sets(data.train)), ("data.eval", list_sets(data.eval))):
         weights = [one.path for one in sets if one.weight is not None]
@@ -100,6 +112,7 @@ def data_sets(subject: Subject) -> Iterator[str]:
 
 
 def bucket_sizes(subject: Subject) -> Iterator[str]:
+    """Buckets that the ranks of cp cannot share."""
     if subject.is_plan:
         return
     layout = subject.config.layout
@@ -112,6 +125,7 @@ def bucket_sizes(subject: Subject) -> Iterator[str]:
 
 
 def batch_tokens(subject: Subject) -> Iterator[str]:
+    """Batches that ranks cannot share evenly."""
     data, layout = subject.config.data, subject.config.layout
     if subject.is_plan or data.batch_tokens is None:
         return
@@ -125,6 +139,7 @@ def batch_tokens(subject: Subject) -> Iterator[str]:
 
 
 def towers(subject: Subject) -> Iterator[str]:
+    """Buckets for towers that the model lacks, and towers without."""
     if subject.towers is None or subject.is_plan:
         return
     sizes, towers = subject.config.data.tower_buckets, ", ".join(subject.towers)
@@ -137,6 +152,7 @@ def towers(subject: Subject) -> Iterator[str]:
 
 
 def remat_names(subject: Subject) -> Iterator[str]:
+    """Policies for stacks that the model lacks."""
     if subject.stacks is None:
         return
     for name in subject.config.layout.remat_stacks:
@@ -153,6 +169,7 @@ def policies(subject: Subject) -> Iterator[tuple[str, RematStack, list[Stack]]]:
 
 
 def idle_policies(subject: Subject) -> Iterator[str]:
+    """Settings of remat that its kind does not read."""
     for spelling, policy, _ in policies(subject):
         for name, kinds in POLICY_KINDS.items():
             if policy.is_changed(name) and policy.kind not in kinds:
@@ -160,6 +177,7 @@ def idle_policies(subject: Subject) -> Iterator[str]:
 
 
 def deep_policies(subject: Subject) -> Iterator[str]:
+    """Settings of remat beyond the depth of the stacks."""
     for spelling, policy, stacks in policies(subject):
         depth = max((stack.depth for stack in stacks), default=0)
         for name in ("every", "layers"):
@@ -172,6 +190,7 @@ def deep_policies(subject: Subject) -> Iterator[str]:
 
 
 def saved_experts(subject: Subject) -> Iterator[str]:
+    """Ops of experts to keep where there are none."""
     for spelling, policy, stacks in policies(subject):
         saved = [op for op in EXPERT_OPS if op in policy.save]
         if saved and stacks and not any(stack.has_experts for stack in stacks):
@@ -179,37 +198,44 @@ def saved_experts(subject: Subject) -> Iterator[str]:
 
 
 def saved_exchange(subject: Subject) -> Iterator[str]:
+    """The exchange to keep where there is none."""
     for spelling, policy, _ in policies(subject):
         if "exchange" in policy.save and subject.config.layout.ep == 1:
             yield f"{spelling.format('save')} 'exchange' has no effect with ep 1; remove it or change that"
 
 
 def expert_settings(subject: Subject) -> Iterator[str]:
+    """How experts are written where there are none."""
     c = subject.config
     if not subject.has_experts and c.is_changed("output.experts"):
         yield f"output.experts {c.output.experts!r} has no effect, the model has no experts; remove it"
 
 
 def capacity(subject: Subject) -> Iterator[str]:
+    """Room for experts where there are none."""
     if not subject.has_experts and subject.config.layout.capacity is not None:
         yield "layout.capacity has no effect, the model has no experts; remove it"
 
 
 def fused_exchange(subject: Subject) -> Iterator[str]:
+    """The exchange of experts where there are none."""
     if not subject.has_experts and subject.config.layout.fused_exchange:
         yield "layout.fused_exchange has no effect, the model has no experts; remove it"
 
 
 def sound_settings(subject: Subject) -> Iterator[str]:
+    """A limit of sound for a model that hears none."""
     if subject.hears is False and subject.config.is_changed("data.max_audio_seconds"):
         yield "data.max_audio_seconds has no effect, the model hears nothing; remove it"
 
 
 def router_settings(subject: Subject) -> Iterator[str]:
+    """A loss of routers where there are none."""
     if not subject.has_experts and subject.config.objective.router_aux_coef is not None:
         yield "objective.router_aux_coef has no effect, the model has no experts; remove it"
 
 
 def ahead_settings(subject: Subject) -> Iterator[str]:
+    """A loss of further tokens where none are predicted."""
     if subject.num_ahead == 0 and subject.config.objective.ahead_weight is not None:
         yield "objective.ahead_weight has no effect, the model predicts no token further ahead; remove it"
