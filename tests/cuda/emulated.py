@@ -91,8 +91,8 @@ def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | No
 
 def rms_norm_grad(
     dy: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor | None, mask: list[bool]
-) -> tuple[Tensor, Tensor]:
-    """`aten::_fused_rms_norm_backward`: gradients of x and of the weight."""
+) -> tuple[Tensor, Tensor | None]:
+    """`aten::_fused_rms_norm_backward`: gradients of x and of the weight, None for what the mask leaves out."""
     calls["rms_norm_grad"] += 1
     assert weight is not None
     assert weight.dtype == x.dtype == dy.dtype
@@ -100,11 +100,12 @@ def rms_norm_grad(
     assert x.is_contiguous()
     assert rstd.shape == (*x.shape[:-1], 1)
     assert list(shape) == [x.shape[-1]]
-    assert list(mask) == [True, True]
+    assert mask[0] is True
     unit, slope = x.to(_wide(x)) * rstd, dy.to(_wide(x)) * weight.to(_wide(x))
     dx = (slope - unit * (slope * unit).mean(-1, keepdim=True)) * rstd
     dw = (dy.to(_wide(x)) * unit).reshape(-1, x.shape[-1]).sum(0)
-    return dx.to(x.dtype), dw.to(weight.dtype)
+    calls["rms_norm_grad of weights"] += mask[1]
+    return dx.to(x.dtype), dw.to(weight.dtype) if mask[1] else None
 
 
 KERNELS = {

@@ -108,6 +108,14 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
     check_close(found, gradients(lambda *xs: REFERENCE.rms_norm(*xs, 1e-2), x, weight))
 
 
+def test_a_frozen_norm_has_no_gradient_of_weights() -> None:
+    x, weight = drawn(5, 8), drawn(8, seed=1)
+    with emulated():
+        found = gradients(lambda x: table("cuda").rms_norm(x, weight, 1e-2), x)
+        assert (kernels.calls["rms_norm_grad"], kernels.calls["rms_norm_grad of weights"]) == (1, 0)
+    check_close(found, gradients(lambda x: REFERENCE.rms_norm(x, weight, 1e-2), x))
+
+
 def test_rms_norm_rounds_as_it_says() -> None:
     """To the bit of the reference with a weight that is wider; with one that is not once, so nearer to the truth."""
     x, weight = drawn(200, 8).bfloat16(), 1 + drawn(8, seed=1)

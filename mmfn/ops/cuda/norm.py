@@ -35,21 +35,24 @@ def _forward(x_D: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]
     return y_D.to(x_D.dtype), rstd_1
 
 
-def _backward(dy_D: Tensor, x_D: Tensor, weight_D: Tensor, rstd_1: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(dy_D: Tensor, x_D: Tensor, weight_D: Tensor, rstd_1: Tensor, needs_dw: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight; without `needs_dw`, of a frozen one, the kernel for that is not started."""
     if x_D.numel() == 0:
-        return torch.zeros_like(x_D), torch.zeros_like(weight_D)
+        return torch.zeros_like(x_D), torch.zeros_like(weight_D) if needs_dw else weight_D.new_empty(0)
     dtype = torch.promote_types(x_D.dtype, weight_D.dtype)
     rows = dy_D.to(dtype).contiguous(), x_D.to(dtype).contiguous()
-    dx_D, dw_D = _fused_grad(*rows, weight_D.shape, rstd_1, weight_D.to(dtype), [True, True])
-    return dx_D.to(x_D.dtype), dw_D.to(weight_D.dtype)
+    dx_D, dw_D = _fused_grad(*rows, weight_D.shape, rstd_1, weight_D.to(dtype), [True, needs_dw])
+    return dx_D.to(x_D.dtype), dw_D.to(weight_D.dtype) if needs_dw else weight_D.new_empty(0)
 
 
 def _forward_fake(x_D: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x_D.new_empty(x_D.shape), x_D.new_empty(*x_D.shape[:-1], 1, dtype=wide(x_D.dtype, weight_D.dtype))
 
 
-def _backward_fake(dy_D: Tensor, x_D: Tensor, weight_D: Tensor, rstd_1: Tensor) -> tuple[Tensor, Tensor]:
-    return x_D.new_empty(x_D.shape), weight_D.new_empty(weight_D.shape)
+def _backward_fake(
+    dy_D: Tensor, x_D: Tensor, weight_D: Tensor, rstd_1: Tensor, needs_dw: bool
+) -> tuple[Tensor, Tensor]:
+    return x_D.new_empty(x_D.shape), weight_D.new_empty(weight_D.shape if needs_dw else 0)
 
 
 def _forward_held(x_D: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -60,10 +63,12 @@ def _forward_held(x_D: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Te
     return out
 
 
-def _backward_held(dy_D: Tensor, x_D: Tensor, weight_D: Tensor, rstd_1: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_held(
+    dy_D: Tensor, x_D: Tensor, weight_D: Tensor, rstd_1: Tensor, needs_dw: bool
+) -> tuple[Tensor, Tensor]:
     """x, dy and dx likewise."""
     held = _widened(x_D, weight_D, 3)
-    out = _backward_fake(dy_D, x_D, weight_D, rstd_1)
+    out = _backward_fake(dy_D, x_D, weight_D, rstd_1, needs_dw)
     del held
     return out
 
@@ -81,8 +86,8 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 def _gradient(ctx: Context, dy_D: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy_D is None:
         return None, None, None
-    dx_D, dw_D = NORM_GRAD(dy_D, *ctx.saved_tensors)
     needs_dx, needs_dw, _eps = ctx.needs_input_grad
+    dx_D, dw_D = NORM_GRAD(dy_D, *ctx.saved_tensors, needs_dw)
     return dx_D if needs_dx else None, dw_D if needs_dw else None, None
 
 
