@@ -5,14 +5,16 @@
 Both sides end with what is copied to a device. There the library's floats are computed with, and mmfn's bytes become
 the same floats, which takes an accelerator no time worth counting; "in floats" counts that too, done by the CPU.
 
-Samples per second of one core's time (that of all threads is counted), by the median of some rounds, in turns within
-one process, and the median of the rounds' ratios, on synthetic files: JPEG of a megapixel, a video of a minute at 30
-frames per second of which 2 are read per second, sounds of 30 s. "torchvision" is the library with torch's own resizing
-in torchvision's place, which is what torchvision calls; "pil" is what it does where torchvision is not installed.
+Samples per second of one core's time (that of all threads is counted), by the median of some rounds, in turns, and the
+median of the rounds' ratios. Each column has a process of its own, as workers of data have: what one gives back to the
+allocator would decide how much fresh memory the next has to touch. Synthetic files: JPEG of a megapixel, a video of a
+minute at 30 frames per second of which 2 are read per second, sounds of 30 s. Images are resized by torch itself in
+torchvision's place, which calls that; "without torchvision" is what the library does where that is not installed.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -45,6 +47,8 @@ PUBLISHED = {
 }
 PATCHES = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 QUESTION, ANSWER = "What is there to see and to hear?", "Something that was made for a benchmark. " * 8
+SHOWN = {"pil": "image"}  # media by kind of row, where they differ
+WARM = 3  # rounds that are not counted
 
 
 def write_media(folder: Path) -> dict[str, tuple[str, str]]:
@@ -126,24 +130,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="rows whose name holds this")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch, in_place_of_torchvision():
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         rows, models = write_media(folder), write_models(folder)
         print(f"{'':52}{'mmfn':>10}{'in floats':>10}{'library':>10}{'measured':>10}   ratios to the library")
         for name, (kind, file) in rows.items():
             if args.only in name:
-                print(row(name, *calls(folder, models[kind], kind, file), rounds=args.rounds), flush=True)
+                write_record(folder, kind, file)
+                print(row(name, (folder, models[kind], kind, file), args.rounds), flush=True)
 
 
 def calls(folder: Path, model: Path, kind: str, file: str) -> tuple[Callable[[], Any], ...]:
-    """What is timed: a batch of one sample, the same by the library, and a sample that is only measured."""
-    shown = "image" if kind == "pil" else kind
-    part = {"type": shown, shown: file}
-    messages = [{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}]
-    answer = {"role": "assistant", "content": ANSWER}
+    """What is timed: a batch of one sample, the same in floats, the same by the library, a sample only measured."""
     path = folder / f"{file}.jsonl"
-    path.write_text(json.dumps({"messages": [*messages, answer]}))
     data = Dataset(path, load_model_processor(str(model)), cache_bytes=0)
     theirs, source = library(model, kind), str(folder / file)
     config = json.loads((model / "config.json").read_text())
@@ -151,7 +150,7 @@ def calls(folder: Path, model: Path, kind: str, file: str) -> tuple[Callable[[],
     cfg = own.config_from_hf(config)
     if kind != "audio":
         cfg = replace(cfg, vision=replace(cfg.vision, patch_size=PATCHES["patch_size"]))
-    kind = shown
+    kind = SHOWN.get(kind, kind)
     said = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": QUESTION}]}]
     said.append({"role": "assistant", "content": ANSWER})
 
@@ -170,32 +169,56 @@ def calls(folder: Path, model: Path, kind: str, file: str) -> tuple[Callable[[],
             text=text, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
         )
 
-    return lambda: own.pack_bytes([data.sample(0)], cfg), by_library, lambda: data.measure(0)
+    def pack() -> Batch:
+        return own.pack_bytes([data.sample(0)], cfg)
+
+    return pack, lambda: in_floats(pack()), by_library, lambda: data.measure(0)
 
 
-def row(name: str, *calls: Callable[[], Any], rounds: int) -> str:
+def write_record(folder: Path, kind: str, file: str) -> None:
+    """A file of one conversation."""
+    shown = SHOWN.get(kind, kind)
+    messages = [{"role": "user", "content": [{"type": shown, shown: file}, {"type": "text", "text": QUESTION}]}]
+    messages.append({"role": "assistant", "content": ANSWER})
+    (folder / f"{file}.jsonl").write_text(json.dumps({"messages": messages}))
+
+
+def row(name: str, case: tuple[Path, Path, str, str], rounds: int) -> str:
     """Samples per second by the median of all rounds, in turns."""
-    times = [round_of(*calls) for _ in range(rounds + 1)][1:]  # the first warms up
+    context = multiprocessing.get_context("spawn")
+    sides = []
+    for column in range(4):
+        here, there = context.Pipe()
+        process = context.Process(target=answer, args=(there, case, column), daemon=True)
+        process.start()
+        there.close()
+        sides.append((here, process))
+    times = [[ask(here, is_last=False) for here, _ in sides] for _ in range(WARM + rounds)][WARM:]
+    for here, process in sides:
+        ask(here, is_last=True)
+        process.join()
     rates = [1 / statistics.median(values) for values in zip(*times, strict=True)]
     ratios = (statistics.median(library / own[i] for *own, library, _ in times) for i in (0, 1))
     columns = "".join(f"{rate:>8.2f}/s" for rate in rates)
     return f"{name:52}{columns}   {' x '.join(f'{ratio:.2f}' for ratio in ratios)} x"
 
 
-def round_of(ours: Callable[[], Batch], *others: Callable[[], Any]) -> tuple[float, ...]:
-    """Seconds of the CPU: of a batch, of a batch in floats, of each other call."""
-    start = time.process_time()
-    batch = ours()
-    packed = time.process_time()
-    floats = in_floats(batch)
-    done = time.process_time()
-    del batch, floats
-    spent = [packed - start, done - start]
-    for call in others:
-        start = time.process_time()
-        call()
-        spent.append(time.process_time() - start)
-    return tuple(spent)
+def ask(side: Any, *, is_last: bool) -> float:
+    """Seconds of one more call of a side; of none where it is told to end."""
+    side.send(is_last)
+    seconds: float = 0.0 if is_last else side.recv()
+    return seconds
+
+
+def answer(asked: Any, case: tuple[Path, Path, str, str], column: int) -> None:
+    """In a process of its own: seconds of the CPU of a call, what it returns given back, as often as asked."""
+    torch.set_num_threads(1)
+    with in_place_of_torchvision():
+        call = calls(*case)[column]
+        while not asked.recv():
+            start = time.process_time()
+            call()
+            asked.send(time.process_time() - start)
 
 
 if __name__ == "__main__":
