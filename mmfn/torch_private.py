@@ -121,8 +121,16 @@ def group_backend(name: str, device_type: str) -> Any:
 
 
 def all_gather(x: Tensor, size: int, group: str) -> Tensor:
-    """Parts of all ranks of a process group end to end, under way until `wait`. It and those below enter graphs."""
-    out: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, size, group)
+    """Parts of all ranks of a process group end to end, under way until `wait`. It and those below enter graphs.
+
+    Outside of graphs into a tensor made here. What the other form calls has gloo's two threads write down its name, 19
+    letters on the heap, without a lock: with two under way a process soon ends by the allocator's word, or wrongly.
+    """
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, size, group)
+        return out
+    out = x.new_empty(size * x.shape[0], *x.shape[1:])
+    torch.ops._c10d_functional.all_gather_into_tensor_out(x, size, group, out=out)
     return out
 
 

@@ -1,6 +1,6 @@
 """Offload: what leaves the device and comes back, in which order, and that nothing changes by it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -110,6 +110,59 @@ def test_views_of_one_storage_travel_once_and_a_graph_may_be_used_twice() -> Non
     assert memory.log[0] == ("out", 2 * T * D * 8)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def real_first(h_TD: Tensor) -> Tensor:
+    return h_TD * h_TD + twice(torch.view_as_complex(h_TD.view(T, -1, 2)))
+
+
+def complex_first(h_TD: Tensor) -> Tensor:
+    return twice(torch.view_as_complex(h_TD.view(T, -1, 2))) + h_TD * h_TD
+
+
+def complex_part_of_an_odd_storage(h_TD: Tensor) -> Tensor:
+    """The first to be saved begins late, and the storage is no multiple of its elements."""
+    h = torch.cat([h_TD.flatten(), h_TD[0, :1]]).sin()  # sin's own gradient needs nothing of h
+    part = torch.view_as_complex(h[2:-1].view(-1, 2))
+    return h_TD + torch.view_as_real(part * part).sum() + h[1:].square().view(T, D)
+
+
+def conjugate(h_TD: Tensor) -> Tensor:
+    """Saved as it is stored, and as its lazy conjugate, first."""
+    c = torch.view_as_complex(h_TD.view(T, -1, 2))
+    return twice(c.conj()) + twice(c) + torch.view_as_real(c.exp() * c.conj()).view(T, D)
+
+
+def negative(h_TD: Tensor) -> Tensor:
+    """The imaginary part of a lazy conjugate is a lazy negative."""
+    c = torch.view_as_complex(h_TD.view(T, -1, 2))
+    return c.conj().imag.square().repeat(1, 2) + twice(c)
+
+
+def twice(c: Tensor) -> Tensor:
+    return torch.view_as_real(c * c).view(T, D)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [real_first, complex_first, complex_part_of_an_odd_storage, conjugate, negative],
+    ids=lambda mix: mix.__name__,
+)
+def test_one_storage_saved_in_several_dtypes(mix: Callable[[Tensor], Tensor]) -> None:
+    memory = Watched()
+
+    def mixed(params: Any, x_TD: Tensor) -> tuple[Tensor, None]:
+        return torch.tanh(mix(x_TD @ params["w"]) / D), None
+
+    results = []
+    for stack in (run_stack, wrap_stack_with_offload(run_stack, memory)):
+        params, x_TD = layers(3), torch.linspace(-1, 1, T * D, dtype=torch.float64).view(T, D).requires_grad_()
+        y_TD, *_ = stack(call_layer, mixed, params, x_TD)
+        results.append([y_TD, *torch.autograd.grad(y_TD.sum(), [x_TD, *(p["w"] for p in params)])])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert [way for way, _ in memory.log] == ["out"] * 2 + ["back"] * 2
+    if mix in (real_first, complex_first):
+        assert memory.log[0] == ("out", 3 * T * D * 8), "x, its product with w once, and tanh"
 
 
 def test_a_gradient_that_does_not_come_through_the_last_block() -> None:

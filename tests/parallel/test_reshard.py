@@ -116,6 +116,27 @@ def test_whole_weights_of_one_block_are_alive_at_once(name: str, trained: str, p
 NUM_BUCKETS = {"": 1, "w": 2, "b": 2}  # of a block: leaves that need no gradient go in one of their own
 
 
+@pytest.mark.parametrize("others", [(), (offload("activations"),)], ids=["plain", "offload"])
+def test_a_weight_saved_in_two_dtypes(others: tuple[Transform, ...]) -> None:
+    """That of the other dtype stays where autograd has it."""
+
+    def run(reshard: bool, *others: Transform) -> list[Tensor]:
+        mesh = recording_mesh(Layout(dp=2), 0)
+        program = lower(pipe(Program.of(SPECS, mesh=mesh), data_parallel(reshard_after_forward=reshard), *others))
+        given = tree.map(lambda x: x.detach().requires_grad_(), shard_params(draw_params(), SPECS, mesh))
+
+        def block(own: Any, x: Tensor) -> tuple[Tensor, None]:
+            w = program.ops.gather(own)["w"]
+            c = torch.view_as_complex(w.view(WIDTH, -1, 2))
+            return torch.tanh(x @ w @ w.t() + torch.view_as_real(c * c).sum((1, 2))), None
+
+        x = torch.full((2, WIDTH), 0.3, dtype=torch.float64)
+        x, _, _ = program.ops.stack(lambda block, *args: block(*args), block, given, x)
+        return [local(grad) for grad in torch.autograd.grad(x.square().sum(), [params["w"] for params in given])]
+
+    assert all(torch.equal(x, y) for x, y in zip(run(True, *others), run(False), strict=True))
+
+
 def test_blocks_that_save_no_weight_gather_none_again() -> None:
     """As those of a frozen tower: no gradient reaches them."""
 

@@ -17,6 +17,7 @@ from mmfn.parallel.weights.host_memory import HostMemory, counted_empty
 from mmfn.parallel.weights.prefetch import on_gradient
 from mmfn.parallel.weights.sharding import local
 from mmfn.parallel.weights.streams import Arrival
+from mmfn.parallel.weights.views import View, flat_storage
 from mmfn.torch_private import storage_key
 
 OFFLOAD_KINDS = ("activations", "parameters")
@@ -93,13 +94,11 @@ class _Stored:
 
 
 @dataclass(frozen=True)
-class _View:
+class _StoredView:
     """A saved tensor as a part of its storage."""
 
     stored: _Stored
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    view: View
 
 
 @dataclass(eq=False)
@@ -113,19 +112,18 @@ class _Stash:
     fetched: Arrival = field(default_factory=Arrival)
 
     @torch.no_grad()
-    def pack(self, x: Tensor) -> Tensor | _View:
+    def pack(self, x: Tensor) -> Tensor | _StoredView:
         """Note a tensor that autograd saves."""
         storage = x.untyped_storage()
         key = storage_key(storage)
-        if key in self.stays or storage.nbytes() < LEAST_BYTES:
+        if key in self.stays or storage.nbytes() < LEAST_BYTES or (view := View.of(x)) is None:
             return x.detach()
         if key not in self.kept:
-            flat = x.detach().as_strided((storage.nbytes() // x.element_size(),), (1,), 0)
-            self.kept[key] = _Stored(flat, x.device)
-        return _View(self.kept[key], x.shape, x.stride(), int(x.storage_offset()))
+            self.kept[key] = _Stored(flat_storage(x), x.device)
+        return _StoredView(self.kept[key], view)
 
     @torch.no_grad()
-    def unpack(self, saved: Tensor | _View) -> Tensor:
+    def unpack(self, saved: Tensor | _StoredView) -> Tensor:
         """The saved tensor; usually it has been fetched ahead."""
         if isinstance(saved, Tensor):
             return saved
@@ -133,7 +131,7 @@ class _Stash:
             self.fetch()
         self.fetched.wait()
         assert saved.stored.flat is not None, "fetched"
-        return saved.stored.flat.as_strided(saved.shape, saved.stride, saved.offset)
+        return saved.view.on(saved.stored.flat)
 
     @torch.no_grad()
     def send(self) -> None:

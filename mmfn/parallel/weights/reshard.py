@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from mmfn import tree
 from mmfn.parallel.weights.gather import BlockWeights, Gather
 from mmfn.parallel.weights.recompute import Recomputed
+from mmfn.parallel.weights.views import View
 from mmfn.torch_private import saving_hooks, storage_key
 from mmfn.tree import Tree
 
@@ -48,13 +49,11 @@ class _Whole:
 
 
 @dataclass(frozen=True)
-class _View:
+class _WholeView:
     """A saved tensor as a part of a whole weight."""
 
     whole: _Whole
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    view: View
 
 
 @dataclass(eq=False)
@@ -75,7 +74,7 @@ class Resharded:
             return view if view is not None else x if outer is None else outer[0](x)
 
         def unpack(saved: Any) -> Tensor:
-            if isinstance(saved, _View):
+            if isinstance(saved, _WholeView):
                 return self._unpack(saved)
             x: Tensor = saved if outer is None else outer[1](saved)
             return x
@@ -93,22 +92,22 @@ class Resharded:
             if weight.place is not None or weight.host is not None:
                 self.by_storage.setdefault(storage_key(leaf.untyped_storage()), (i, leaf))
 
-    def _view(self, x: Tensor) -> _View | None:
+    def _view(self, x: Tensor) -> _WholeView | None:
         """What a tensor is of a whole weight, None where it is no part of one."""
         position, weight = self.by_storage.get(storage_key(x.untyped_storage()), (-1, x))
-        if position < 0 or x.dtype != weight.dtype:
+        if position < 0 or x.dtype != weight.dtype or (view := View.of(x, int(weight.storage_offset()))) is None:
             return None
         whole = self.saved.get(position)
         if whole is None:
             whole = self.saved[position] = _Whole()
-        return _View(whole, x.shape, x.stride(), int(x.storage_offset() - weight.storage_offset()))
+        return _WholeView(whole, view)
 
     @torch.no_grad()
-    def _unpack(self, view: _View) -> Tensor:
-        if view.whole.tensor is None:
+    def _unpack(self, saved: _WholeView) -> Tensor:
+        if saved.whole.tensor is None:
             leaves = tree.leaves(self.take(self.block))
             for position, whole in self.saved.items():
                 whole.tensor = leaves[position]
-        weight = view.whole.tensor
+        weight = saved.whole.tensor
         assert weight is not None, "a view keeps its weight in `saved`"
-        return weight.as_strided(view.shape, view.stride, int(weight.storage_offset()) + view.offset)
+        return saved.view.on(weight)
