@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -90,15 +91,18 @@ def _in_processes(
     """Processes of torch's DataLoader, started anew ("spawn").
 
     A fork would copy the locks of threads that it does not copy: those of process groups, of torch's pools, of an
-    accelerator's runtime, whichever the run has at that moment.
+    accelerator's runtime, whichever the run has at that moment. The loader asks for a job when a result has come, but
+    taking one may be a collective: it gets those that were taken before the wait, whether or not the result comes.
     """
     from torch.utils.data import DataLoader
 
     _check_sendable(make)
+    left = iter(jobs)
+    taken: deque[J] = deque(next(left, NO_MORE) for _ in range(workers.lead))
     others = multiprocessing.active_children()
     loader: Any = DataLoader(
         _Keyed(make),  # type: ignore[arg-type]  # has what is asked of a data set
-        sampler=jobs,  # any iterable of keys, and jobs are the keys
+        sampler=iter(taken.popleft, NO_MORE),  # any iterable of keys, and jobs are the keys
         batch_size=None,
         collate_fn=_same,
         num_workers=workers.number,
@@ -115,20 +119,21 @@ def _in_processes(
     started = [child for child in multiprocessing.active_children() if child not in others]
     try:
         while True:
-            try:
-                result = next(results)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not (said := str(error)).startswith(OF_THE_LOADER):
-                    raise
-            else:
-                yield result.get()
-                continue
-            if TIMED_OUT not in said:
-                raise RuntimeError(said)  # out of its handler: the loader's own traceback would keep its processes
-            if not is_wanted():
-                return
+            taken.append(next(left, NO_MORE))
+            while True:
+                try:
+                    result = next(results)
+                    break
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if not (said := str(error)).startswith(OF_THE_LOADER):
+                        raise
+                if TIMED_OUT not in said:
+                    raise RuntimeError(said)  # out of its handler: the loader's own traceback would keep its processes
+                if not is_wanted():
+                    return
+            yield result.get()
     finally:
         for child in () if is_wanted() else started:
             os.kill(cast(int, child.pid), END)
@@ -138,6 +143,7 @@ def _in_processes(
             child.join()
 
 
+NO_MORE: Any = object()  # behind the last job
 OF_THE_LOADER = "DataLoader"  # how torch begins to say what has become of its processes
 TIMED_OUT = "timed out"  # a result has not come in time; it may be asked for again
 

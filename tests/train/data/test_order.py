@@ -1,6 +1,7 @@
 """The order of data is a function of data, settings and cursor, not of workers, ranks or interruptions; with skips."""
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,13 +14,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmfn.batch import Sample
-from mmfn.train.data import Workers
+from mmfn.train.data import Workers, prefetch
 from mmfn.train.data.cursor import COUNTS
 from mmfn.train.data.sources.mixing import Epochs
 from tests.train.data.order_cases import MODES, Data, joined, make_loader, run
@@ -125,6 +127,56 @@ class SlowToArrive(Data):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
         time.sleep(60 if self.sent > 2 else 0)
+
+
+def double(job: int) -> int:
+    return 2 * job
+
+
+def double_or_wait(come: Path, job: int) -> int:
+    while job == 3 and not come.exists():
+        time.sleep(0.01)
+    return 2 * job
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_jobs_are_taken_at_the_same_moments_with_any_worker(kind: Any, tmp_path: Path) -> None:
+    """Whether or not what is waited for comes: taking a job may be a collective."""
+    taken: list[int] = []
+
+    def jobs() -> Iterator[int]:
+        for job in itertools.count():
+            taken.append(job)
+            yield job
+
+    num_taken: list[int] = []
+    make = functools.partial(double_or_wait, tmp_path / "come")
+    workers = Workers(number=2, ahead=4, kind=kind)
+    for result in prefetch(make, jobs(), workers, lambda: len(num_taken) < 3):
+        assert result == 2 * len(num_taken)
+        num_taken.append(len(taken))
+    (tmp_path / "come").touch()
+    assert num_taken == [5, 6, 7]
+    assert len(taken) == 8  # for the result that has not come, as for one that has
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_workers_end_with_the_jobs(kind: Any) -> None:
+    """Be they fewer than are taken early; an error of theirs is raised when a job is taken, ahead of results."""
+    workers = Workers(number=1, ahead=4, kind=kind)
+    for number in (3, 7):
+        assert list(prefetch(double, range(number), workers)) == [2 * job for job in range(number)]
+
+    def jobs(number: int) -> Iterator[int]:
+        yield from range(number)
+        raise OSError("no more can be read")
+
+    for number, expected in ((2, []), (6, [0, 2])):
+        results: list[int] = []
+        with pytest.raises(OSError, match="no more can be read"):
+            results.extend(prefetch(double, jobs(number), workers))
+        assert results == expected
+        assert not multiprocessing.active_children()
 
 
 def test_data_that_no_process_can_be_sent_are_refused() -> None:
