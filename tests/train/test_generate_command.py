@@ -136,6 +136,8 @@ def test_the_checkpoint_says_how_it_is_sampled_where_it_is_asked_to(ask: Ask, ch
         (["hi", "--stop", ""], "a text that ends answers is empty"),
         (["hi", "--set", "optimizer.lr=1"], "optimizer.lr has no effect here, where nothing is trained"),
         (["hi", "--set", "data.workers=2"], "data.workers has no effect here"),
+        (["hi", "--set", "eval.every=3"], "eval.every has no effect here, where nothing is trained; remove it"),
+        (["hi", "--set", "eval.max_new_tokens=2"], "where nothing is trained; give --max-new-tokens"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["hi", "--video", "none.mp4"], "none.mp4"),
     ],

@@ -133,7 +133,12 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda p: [f"checkpoint.resume={p / 'state'}", "train.steps=4", "output.path=other"],
         "raise train.steps",
     ),
-    "nowhere": (lambda p: ["checkpoint.resume=nowhere", "output.path=other"], "there are none in it"),
+    "no steps left, by the run": (
+        lambda p: [f"checkpoint.resume={p}", "train.steps=4", "output.path=other"],
+        "raise train.steps",
+    ),
+    "nowhere": (lambda p: ["checkpoint.resume=nowhere", "output.path=other"], "it is no folder"),
+    "an empty folder": (lambda p: [f"checkpoint.resume={p.parent / 'empty'}", "output.path=other"], "there are none"),
     "no name": (lambda p: [f"checkpoint.resume={p / 'iter_0000009'}", "output.path=other"], "cannot be read"),
     "not wanted": (lambda p: ["checkpoint.resume=none"], "is not empty; .*, or checkpoint.resume=auto to go on in it"),
     "its own, overwritten": (
@@ -146,6 +151,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 def test_what_cannot_be_resumed(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
+    (tmp_path / "empty").mkdir()
     with pytest.raises(Stopped):
         run(load_config(config), 5)
     for changes, reason in REFUSED.values():

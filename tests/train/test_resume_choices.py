@@ -94,6 +94,9 @@ FIX = {
     "freeze.parts": "freeze.parts=[vision_encoder]",
     "freeze.patterns": "freeze.patterns=['text/norm/.*']",
     "lora.keep": "lora.keep=['text/norm/.*']",
+    "optimizer.clip_norm": "optimizer.clip_norm=null",
+    "optimizer.ema_decay": "optimizer.ema_decay=0.9 output.weights=ema",
+    "train.spike_window": "train.spike_window=4",
 }
 
 
@@ -105,13 +108,21 @@ def test_every_fixed_setting_is_refused(config: Path, tmp_path: Path) -> None:
         base = ["lora.rank=4"] if setting.startswith("lora.") else []
         base += ["model.dtype=bfloat16"] if setting == "optimizer.master" else []
         text = describe(load_config(config, base))
-        changed = changes(text, load_config(config, [*base, change]))
+        changed = changes(text, load_config(config, [*base, *change.split()]))
         assert [one.setting for one in changed] == [setting]
         said = attempt(lambda: refuse(changed, tmp_path / "iter_0000004", has_optimizer=True))  # noqa: B023
         assert f"iter_0000004 cannot be resumed from: {setting} was " in str(said)
         is_optimizer = next(rule.is_optimizer for rule in FIXED if rule.setting == setting)
         left = attempt(lambda: refuse(changed, tmp_path, has_optimizer=False))  # noqa: B023
         assert (left is None) == is_optimizer
+
+
+def test_other_values_of_what_stays_on_are_no_obstacle(config: Path, tmp_path: Path) -> None:
+    text = describe(load_config(config, ["optimizer.ema_decay=0.9", "output.weights=ema"]))
+    other = ["optimizer.ema_decay=0.99", "output.weights=ema", "optimizer.clip_norm=2"]
+    changed = changes(text, load_config(config, other))
+    assert [one.setting for one in changed] == ["optimizer.clip_norm", "optimizer.ema_decay"]
+    refuse(changed, tmp_path, has_optimizer=True)
 
 
 TAKES = {

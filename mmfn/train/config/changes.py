@@ -33,11 +33,19 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """A setting that cannot change within a run. `is_optimizer`: only where the optimizer's state goes on."""
+    """A setting that cannot change within a run.
+
+    `is_optimizer`: only where the optimizer's state goes on. `is_switch`: only from null to a value, or back.
+    """
 
     setting: str
     reason: str
     is_optimizer: bool = False
+    is_switch: bool = False
+
+    def forbids(self, change: Change) -> bool:
+        """Whether the change is one that makes going on meaningless."""
+        return not self.is_switch or (change.before is None) != (change.now is None)
 
 
 FIXED = (
@@ -50,6 +58,9 @@ FIXED = (
     Fixed(setting="freeze.parts", reason="the optimizer has a state of what is trained alone", is_optimizer=True),
     Fixed(setting="freeze.patterns", reason="the optimizer has a state of what is trained alone", is_optimizer=True),
     Fixed(setting="lora.keep", reason="the optimizer has a state of what is trained alone", is_optimizer=True),
+    Fixed(setting="optimizer.clip_norm", reason="clipping has a place in the state", is_optimizer=True, is_switch=True),
+    Fixed(setting="optimizer.ema_decay", reason="averages are part of the state", is_optimizer=True, is_switch=True),
+    Fixed(setting="train.spike_window", reason="the norms of so many steps are part of the state", is_optimizer=True),
 )
 """What is refused of a run that goes on. Data and their order are compared by what was read, not by their settings."""
 
@@ -78,7 +89,7 @@ def refuse(changed: Sequence[Change], folder: Path, *, has_optimizer: bool) -> N
     """Raise ValueError for a change that makes going on from the checkpoint in `folder` meaningless."""
     fixed = {rule.setting: rule for rule in FIXED if has_optimizer or not rule.is_optimizer}
     for change in changed:
-        if (rule := fixed.get(change.setting)) is not None:
+        if (rule := fixed.get(change.setting)) is not None and rule.forbids(change):
             other = ", or begin another run from it with checkpoint.load_optimizer=false" if rule.is_optimizer else ""
             raise UserError(
                 f"{folder} cannot be resumed from: {change.setting} was {_shown(change.before)} and now is "

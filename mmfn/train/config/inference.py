@@ -40,18 +40,17 @@ def checkpoint_config(model: Mapping[str, Any], data: Mapping[str, Any], overrid
     }
     settings = Settings(values=values, path=Path("command line"), origins={}).overridden(overrides)
     for key in settings.origins:
-        if key.partition(".")[0] not in ("model", "layout", "eval") and key not in ASKED:
-            raise UserError(f"override: {key} has no effect here, where nothing is trained; remove it")
+        if key.partition(".")[0] not in ("model", "layout") and key not in ASKED:
+            fix = "give --max-new-tokens" if key == "eval.max_new_tokens" else "remove it"
+            raise UserError(f"override: {key} has no effect here, where nothing is trained; {fix}")
     return check(settings).config
 
 
-ASKED = frozenset(
-    f"data.{name}"
-    for name in (
-        *("format", "columns", "tags", "ignore", "root", "template", "enable_thinking", "video_outer_marks"),
-        *("max_image_pixels", "max_audio_seconds", "max_video_seconds", "image_min_pixels", "image_max_pixels"),
-        *("video_min_pixels", "video_max_pixels", "video_fps", "video_maxlen", "audio_sampling_rate"),
-        "use_audio_in_video",
-    )
-)
-"""The settings of data that count where a checkpoint is asked."""
+ASKED = {
+    "eval.batch_samples",
+    *("data.format", "data.columns", "data.tags", "data.ignore", "data.root", "data.template", "data.enable_thinking"),
+    *("data.video_outer_marks", "data.max_image_pixels", "data.max_audio_seconds", "data.max_video_seconds"),
+    *("data.image_min_pixels", "data.image_max_pixels", "data.video_min_pixels", "data.video_max_pixels"),
+    *("data.video_fps", "data.video_maxlen", "data.audio_sampling_rate", "data.use_audio_in_video"),
+}
+"""The settings that count where a checkpoint is asked, beside those of the model and the layout."""

@@ -49,7 +49,7 @@ def from_state(state: Mapping[str, int | str], fingerprint: Mapping[str, int | s
         if state[name] != value:
             raise UserError(
                 f"the cursor is of a run with {name} {state[name]!r} but this one has {value!r}; resume with the same "
-                "data and settings, or start anew"
+                "data and settings, or begin another run from it with checkpoint.load_cursor=false"
             )
     counts = {name: state[name] for name in COUNTS}
     if odd := [name for name, count in counts.items() if type(count) is not int or count < 0]:

@@ -24,6 +24,7 @@ from mmfn.train.run import folder as run_folder
 from mmfn.train.run.folder import STATE
 from mmfn.train.run.keeper import LOGS, without_optimizer
 from mmfn.train.run.record import StepRecord
+from mmfn.train.run.stored import find_state
 from mmfn.train.step import init_state
 
 
@@ -69,7 +70,7 @@ def resume_(run: Run, folder: Path) -> Start:
         return Start(notes=_notes_of_new_run(folder) if world.index == 0 else ())
     else:
         path = Path(section.resume)
-        root, name = (path, None) if step_of(path.name) is None else (path.parent, path.name)
+        root, name = (find_state(path) or path, None) if step_of(path.name) is None else (path.parent, path.name)
         source = _Source(
             root=root, name=name, has_run=False, optimizer=section.load_optimizer, cursor=section.load_cursor
         )
@@ -141,7 +142,7 @@ def _restore_(run: Run, source: _Source) -> tuple[Checkpoint, list[str]]:
         search = newest(source.root, world, name=source.name, below=below)
         skipped += search.skipped
         if search.checkpoint is None:
-            reason = "; ".join(skipped) or "there are none in it"
+            reason = "; ".join(skipped) or ("there are none in it" if source.root.is_dir() else "it is no folder")
             fix = "set output.overwrite=true to begin anew" if source.has_run else "set checkpoint.resume to another"
             where = source.root if source.name is None else source.root / source.name
             raise UserError(f"{where} holds no checkpoint that is whole ({reason}); {fix}")

@@ -65,7 +65,7 @@ def open_state(path: Path) -> tuple[Checkpoint, list[str]]:
         root, name = (path / STATE if (path / STATE).is_dir() else path), None
     search = newest(root, ALONE, name=name)
     if search.checkpoint is None:
-        reason = "; ".join(search.skipped) or "there is none in it"
+        reason = "; ".join(search.skipped) or ("there is none in it" if root.is_dir() else "it is no folder")
         if (path / "config.json").is_file():
             raise UserError(f"{path} is a Hugging Face checkpoint already; give a run with checkpoint.every")
         raise UserError(f"{path} holds no checkpoint that is whole ({reason}); give a run with checkpoint.every")
