@@ -111,6 +111,9 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "# Not measured but those of cpu: link, network, call_s, hop_s, network_hop_s" in printed
     assert cli.main(["calibrate", "--seconds", "0.001", "--out", "here.yaml"]) == 0
     assert capsys.readouterr().out == "wrote here.yaml; plan with mmfn plan CONFIG --device here.yaml\n"
+    assert cli.main(["calibrate", "--seconds", "0.001", "--out", "here.yaml"]) == 0
+    capsys.readouterr()
+    (tmp_path / "c.yaml").write_text("train: {steps: 1}\n")
     small = ["--tokens", "64", "--sample-tokens", "32", "--image-side", "4"]
     assert cli.main(["plan", "config.json", *small, "--device", "here.yaml"]) == 0
     assert "predicted step on here.yaml: " in capsys.readouterr().out
@@ -118,6 +121,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("plan", "config.json", *small, "--device", "there.yaml"): "device file 'there.yaml' cannot be read",
         ("calibrate", "--out", "here.txt"): "--out 'here.txt' must end in .yaml",
         ("calibrate", "--out", "no/here.yaml"): "--out 'no/here.yaml' lies in a folder that does not exist",
+        ("calibrate", "--out", "c.yaml"): "--out 'c.yaml' is there and was not written by this command",
         ("calibrate", "--seconds", "0"): "--seconds 0 must be above 0",
         ("calibrate", "--device", "tpu"): "invalid choice: 'tpu'",
     }

@@ -10,7 +10,18 @@ import pytest
 from mmfn import cli
 
 ROOT = Path(__file__).parents[2]
-CHECKS = ("settings", "output", "model", "training", "tokenizer", "data.train", "data.eval", "layout", "memory")
+CHECKS = (
+    "settings",
+    "output",
+    "model",
+    "training",
+    "tokenizer",
+    "data.train",
+    "data.eval",
+    "resume",
+    "layout",
+    "memory",
+)
 BROKEN = {
     "settings": ["train.steps=0"],
     "output": ["output.path=/dev/null/run"],
@@ -19,6 +30,7 @@ BROKEN = {
     "tokenizer": ["data.image_min_pixels=9", "data.image_max_pixels=4"],
     "data.train": ["data.train=none.json"],
     "data.eval": ["data.eval=none.json"],
+    "resume": ["checkpoint.resume=nope"],
     "layout": ["layout.ep=2", "layout.dp=2"],
     "memory": ["data.token_buckets=[4194304]"],
 }
@@ -82,7 +94,7 @@ def test_several_things_are_wrong(call: Callable[..., tuple[int, str, str]]) -> 
     assert code == 2
     assert [name for name, state in states(out).items() if state == "WRONG"] == ["training", "data.train"]
     assert "note   settings: layout.kind has no effect with cp 1" in out
-    assert "2 of 8 checks failed, the first: training: " in err
+    assert "2 of 9 checks failed, the first: training: " in err
 
 
 def test_weights_are_checked_where_they_are(
@@ -106,6 +118,54 @@ def test_weights_are_checked_where_they_are(
 def test_without_files(call: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = call("--no-files", "data.train=none.json", "model.device=mps")
     assert code == 0
-    assert "left   tokenizer and data: --no-files" in out
+    assert "left   tokenizer, data and resume: --no-files" in out
     assert "left   memory: no plan knows 'mps'; name one by --device" in out
     assert "it fits h200" in call("--no-files", "model.device=mps", "--device", "h200")[1]
+
+
+def test_buckets_of_towers_are_of_whole_features(
+    call: Callable[..., tuple[int, str, str]], make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As training refuses them; a plan as well."""
+    sentence = "tower_buckets of 'vision' must be multiples of 4, what makes a feature, got 126; use 128"
+    chosen = "data.tower_buckets={vision: [126]}"
+    assert f"WRONG  training: {sentence}\n" in call(chosen)[1]
+    assert cli.main(["plan", str(make_config()), chosen, "--device", "h200"]) == 2
+    assert capsys.readouterr().err == f"mmfn: error: {sentence}\n"
+
+
+def test_what_a_run_goes_on_from(
+    call: Callable[..., tuple[int, str, str]],
+    make_config: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """It is refused as training refuses it, and nothing is written."""
+    assert "ok     resume: the run begins at its first step\n" in call()[1]
+    saved = ["checkpoint.every=1", "train.steps=2", "data.batch_samples=2", "data.max_samples=9"]
+    config, run = str(make_config({"data.eval": None})), tmp_path / "run"
+    assert cli.main(["train", config, *saved]) == 0
+    capsys.readouterr()
+    newest, before = run / "state" / "iter_0000002", {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert f"ok     resume: the run in {str(run)!r} has taken its 2 steps: nothing is left to train" in call(*saved)[1]
+    on = [*saved, "train.steps=3"]
+    assert f"ok     resume: goes on from {newest}; settings that changed since: train.steps 2 -> 3\n" in call(*on)[1]
+    for changes in (
+        [*on, "optimizer.kind=sgd"],
+        [*on, "train.seed=5"],
+        [*on, "data.batch_samples=3"],
+        [*on, "data.max_samples=8"],
+        [*saved, "optimizer.lr=1"],
+        [*saved, "train.steps=1"],
+        [*saved, f"checkpoint.resume={newest}", f"output.path={tmp_path / 'other'}"],
+        [*on, f"checkpoint.resume={tmp_path}", f"output.path={tmp_path / 'other'}"],
+    ):
+        code, out, err = call(*changes)
+        assert code == 2
+        assert [name for name, state in states(out).items() if state == "WRONG"] == ["resume"], out
+        assert cli.main(["train", config, *changes]) == 2
+        assert capsys.readouterr().err == f"mmfn: error: {err.partition('resume: ')[2]}"
+    other = [*saved, f"checkpoint.resume={run}", f"output.path={tmp_path / 'other'}"]
+    assert f"ok     resume: goes on from {newest}" in call(*other, "checkpoint.load_cursor=false", "train.seed=5")[1]
+    assert call(*other, "train.epochs=2", "train.steps=null")[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

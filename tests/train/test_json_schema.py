@@ -36,11 +36,14 @@ RIGHT = (
     "schedule.groups={a: {lr: 1e-3}}",
     "lora.targets=[a]",
     "train.seed=0",
+    "train.seed=9223372036854775807",
     "train.steps=null",  # a rule asks for epochs then
     "train.profile=[2, 3]",
 )
 WRONG = (
     "train.steps=0",
+    "train.steps=9223372036854775808",
+    "train.seed=9223372036854775808",
     "train.steps=ten",
     "train.epochs=0",
     "train.profile=[3]",
@@ -119,9 +122,12 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "s.json").read_text()) == SCHEMA
     capsys.readouterr()
     assert cli.main(["config", "schema", "--out", str(tmp_path / "none" / "s.json")]) == 2
-    assert "is no place for a file" in capsys.readouterr().err
+    assert "lies in a folder that does not exist" in capsys.readouterr().err
+    assert cli.main(["config", "schema", "--out", str(tmp_path / "s.json")]) == 0
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL, sort_keys=False))
+    assert cli.main(["config", "schema", "--out", str(path)]) == 2
+    assert "was not written by this command" in capsys.readouterr().err
     assert cli.main(["config", "show", str(path), "train.steps=7", "layout.kind=ring"]) == 0
     printed = capsys.readouterr().out
     origins = {line.split(":")[0].strip(): line.partition("# ")[2] for line in printed.splitlines()}

@@ -23,6 +23,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
 TOWER = {"vision": Stack(depth=2, has_experts=False)}
 DENSE = {**TOWER, "text": Stack(depth=4, has_experts=False)}
 EXPERTS = {**TOWER, "text": Stack(depth=4, has_experts=True)}
+KNOWN: dict[str, Any] = {"towers": ("vision",), "num_ahead": 0, "hears": False, "is_recurrent": False}  # of a model
 WIDE = {"layout.dp": 2, "model.dtype": "bfloat16"}
 
 # Settings that break a rule, and what is said. In the order of the list; of a dense model of 4 blocks and a tower of 2.
@@ -145,6 +146,10 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
         "data; use 256",
     ),
     (
+        {"data.batch_samples": 4, "layout.dp": 3, "layout.replicate": 2},
+        "data.batch_samples is 4 but must be at least replicate 2 * dp 3, one for each rank with its own data",
+    ),
+    (
         {"layout.cp": 3},
         "data.token_buckets has 64 but layout.kind 'gather' with cp 3 needs multiples of 6; use 66",
     ),
@@ -209,6 +214,10 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
         "model.kernel_packages 'fla' has kernels for cuda and npu, not for model.device 'cpu'; remove it, or use "
         "model.device=cuda",
     ),
+    (
+        {"model.kernel_packages": ["fla", "flash-attn"]},
+        "model.kernel_packages 'fla' has no effect, its kernels are of recurrent layers and the model has none; remove",
+    ),
     ({"output.experts": "transformers"}, "output.experts 'transformers' has no effect, the model has no experts"),
     ({"layout.capacity": 1.5}, "layout.capacity has no effect, the model has no experts; remove it"),
     ({"layout.fused_exchange": True}, "layout.fused_exchange has no effect, the model has no experts; remove it"),
@@ -241,7 +250,7 @@ def config_of(settings: dict[str, Any]) -> Config:
 
 def said(settings: dict[str, Any], stacks: dict[str, Stack] = DENSE) -> list[tuple[str, bool]]:
     """What the list says of a config for a model: sentences, and whether they are notes."""
-    subject = Subject(config=config_of(settings), stacks=stacks, towers=("vision",), num_ahead=0, hears=False)
+    subject = Subject(config=config_of(settings), stacks=stacks, **KNOWN)
     return [(breach.sentence, breach.warns) for breach in breaches(subject)]
 
 
@@ -254,14 +263,12 @@ def test_a_broken_rule_is_one_sentence(index: int) -> None:
     """The rule at a place of the list finds its config, and says its sentence once."""
     settings, expected = BREAKS[index]
     rule = RULES[index]
-    subject = Subject(config=config_of(settings), stacks=DENSE, towers=("vision",), num_ahead=0, hears=False)
+    subject = Subject(config=config_of(settings), stacks=DENSE, **KNOWN)
     (sentence,) = rule.find(subject)
     assert expected in sentence
     assert "\n" not in sentence
     assert (sentence, rule.warns) in said(settings)
-    assert not list(
-        rule.find(Subject(config=config_of({}), stacks=DENSE, towers=("vision",), num_ahead=0, hears=False))
-    )
+    assert not list(rule.find(Subject(config=config_of({}), stacks=DENSE, **KNOWN)))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +349,15 @@ def test_packages_bring_attention_that_is_one_operator_and_has_blocks() -> None:
     settings["data.tower_buckets"] = {"vision": [4]}
     assert len(said(settings)) == 2
     assert said({**settings, "model.kernel_packages": ["flash-attn"]}) == []
-    assert len(said({**settings, "model.kernel_packages": ["fla"]})) == 2
+    assert len(said({**settings, "model.kernel_packages": ["fla"]})) == 3
+
+
+def test_kernels_of_recurrent_layers_are_for_models_that_have_them() -> None:
+    """A plan refuses them as well; of a config alone it is not known."""
+    config = config_of({"model.kernel_packages": ["fla"], "model.device": "cuda"})
+    for is_recurrent, num_found in ((True, 0), (None, 0), (False, 1)):
+        subject = Subject(config=config, is_recurrent=is_recurrent, is_plan=True)
+        assert len(list(breaches(subject))) == num_found
 
 
 def test_a_plan_reads_neither_data_nor_device() -> None:
@@ -365,10 +380,11 @@ def test_of_a_real_model(moe: bool) -> None:
         ({"output.experts": "transformers"}, not moe),
         ({"layout.remat_stacks": {"encoder": {"kind": "full"}}}, True),
         ({"data.tower_buckets": {"tower": [4]}}, True),
+        ({"data.tower_buckets": {"vision": [6]}}, True),
         ({"layout.kind": "ring"}, False),
     ):
         if is_refused:
-            with pytest.raises(ValueError, match=next(iter(settings))):
+            with pytest.raises(ValueError, match=next(iter(settings)).rpartition(".")[2]):
                 check_model(config_of(settings), family, cfg)
         else:
             check_model(config_of(settings), family, cfg)

@@ -216,8 +216,33 @@ def test_a_file_to_write(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     settings = loaded(tmp_path, f"data.eval={tmp_path / 'eval.json'}", f"model.path={tmp_path / 'model'}")
-    cases["model/config.json"] = "is the model's config.json itself"
+    cases["model/config.json"] = "is a file of model.path"
+    (tmp_path / "alias").symlink_to(tmp_path / "model")
+    cases["alias/config.json"] = "is a file of model.path"
+    run_folder.check_file("--out", str(tmp_path / "model" / "new.json"), settings)
+    with pytest.raises(ValueError, match=r"^--out '~/x.json' begins with '~'"):
+        run_folder.check_file("--out", "~/x.json", settings)
     cases |= {"no/a.json": "lies in a folder that does not exist", "a" * 300: "File name too long"}
     for path, expected in cases.items():
         with pytest.raises(ValueError, match=f"^--out '.*{expected}"):
             run_folder.check_file("--out", str(tmp_path / path), settings)
+
+
+@pytest.mark.parametrize("key", ["output.path", "model.path", "data.train", "data.index_folder"])
+def test_a_home_that_no_shell_expanded(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key} '~/x' begins with '~', which only a shell expands; write the folder"):
+        run_folder.check_output(
+            loaded(tmp_path, output="~/x") if key == "output.path" else loaded(tmp_path, f"{key}=~/x")
+        )
+    run_folder.check_output(loaded(tmp_path, output="./~x"))
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    run_folder.check_replaced("--out", str(path), "# mine: ")
+    path.write_text("# mine: 3")
+    run_folder.check_replaced("--out", str(path), "# mine: ")
+    for text in ("", "# min", "train: {steps: 1}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"^--out '.*a.yaml' is there and was not written by this command"):
+            run_folder.check_replaced("--out", str(path), "# mine: ")

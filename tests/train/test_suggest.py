@@ -15,13 +15,14 @@ from mmfn import cli
 from mmfn.errors import UserError
 from mmfn.parallel.planning import devices
 from mmfn.parallel.planning.plan import Plan
-from mmfn.train.commands.suggest import budgets_of, mean_tokens, typical_tokens
+from mmfn.train.commands.suggest import budgets_of, mean_tokens, of_samples, typical_tokens
 from mmfn.train.config.load import Settings, load_config
 from mmfn.train.config.schema import Config
 from mmfn.train.planning.choice import OFFLOADS, Budget, Choice, Space
 from mmfn.train.planning.suggest import BEAM, Measures, suggest
 from mmfn.train.survey.counts import Counts
 from mmfn.train.survey.fill import Fill
+from mmfn.train.survey.given_batches import grown, plan_within
 from mmfn.train.survey.survey import Survey
 from tests.parallel.plan_cases import hf_config
 
@@ -173,6 +174,104 @@ def test_what_is_given_is_kept(tmp_path: Path, small: Callable[[float], None]) -
         suggest(impossible, lambda config: Measures(64).plan(config, "small"))
 
 
+def test_a_given_bucket_decides_on_the_batch(tmp_path: Path, small: Callable[[float], None]) -> None:
+    small(1e9)
+    layout = {"replicate": 2, "dp": 1, "cp": 1, "ep": 1}
+    budget = Budget(tokens=64, towers={"vision": 32})
+
+    def data_of(**data: Any) -> tuple[Any, ...]:
+        data = {"train": "x", **data}
+        config = space_of(tmp_path, hf_config(), 2, [budget], data=data).config(budget, layout)
+        return config.data.token_buckets, config.data.batch_tokens, config.data.batch_samples
+
+    assert data_of(token_buckets=[64, 256]) == ((64, 256), 512, 8)
+    assert data_of(batch_samples=6) == ((64,), None, 6)
+    assert data_of(batch_samples=8) == ((64,), None, 8)
+    assert data_of(max_tokens=64, window_samples=9) == ((64,), 128, 8)
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "expected"),
+    [
+        (2, {"dp": 1, "replicate": 1}, {(1, 1, 2)}),
+        (2, {"dp": 1, "cp": 1}, {(2, 1, 1)}),
+        (8, {"replicate": 2, "cp": 1}, {(2, 4, 1)}),
+        (8, {"dp": 2, "cp": 1}, {(4, 2, 1)}),
+        (6, {"replicate": 2, "dp": 1}, {(2, 1, 3)}),
+    ],
+)
+def test_given_sizes_are_those_of_all_layouts(
+    tmp_path: Path, small: Callable[[float], None], world: int, given: dict[str, int], expected: set[Any]
+) -> None:
+    small(1e9)
+    space = space_of(tmp_path, hf_config(), world, [Budget(tokens=64)], layout=given)
+    assert {(sizes["replicate"], sizes["dp"], sizes["cp"]) for _, sizes in space.layouts()} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"cp": 2}, r"layout.cp 2 does not divide them; change it or --world"),
+        ({"dp": 3, "replicate": 2}, r"layout.replicate 2 \* layout.dp 3 does not divide them"),
+        ({"replicate": 1, "dp": 1, "cp": 1}, r"layout.replicate 1 \* layout.dp 1 \* layout.cp 1 is 1; change one"),
+        ({"ep": 3}, r"layout.ep 3 must divide the ranks of a copy of the model and its experts"),
+    ],
+)
+def test_why_there_is_no_layout(
+    tmp_path: Path, small: Callable[[float], None], given: dict[str, int], reason: str
+) -> None:
+    small(1e9)
+    space = space_of(tmp_path, hf_config(), 3, [Budget(tokens=64)], layout=given)
+    with pytest.raises(ValueError, match=f"no layout of 3 ranks can be planned: {reason}"):
+        suggest(space, lambda config: Measures(64).plan(config, "small"))
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        ({"remat_save": ["attention", "matmul"]}, ["selective"]),
+        ({"reshard_after_forward": True}, ["none"]),
+        ({"reshard_after_forward": False}, ["none", "selective", "selective", "full"]),
+        ({"keep_gathered": True}, ["selective", "selective", "full"]),
+        ({"remat": "uniform", "remat_layers": 2}, [None]),
+    ],
+)
+def test_what_is_computed_again_suits_what_is_given(
+    tmp_path: Path, small: Callable[[float], None], given: dict[str, Any], kinds: list[str | None]
+) -> None:
+    small(1e9)
+    space = space_of(tmp_path, hf_config(), 2, [Budget(tokens=64, towers={"vision": 32})], layout=given)
+    policies = space.policies({"replicate": 2, "dp": 1, "cp": 1, "ep": 1})
+    assert [policy.get("remat") for policy in policies] == kinds
+
+
+def test_batches_within_given_towers() -> None:
+    """A batch has room for one image of 4 units; longer samples, and those of more, are left out."""
+    sizes = [{"tokens": 40, "vision": 4}, {"tokens": 20, "vision": 0}, {"tokens": 90, "vision": 0}] * 3
+    plan = plan_within({"tokens": 64, "vision": 4})
+    batches = plan([*sizes, {"tokens": 50, "vision": 8}], 128)
+    assert {i for batch in batches for i in batch} <= {0, 1, 3, 4, 6, 7}
+    assert len(batches) == 3
+    assert all(sum(sizes[i]["vision"] for i in batch) <= 4 for batch in batches)
+    assert plan([{"tokens": 50, "vision": 8}], 128) == []
+
+
+def test_a_step_of_few_samples_fills_no_batch() -> None:
+    budget = Budget(tokens=1000, fill=0.98)
+    assert of_samples(budget, 400).fill == pytest.approx(0.4)
+    assert of_samples(budget, 1200).fill == pytest.approx(0.6)
+    assert of_samples(budget, 98_000).fill == pytest.approx(0.98)
+
+
+def test_rows_that_are_less_than_a_given_bucket() -> None:
+    """As many more as the data has, of what fits the bucket and given towers."""
+    seen = Fill(budget=512, batches=1, tokens=500, samples=10, units={"vision": 40})
+    large = grown(seen, 4096, {}, times=100.0)
+    assert (large.budget, large.tokens, large.units) == (4096, 4096, {"vision": 328})
+    assert grown(seen, 4096, {}, times=2.0).share == pytest.approx(1000 / 4096)
+    assert grown(seen, 4096, {"vision": 4}, times=2.0).share == pytest.approx(50 / 4096)
+
+
 def test_batches_suit_the_data() -> None:
     """Of sizes that the samples fit, those of which an epoch has enough steps; the smallest where none has."""
     counts = Counts(rows=1000)
@@ -235,9 +334,38 @@ def test_of_the_demo_by_lora_on_another_device(
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("data.token_buckets=[64]", (64, {"vision": (16,)}, 64, 0.75)),
+        ("data.tower_buckets={vision: [16]}", (2048, {"vision": (16,)}, 2048, 0.05)),
+        ("data.token_buckets=[4096]", (4096, {"vision": (1408,)}, 4096, 1.0)),
+        ("data.token_buckets=[8]", None),
+    ],
+)
+def test_of_the_demo_with_given_buckets(
+    small_demo: Path, full_demo: Path, tmp_path: Path, given: str, expected: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Towers, the size of a step and the share of real tokens are those of the given buckets."""
+    model, data, out = str(small_demo / "model"), str(small_demo / "train.json"), tmp_path / "run.yaml"
+    keep = [f"data.root={full_demo}", "layout.remat=none", f"output.path={tmp_path / 'run'}", "model.init=random"]
+    options = ["--device", "cpu", "--world", "1", "--jobs", "1", "--rows", "50", "--out", str(out)]
+    code = cli.main(["suggest", model, data, *options, *keep, given])
+    if expected is None:
+        assert code == 2
+        assert "no sample fits data.token_buckets; raise or remove what is too small" in capsys.readouterr().err
+        return
+    section = load_config(out).config.data
+    real = int(out.read_text().split("% are real")[0].rpartition(" ")[2]) / 100
+    tokens, towers, step, most = expected
+    assert (section.token_buckets, section.tower_buckets, section.batch_tokens) == ((tokens,), towers, step)
+    assert 0 < real <= most
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--world", "0"], "--world 0 and --rows 20000 must be positive"),
+        (["--world", "1", "--jobs", "-1"], "--jobs -1 must be positive; raise it"),
         (["--world", "1", "--device", "tpu"], "device 'tpu' is unknown"),
         (["--world", "1", "--out", "none/x.yaml"], "lies in a folder that does not exist"),
         (["--world", "1", "layout.tp=2"], "unknown key 'layout.tp'"),

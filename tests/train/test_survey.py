@@ -227,8 +227,8 @@ def test_a_data_set_is_checked_row_by_row(
     ("argv", "sentence"),
     [
         (["--samples", "-1"], "--samples must not be negative, got -1"),
-        (["--html", "/no/such/folder/x.html"], "the folder of --html '/no/such/folder/x.html' does not exist"),
-        (["--html", "/tmp"], "--html '/tmp' is a folder; name a file in it"),
+        (["--html", "/no/such/folder/x.html"], "--html '/no/such/folder/x.html' lies in a folder that does not exist"),
+        (["--html", "/tmp"], "--html '/tmp' is a folder; give the path of a file"),
         (["data.train=x.json"], "data.train has no effect here, where FILE is what is checked; remove it"),
         (["train.steps=3"], "train.steps has no effect here, where settings of data alone count; remove it"),
         (["data.workers=-1"], "data.workers is -1 but input should be greater than or equal to 0"),
@@ -244,6 +244,21 @@ def test_wrong_options_are_one_sentence(
     assert (code, out) == (2, "")
     assert sentence in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_page_replaces_neither_data_nor_model(small_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, model = str(small_demo / "train.json"), str(small_demo / "model")
+    cases = {
+        file: "is data.train itself",
+        f"{model}/config.json": "is a file of model.path",
+        f"{model}/tokenizer.json": "is a file of model.path",
+    }
+    for path, expected in cases.items():
+        before = Path(path).read_bytes()
+        code, _, err = check(capsys, file, "--model", model, "--html", path)
+        assert code == 2
+        assert expected in err
+        assert Path(path).read_bytes() == before
 
 
 def test_colours_are_those_that_are_asked_for(full_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def ring_attention(
 ) -> Tensor:
     """Packed attention of this rank's queries to the keys of all ranks; o_THC.
 
-    Tokens are in the order of `token_order.ring_order`; `segments`: those of the whole row, lengths multiples of 2 * W. The
+    Tokens are in the order of `token_order.ring_order`; `segments`: of the whole row, lengths multiples of 2 * W. The
     forward shifts keys and values W - 1 times, each shift under way while the blocks before it are computed; the
     backward shifts them again, and their gradients W times. Only q, k, v, the merged output and its log-sum-exp are
     saved. Raises ValueError unless `is_causal`.

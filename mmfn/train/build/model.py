@@ -18,6 +18,7 @@ from mmfn.spec import freeze, has_experts, num_params, num_trained, stacks, trai
 from mmfn.train.config.rule import Stack, Subject
 from mmfn.train.config.rules import breaches
 from mmfn.train.config.schema import Config, ModelSection
+from mmfn.train.data.sizes import units_of
 from mmfn.tree import Tree
 
 
@@ -94,18 +95,22 @@ def stacks_of(specs: Tree) -> dict[str, Stack]:
 
 
 def check_model(config: Config, family: Family, cfg: Any, *, is_plan: bool = False) -> None:
-    """Raise ValueError for settings that do not fit a model: its stacks, towers, experts."""
+    """Raise ValueError for settings that do not fit a model: its stacks, towers, experts, recurrent layers."""
+    towers = family.towers(cfg)
     subject = Subject(
         config=config,
         stacks=stacks_of(family.specs(cfg)),
-        towers=tuple(family.towers(cfg)),
+        towers=tuple(towers),
         num_ahead=family.num_ahead(cfg),
-        hears=any(AUDIO in kind.media for kind in family.towers(cfg).values()),
+        hears=any(AUDIO in kind.media for kind in towers.values()),
+        is_recurrent=family.is_recurrent(cfg),
         is_plan=is_plan,
     )
     for breach in breaches(subject):
         if not breach.warns:
             raise UserError(breach.sentence)
+    if not is_plan:
+        units_of(config.data.tower_buckets, towers)
 
 
 def trained_note(specs: Tree) -> tuple[str, ...]:

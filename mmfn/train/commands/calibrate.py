@@ -16,9 +16,10 @@ from mmfn.parallel.planning.devices import Device, like
 from mmfn.train.build.model import find_device
 from mmfn.train.evidence.machine import machine
 from mmfn.train.planning.device_file import SUFFIXES, device_text
-from mmfn.train.run.folder import check_file, write_text
+from mmfn.train.run.folder import check_file, check_replaced, write_text
 
 TIMEOUT_S = 600.0
+WRITTEN = "Measured by mmfn calibrate: "  # what its file begins with
 BY_RANKS = ("link", "network", "call_s", "hop_s", "network_hop_s")
 
 
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         raise UserError(f"--out {args.out!r} must end in .yaml; mmfn plan knows a device's file by it")
     if args.out is not None:
         check_file("--out", args.out)
+        check_replaced("--out", args.out, f"# {WRITTEN}")
     device = find_device(args.device, args.ranks)
     base = like(device.type, _name(device))
     nodes = args.ranks.size // args.ranks.local_size
@@ -60,7 +62,7 @@ def _head(found: Device, base: Device, device: torch.device, dtype: torch.dtype)
     here = machine()
     what = _name(device) or f"{here['processor']}, {torch.get_num_threads()} of {here['cores']} cores"
     return [
-        f"Measured by mmfn calibrate: {what}; {str(dtype).removeprefix('torch.')}, torch {torch.__version__}.",
+        f"{WRITTEN}{what}; {str(dtype).removeprefix('torch.')}, torch {torch.__version__}.",
         "flops is the best product that was seen, and shares are of it.",
         *([f"Not measured but those of {base.name}: {', '.join(rest)}; start it on more ranks."] if rest else []),
     ]

@@ -13,13 +13,16 @@ from mmfn.parallel.planning.devices import USUAL
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.spec import num_params
 from mmfn.train.build.checks import check_training, check_weights, measure_first, read_processor
+from mmfn.train.build.data import open_dataset
 from mmfn.train.build.kernels import planned_ops
 from mmfn.train.build.model import find_family, trained_note
 from mmfn.train.build.program import build_program
 from mmfn.train.config.load import Loaded, known_keys, load_config
 from mmfn.train.config.schema import Config
+from mmfn.train.data import Processor
 from mmfn.train.planning.request import check_fits
 from mmfn.train.run.folder import check_output
+from mmfn.train.run.resume_check import check_origin, find_origin, order_of
 from mmfn.tree import Tree
 
 
@@ -45,9 +48,9 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     if config.model.init == "load":
         checks.make("weights", lambda: check_weights(config, family, cfg), str)
     if args.no_files:
-        say("left   tokenizer and data: --no-files")
+        say("left   tokenizer, data and resume: --no-files")
     else:
-        _check_files(checks, config)
+        _check_files(checks, loaded)
     checks.make("layout", lambda: _check_layout(config, family, cfg, specs, args.world), str)
     device = args.device or USUAL.get(config.model.device.partition(":")[0])
     if device is None:
@@ -89,8 +92,9 @@ def _settings_text(loaded: Loaded) -> str:
     return f"{len(loaded.origins)} of {len(known_keys())} are set, all are known and go together"
 
 
-def _check_files(checks: _Checks, config: Config) -> None:
-    """The tokenizer and media settings, and by them the first entries of the data."""
+def _check_files(checks: _Checks, loaded: Loaded) -> None:
+    """The tokenizer and media settings, by them the first entries of the data, and what the run goes on from."""
+    config, is_readable = loaded.config, {"train": False, "eval": False}
     processor = checks.make(
         "tokenizer",
         lambda: read_processor(config),
@@ -98,7 +102,19 @@ def _check_files(checks: _Checks, config: Config) -> None:
     )
     for name in ("train", "eval"):
         if processor is not None and getattr(config.data, name) is not None:
-            checks.make(f"data.{name}", partial(measure_first, config, name, processor), str)
+            first = checks.make(f"data.{name}", partial(measure_first, config, name, processor), str)
+            is_readable[name] = first is not None
+    checks.make("resume", lambda: _check_resume(loaded, processor if is_readable["train"] else None), str)
+
+
+def _check_resume(loaded: Loaded, processor: Processor | None) -> str:
+    """Where the run begins. `processor`: None where the data cannot be read."""
+    origin, config = find_origin(loaded), loaded.config
+    if isinstance(origin, str):
+        return origin
+    data = config.data
+    dataset = None if processor is None else open_dataset(data, data.train, processor, data.max_samples)
+    return check_origin(origin, loaded, order_of(config, dataset))
 
 
 def _memory_text(plan: Plan) -> str:

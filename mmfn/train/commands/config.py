@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from mmfn.errors import UserError
 from mmfn.train.config.json_schema import schema_text
 from mmfn.train.config.load import describe, load_config
-from mmfn.train.run.folder import check_name, write_text
+from mmfn.train.run.folder import check_file, check_replaced, write_text
 
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
@@ -20,8 +19,8 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     elif args.out is None:
         say(schema_text().rstrip("\n"))
     else:
-        check_name("--out", args.out)
-        if not Path(args.out).parent.is_dir() or Path(args.out).is_dir():
-            raise UserError(f"--out {args.out!r} is no place for a file; give a name in a folder that exists")
-        write_text(Path(args.out), schema_text())
+        text = schema_text()
+        check_file("--out", args.out)
+        check_replaced("--out", args.out, "".join(text.splitlines(keepends=True)[:3]))  # as far as the title
+        write_text(Path(args.out), text)
         say(f"wrote {args.out}")

@@ -11,14 +11,14 @@ from mmfn.errors import UserError
 from mmfn.train.build.data import open_dataset
 from mmfn.train.build.model import find_family
 from mmfn.train.build.processor import load_model_processor
-from mmfn.train.config.load import load_section
+from mmfn.train.config.load import Settings, load_section
 from mmfn.train.config.schema import DataSection, ModelSection
 from mmfn.train.data import Dataset
 from mmfn.train.data.bad import BadSample
 from mmfn.train.data.reader import check_learned
 from mmfn.train.dialect import check_dialect
 from mmfn.train.report.picture import data_url
-from mmfn.train.run.folder import write_text
+from mmfn.train.run.folder import check_file, write_text
 from mmfn.train.survey import excerpt, text
 from mmfn.train.survey.fill import BUDGETS, plan_batches
 from mmfn.train.survey.page import Excerpt, render_page
@@ -29,10 +29,6 @@ SHOWN_S = 0.5  # between two numbers of the progress
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     """`mmfn data check FILE --model PATH`: counts, lengths, budgets, what is skipped, and how samples read."""
-    if args.html is not None and not Path(args.html).parent.is_dir():
-        raise UserError(f"the folder of --html {args.html!r} does not exist; make it or choose another")
-    if args.html is not None and Path(args.html).is_dir():
-        raise UserError(f"--html {args.html!r} is a folder; name a file in it")
     if other := next((name for name in ("data.train", "data.eval") if _is_set(name, args.overrides)), None):
         raise UserError(f"override: {other} has no effect here, where FILE is what is checked; remove it")
     if args.samples < 0:
@@ -40,6 +36,9 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     values = {"train": args.source, "token_buckets": list(BUDGETS), "tower_buckets": {}, "workers": 2, "cache_mib": 0}
     section: DataSection = load_section("data", values, args.overrides)
     check_dialect(section.dialect)
+    if args.html is not None:
+        given = Settings(values={"model": {"path": args.model}, "data": values}, path=Path("(options)"), origins={})
+        check_file("--html", args.html, given.overridden(args.overrides))
     processor = load_model_processor(args.model, section.chat, section.media_settings)
     model, cfg = find_family(ModelSection(path=args.model, init="random"))
     dataset = open_dataset(section, section.train, processor, section.max_samples)

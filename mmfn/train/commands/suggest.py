@@ -2,8 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from mmfn.train.planning.device_file import planned_device
 from mmfn.train.planning.suggest import planner, suggest
 from mmfn.train.run.folder import check_file, write_text
 from mmfn.train.survey.counts import total
-from mmfn.train.survey.fill import BUDGETS, FITTING, plan_batches
+from mmfn.train.survey.fill import BUDGETS, FITTING, Size, plan_batches
+from mmfn.train.survey.given_batches import grown, plan_within
 from mmfn.train.survey.survey import Survey, survey
 from mmfn.train.survey.text import tower_sizes
 
@@ -35,11 +36,15 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     planned_device(args.device)
     if args.world < 1 or args.rows < 1:
         raise UserError(f"--world {args.world} and --rows {args.rows} must be positive; raise them")
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs} must be positive; raise it")
     given = Settings(values=_usual(args), path=Path("(options)"), origins={}).overridden(args.overrides)
     if args.out is not None:
         check_file("--out", args.out, given)
     seen, num_rows = _survey(args, given)
     budgets = budgets_of(seen, num_rows, args.world)
+    if (samples := given.values["data"].get("batch_samples")) is not None:
+        budgets = [of_samples(budget, -(-samples // args.world) * mean_tokens(seen)) for budget in budgets]
     jobs = args.jobs or os.cpu_count() or 1
     with planner(args.device, jobs, typical_tokens(seen)) as (plan, together):
         space = Space(settings=given, world=args.world, device=args.device, budgets=budgets)
@@ -93,6 +98,12 @@ def budgets_of(seen: Survey, num_rows: int, world: int) -> list[Budget]:
     ]
 
 
+def of_samples(budget: Budget, tokens: float) -> Budget:
+    """The budget where a step gives each rank samples of so many `tokens`, which may fill no batch."""
+    batches = max(1, -int(-tokens // (budget.tokens * budget.fill)))
+    return replace(budget, fill=min(budget.fill, tokens / (batches * budget.tokens)))
+
+
 def mean_tokens(seen: Survey) -> float:
     """Tokens of a row, those that are skipped counted as empty."""
     return total(seen.counts.tokens) / max(1, seen.counts.rows)
@@ -127,7 +138,31 @@ def _survey(args: argparse.Namespace, given: Settings) -> tuple[Survey, int]:
     family, cfg = find_family(model)
     dataset = open_dataset(section, section.train, processor, section.max_samples)
     rows = Spread(dataset, args.rows)
-    return survey(rows, family, cfg, plan_batches, budgets=BUDGETS, workers=section.workers), len(dataset)
+    limits, budgets = _limits(section, given, {name: kind.inputs for name, kind in family.towers(cfg).items()})
+    plan = plan_within(limits) if limits else plan_batches
+    seen = survey(rows, family, cfg, plan, budgets=budgets, workers=section.workers)
+    if budgets == BUDGETS and not limits:
+        return seen, len(dataset)
+    if seen.counts.tokens and not any(fill.batches for fill in seen.fills):
+        names = [f"data.{n}" for n in ("token_buckets", "tower_buckets", "max_tokens") if n in given.values["data"]]
+        raise UserError(f"no sample fits {', '.join(names)}; raise or remove what is too small (mmfn data check)")
+    is_free = not given.values["data"].keys() & {"token_buckets", "max_tokens"}
+    times = len(dataset) / max(1, len(rows))
+    fills = [
+        fill if fill.budget in budgets else grown(fill, fill.budget if is_free else budgets[0], limits, times)
+        for fill in seen.fills
+    ]
+    return replace(seen, fills=fills), len(dataset)
+
+
+def _limits(section: DataSection, given: Settings, inputs: Mapping[str, int]) -> tuple[Size, Sequence[int]]:
+    """What is given of batches: the most that a sample has of tokens and a batch of units, and its sizes in tokens."""
+    units = {name: sizes[-1] // inputs[name] for name, sizes in section.tower_buckets.items() if name in inputs}
+    longest = section.max_tokens or 0
+    limits = {**({"tokens": longest} if longest else {}), **units}
+    if "token_buckets" in given.values["data"]:
+        return limits, section.token_buckets[-1:]
+    return limits, tuple(budget for budget in BUDGETS if budget >= longest) or (longest,)
 
 
 def _head(args: argparse.Namespace, fill: float) -> list[str]:

@@ -12,6 +12,7 @@ from mmfn.train.config.sets import list_sets
 from mmfn.train.dialect import check_dialect
 
 POLICY_KINDS = {"save": ("selective",), "every": ("full", "selective"), "layers": ("uniform", "block")}
+RECURRENT_OPS = ("gated_delta", "causal_conv1d")  # how the names of ops of recurrent layers begin
 EXPERT_OPS = ("experts", "exchange")  # of those that selective remat can keep
 
 
@@ -66,6 +67,16 @@ def kernel_packages(subject: Subject) -> Iterator[str]:
             yield (
                 f"model.kernel_packages {name!r} has kernels for {' and '.join(kinds)}, not for model.device "
                 f"{section.device!r}; remove it, or use model.device={kinds[0]}"
+            )
+
+
+def idle_packages(subject: Subject) -> Iterator[str]:
+    """Packages whose kernels are all of recurrent layers, where there are none."""
+    for name in subject.config.model.kernel_packages if subject.is_recurrent is False else ():
+        if all(op.startswith(RECURRENT_OPS) for op in PACKAGES[name].kernels()):
+            yield (
+                f"model.kernel_packages {name!r} has no effect, its kernels are of recurrent layers and the model has "
+                "none; remove it"
             )
 
 

@@ -19,8 +19,8 @@ class Stack:
 class Subject:
     """What rules are about. `stacks` and `towers` of the model by name: None while only the config is known.
 
-    `num_ahead`: further tokens that it predicts. `hears`: whether a tower reads sound. `is_plan`: nothing is run, so
-    that neither data nor device matter.
+    `num_ahead`: further tokens that it predicts. `hears`: whether a tower reads sound. `is_recurrent`: whether layers
+    carry a state from token to token. `is_plan`: nothing is run, so that neither data nor device matter.
     """
 
     config: Config
@@ -28,6 +28,7 @@ class Subject:
     towers: tuple[str, ...] | None = None
     num_ahead: int | None = None
     hears: bool | None = None
+    is_recurrent: bool | None = None
     is_plan: bool = False
 
     @property

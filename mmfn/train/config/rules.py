@@ -127,6 +127,13 @@ RULES = (
     idle("data.ahead", lambda c: c.data.workers == 0, "with workers 0"),
     idle("data.worker_kind", lambda c: c.data.workers == 0, "with workers 0"),
     Rule(settings=("data.batch_tokens", "data.token_buckets"), find=conditions.batch_tokens),
+    refused(
+        "data.batch_samples layout.replicate layout.dp",
+        lambda c: c.data.batch_tokens is None and c.data.batch_samples < c.layout.replicate * c.layout.dp,
+        "data.batch_samples is {c.data.batch_samples} but must be at least replicate {c.layout.replicate} * dp "
+        "{c.layout.dp}, one for each rank with its own data; raise it",
+        runs=True,
+    ),
     Rule(settings=("data.token_buckets", "layout.kind", "layout.cp"), find=conditions.bucket_sizes),
     Rule(settings=("data.tower_buckets",), find=conditions.towers),
     *(
@@ -227,6 +234,7 @@ RULES = (
         runs=True,
     ),
     Rule(settings=("model.kernel_packages", "model.device"), find=conditions.kernel_packages),
+    Rule(settings=("model.kernel_packages",), find=conditions.idle_packages),
     Rule(settings=("output.experts",), find=conditions.expert_settings),
     Rule(settings=("layout.capacity",), find=conditions.capacity),
     Rule(settings=("layout.fused_exchange",), find=conditions.fused_exchange),

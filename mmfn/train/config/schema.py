@@ -211,15 +211,20 @@ class DataSection(ConfigSection):
         return Dialect(format=one.format, columns=one.columns, tags=one.tags, ignore=self.ignore)
 
 
+LARGEST = 2**63 - 1  # of 64 bits: what the order of the data counts in and a saved state holds
+
+
 class TrainSection(ConfigSection):
     """How long and how."""
 
-    steps: PositiveInt | None = Field(default=None, description="optimizer steps; null: as many as epochs take")
+    steps: Annotated[PositiveInt, Field(le=LARGEST)] | None = Field(
+        default=None, description="optimizer steps; null: as many as epochs take"
+    )
     epochs: PositiveInt | None = Field(
         default=None,
         description="in place of steps: how often every sample is read (with data.batch_tokens: as many samples)",
     )
-    seed: Annotated[int, Field(ge=0)] = Field(
+    seed: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
         default=0, description="decides the initial weights, the order of the data and what is dropped"
     )
     compile: Literal["none", "layer", "step"] = Field(
@@ -278,8 +283,8 @@ class CheckpointSection(ConfigSection):
     )
     resume: str = Field(
         default="auto",
-        description="auto: go on from the newest save in the run folder, if any; none: never; or a path of a save, or "
-        "of a folder of them, that a new run begins from",
+        description="auto: go on from the newest save in the run folder, if any; none: never; or a path of a save, of "
+        "a run, or of a folder of saves, that a new run begins from",
     )
     load_optimizer: bool = Field(
         default=True, description="with a path in resume; false: its optimizer is left, and a new one begins"

@@ -89,12 +89,9 @@ class Buckets:
                 f"{', '.join(towers) or 'none'}; {'add' if odd[0] in towers else 'remove'} {odd[0]!r}"
             )
         _check_buckets("token_buckets", token_buckets, 1)
-        for name, kind in towers.items():
-            _check_buckets(f"tower_buckets of {name!r}", tower_buckets[name], kind.inputs)
-        units = {name: tuple(n // kind.inputs for n in tower_buckets[name]) for name, kind in towers.items()}
         return Buckets(
             tokens=tuple(token_buckets),
-            units=units,
+            units=units_of(tower_buckets, towers),
             towers=towers,
             segment_multiple=segment_multiple,
             max_tokens=max_tokens,
@@ -136,6 +133,13 @@ class Buckets:
         return None
 
 
+def units_of(tower_buckets: Mapping[str, Sequence[int]], towers: Mapping[str, TowerKind]) -> dict[str, tuple[int, ...]]:
+    """Buckets of towers, in inputs, as units. Raises ValueError unless they increase and are made of whole units."""
+    for name, kind in towers.items():
+        _check_buckets(f"tower_buckets of {name!r}", tower_buckets[name], kind.inputs)
+    return {name: tuple(n // kind.inputs for n in tower_buckets[name]) for name, kind in towers.items()}
+
+
 def _tower_cost(sample: Sample, kind: TowerKind, rate: Rate) -> float:
     """Each step in time of a medium attends to itself."""
     cost = 0.0
@@ -162,4 +166,7 @@ def _check_buckets(name: str, buckets: Sequence[int], multiple: int) -> None:
         raise UserError(f"{name} must be positive and strictly increasing, got {list(buckets)}")
     for bucket in buckets:
         if bucket % multiple:
-            raise UserError(f"{name} must be multiples of {multiple}, what makes a feature, got {bucket}")
+            raise UserError(
+                f"{name} must be multiples of {multiple}, what makes a feature, got {bucket}; use "
+                f"{-(-bucket // multiple) * multiple}"
+            )

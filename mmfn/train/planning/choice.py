@@ -4,10 +4,10 @@ A choice is a whole config and its plan. Choices are compared by the seconds tha
 larger batch hides more of what ranks send, a fuller one has fewer tokens that are padding.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 from mmfn.errors import UserError
@@ -16,7 +16,7 @@ from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.weights.sharding import sizes_over
 from mmfn.spec import has_experts, num_params, num_trained
 from mmfn.train.build.model import find_family, model_specs
-from mmfn.train.config.load import Settings, check
+from mmfn.train.config.load import Settings, check, load_section
 from mmfn.train.config.schema import Config
 from mmfn.train.planning.device_file import planned_device
 
@@ -30,6 +30,9 @@ OFFLOADS: tuple[tuple[str, ...], ...] = (
     ("activations", "optimizer", "parameters"),
 )
 """What may lie on the host, from what costs nothing to what costs most."""
+CP: tuple[int, ...] = (1, 2, 4, 8, 16)
+REMAT = {"remat_save", "remat_every", "remat_layers", "remat_stacks", "keep_gathered", "reshard_after_forward"}
+"""Settings that not every remat suits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,34 +99,54 @@ class Space:
         data = {
             "token_buckets": [budget.tokens],
             "tower_buckets": {name: [inputs] for name, inputs in budget.towers.items()},
-            "batch_tokens": budget.tokens * layout["replicate"] * layout["dp"],
+            **self._data,
         }
-        own = {name: value for name, value in self._layout.items() if name != "dp"}
-        settings = self.settings.having("layout", **{**layout, **own})
-        loaded = check(settings.having("data", **{**data, **settings.values.get("data", {})}))
+        if not self._data.keys() & {"batch_tokens", "batch_samples"}:
+            data["batch_tokens"] = data["token_buckets"][-1] * layout["replicate"] * layout["dp"]
+        loaded = check(self.settings.having("layout", **{**layout, **self._layout}).having("data", **data))
         if loaded.notes or loaded.config.layout.world != self.world:
             raise UserError(next(iter(loaded.notes), f"the layout has not {self.world} ranks"))
         return loaded.config
 
     def layouts(self) -> Iterator[tuple[Budget, dict[str, Any]]]:
         """Batches and sizes of the mesh: copies of the model in a node, among nodes or everywhere, every ep, and where
-        a batch can be divided among ranks, every cp that does it by heads."""
+        a batch can be divided among ranks, every cp that does it by heads. Sizes that are given are the only ones, and
+        those they leave open may be any. Raises ValueError for a wrong value of the layout."""
+        load_section("layout", self._layout, ())
         family, cfg = find_family(self._bare.model)
         specs = model_specs(self._bare, family, cfg)
         experts = gcd(*sizes_over(specs, "ep").values()) if has_experts(specs) else 1
         nodes = max(1, self.world // planned_device(self.device).ranks_per_node)
-        for budget, copies in product(self.budgets, sorted({1, nodes, self.world})):
+        given = self._layout
+        is_open = not given.keys() & {"replicate", "dp"}
+        some: Iterable[int] = sorted({1, nodes, self.world}) if is_open else range(1, self.world + 1)
+        some = (given["replicate"],) if "replicate" in given else some
+        cps = (self.world // (given["replicate"] * given["dp"]) or 1,) if {"replicate", "dp"} <= given.keys() else CP
+        cps = (given["cp"],) if "cp" in given else cps
+        for budget, copies in product(self.budgets, some):
             shards = self.world // copies
-            fits = copies == 1 or self._state_fits(num_params(specs), num_trained(specs), shards)
-            for cp, ep in product((1, 2, 4, 8, 16), range(1, shards + 1)):
+            fits = not is_open or copies == 1 or self._state_fits(num_params(specs), num_trained(specs), shards)
+            for cp, ep in product(cps, range(1, shards + 1)):
                 sizes = {"replicate": copies, "dp": shards // cp, "cp": cp, "ep": ep}
                 is_whole = self.world % copies == shards % cp == shards % ep == experts % ep == 0
-                if fits and is_whole and all(self._layout.get(k, n) == n for k, n in sizes.items() if k != "dp"):
+                if fits and is_whole and all(given.get(k, n) == n for k, n in sizes.items()):
                     yield budget, {**sizes, **({"kind": "ulysses"} if cp > 1 else {})}
+
+    def no_layout(self) -> str:
+        """Why there are no layouts: which of the given sizes does not divide the ranks."""
+        given = {name: self._layout[name] for name in ("replicate", "dp", "cp") if name in self._layout}
+        sizes = " * ".join(f"layout.{name} {value}" for name, value in given.items())
+        if self.world % prod(given.values()):
+            return f"{sizes} does not divide them; change it or --world"
+        if len(given) == 3 and prod(given.values()) != self.world:
+            return f"{sizes} is {prod(given.values())}; change one of them or --world"
+        ep = self._layout.get("ep", 1)
+        return f"layout.ep {ep} must divide the ranks of a copy of the model and its experts; lower or remove it"
 
     def policies(self, layout: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """What may be computed again, from nothing to all: what costs most for its memory is kept longest. Before
-        anything is, whole weights are gathered again, where there are ranks to gather them from outside of graphs."""
+        anything is, whole weights are gathered again, where there are ranks to gather them from outside of graphs.
+        Where settings of remat are given without it, those that suit them."""
         if "remat" in self._layout:
             return [{}]
         family, cfg = find_family(self._bare.model)
@@ -133,7 +156,15 @@ class Space:
         saves = saves if exchange else saves[:2]
         is_open = self.world > 1 and self.settings.values.get("train", {}).get("compile") != "step"
         released = [{"remat": "none", "reshard_after_forward": True}] if is_open else []
-        return [{"remat": "none"}, *released, *({"remat": "selective", "remat_save": save} for save in saves), FULL]
+        kept = ({"remat": "selective", "remat_save": save} for save in saves)
+        policies: list[Mapping[str, Any]] = [{"remat": "none"}, *released, *kept, FULL]
+        if not self._layout.keys() & REMAT:
+            return policies
+        suiting: list[Mapping[str, Any]] = []
+        for policy in ({k: v for k, v in policy.items() if k not in self._layout} for policy in policies):
+            if policy not in suiting and any(self._is_config(budget, {**layout, **policy}) for budget in self.budgets):
+                suiting.append(policy)
+        return suiting or policies
 
     def offloads(self) -> tuple[tuple[str, ...], ...]:
         """What may lie on the host."""
@@ -146,11 +177,24 @@ class Space:
         return self.settings.values.get("layout", {})
 
     @property
+    def _data(self) -> Mapping[str, Any]:
+        """Settings of the data that are given."""
+        return self.settings.values.get("data", {})
+
+    @property
     def _bare(self) -> Config:
-        """The config without a layout, for what is asked of the model."""
-        least = {"token_buckets": [1], "tower_buckets": {}, **self.settings.values.get("data", {})}
+        """The config without a layout and what depends on batches, for what is asked of the model."""
+        data = {name: value for name, value in self._data.items() if name not in ("max_tokens", "window_samples")}
+        least = {"token_buckets": [1], "tower_buckets": {}, **data}
         values = {**self.settings.values, "layout": {}, "data": least}
         return check(replace(self.settings, values=values), is_plan=True).config
+
+    def _is_config(self, budget: Budget, layout: Mapping[str, Any]) -> bool:
+        try:
+            self.config(budget, layout)
+        except UserError:
+            return False
+        return True
 
     def _state_fits(self, params: int, trained: int, shards: int) -> bool:
         """Whether parameters, gradients and AdamW's state can lie on a device, cut into so many parts."""

@@ -49,11 +49,13 @@ def suggest(
         return list(together(one, starts))
 
     starts = list(space.layouts())
+    if not starts:
+        raise UserError(f"no layout of {space.world} ranks can be planned: {space.no_layout()}")
     say(f"planning {len(starts)} layouts for {space.world} ranks of {space.device}")
     begun = begin(starts, space.offloads()[0])
     planned = [(start, first) for start, first in zip(starts, begun, strict=True) if isinstance(first, Choice)]
     if not planned:
-        reason = next((first for first in begun if isinstance(first, str)), "there is none")
+        reason = next(first for first in begun if isinstance(first, str))
         raise UserError(f"no layout of {space.world} ranks can be planned: {reason}")
     choices, fitting = _fit(planned, space.offloads(), begin)
     fitting.sort(key=lambda item: (item[0][0].tokens, item[2].rank))

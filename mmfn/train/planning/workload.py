@@ -12,6 +12,7 @@ from mmfn.models import Family
 from mmfn.packing import Sizes, num_units
 from mmfn.parallel.planning.trace import Recorder
 from mmfn.train.config.schema import Config
+from mmfn.train.data.sizes import units_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,10 @@ def largest_workload(config: Config, family: Family, cfg: Any, sample_tokens: in
 
     Samples of `sample_tokens` or, where these are fewer, of `data.max_tokens` have images that fill the towers' buckets
     as far as they can. A step has the micro-batches of `data.batch_tokens`; with `data.batch_samples` it is not known
-    how many, and two are taken, as gradients are then summed.
+    how many, and two are taken, as gradients are then summed. Raises ValueError for buckets that training refuses.
     """
-    data, layout, kinds = config.data, config.layout, family.towers(cfg)
+    data, layout = config.data, config.layout
+    kinds = {name: kind for name, kind in family.towers(cfg).items() if name in data.tower_buckets}
     bucket = data.token_buckets[-1]
     whole = Workload(
         tokens=max(1, bucket // layout.cp),
@@ -65,7 +67,7 @@ def largest_workload(config: Config, family: Family, cfg: Any, sample_tokens: in
         micro_batches=max(1, (data.batch_tokens or 0) // (bucket * layout.replicate * layout.dp))
         if data.batch_tokens
         else 2,
-        units={name: sizes[-1] // kinds[name].inputs for name, sizes in data.tower_buckets.items() if name in kinds},
+        units={name: units[-1] for name, units in units_of(data.tower_buckets, kinds).items()},
     )
     return replace(whole, image_side=_largest_side(whole, layout.cp, family, cfg))
 

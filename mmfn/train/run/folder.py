@@ -45,6 +45,8 @@ def check_output(loaded: Loaded) -> None:
     """
     settings = loaded.config.output
     check_name("output.path", settings.path)
+    for name, path in {**input_paths(loaded), "data.index_folder": loaded.config.data.index_folder}.items():
+        _check_home(name, path or "")
     folder = locate(settings.path)
     existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not existing.is_dir():
@@ -100,7 +102,10 @@ def _begins_again(loaded: Loaded) -> bool:
 
 
 def check_file(name: str, path: str, loaded: Loaded | Settings | None = None) -> None:
-    """Raise ValueError unless a file can be written at `path`, replacing nothing the command reads."""
+    """Raise ValueError unless a file can be written at `path`, replacing nothing the command reads.
+
+    In the folders of the model and its adapter no file is replaced.
+    """
     check_name(name, path)
     if not Path(path).parent.is_dir():
         raise UserError(f"{name} {path!r} lies in a folder that does not exist; make the folder first")
@@ -111,6 +116,22 @@ def check_file(name: str, path: str, loaded: Loaded | Settings | None = None) ->
     for read, source in input_paths(loaded).items() if loaded is not None else ():
         if os.path.realpath(path) == os.path.realpath(source):
             raise UserError(f"{name} {path!r} is {read} itself; choose another file")
+        is_inside = os.path.realpath(Path(path).parent) == os.path.realpath(source)
+        if read in ("model.path", "model.adapter") and is_inside and os.path.lexists(path):
+            raise UserError(f"{name} {path!r} is a file of {read} {source!r}; choose another file")
+
+
+def check_replaced(name: str, path: str, beginning: str) -> None:
+    """Raise ValueError where there is a file that begins otherwise than what the command writes: it is the user's."""
+    if not os.path.lexists(path):
+        return
+    try:
+        with open(path, "rb") as file:
+            is_same = file.read(len(beginning.encode())) == beginning.encode()
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise UserError(f"{name} {path!r} is there and was not written by this command; choose another file")
 
 
 @contextmanager
@@ -219,7 +240,8 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 
 
 def check_name(name: str, path: str) -> None:
-    """Raise ValueError for a path no file system takes: too long, a null character, links in a circle."""
+    """Raise ValueError for `~`, and for a path no file system takes: too long, a null character, links in a circle."""
+    _check_home(name, path)
     known = Path(path)
     for place in [known, *(Path(part) for part in known.parts)]:
         try:
@@ -229,6 +251,13 @@ def check_name(name: str, path: str) -> None:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{name} {path!r} is no usable path ({reason}); choose another") from error
+
+
+def _check_home(name: str, path: str) -> None:
+    if path.startswith("~"):
+        raise UserError(
+            f"{name} {path!r} begins with '~', which only a shell expands; write the folder out, or as $HOME/..."
+        )
 
 
 def _is_ours(name: str) -> bool:

@@ -17,14 +17,14 @@ from mmfn.train.build.run import Run
 from mmfn.train.checkpoint import Checkpoint, DamagedError, fill_, newest
 from mmfn.train.checkpoint.format import step_of
 from mmfn.train.checkpoint.read import names
-from mmfn.train.config.changes import changes, refuse
+from mmfn.train.config.changes import Change, changes, refuse
 from mmfn.train.config.load import Loaded
 from mmfn.train.data.cursor import START, Cursor
 from mmfn.train.run import folder as run_folder
 from mmfn.train.run.folder import STATE
 from mmfn.train.run.keeper import LOGS, without_optimizer
 from mmfn.train.run.record import StepRecord
-from mmfn.train.run.stored import find_state
+from mmfn.train.run.stored import locate_saves, none_whole
 from mmfn.train.step import init_state
 
 
@@ -69,8 +69,7 @@ def resume_(run: Run, folder: Path) -> Start:
             raise UserError(f"the checkpoints in {folder / STATE} are gone since the run was begun; begin it again")
         return Start(notes=_notes_of_new_run(folder) if world.index == 0 else ())
     else:
-        path = Path(section.resume)
-        root, name = (find_state(path) or path, None) if step_of(path.name) is None else (path.parent, path.name)
+        root, name = locate_saves(section.resume)
         source = _Source(
             root=root, name=name, has_run=False, optimizer=section.load_optimizer, cursor=section.load_cursor
         )
@@ -78,11 +77,7 @@ def resume_(run: Run, folder: Path) -> Start:
     facts = checkpoint.manifest.facts
     cursor = run.loader.resume(dict(facts.cursor)) if source.cursor else START
     records = records_of(folder / LOGS[0], cursor.step) if source.has_run else None
-    if cursor.step > config.train.num_steps or (cursor.step == config.train.num_steps and not records):
-        raise UserError(
-            f"{checkpoint.folder} is behind step {cursor.step} but the run has {config.train.num_steps} steps; raise "
-            "train.steps or train.epochs"
-        )
+    check_steps_left(checkpoint, config.train.num_steps, cursor.step, are_taken=bool(records))
     if source.has_run and cursor.step == config.train.num_steps:
         _check_idle(run, folder, checkpoint)
     wait_for_all(world, "resumed")  # before the first rank cuts the logs
@@ -91,6 +86,15 @@ def resume_(run: Run, folder: Path) -> Start:
     earlier = facts.config if source.has_run and changes(facts.config, run.loaded) else ""
     notes.append(f"resumed from {checkpoint.folder}")
     return Start(cursor=cursor, records=records, notes=tuple(notes), earlier=earlier)
+
+
+def check_steps_left(checkpoint: Checkpoint, num_steps: int, step: int, *, are_taken: bool) -> None:
+    """Raise ValueError unless a run of so many steps goes on behind `step`, or ends there, its own steps taken."""
+    if step > num_steps or (step == num_steps and not are_taken):
+        raise UserError(
+            f"{checkpoint.folder} is behind step {step} but the run has {num_steps} steps; raise train.steps or "
+            "train.epochs"
+        )
 
 
 def is_restored(loaded: Loaded, world: Axis) -> bool:
@@ -142,10 +146,7 @@ def _restore_(run: Run, source: _Source) -> tuple[Checkpoint, list[str]]:
         search = newest(source.root, world, name=source.name, below=below)
         skipped += search.skipped
         if search.checkpoint is None:
-            reason = "; ".join(skipped) or ("there are none in it" if source.root.is_dir() else "it is no folder")
-            fix = "set output.overwrite=true to begin anew" if source.has_run else "set checkpoint.resume to another"
-            where = source.root if source.name is None else source.root / source.name
-            raise UserError(f"{where} holds no checkpoint that is whole ({reason}); {fix}")
+            raise none_whole(source.root, source.name, skipped, has_run=source.has_run)
         facts = search.checkpoint.manifest.facts
         changed = changes(facts.config, run.loaded)
         refuse(changed, search.checkpoint.folder, has_optimizer=source.optimizer)
@@ -192,11 +193,16 @@ def _check_idle(run: Run, folder: Path, checkpoint: Checkpoint) -> None:
     is_complete = gather_values(run_folder.is_complete(folder), run.place.host["world"], "resumed")[0]
     changed = changes(checkpoint.manifest.facts.config, run.loaded)
     if is_complete and changed:
-        late = ", ".join(map(str, changed))
-        raise UserError(
-            f"the run in {folder} has taken its {run.loaded.config.train.num_steps} steps, which {late} comes too late "
-            "for; raise train.steps or train.epochs, or set output.overwrite=true to train anew"
-        )
+        raise too_late(folder, run.loaded.config.train.num_steps, changed)
+
+
+def too_late(folder: Path, num_steps: int, changed: list[Change]) -> UserError:
+    """Of settings that changed when all steps of a run were taken."""
+    late = ", ".join(map(str, changed))
+    return UserError(
+        f"the run in {folder} has taken its {num_steps} steps, which {late} comes too late for; "
+        "raise train.steps or train.epochs, or set output.overwrite=true to train anew"
+    )
 
 
 def _set_damaged_aside(root: Path, step: int) -> None:

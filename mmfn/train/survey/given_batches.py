@@ -1,0 +1,38 @@
+"""How full batches are where their settings are given: buckets of tokens and of towers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+
+import numpy as np
+
+from mmfn.train.data.packing_plan import Bins, plan_window
+from mmfn.train.survey.fill import Fill, Plan, Size
+
+
+def plan_within(limits: Size) -> Plan:
+    """`plan_batches` where a sample has `limits["tokens"]` at most and a batch the units of the towers named there.
+
+    Longer samples are left out.
+    """
+
+    def plan(sizes: Sequence[Size], budget: int) -> list[list[int]]:
+        places = [i for i, size in enumerate(sizes) if all(size[name] <= most for name, most in limits.items())]
+        if not places:
+            return []
+        sizes_WD = np.array([list(sizes[i].values()) for i in places], dtype=np.int64)
+        totals = dict(zip(sizes[0], sizes_WD.sum(0).tolist(), strict=True))
+        room = {name: limits.get(name, max(1, total)) for name, total in totals.items()} | {"tokens": budget}
+        bins = Bins(sizes=tuple(room.values()), segments=len(places), per_step=1)
+        steps = plan_window(sizes_WD, sizes_WD[:, 1:].astype(np.float64), bins, seed=0, start=0).steps
+        return [[places[i] for i in batch] for step in steps for batch in step]
+
+    return plan
+
+
+def grown(fill: Fill, budget: int, limits: Size, times: float) -> Fill:
+    """Of rows that are less than one batch, a batch of `budget` tokens of `times` as many, as far as `limits` allow."""
+    rooms = [limits[name] / units for name, units in fill.units.items() if name in limits and units]
+    scale = min(times, budget / fill.tokens, *rooms)
+    units = {name: ceil(num * scale) for name, num in fill.units.items()}
+    return replace(fill, budget=budget, tokens=round(fill.tokens * scale), units=units)
