@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
 def _config(args: argparse.Namespace) -> Config:
     """That of a file, or of the folder of a checkpoint."""
     if Path(args.config).is_dir():
-        return checkpoint_config({"path": args.config}, {}, args.overrides)
+        return checkpoint_config({"path": args.config}, {}, args.overrides, is_longest_asked=True)
     return load_config(args.config, args.overrides).config
 
 

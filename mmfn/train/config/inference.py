@@ -25,11 +25,13 @@ def for_inference(config: Config, num_ranks: int) -> Config:
     return config.model_copy(update={**trained, "layout": layout})
 
 
-def checkpoint_config(model: Mapping[str, Any], data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+def checkpoint_config(
+    model: Mapping[str, Any], data: Mapping[str, Any], overrides: Sequence[str] = (), *, is_longest_asked: bool = False
+) -> Config:
     """The config of a checkpoint that is asked, for a command that has no file: what of it trains is never read.
 
-    `model`, `data`: settings of these sections. Raises ValueError as `load_config` does, and for an override that
-    counts in training alone.
+    `model`, `data`: settings of these sections. `is_longest_asked`: the longest answer is that of `eval`, the command
+    has no option for it. Raises ValueError as `load_config` does, and for an override that counts in training alone.
     """
     values: dict[str, Mapping[str, Any]] = {
         "data": {"train": "unused", "eval": "unused", "token_buckets": [1], "tower_buckets": {}, **data},
@@ -40,12 +42,15 @@ def checkpoint_config(model: Mapping[str, Any], data: Mapping[str, Any], overrid
     }
     settings = Settings(values=values, path=Path("command line"), origins={}).overridden(overrides)
     for key in settings.origins:
+        if key == LONGEST and is_longest_asked:
+            continue
         if key.partition(".")[0] not in ("model", "layout") and key not in ASKED:
-            fix = "give --max-new-tokens" if key == "eval.max_new_tokens" else "remove it"
+            fix = "give --max-new-tokens" if key == LONGEST else "remove it"
             raise UserError(f"override: {key} has no effect here, where nothing is trained; {fix}")
     return check(settings).config
 
 
+LONGEST = "eval.max_new_tokens"
 ASKED = {
     "eval.batch_samples",
     *("data.format", "data.columns", "data.tags", "data.ignore", "data.root", "data.template", "data.enable_thinking"),
