@@ -145,7 +145,10 @@ def test_ranks_write_what_one_device_writes(make_config: MakeConfig, tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["layout.dp=3", "data.batch_samples=2"], "batch_samples must be at least 3, one for each rank"),
+        (
+            ["layout.dp=3", "data.batch_samples=2"],
+            r"batch_samples is 2 but must be at least replicate 1 \* dp 3, one for each rank",
+        ),
         (["layout.cp=2", "data.token_buckets=[386]"], "token_buckets has 386 .* needs multiples of 4; use 388"),
         (["layout.cp=3", "layout.kind=ulysses", "data.token_buckets=[384]"], "4 query heads, which ulysses 3 does not"),
         (["layout.dp=2", "layout.ep=2"], "expert"),

@@ -216,9 +216,11 @@ def test_a_file_to_write(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     settings = loaded(tmp_path, f"data.eval={tmp_path / 'eval.json'}", f"model.path={tmp_path / 'model'}")
-    cases["model/config.json"] = "is a file of model.path"
+    (tmp_path / "model" / "model.safetensors").write_text("weights")
+    cases["model/config.json"] = "is the model's config.json itself"
+    cases["model/model.safetensors"] = "is a file of model.path"
     (tmp_path / "alias").symlink_to(tmp_path / "model")
-    cases["alias/config.json"] = "is a file of model.path"
+    cases["alias/model.safetensors"] = "is a file of model.path"
     run_folder.check_file("--out", str(tmp_path / "model" / "new.json"), settings)
     with pytest.raises(ValueError, match=r"^--out '~/x.json' begins with '~'"):
         run_folder.check_file("--out", "~/x.json", settings)

@@ -113,12 +113,17 @@ def check_file(name: str, path: str, loaded: Loaded | Settings | None = None) ->
         raise UserError(f"{name} {path!r} is a folder; give the path of a file")
     if not os.access(Path(path).parent, os.W_OK | os.X_OK):
         raise UserError(f"{name} {path!r} lies in a folder that may not be written; choose another")
-    for read, source in input_paths(loaded).items() if loaded is not None else ():
+    inputs = input_paths(loaded) if loaded is not None else {}
+    for read, source in inputs.items():
         if os.path.realpath(path) == os.path.realpath(source):
             raise UserError(f"{name} {path!r} is {read} itself; choose another file")
-        is_inside = os.path.realpath(Path(path).parent) == os.path.realpath(source)
-        if read in ("model.path", "model.adapter") and is_inside and os.path.lexists(path):
-            raise UserError(f"{name} {path!r} is a file of {read} {source!r}; choose another file")
+    for read in ("model.path", "model.adapter"):
+        if os.path.lexists(path) and _is_in(path, inputs.get(read)):
+            raise UserError(f"{name} {path!r} is a file of {read} {inputs[read]!r}; choose another file")
+
+
+def _is_in(path: str, folder: str | None) -> bool:
+    return folder is not None and os.path.realpath(Path(path).parent) == os.path.realpath(folder)
 
 
 def check_replaced(name: str, path: str, beginning: str) -> None:
