@@ -17,7 +17,7 @@ from mmfn.train.build.match import check_match
 from mmfn.train.build.model import find_device
 from mmfn.train.build.processor import eos_token_ids, load_model_processor
 from mmfn.train.build.shards import load_shards
-from mmfn.train.config.inference import checkpoint_config, for_inference
+from mmfn.train.config.inference import ASKED, LONGEST, checkpoint_config, for_inference
 from mmfn.train.config.load import load_config
 from mmfn.train.config.schema import Config
 from mmfn.train.data.media import MediaReader
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
 def _config(args: argparse.Namespace) -> Config:
     """That of a file, or of the folder of a checkpoint."""
     if Path(args.config).is_dir():
-        return checkpoint_config({"path": args.config}, {}, args.overrides, is_longest_asked=True)
+        return checkpoint_config({"path": args.config}, {}, args.overrides, counting=ASKED | {LONGEST})
     return load_config(args.config, args.overrides).config
 
 

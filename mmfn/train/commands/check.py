@@ -22,7 +22,7 @@ from mmfn.train.config.schema import Config
 from mmfn.train.data import Processor
 from mmfn.train.planning.request import check_fits
 from mmfn.train.run.folder import check_output
-from mmfn.train.run.resume_check import check_origin, find_origin, order_of
+from mmfn.train.run.resume_check import check_origin, find_origin, known_order
 from mmfn.tree import Tree
 
 
@@ -114,7 +114,7 @@ def _check_resume(loaded: Loaded, processor: Processor | None) -> str:
         return origin
     data = config.data
     dataset = None if processor is None else open_dataset(data, data.train, processor, data.max_samples)
-    return check_origin(origin, loaded, order_of(config, dataset))
+    return check_origin(*origin, loaded, known_order(config, dataset))
 
 
 def _memory_text(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from mmfn.train.planning.device_file import planned_device
 from mmfn.train.planning.suggest import planner, suggest
 from mmfn.train.run.folder import check_file, write_text
 from mmfn.train.survey.counts import total
-from mmfn.train.survey.fill import BUDGETS, FITTING, Size, plan_batches
-from mmfn.train.survey.given_batches import grown, plan_within
+from mmfn.train.survey.fill import BUDGETS, FITTING, plan_batches
+from mmfn.train.survey.given_batches import grown, limits_of, plan_within
 from mmfn.train.survey.survey import Survey, survey
 from mmfn.train.survey.text import tower_sizes
 
@@ -138,7 +138,9 @@ def _survey(args: argparse.Namespace, given: Settings) -> tuple[Survey, int]:
     family, cfg = find_family(model)
     dataset = open_dataset(section, section.train, processor, section.max_samples)
     rows = Spread(dataset, args.rows)
-    limits, budgets = _limits(section, given, {name: kind.inputs for name, kind in family.towers(cfg).items()})
+    bucket = section.token_buckets[-1] if "token_buckets" in given.values["data"] else None
+    towers = family.towers(cfg)
+    limits, budgets = limits_of(section.tower_buckets, towers, longest=section.max_tokens, bucket=bucket)
     plan = plan_within(limits) if limits else plan_batches
     seen = survey(rows, family, cfg, plan, budgets=budgets, workers=section.workers)
     if budgets == BUDGETS and not limits:
@@ -153,16 +155,6 @@ def _survey(args: argparse.Namespace, given: Settings) -> tuple[Survey, int]:
         for fill in seen.fills
     ]
     return replace(seen, fills=fills), len(dataset)
-
-
-def _limits(section: DataSection, given: Settings, inputs: Mapping[str, int]) -> tuple[Size, Sequence[int]]:
-    """What is given of batches: the most that a sample has of tokens and a batch of units, and its sizes in tokens."""
-    units = {name: sizes[-1] // inputs[name] for name, sizes in section.tower_buckets.items() if name in inputs}
-    longest = section.max_tokens or 0
-    limits = {**({"tokens": longest} if longest else {}), **units}
-    if "token_buckets" in given.values["data"]:
-        return limits, section.token_buckets[-1:]
-    return limits, tuple(budget for budget in BUDGETS if budget >= longest) or (longest,)
 
 
 def _head(args: argparse.Namespace, fill: float) -> list[str]:

@@ -108,6 +108,17 @@ class Packer:
         )
 
 
+def order_facts(dataset: Samples, seed: int) -> dict[str, int | str]:
+    """What a place in the order of data depends on, whatever a step takes of it."""
+    first = dataset.order(seed).rows(torch.arange(DIGEST_PLACES)).tolist()
+    return {
+        "data": " ".join(dataset.fingerprints),
+        "samples": len(dataset),
+        "seed": seed,
+        "order": digest_of(first),  # weights of several data sets, and more
+    }
+
+
 class Loader:
     """Micro-batches of every step, packed to static sizes."""
 
@@ -180,12 +191,7 @@ class Loader:
     @property
     def fingerprint(self) -> dict[str, int | str]:
         """What a cursor's meaning depends on: integers and strings. The number of ranks is not among it."""
-        facts: dict[str, int | str] = {
-            "data": " ".join(self.dataset.fingerprints),
-            "samples": len(self.dataset),
-            "seed": self.seed,
-            "order": digest_of(self.reader.indices(range(DIGEST_PLACES))),  # weights of several data sets, and more
-        }
+        facts = order_facts(self.dataset, self.seed)
         if isinstance(self.source, BySamples):
             return {**facts, "batch_samples": self.source.number}
         bins, buckets = self.source.bins, self.reader.buckets

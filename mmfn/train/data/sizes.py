@@ -134,10 +134,14 @@ class Buckets:
 
 
 def units_of(tower_buckets: Mapping[str, Sequence[int]], towers: Mapping[str, TowerKind]) -> dict[str, tuple[int, ...]]:
-    """Buckets of towers, in inputs, as units. Raises ValueError unless they increase and are made of whole units."""
-    for name, kind in towers.items():
+    """Buckets of those towers that have any, in inputs, as units.
+
+    Raises ValueError unless they increase and are made of whole units.
+    """
+    kinds = {name: kind for name, kind in towers.items() if name in tower_buckets}
+    for name, kind in kinds.items():
         _check_buckets(f"tower_buckets of {name!r}", tower_buckets[name], kind.inputs)
-    return {name: tuple(n // kind.inputs for n in tower_buckets[name]) for name, kind in towers.items()}
+    return {name: tuple(n // kind.inputs for n in tower_buckets[name]) for name, kind in kinds.items()}
 
 
 def _tower_cost(sample: Sample, kind: TowerKind, rate: Rate) -> float:

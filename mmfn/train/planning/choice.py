@@ -119,11 +119,15 @@ class Space:
         nodes = max(1, self.world // planned_device(self.device).ranks_per_node)
         given = self._layout
         is_open = not given.keys() & {"replicate", "dp"}
-        some: Iterable[int] = sorted({1, nodes, self.world}) if is_open else range(1, self.world + 1)
-        some = (given["replicate"],) if "replicate" in given else some
-        cps = (self.world // (given["replicate"] * given["dp"]) or 1,) if {"replicate", "dp"} <= given.keys() else CP
-        cps = (given["cp"],) if "cp" in given else cps
-        for budget, copies in product(self.budgets, some):
+        numbers: Iterable[int] = sorted({1, nodes, self.world}) if is_open else range(1, self.world + 1)
+        if "replicate" in given:
+            numbers = (given["replicate"],)
+        cps: Iterable[int] = CP
+        if "cp" in given:
+            cps = (given["cp"],)
+        elif {"replicate", "dp"} <= given.keys():
+            cps = (max(1, self.world // (given["replicate"] * given["dp"])),)
+        for budget, copies in product(self.budgets, numbers):
             shards = self.world // copies
             fits = not is_open or copies == 1 or self._state_fits(num_params(specs), num_trained(specs), shards)
             for cp, ep in product(cps, range(1, shards + 1)):

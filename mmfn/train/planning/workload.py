@@ -59,7 +59,6 @@ def largest_workload(config: Config, family: Family, cfg: Any, sample_tokens: in
     how many, and two are taken, as gradients are then summed. Raises ValueError for buckets that training refuses.
     """
     data, layout = config.data, config.layout
-    kinds = {name: kind for name, kind in family.towers(cfg).items() if name in data.tower_buckets}
     bucket = data.token_buckets[-1]
     whole = Workload(
         tokens=max(1, bucket // layout.cp),
@@ -67,7 +66,7 @@ def largest_workload(config: Config, family: Family, cfg: Any, sample_tokens: in
         micro_batches=max(1, (data.batch_tokens or 0) // (bucket * layout.replicate * layout.dp))
         if data.batch_tokens
         else 2,
-        units={name: units[-1] for name, units in units_of(data.tower_buckets, kinds).items()},
+        units={name: units[-1] for name, units in units_of(data.tower_buckets, family.towers(cfg)).items()},
     )
     return replace(whole, image_side=_largest_side(whole, layout.cp, family, cfg))
 

@@ -24,7 +24,7 @@ from mmfn.train.run import folder as run_folder
 from mmfn.train.run.folder import STATE
 from mmfn.train.run.keeper import LOGS, without_optimizer
 from mmfn.train.run.record import StepRecord
-from mmfn.train.run.stored import locate_saves, none_whole
+from mmfn.train.run.source import Source
 from mmfn.train.step import init_state
 
 
@@ -42,17 +42,6 @@ class Start:
     earlier: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """Where checkpoints are looked for: the one of that name, or any. `has_run`: they are of the run that begins."""
-
-    root: Path
-    name: str | None
-    has_run: bool
-    optimizer: bool = True
-    cursor: bool = True
-
-
 def resume_(run: Run, folder: Path) -> Start:
     """Where the run in `folder` begins, its state overwritten by that of a checkpoint if it is to go on from one.
 
@@ -61,18 +50,12 @@ def resume_(run: Run, folder: Path) -> Start:
     that is of another model, optimizer, data or order, or that leaves no step to take.
     """
     config, world = run.loaded.config, run.place.host["world"]
-    section = config.checkpoint
-    if _resumes_itself(run.loaded, world):
-        source = _Source(root=folder / STATE, name=None, has_run=True)
-    elif section.resume in ("none", "auto"):
+    has_run = _resumes_itself(run.loaded, world)
+    if not has_run and config.checkpoint.resume in ("none", "auto"):
         if run.is_restored:
             raise UserError(f"the checkpoints in {folder / STATE} are gone since the run was begun; begin it again")
         return Start(notes=_notes_of_new_run(folder) if world.index == 0 else ())
-    else:
-        root, name = locate_saves(section.resume)
-        source = _Source(
-            root=root, name=name, has_run=False, optimizer=section.load_optimizer, cursor=section.load_cursor
-        )
+    source = Source.of(config.checkpoint, folder, has_run=has_run)
     checkpoint, notes = _restore_(run, source)
     facts = checkpoint.manifest.facts
     cursor = run.loader.resume(dict(facts.cursor)) if source.cursor else START
@@ -135,7 +118,7 @@ def records_of(path: Path, num_steps: int) -> list[StepRecord]:
     return records
 
 
-def _restore_(run: Run, source: _Source) -> tuple[Checkpoint, list[str]]:
+def _restore_(run: Run, source: Source) -> tuple[Checkpoint, list[str]]:
     """The newest whole checkpoint, with the run's state overwritten by it, and what is to be said.
 
     One whose damage shows when it is read is passed over as well.
@@ -146,7 +129,7 @@ def _restore_(run: Run, source: _Source) -> tuple[Checkpoint, list[str]]:
         search = newest(source.root, world, name=source.name, below=below)
         skipped += search.skipped
         if search.checkpoint is None:
-            raise none_whole(source.root, source.name, skipped, has_run=source.has_run)
+            raise source.none_whole(skipped)
         facts = search.checkpoint.manifest.facts
         changed = changes(facts.config, run.loaded)
         refuse(changed, search.checkpoint.folder, has_optimizer=source.optimizer)
@@ -163,7 +146,7 @@ def _restore_(run: Run, source: _Source) -> tuple[Checkpoint, list[str]]:
         return search.checkpoint, [*skipped, *notes]
 
 
-def _fill_(run: Run, checkpoint: Checkpoint, source: _Source) -> list[str]:
+def _fill_(run: Run, checkpoint: Checkpoint, source: Source) -> list[str]:
     """Overwrite the parts of the run's state that are to go on; what is said of the others."""
     state, notes = run.state, []
     has_optimizer = any(path.startswith("opt/") for path in checkpoint.manifest.leaves)

@@ -54,19 +54,6 @@ def find_state(path: Path) -> Path | None:
     return None
 
 
-def locate_saves(resume: str) -> tuple[Path, str | None]:
-    """The folder of saves that a path in `checkpoint.resume` means, of a save, a run or such a folder, and a name."""
-    path = Path(resume)
-    return (find_state(path) or path, None) if step_of(path.name) is None else (path.parent, path.name)
-
-
-def none_whole(root: Path, name: str | None, skipped: Sequence[str], *, has_run: bool) -> UserError:
-    """Of saves that are asked for, of which none can be used."""
-    reason = "; ".join(skipped) or ("there are none in it" if root.is_dir() else "it is no folder")
-    fix = "set output.overwrite=true to begin anew" if has_run else "set checkpoint.resume to another"
-    return UserError(f"{root if name is None else root / name} holds no checkpoint that is whole ({reason}); {fix}")
-
-
 def open_state(path: Path) -> tuple[Checkpoint, list[str]]:
     """The checkpoint of a step that `path` is, or the newest whole one in it, a run folder or its `state`.
 

@@ -1,13 +1,35 @@
 """How full batches are where their settings are given: buckets of tokens and of towers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 
 import numpy as np
 
+from mmfn.batch import TowerKind
 from mmfn.train.data.packing_plan import Bins, plan_window
-from mmfn.train.survey.fill import Fill, Plan, Size
+from mmfn.train.data.sizes import units_of
+from mmfn.train.survey.fill import BUDGETS, Fill, Plan, Size
+
+
+def limits_of(
+    tower_buckets: Mapping[str, Sequence[int]],
+    towers: Mapping[str, TowerKind],
+    *,
+    longest: int | None,
+    bucket: int | None,
+) -> tuple[Size, Sequence[int]]:
+    """The most that a sample has of tokens and a batch of units, and the sizes of batches in tokens.
+
+    `longest`: tokens of a sample that are allowed; `bucket`: the largest of batches; None where they are not given.
+    Raises ValueError as `units_of` does.
+    """
+    units = {name: sizes[-1] for name, sizes in units_of(tower_buckets, towers).items()}
+    limits = units if longest is None else {"tokens": longest, **units}
+    if bucket is not None:
+        return limits, (bucket,)
+    least = longest or 0
+    return limits, tuple(budget for budget in BUDGETS if budget >= least) or (least,)
 
 
 def plan_within(limits: Size) -> Plan:
