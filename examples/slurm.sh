@@ -11,7 +11,8 @@
 #SBATCH --signal=TERM@600
 set -euo pipefail
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # read whole: cut short by a pipe, scontrol may die of it
+head=${hosts%%$'\n'*}
 ranks=${RANKS:-${SLURM_GPUS_ON_NODE:-8}}
 
 # a save may take longer than the 30 seconds that torchrun waits for by itself

@@ -20,6 +20,13 @@ for job in $(jobs -p); do wait "$job" || code=$?; done
 exit $code
 """
 
+# more names than a pipe holds: a script that reads the first of them only kills it by SIGPIPE
+SCONTROL = """#!/bin/bash
+set -e
+echo localhost
+for node in {1..20000}; do echo "node$node"; done
+"""
+
 
 @pytest.mark.dist
 def test_two_machines_train(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -27,7 +34,7 @@ def test_two_machines_train(make_config: MakeConfig, tmp_path: Path) -> None:
     tools.mkdir()
     for name, text in {
         "srun": SRUN,
-        "scontrol": "#!/bin/bash\nprintf 'localhost\\nother\\n'\n",
+        "scontrol": SCONTROL,
         "torchrun": f'#!/bin/bash\nexec "{sys.executable}" -m torch.distributed.run "$@"\n',
     }.items():
         (tools / name).write_text(text)

@@ -250,7 +250,7 @@ def test_a_page_replaces_neither_data_nor_model(small_demo: Path, capsys: pytest
     file, model = str(small_demo / "train.json"), str(small_demo / "model")
     cases = {
         file: "is data.train itself",
-        f"{model}/config.json": "is a file of model.path",
+        f"{model}/config.json": "is the model's config.json itself",
         f"{model}/tokenizer.json": "is a file of model.path",
     }
     for path, expected in cases.items():
