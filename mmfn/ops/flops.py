@@ -7,7 +7,8 @@ are one.
 
 There is one registry, torch's (`torch.utils.flop_counter`): operators of this package register there, so that
 `FlopCounterMode` counts them too. `OWN` stands before it: operators that torch lacks, causal squares, which torch
-counts whole, and products, whose formula there takes longer than a plan takes for the product.
+counts whole, and products, whose formula there takes longer than a plan takes for the product. An operator of torch
+whose kernel has buffers of its own says there what they are, as one of this package does (`Whole`).
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from mmfn.ops.kernel import Formula, Operators, declaration
+from mmfn.dtypes import wide
+from mmfn.ops.kernel import Formula, Operators, Whole, declaration
 
 FORMULAS = {
     "products": "2 m k n",
@@ -80,6 +82,36 @@ def attention_grad(
     return 10 * _pairs(q_BHLC, k_BHSC, causal)
 
 
+def _attention_buffers(q_BHLC: Tensor, k_BHSC: Tensor, *_: Any) -> None:
+    """What that operator's kernel holds: of a block the scores, their largest and their sums, and the output.
+
+    Each thread has such buffers. Those of one are counted, so that a plan is the same on every machine: a block is
+    never larger than 256 x 512, and so they matter in small models alone. Source: `FlashAttentionKernel.cpp` of torch.
+    """
+    L, S = _block(q_BHLC, k_BHSC)
+    scores = q_BHLC.new_empty(L * (S + 2 + q_BHLC.shape[3]), dtype=wide(q_BHLC.dtype))
+    if scores.dtype != q_BHLC.dtype:  # probabilities, as the products take them
+        q_BHLC.new_empty(L * S)
+
+
+def _attention_grad_buffers(do_BHLC: Tensor, q_BHLC: Tensor, k_BHSC: Tensor, *_: Any) -> None:
+    """The same of the backward: the output's gradient, heads inside of tokens, and of a block scores, their gradients
+    and a sum for each query."""
+    L, S = _block(q_BHLC, k_BHSC)
+    dtype = wide(q_BHLC.dtype)
+    do_BLHC = do_BHLC.transpose(1, 2).contiguous()
+    scores, sums = q_BHLC.new_empty(2 * L * S, dtype=dtype), q_BHLC.new_empty(L, dtype=dtype)
+    if dtype != q_BHLC.dtype:
+        q_BHLC.new_empty(2 * L * S)
+    del do_BLHC, scores, sums
+
+
+def _block(q_BHLC: Tensor, k_BHSC: Tensor) -> tuple[int, int]:
+    """How many queries and keys the CPU's kernel takes at a time."""
+    L, S = q_BHLC.shape[2], k_BHSC.shape[2]
+    return min(L, 256 if L >= 768 else 64 if L >= 192 else 32), min(S, 512)
+
+
 def _pairs(q_BHLC: Tensor, k_BHSC: Tensor, is_causal: bool) -> int:
     (B, H, L, C), S = q_BHLC.shape, k_BHSC.shape[2]
     return B * H * C * (L * (L + 1) // 2 if is_causal else L * S)
@@ -134,6 +166,6 @@ OWN: dict[Any, Callable[..., int]] = {
     _aten.addmm: _added_product,
     _aten.addmm_: _added_product,
     _aten.baddbmm: _added_product,
-    _aten._scaled_dot_product_flash_attention_for_cpu: attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_grad,
+    _aten._scaled_dot_product_flash_attention_for_cpu: Whole(_attention_buffers, attention),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: Whole(_attention_grad_buffers, attention_grad),
 }

@@ -17,10 +17,11 @@ Operators = Mapping[str, Formula | None]
 
 @dataclass(frozen=True, eq=False)
 class Whole:
-    """The formula of an operator that a plan counts as one (`mmfn.ops.custom.Operator.is_whole`).
+    """The formula of an operator that a plan counts as one (`mmfn.ops.custom.Operator.is_whole`), or one of torch.
 
-    `body`: what it runs. A plan runs it once for all calls of the same shapes and offsets, on tensors without values,
-    to learn its workspace: the bytes alive beside arguments and results. `flops`: None where it multiplies no matrices.
+    `body`: what it runs; of one that is no Python, a function that makes the same buffers. A plan runs it once for all
+    calls of the same shapes and offsets, on tensors without values, to learn its workspace: the bytes alive beside
+    arguments and results. `flops`: None where it multiplies no matrices.
     """
 
     body: Callable[..., Any]

@@ -36,12 +36,18 @@ def allocated_peak(setup: step_trace.PlannedStep, layout: Layout) -> tuple[int, 
 
 
 def peak_of(fn: Callable[[], Any]) -> int:
-    """The most bytes allocated at a time while a function runs; what is left of before is not freed meanwhile."""
+    """The most bytes allocated at a time while a function runs; what is left of before is not freed meanwhile.
+
+    On one thread: the CPU's attention has buffers for each, and a plan those of one.
+    """
+    num_threads = torch.get_num_threads()
     gc.collect()
     gc.disable()
+    torch.set_num_threads(1)
     try:
         return _peak_of(fn)
     finally:
+        torch.set_num_threads(num_threads)
         gc.enable()
 
 

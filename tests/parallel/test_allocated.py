@@ -10,7 +10,7 @@ from mmfn import tree
 from mmfn.spec import num_params
 from mmfn.train.planning import step_trace, workload
 from tests.parallel.allocated import allocated_peak, peak_of
-from tests.parallel.plan_cases import make
+from tests.parallel.plan_cases import MODELS, make
 
 # of 32 random programs the one whose planned peak was 1.6 % below the allocator's, on every layout of its kind
 BELOW: dict[str, Any] = {"moe": True, "trained": "lora", "remat": "full", "head": "sharded", "offload": ["parameters"]}
@@ -23,6 +23,17 @@ def undefined_memory() -> Any:
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_peak_of_every_family(name: str, remat: str, dp: int) -> None:
+    """Models so small that the buffers of attention's kernel are up to 2 % of the peak."""
+    setup, layout = make(**MODELS[name], remat=remat, dp=dp)
+    step_trace.trace_step(setup, layout, setup.cfg.num_layers)  # caches of attention
+    planned = step_trace.trace_step(setup, layout, setup.cfg.num_layers).peak.total
+    assert planned == pytest.approx(sum(allocated_peak(setup, layout)), rel=0.002)
 
 
 def test_what_is_held_before_a_step() -> None:

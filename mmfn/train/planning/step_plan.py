@@ -176,7 +176,7 @@ def _assumptions(setup: PlannedStep, program: Program, num_ranks: int) -> list[s
         "all text is supervised"
         + ("" if program.weights.is_head_sharded else "; of the loss two chunks of rows are traced and count for all"),
         "other ranks do as this one does",
-        f"the {setup.kernels} ops{_stand_in(setup)}; memory without the allocator's rounding and kernels' workspaces",
+        f"the {setup.kernels} ops{_stand_in(setup)}; memory without the allocator's rounding and undeclared workspaces",
     ]
     if any("experts" in leaf.axes for leaf in tree.leaves(program.specs)):
         lines.append("experts: rows are spread evenly")
