@@ -6,12 +6,12 @@ whether or not it has an item. Legend: U units, I items, M features, T tokens, W
 """
 
 from dataclasses import replace
-from heapq import heapify, heapreplace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmfn.balance import spread_by_cost
 from mmfn.batch import Batch, Segments, Tower, TowerKind
 from mmfn.ops import place_features
 from mmfn.parallel.mesh.axis import Axis, all_gather
@@ -28,14 +28,12 @@ def item_cost(num_rows: int, matmul_rows: int) -> int:
 def assign_items(lengths: list[int], num_ranks: int, matmul_rows: int) -> list[int]:
     """The rank of each item of `lengths[n]` rows: the dearest first, each to the rank with the least cost so far.
 
-    Ties go to the earlier item and the lower rank. The largest load is at most 4/3 of the smallest possible one.
-    Source: Graham 1969 (longest processing time first).
+    Ties go to the earlier item and the lower rank.
     """
-    loads, ranks = [(0, rank) for rank in range(num_ranks)], [0] * len(lengths)
-    heapify(loads)
-    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        load, ranks[n] = loads[0]
-        heapreplace(loads, (load + item_cost(lengths[n], matmul_rows), ranks[n]))
+    ranks = [0] * len(lengths)
+    for rank, items in enumerate(spread_by_cost([item_cost(n, matmul_rows) for n in lengths], num_ranks)):
+        for item in items:
+            ranks[item] = rank
     return ranks
 
 

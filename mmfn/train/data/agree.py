@@ -11,6 +11,7 @@ from mmfn.models.work import Work, counts_of, flops_of
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.host_values import gather_values
 from mmfn.train.data.cursor import START, Cursor
+from mmfn.train.data.packing_plan import Ints
 from mmfn.train.data.sizes import Size
 from mmfn.train.data.skips import Skip
 
@@ -144,21 +145,19 @@ def gather_skips(skips: Sequence[Skip], axis: Axis) -> tuple[Skip, ...]:
     return tuple(sorted((Skip(**skip) for own in every for skip in own), key=lambda skip: skip.place))
 
 
-def gather_sizes(own: Sequence[Size | None], axis: Axis) -> list[Size | None]:
-    """What ranks measured, dealt out again: value i of rank r comes i * ranks + r-th. None: there is none."""
-    example = next((size for size in own if size is not None), None)
-    num_sizes, num_costs = (len(example.sizes), len(example.costs)) if example is not None else (0, 0)
-    widths = axis.all_gather(torch.tensor([[num_sizes, num_costs, len(own)]]), "sizes").max(0).values.tolist()
-    num_sizes, num_costs, most = widths
-    rows = torch.full((most, num_sizes + num_costs), -1)
-    for i, size in enumerate(own):
-        if size is not None:
-            rows[i] = torch.tensor([*size.sizes, *size.costs])
-    every = axis.all_gather(rows[None], "sizes").transpose(0, 1).reshape(most * axis.size, -1).tolist()
-    return [
-        Size(sizes=tuple(row[:num_sizes]), costs=tuple(row[num_sizes:])) if row and row[0] >= 0 else None
-        for row in every
-    ]
+def gather_sizes(own: Sequence[Size | None], num_sizes: int, axis: Axis) -> tuple[Ints, Ints]:
+    """What ranks measured, dealt out again: value i of rank r comes i * ranks + r-th.
+
+    sizes_WD: int64[W, D] and costs_WE: int64[W, D], `num_sizes` (D) of both for a sample; -1 where there is none.
+    """
+    most = int(axis.all_gather(torch.tensor([len(own)]), "sizes").max())
+    no_size = [-1] * (2 * num_sizes)
+    rows = [no_size if size is None else [*size.sizes, *size.costs] for size in own]
+    rows += [no_size] * (most - len(rows))
+    own_IK = torch.tensor(rows, dtype=torch.int64).view(most, 2 * num_sizes)
+    every_RIK = axis.all_gather(own_IK[None], "sizes")
+    every_WK: Ints = every_RIK.transpose(0, 1).reshape(-1, 2 * num_sizes).numpy()
+    return every_WK[:, :num_sizes], every_WK[:, num_sizes:]
 
 
 def _samples_of(share: Share) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmfn import rng
+from mmfn.balance import spread_by_cost
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -79,15 +80,9 @@ def plan_window(sizes_WD: Ints, costs_WE: Floats, bins: Bins, seed: int, start: 
 def spread_bins(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """The bins of a step -> those of each rank, equally many: the dearest first, each to the cheapest rank with room.
 
-    A rank computes its dearest bin first, as the others do theirs. Source: Graham 1969 (longest processing time first).
+    A rank computes its dearest bin first, as the others do theirs.
     """
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0.0] * num_ranks
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        rank = min((r for r in range(num_ranks) if len(ranks[r]) * num_ranks < len(costs)), key=loads.__getitem__)
-        ranks[rank].append(i)
-        loads[rank] += costs[i]
-    return ranks
+    return spread_by_cost(costs, num_ranks, room=-(-len(costs) // num_ranks))
 
 
 def _fill(sizes_WD: Ints, costs_WE: Floats, bins: Bins, num_bins: int) -> Ints | None:

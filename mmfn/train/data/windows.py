@@ -2,6 +2,7 @@
 
 Both are pure functions of the order of data, the settings and the cursor. A budget of tokens needs the sizes of samples
 before they are read: the ranks measure a window of them together, and plan it each for itself, alike.
+Legend: W samples, D sizes (tokens, then units of each tower), or what decoder and towers cost.
 """
 
 import math
@@ -15,7 +16,7 @@ from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.train.data.agree import gather_sizes, gather_skips
 from mmfn.train.data.cursor import Cursor, digest_of
-from mmfn.train.data.packing_plan import Bins, Ints, Plan, num_steps, plan_window, spread_bins
+from mmfn.train.data.packing_plan import Bins, Floats, Ints, Plan, num_steps, plan_window, spread_bins
 from mmfn.train.data.reader import Reader
 from mmfn.train.data.sizes import Size
 from mmfn.train.data.skips import Skip
@@ -76,12 +77,12 @@ class BySamples:
 
 @dataclass(frozen=True, kw_only=True)
 class _Window:
-    """A planned window. `sizes`: of its samples. `costs`: of each bin of each step."""
+    """A planned window. `sizes_WD` and `costs_W`: of its samples."""
 
     plan: Plan
     start: int
-    sizes: Ints
-    costs: list[list[float]]
+    sizes_WD: Ints
+    costs_W: Floats
     skips: tuple[Skip, ...]
 
     @property
@@ -100,9 +101,10 @@ class ByTokens:
         self._num_threads = max(1, num_threads)
         self._measured: dict[int, Size | Skip] = {}  # of this rank's places
         size = len(reader.dataset)
-        first, _ = self._sizes(0, min(PROBE, size))
-        self.digest = digest_of([size.sizes if size is not None else None for size in first])
-        tokens = [found.sizes[0] for found in first if found is not None]
+        sizes_WD, _, _ = self._sizes(0, min(PROBE, size))
+        first = [tuple(row) if row[0] >= 0 else None for row in sizes_WD.tolist()]
+        self.digest = digest_of(first)
+        tokens = [sizes[0] for sizes in first if sizes is not None]
         if not tokens:
             raise UserError(f"none of the first {len(first)} samples can be used; run `mmfn data check` on the file")
         bucket, mean = reader.buckets.largest[0], sum(tokens) / len(tokens)
@@ -153,9 +155,10 @@ class ByTokens:
 
     def _job(self, window: _Window, i: int, measure: tuple[int, ...], cursor: Cursor) -> Job:
         bins = window.plan.steps[i]
-        own = spread_bins(window.costs[i], self.axis.size)[self.axis.index]
+        costs = [float(window.costs_W[list(samples)].sum()) for samples in bins]
+        own = spread_bins(costs, self.axis.size)[self.axis.index]
         places = [tuple(window.start + sample for sample in bins[b]) for b in own]
-        sizes = {place: tuple(window.sizes[place - window.start].tolist()) for group in places for place in group}
+        sizes = {place: tuple(window.sizes_WD[place - window.start].tolist()) for group in places for place in group}
         says_skips = i == 0 and self.axis.index == 0
         return Job(
             places=tuple(place for group in places for place in group),
@@ -172,34 +175,36 @@ class ByTokens:
     def _plan(self, start: int) -> _Window:
         """The plan of the window from a place on: as many samples as it has, or as a step takes."""
         self._measured = {place: size for place, size in self._measured.items() if place >= start}
-        found: list[Size | None] = []
+        sizes_WD = costs_WD = np.zeros((0, len(self.bins.sizes)), dtype=np.int64)
         skips: list[Skip] = []
         while True:
-            sizes, left_out = self._sizes(start + len(found), self.window)
-            found, skips = found + sizes, skips + left_out
-            table = _table(found, len(self.bins.sizes))
-            if num_steps(table, self.bins) >= 1:
+            more_WD, cost_more_WD, left_out = self._sizes(start + len(sizes_WD), self.window)
+            # what is left out has no tokens and costs nothing
+            sizes_WD = np.append(sizes_WD, more_WD.clip(0), 0)
+            costs_WD = np.append(costs_WD, cost_more_WD.clip(0), 0)
+            skips += left_out
+            if num_steps(sizes_WD, self.bins) >= 1:
                 break
-            if len(found) >= len(self.reader.dataset) and not table.any():
-                raise UserError(f"none of {len(found)} samples can be used, among them {skips[0]}")
-        costs = np.array([size.costs if size else [0] * len(self.bins.sizes) for size in found], dtype=np.float64)
-        plan = plan_window(table, costs[:, 1:], self.bins, self.seed, start)
-        total = costs.sum(1)
-        of_bins = [[float(total[list(group)].sum()) for group in step] for step in plan.steps]
+            if len(sizes_WD) >= len(self.reader.dataset) and not sizes_WD.any():
+                raise UserError(f"none of {len(sizes_WD)} samples can be used, among them {skips[0]}")
+        flops_WD = costs_WD.astype(np.float64)
+        plan = plan_window(sizes_WD, flops_WD[:, 1:], self.bins, self.seed, start)
         inside = tuple(skip for skip in skips if skip.place < start + plan.num_samples)
-        return _Window(plan=plan, start=start, sizes=table, costs=of_bins, skips=inside)
+        return _Window(plan=plan, start=start, sizes_WD=sizes_WD, costs_W=flops_WD.sum(1), skips=inside)
 
-    def _sizes(self, start: int, number: int) -> tuple[list[Size | None], list[Skip]]:
-        """Sizes of so many samples from a place on, None for each of those that are left out: of all ranks."""
+    def _sizes(self, start: int, number: int) -> tuple[Ints, Ints, list[Skip]]:
+        """sizes_WD and costs_WD of so many samples from a place on, of all ranks; -1 of those that are left out."""
         own = list(self._own(start, number))
         absent = [place for place in own if place not in self._measured]
         for measured in self._measure(absent):
             self._measured.update(measured)
         values = [self._measured[place] for place in own]
         skips = [value for value in values if isinstance(value, Skip)]
-        sizes = gather_sizes([None if isinstance(value, Skip) else value for value in values], self.axis)[:number]
-        has_skips = any(size is None for size in sizes)
-        return sizes, list(gather_skips(skips, self.axis)) if has_skips else []
+        sizes = [None if isinstance(value, Skip) else value for value in values]
+        sizes_WD, costs_WD = gather_sizes(sizes, len(self.reader.buckets.largest), self.axis)
+        sizes_WD, costs_WD = sizes_WD[:number], costs_WD[:number]
+        has_skips = bool((sizes_WD[:, 0] < 0).any())
+        return sizes_WD, costs_WD, list(gather_skips(skips, self.axis)) if has_skips else []
 
     def _measure(self, places: Sequence[int]) -> list[dict[int, Size | Skip]]:
         parts = [list(places[i :: self._num_threads]) for i in range(self._num_threads)]
@@ -212,8 +217,3 @@ class ByTokens:
 def with_counts(cursor: Cursor, before: Cursor, num_samples: int, num_skips: int) -> Cursor:
     """A cursor that counts on from the one before it."""
     return replace(cursor, seen=before.seen + num_samples + num_skips, bad=before.bad + num_skips)
-
-
-def _table(sizes: Sequence[Size | None], width: int) -> Ints:
-    rows = [size.sizes if size is not None else (0,) * width for size in sizes]
-    return np.array(rows, dtype=np.int64).reshape(-1, width)
