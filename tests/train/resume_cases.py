@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mmfn.parallel.mesh.virtual import virtual
 from mmfn.train.build.run import prepare
 from mmfn.train.checkpoint import format, open_checkpoint
 from mmfn.train.config.load import Loaded
-from mmfn.train.run.progress import Progress
+from mmfn.train.run.progress import Progress, format_duration
 from mmfn.train.run.record import OF_MACHINE as TIMES
 from mmfn.train.run.resume import is_restored
 from mmfn.train.run.training import run_training
@@ -84,9 +85,24 @@ def state(folder: Path, step: int) -> dict[str, bytes]:
     return found
 
 
+def report(folder: Path) -> list[tuple[str, str]]:
+    """What the report of a run says, but for times, memory and paths. Its time is that of all of its steps."""
+    steps = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    facts = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    tiles = [(name, value) for value, name in re.findall(r"<b>([^<]*)</b><span class=.soft.>([^<]*)</span>", page)]
+    charts = re.findall(r'<div class="panel"><span class="soft">(.*?)</span>(<svg.*?</svg>)', page)
+    assert dict(tiles)["time of steps"] == format_duration(sum(json.loads(step)["step_s"] for step in steps))
+    assert len(facts) > 8
+    assert len(charts) > 5
+    others = re.compile(r"time|per second|TFLOP|MFU|waiting|step, s|memory|checkpoint|adapter")
+    return [(name, value) for name, value in (*tiles, *facts, *charts) if not others.search(name)]
+
+
 def check_same(folder: Path, other: Path, num_steps: int = STEPS) -> None:
     assert metrics(folder) == metrics(other)
     assert len(metrics(folder)) == num_steps
+    assert report(folder) == report(other)
     assert (folder / "skipped.jsonl").read_text() == (other / "skipped.jsonl").read_text()
     assert state(folder, num_steps) == state(other, num_steps)
     for kind in ("checkpoint", "adapter"):

@@ -138,6 +138,7 @@ def test_what_a_run_goes_on_from(
     call: Callable[..., tuple[int, str, str]],
     make_config: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
+    full_demo: Path,
     tmp_path: Path,
 ) -> None:
     """It is refused as training refuses it, and nothing is written."""
@@ -165,6 +166,15 @@ def test_what_a_run_goes_on_from(
         assert [name for name, state in states(out).items() if state == "WRONG"] == ["resume"], out
         assert cli.main(["train", config, *changes]) == 2
         assert capsys.readouterr().err == f"mmfn: error: {err.partition('resume: ')[2]}"
+    wider = tmp_path / "wider"
+    shutil.copytree(full_demo / "model", wider)
+    facts = json.loads((wider / "config.json").read_text())
+    facts["text_config"]["intermediate_size"] *= 2
+    (wider / "config.json").write_text(json.dumps(facts))
+    code, out, _ = call(*on, f"model.path={wider}")
+    assert code == cli.main(["train", config, *on, f"model.path={wider}"]) == 2
+    assert f"WRONG  resume: {newest} cannot be resumed from: its params/text/layers/" in out
+    assert "cannot be resumed from: its " in capsys.readouterr().err
     other = [*saved, f"checkpoint.resume={run}", f"output.path={tmp_path / 'other'}"]
     assert f"ok     resume: goes on from {newest}" in call(*other, "checkpoint.load_cursor=false", "train.seed=5")[1]
     assert call(*other, "train.epochs=2", "train.steps=null")[0] == 0

@@ -36,8 +36,8 @@ def test_a_run_whose_last_step_is_skipped_is_complete(make_config: Callable[...,
     config = make_config({"train.steps": 3, "data.eval": None})
     run = spoil(prepare(load_config(config), say=lambda text: None), lambda step: step == 2)
     result = run_training(run, Progress(num_steps=3, log_every=3, stream=io.StringIO()))
-    assert [r["skipped"] for r in result.records] == [0, 0, 1]
-    assert math.isnan(result.records[-1]["loss"])
+    assert [r["skipped"] for r in result.tally.last] == [0, 0, 1]
+    assert math.isnan(result.tally.last[-1]["loss"])
     assert all(x.isfinite().all() for x in tree.leaves(result.model.params))
 
 

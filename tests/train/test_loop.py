@@ -177,7 +177,7 @@ def test_run_folder_holds_everything(make_config: MakeConfig, tmp_path: Path) ->
     }
     assert {p.name for p in folder.iterdir()} == set(run_folder.RUN_FILES) - absent
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines == result.records
+    assert lines == list(result.tally.last)
     assert load_config(folder / "config.yaml").config == run.loaded.config
     stored = mmfn.load_hf(folder / "checkpoint")
     assert equal(stored.params, result.model.params)

@@ -123,8 +123,8 @@ def test_a_run_on_a_mesh(make_config: MakeConfig, base: Path, tmp_path: Path) ->
     results, wholes = zip(*virtual(loaded.config.layout.sizes, rank), strict=True)
     assert [list(result.saved) for result in results] == [["adapter", "checkpoint"]] * 4
     for name in ("loss", "grad_norm"):
-        assert results[0].records[0][name] == pytest.approx(expected.records[0][name], rel=1e-4)
-    assert results[0].records[1]["loss"] == pytest.approx(expected.records[1]["loss"], rel=2e-3)
+        assert results[0].tally.last[0][name] == pytest.approx(expected.tally.last[0][name], rel=1e-4)
+    assert results[0].tally.last[1]["loss"] == pytest.approx(expected.tally.last[1]["loss"], rel=2e-3)
     again = adapter.load(results[0].saved["adapter"], mmfn.load_hf(base))
     assert leaves_equal(again.params, wholes[0])
     merged = mmfn.load_hf(results[0].saved["checkpoint"])
@@ -135,7 +135,7 @@ def test_a_run_on_a_mesh(make_config: MakeConfig, base: Path, tmp_path: Path) ->
 def test_dropout_goes_on_with_the_adapter(make_config: MakeConfig, base: Path, tmp_path: Path) -> None:
     """It is written beside the weights, read where these are trained on, and no part of the merged model."""
     result = finished(make_config(LORA | {"model.path": str(base), "lora.dropout": 0.1}))
-    assert all(record["skipped"] == 0 for record in result.records)
+    assert all(record["skipped"] == 0 for record in result.tally.last)
     assert json.loads((result.saved["adapter"] / adapter.CONFIG).read_text())["lora_dropout"] == 0.1
     changes = {"model.path": str(base), "model.init": "load", "model.adapter": str(result.saved["adapter"])}
     more = prepared(make_config(changes | {"output.path": str(tmp_path / "more")}))

@@ -125,12 +125,12 @@ def test_the_terms_of_a_loss_are_shown_and_reported(make_config: MakeConfig, exp
     settings = {"model.path": str(experts_model), "train.steps": 2, "data.check": "first", "data.eval": None}
     run, stream = prepare(load_config(make_config(settings)), lambda text: None), io.StringIO()
     result = run_training(run, Progress(num_steps=2, log_every=1, stream=stream))
-    last = result.records[-1]
+    last = result.tally.last[-1]
     assert f" loss={last['loss']:.4f} ce={last['ce']:.4f} aux_loss={last['aux_loss']:.4f} grad" in stream.getvalue()
     page = (result.folder / "report.html").read_text()
     for name in ("ce", "aux_loss"):
         assert f"training loss: {name}" in page
-        assert f"{sum(r[name] for r in result.records) / 2:.4f}" in page
+        assert f"{sum(r[name] for r in result.tally.last) / 2:.4f}" in page
 
 
 def test_a_model_without_experts_has_no_router_balance(make_config: MakeConfig) -> None:

@@ -63,7 +63,7 @@ def test_a_run_trains_and_saves_what_is_ahead(make_config: MakeConfig, folder: P
     assert f"{AHEAD}: weight {used:g}, of {source}" in said
     before = tree.map(lambda x: x.clone(), run.model.params)
     result = run_training(run, Progress(num_steps=3, log_every=1, stream=io.StringIO()))
-    for record in result.records:
+    for record in result.tally.last:
         assert record["loss"] == pytest.approx(record["ce"] + used * record[AHEAD], rel=1e-5)
     saved = mmfn.load_hf(result.folder / "checkpoint")
     pairs = zip(tree.items(saved.params["mtp"]), tree.leaves(before["mtp"]), strict=True)

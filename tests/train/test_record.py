@@ -1,7 +1,11 @@
 """The record of a step: every key is documented, and every figure is that of a recount."""
 
+import gc
 import io
+import json
+import math
 import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +19,10 @@ from mmfn.batch import AUDIO, IMAGE, VIDEO
 from mmfn.parallel.planning.devices import DEVICES, peak_flops
 from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
-from mmfn.train.run import loop, record
+from mmfn.train.run import loop, record, recorded
 from mmfn.train.run.progress import Progress, format_line
+from mmfn.train.run.resume import Start
+from mmfn.train.watch import Watch
 from tests.train.rank_cases import train
 from tests.train.test_ranks import on_ranks
 
@@ -165,3 +171,46 @@ def test_an_accelerator_is_asked_for_its_name_and_its_peak(
     config = run.loaded.config
     told = config.model_copy(update={"train": config.train.model_copy(update={"peak_tflops": 5.0})})
     assert record.Machine.of(replace(there, loaded=replace(run.loaded, config=told))).peak == 5e12
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_holds_no_more_after_more_steps(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """The records of a million steps would be 5 GB, on every rank of a machine."""
+    run, held = prepared(make_config({"data.eval": None})), list[int]()
+    mesh = run.place.host
+    axes = {**mesh.axes, "world": replace(mesh["world"], index=rank)}
+    run = replace(run, place=replace(run.place, host=replace(mesh, axes=axes)))
+    one = train(prepared(make_config({"data.eval": None, "train.steps": 1})))[0]
+
+    def take(run: Run, emit: Any, *args: Any, **settings: Any) -> Any:
+        for step in range(1, 2001):
+            emit({name: value + step for name, value in one.items()} | {"step": step, "tokens": 7})
+            if step in (500, 2000):
+                gc.collect()
+                held.append(tracemalloc.get_traced_memory()[0])
+        return run.state
+
+    monkeypatch.setattr(recorded, "train", take)
+    (tmp_path / "run").mkdir()
+    progress = Progress(num_steps=10**6, log_every=10**6, stream=io.StringIO())
+    tracemalloc.start()
+    try:
+        _, tally = recorded.train_recorded(run, tmp_path / "run", progress, Start(), Watch())
+    finally:
+        tracemalloc.stop()
+    assert held[1] - held[0] < 100_000  # 2.6 MB, were they kept
+    assert (tally.num_steps, tally.num_tokens) == (2000, 14000)
+    assert [r["step"] for r in tally.last] == list(range(2001 - record.RATE_STEPS, 2001))
+
+
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert list(record.read_records(path)) == []
+    path.write_text("".join(json.dumps({"step": step, "loss": 0.1 * step}) + "\n" for step in range(1, 9)) + '{"step"')
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(': 9, "loss": null}\n')
+    (last,) = record.read_records(path, 8)
+    assert math.isnan(last["loss"])
+    assert list(record.read_records(path, 2, 4)) == [{"step": 3, "loss": 0.1 * 3}, {"step": 4, "loss": 0.1 * 4}]

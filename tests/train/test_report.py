@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mmfn.train.report.chart import RIGHT, WIDTH, Line, line_chart, smooth
+from mmfn.train.report.log import Curves
 from mmfn.train.report.page import choose, render_report
 from mmfn.train.run.evaluate import Answer, Evaluation
 from mmfn.train.run.progress import Progress, format_duration, format_line
@@ -26,13 +27,20 @@ def evaluation(*answers: Answer) -> Evaluation:
     return Evaluation(answers=answers, loss_sum=1.0, num_tokens=4, time_s=0.5)
 
 
+def curves(*losses: float) -> Curves:
+    found = Curves()
+    for i, loss in enumerate(losses):
+        found.add({"step": i + 1, "loss": loss if math.isfinite(loss) else None, "lr": 1e-3})
+    return found
+
+
 def page(**changes: Any) -> str:
     args: dict[str, Any] = {
         "title": "run",
         "subtitle": "sub",
         "tiles": [("accuracy", "98.9 %")],
         "facts": [("parameters", "1")],
-        "metrics": [{"step": i, "loss": 3.0 / i, "lr": 1e-3} for i in range(1, 30)],
+        "curves": curves(*(3.0 / i for i in range(1, 30))),
         "evaluation": evaluation(answer(0)),
         "config": "model: {}",
     }
@@ -124,9 +132,9 @@ def test_missing_image_is_one_sentence(tmp_path: Path) -> None:
         page(evaluation=evaluation(answer(0, images=(tmp_path / "gone.png",))))
 
 
-@pytest.mark.parametrize("metrics", [[], [{"step": 1, "loss": math.nan, "lr": 0.0}]])
-def test_page_without_curves_or_evaluation(metrics: list[dict[str, float]]) -> None:
-    text = page(metrics=metrics, evaluation=None)
+@pytest.mark.parametrize("losses", [[], [math.nan]])
+def test_page_without_curves_or_evaluation(losses: list[float]) -> None:
+    text = page(curves=curves(*losses), evaluation=None)
     assert "<svg" not in text
     assert "Held-out samples" not in text
 

@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmfn.train.build.run import prepare
 from mmfn.train.checkpoint import read
 from mmfn.train.checkpoint.format import MANIFEST
 from mmfn.train.config.load import load_config
+from mmfn.train.data.windows import ByTokens
 from mmfn.train.run.progress import Progress
 from mmfn.train.run.training import run_training
 from tests.train.rank_cases import MakeConfig
@@ -49,6 +51,28 @@ def test_resumed_is_uninterrupted(config: Path, tmp_path: Path, case: str) -> No
     assert f"resumed from {tmp_path / 'broken' / 'state' / 'iter_0000006'}" in said
     check_same(tmp_path / "broken", tmp_path / "whole")
     assert read.names(tmp_path / "broken" / "state") == ["iter_0000007", "iter_0000006"]
+
+
+def test_steps_of_epochs_are_counted_once(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tokens all samples are measured for that: a run that goes on does not, but one over other epochs does."""
+    counted: list[int] = []
+    count = ByTokens.count_steps
+    monkeypatch.setattr(ByTokens, "count_steps", lambda source, num: counted.append(num) or count(source, num))
+    epochs = ("train.steps=null", "train.epochs=1", "data.batch_tokens=768", "data.window_samples=24")
+    whole, broken = (f"output.path={tmp_path / name}" for name in ("whole", "broken"))
+    run(load_config(config, (*epochs, whole)))
+    with pytest.raises(Stopped):
+        run(load_config(config, (*epochs, broken)), 4)
+    samples = counted[0]
+    assert counted == [samples] * 2
+    for _ in range(2):
+        with suppress(Stopped):
+            run(load_config(config, (*epochs, broken)), 6)
+    run(load_config(config, (*epochs, broken)))
+    assert counted == [samples] * 2
+    check_same(tmp_path / "broken", tmp_path / "whole", num_steps=len(metrics(tmp_path / "whole")))
+    run(load_config(config, (*epochs, "train.epochs=2", broken)))
+    assert counted == [samples, samples, 2 * samples]
 
 
 def test_a_complete_run_is_completed_again(config: Path, tmp_path: Path) -> None:

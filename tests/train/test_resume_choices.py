@@ -148,7 +148,7 @@ def test_what_another_run_takes_over(config: Path, tmp_path: Path, choice: tuple
         assert all(map(torch.equal, tree.leaves(begun.state[name]), tree.leaves(expected)))
     assert start.cursor.step == (4 if cursor else 0)
     assert cursor or start.cursor == START
-    assert start.records is None
+    assert not start.has_run
     assert ("the optimizer begins anew" in start.notes) == (not optimizer)
 
 

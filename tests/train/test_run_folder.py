@@ -10,7 +10,7 @@ import pytest
 
 from mmfn.errors import UserError
 from mmfn.train.config.load import Loaded, load_config
-from mmfn.train.data.skips import cut_lines
+from mmfn.train.data.step_lines import cut_lines
 from mmfn.train.run import folder as run_folder
 
 CONFIG = """\

@@ -76,7 +76,7 @@ def ran(config: Path, *overrides: str) -> tuple[list[dict[str, Any]], list[str]]
     """Records and lines of a run."""
     run, out = prepare(load_config(config, overrides), say=lambda text: None), io.StringIO()
     result = run_training(run, Progress(num_steps=4, log_every=1, stream=out))
-    return result.records, out.getvalue().splitlines()
+    return list(result.tally.last), out.getvalue().splitlines()
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_a_run_ends_in_a_checkpoint_of_the_published_names(
 ) -> None:
     run = prepare(load_config(config), lambda text: None)
     result = run_training(run, Progress(num_steps=3, log_every=3, stream=io.StringIO()))
-    assert all(record["loss"] > 0 and record["skipped"] == 0 for record in result.records)
+    assert all(record["loss"] > 0 and record["skipped"] == 0 for record in result.tally.last)
     evaluation = json.loads((config.parent / "run" / "eval.json").read_text())
     assert evaluation["num_answers"] == 8
     checkpoint = config.parent / "run" / "checkpoint"

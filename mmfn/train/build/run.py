@@ -3,7 +3,7 @@
 Nothing is written. A run folder is made only after `prepare` has returned.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from mmfn.train.config.load import Loaded
 from mmfn.train.data import Dataset, Loader, Processor
 from mmfn.train.objective import Objective, loss_terms
 from mmfn.train.run.folder import check_output
+from mmfn.train.run.source import stored_cursor
 from mmfn.train.run.trackers import check_installed
 from mmfn.train.step import State, Step
 from mmfn.tree import Tree
@@ -100,7 +101,10 @@ def prepare(
         say(note)
     loader = build_loader(config, train_set, model, program, place.host["batch"], world)
     if config.train.steps is None:
-        loaded = with_steps(loaded, loader)
+        before = stored_cursor(loaded, world) if is_restored else None
+        if before is None and config.data.batch_tokens is not None:
+            say(f"measuring {len(train_set):,} samples, to know how many steps {config.train.epochs} epochs take")
+        loaded = with_steps(loaded, loader, before)
         config = loaded.config
         check_model(config, family, cfg)  # what rules say of steps
         say(f"{loaded.origins['train.steps']} of {len(train_set)} samples: {config.train.steps} steps")
@@ -123,11 +127,14 @@ def prepare(
     )
 
 
-def with_steps(loaded: Loaded, loader: Loader) -> Loaded:
-    """The config with the number of steps in place of `train.epochs`. All ranks call it."""
+def with_steps(loaded: Loaded, loader: Loader, before: Mapping[str, int | str] | None = None) -> Loaded:
+    """The config with the number of steps in place of `train.epochs`. All ranks call it.
+
+    `before`: the cursor of a checkpoint that the run goes on from.
+    """
     train = loaded.config.train
     assert train.epochs is not None, "a rule asks for steps or epochs"
-    section = train.model_copy(update={"steps": loader.count_steps(train.epochs), "epochs": None})
+    section = train.model_copy(update={"steps": loader.count_steps(train.epochs, before), "epochs": None})
     origins = {**loaded.origins, "train.steps": f"train.epochs={train.epochs}"}
     origins.pop("train.epochs", None)
     return replace(loaded, config=loaded.config.model_copy(update={"train": section}), origins=origins)

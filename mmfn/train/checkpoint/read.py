@@ -6,7 +6,7 @@ digest. What is damaged is one sentence that names the leaf and the file.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -220,20 +220,30 @@ def _fill(state: Tree, checkpoint: Checkpoint, world: Axis, is_part: bool) -> No
                 _read_job_(file, job)
 
 
-def _check_leaves(leaves: dict[str, Tensor], checkpoint: Checkpoint, is_part: bool) -> None:
-    """Raise ValueError unless state and checkpoint have the same leaves."""
+def check_shapes(shapes: Mapping[str, Sequence[int]], checkpoint: Checkpoint) -> None:
+    """Raise ValueError unless a checkpoint has these leaves with these shapes; it may have more."""
     stored = checkpoint.manifest.leaves
-    for path, leaf in leaves.items():
+    for path, shape in shapes.items():
         if path not in stored:
             near = get_close_matches(path, stored, 1)
             raise UserError(
                 f"it has no leaf {path}{f', but {near[0]}' if near else ''}; resume with the same model and optimizer"
             )
-        own = CODES.get(leaf.dtype), tuple(leaf.shape)
-        if own != (stored[path].dtype, stored[path].shape):
+        if tuple(shape) != stored[path].shape:
             raise UserError(
-                f"its {path} is {stored[path].dtype} {list(stored[path].shape)} but the run's is {own[0]} "
-                f"{list(own[1])}; resume with the same model and optimizer"
+                f"its {path} has the shape {list(stored[path].shape)} but the run's {list(shape)}; resume with the "
+                "same model and optimizer"
+            )
+
+
+def _check_leaves(leaves: dict[str, Tensor], checkpoint: Checkpoint, is_part: bool) -> None:
+    """Raise ValueError unless state and checkpoint have the same leaves."""
+    check_shapes({path: leaf.shape for path, leaf in leaves.items()}, checkpoint)
+    stored = checkpoint.manifest.leaves
+    for path, leaf in leaves.items():
+        if (code := CODES.get(leaf.dtype)) != stored[path].dtype:
+            raise UserError(
+                f"its {path} is {stored[path].dtype} but the run's is {code}; resume with the same model and optimizer"
             )
     if not is_part and (extra := sorted(stored.keys() - leaves.keys())):
         raise UserError(f"its leaf {extra[0]} has no place in the run; resume with the same model and optimizer")

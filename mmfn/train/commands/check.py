@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     if args.no_files:
         say("left   tokenizer, data and resume: --no-files")
     else:
-        _check_files(checks, loaded)
+        _check_files(checks, loaded, family.specs(cfg) if specs is None else specs)
     checks.make("layout", lambda: _check_layout(config, family, cfg, specs, args.world), str)
     device = args.device or USUAL.get(config.model.device.partition(":")[0])
     if device is None:
@@ -92,7 +92,7 @@ def _settings_text(loaded: Loaded) -> str:
     return f"{len(loaded.origins)} of {len(known_keys())} are set, all are known and go together"
 
 
-def _check_files(checks: _Checks, loaded: Loaded) -> None:
+def _check_files(checks: _Checks, loaded: Loaded, specs: Tree) -> None:
     """The tokenizer and media settings, by them the first entries of the data, and what the run goes on from."""
     config, is_readable = loaded.config, {"train": False, "eval": False}
     processor = checks.make(
@@ -104,17 +104,17 @@ def _check_files(checks: _Checks, loaded: Loaded) -> None:
         if processor is not None and getattr(config.data, name) is not None:
             first = checks.make(f"data.{name}", partial(measure_first, config, name, processor), str)
             is_readable[name] = first is not None
-    checks.make("resume", lambda: _check_resume(loaded, processor if is_readable["train"] else None), str)
+    checks.make("resume", lambda: _check_resume(loaded, processor if is_readable["train"] else None, specs), str)
 
 
-def _check_resume(loaded: Loaded, processor: Processor | None) -> str:
-    """Where the run begins. `processor`: None where the data cannot be read."""
+def _check_resume(loaded: Loaded, processor: Processor | None, specs: Tree) -> str:
+    """Where the run begins. `processor`: None where the data cannot be read. `specs`: of the model's parameters."""
     origin, config = find_origin(loaded), loaded.config
     if isinstance(origin, str):
         return origin
     data = config.data
     dataset = None if processor is None else open_dataset(data, data.train, processor, data.max_samples)
-    return check_origin(*origin, loaded, known_order(config, dataset))
+    return check_origin(*origin, loaded, known_order(config, dataset), specs)
 
 
 def _memory_text(plan: Plan) -> str:

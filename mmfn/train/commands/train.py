@@ -56,9 +56,8 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
 
 def _conclude(result: Result, say: Callable[..., None]) -> None:
     """The last lines of a training run."""
-    steps = result.records[result.num_resumed :]
-    rate = f"{sum(record['tokens'] for record in steps) / result.train_s:,.0f} tokens/s"
-    say(f"trained {len(steps)} steps in {format_duration(result.train_s)}, {rate}")
+    rate = f"{result.tally.num_tokens / result.train_s:,.0f} tokens/s"
+    say(f"trained {result.tally.num_steps} steps in {format_duration(result.train_s)}, {rate}")
     for name, path in result.saved.items():
         say(f"{name}: {path}")
     if result.evaluation is not None:

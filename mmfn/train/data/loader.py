@@ -28,6 +28,7 @@ from mmfn.train.objective import count_labels
 from mmfn.train.watch import Watch
 
 DIGEST_PLACES = 256  # of the order of data, by which two are told apart
+COUNTED = ("counted_samples", "counted_steps")  # in a checkpoint: so many steps take so many samples
 ALONE = Axis(name="batch")
 Pack = Callable[[Sequence[Sample], Sizes], Batch]  # (samples, static sizes) -> batch; `Family.pack` of a config
 Split = Callable[[Batch], Batch]
@@ -169,7 +170,7 @@ class Loader:
         )
         self.reader, self.axis, self.world, self.work = reader, axis, world or axis, work
         self.split, self.seed = split, seed
-        self.max_bad_share, self.workers = max_bad_share, workers
+        self.max_bad_share, self.workers, self._counted = max_bad_share, workers, dict[str, int]()
         self.source: BySamples | ByTokens
         if batch_tokens is None:
             if batch_samples is None or batch_samples < axis.size:
@@ -208,13 +209,26 @@ class Loader:
             "costs": str(self.reader.rates),
         }
 
-    def count_steps(self, epochs: int) -> int:
-        """Steps that take as many samples as there are, so often; ranks count together. By tokens, all are measured."""
-        return self.source.count_steps(epochs * len(self.dataset))
+    def count_steps(self, epochs: int, before: Mapping[str, int | str] | None = None) -> int:
+        """Steps that take as many samples as there are, so often; ranks count together.
+
+        By tokens, all samples are measured, unless a checkpoint's state `before` has counted the same, as it has where
+        a run goes on.
+        """
+        num_samples = epochs * len(self.dataset)
+        if isinstance(self.source, BySamples):
+            return self.source.count_steps(num_samples)
+        facts = {**self.fingerprint, COUNTED[0]: num_samples}
+        if before is not None and facts.items() <= before.items():
+            num_steps = int(before[COUNTED[1]])
+        else:
+            num_steps = self.source.count_steps(num_samples)
+        self._counted = dict(zip(COUNTED, (num_samples, num_steps), strict=True))
+        return num_steps
 
     def state(self, cursor: Cursor) -> State:
         """A cursor for a checkpoint: integers and strings."""
-        return to_state(cursor, self.fingerprint)
+        return {**to_state(cursor, self.fingerprint), **self._counted}
 
     def resume(self, state: State) -> Cursor:
         """The cursor of a checkpoint. Raises ValueError where data or settings were others."""

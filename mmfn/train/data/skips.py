@@ -5,7 +5,6 @@ of workers and ranks, skips the same.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from mmfn.errors import UserError
 from mmfn.train.data.bad import BadSample
 from mmfn.train.data.entries import show
+from mmfn.train.data.step_lines import cut_lines
 
 BAD, TOO_LONG = "bad", "too_long"
 KINDS = (BAD, TOO_LONG)
@@ -85,28 +85,3 @@ class Ledger:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(f"{json.dumps({'step': step, **asdict(skip)})}\n" for skip in skips)
-
-
-def cut_lines(path: Path, num_steps: int) -> None:
-    """Remove the lines of steps behind the first `num_steps` from a file of JSON with a "step" each, in one go."""
-    if path.exists():
-        scratch = path.with_name(f".{path.name}.cut")
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in _lines(path, num_steps))
-            file.flush()
-            os.fsync(file.fileno())  # or a loss of power behind the rename leaves an empty file
-        os.replace(scratch, path)
-
-
-def _lines(path: Path, num_steps: int) -> list[str]:
-    """Those of the first steps, which come first."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:
-            break
-        if step > num_steps:
-            break
-        lines.append(line)
-    return lines

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from mmfn.errors import UserError
+from mmfn.train.data.skips import KINDS
 from mmfn.train.report.chart import Points
 
 CURVES = (
@@ -23,7 +24,10 @@ CURVES = (
     *("encoder_imbalance", "memory_bytes"),
 )
 EVAL = "eval_"  # what the keys of evaluations begin with
-SUMS = ("tokens", "flops", "step_s", "wait_s", "skipped")
+SUMS = (
+    *("tokens", "flops", "step_s", "wait_s", "skipped"),
+    *("media_tokens", "supervised", "samples", "padding", "cut", *KINDS),
+)
 
 
 class Curves:
@@ -84,18 +88,25 @@ class RunLog:
 
 def read_log(folder: Path) -> RunLog:
     """The run of a folder. Raises ValueError where there is none."""
+    log = read_steps(folder)
+    log.config = _settings(folder / "config.yaml")
+    for skip in _lines(folder / "skipped.jsonl"):
+        if skip is not None:
+            log.skips[skip["kind"], _kind_of(skip["reason"])] += 1
+    return log
+
+
+def read_steps(folder: Path) -> RunLog:
+    """What the metrics.jsonl of a run says of it. Raises ValueError where there is none."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{str(folder)!r} holds no metrics.jsonl, so it is no run; give the folder of one")
-    log = RunLog(folder=folder, config=_settings(folder / "config.yaml"))
+    log = RunLog(folder=folder)
     for record in _lines(path):
         if record is None:
             log.num_unreadable += 1
         else:
             log.add(record)
-    for skip in _lines(folder / "skipped.jsonl"):
-        if skip is not None:
-            log.skips[skip["kind"], _kind_of(skip["reason"])] += 1
     return log
 
 

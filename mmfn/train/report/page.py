@@ -1,12 +1,10 @@
 """`report.html`: what a run did, as one file without external resources that opens anywhere, offline, light or dark."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from PIL import Image
 
 from mmfn.errors import UserError
@@ -29,14 +27,14 @@ def render_report(
     subtitle: str,
     tiles: Sequence[tuple[str, str]],
     facts: Sequence[tuple[str, str]],
-    metrics: Sequence[Mapping[str, Any]],
+    curves: Curves,
     evaluation: Evaluation | None,
     config: str,
     num_images: int = 60,
 ) -> str:
     """The page as text. All text in it is escaped.
 
-    `metrics`: the records of metrics.jsonl (keys `step`, `loss`, `lr`). `num_images`: samples shown at most, the wrong
+    `curves`: of metrics.jsonl; none are shown without one of `loss`. `num_images`: samples shown at most, the wrong
     ones first but never more than half of the places. Raises ValueError when a shown image cannot be read.
     """
     shown = choose(evaluation.answers, num_images) if evaluation else []
@@ -47,7 +45,7 @@ def render_report(
         tiles=tiles,
         facts=facts,
         config=config,
-        charts=_charts(metrics),
+        charts=charts({"run": curves}) if "loss" in curves.values else [],
         samples=[_sample(answer) for answer in shown],
         samples_note=_samples_note(evaluation, len(shown)),
     )
@@ -59,13 +57,6 @@ def choose(answers: Sequence[Answer], count: int) -> list[Answer]:
     right = [a for a in answers if a.is_correct]
     num_wrong = min(len(wrong), max(count // 2, count - len(right)))
     return [*wrong[:num_wrong], *right[: count - num_wrong]]
-
-
-def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
-    curves = Curves()
-    for record in metrics:
-        curves.add({name: value for name, value in record.items() if math.isfinite(value)})
-    return charts({"run": curves}) if "loss" in curves.values else []
 
 
 def _sample(answer: Answer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from mmfn.errors import UserError
 from mmfn.train.checkpoint.read import names as checkpoint_names
 from mmfn.train.config.load import Loaded, Settings
+from mmfn.train.data.sources.shards import find_files
 
 STATE = "state"  # checkpoints of training
 EARLIER = "earlier"  # settings that steps before were taken with, where the run went on with others
@@ -104,7 +105,7 @@ def _begins_again(loaded: Loaded) -> bool:
 def check_file(name: str, path: str, loaded: Loaded | Settings | None = None) -> None:
     """Raise ValueError unless a file can be written at `path`, replacing nothing the command reads.
 
-    In the folders of the model and its adapter no file is replaced.
+    In the folders of the model and its adapter no file is replaced, and none that a pattern or a folder of data means.
     """
     check_name(name, path)
     if not Path(path).parent.is_dir():
@@ -120,6 +121,18 @@ def check_file(name: str, path: str, loaded: Loaded | Settings | None = None) ->
     for read in ("model.path", "model.adapter"):
         if os.path.lexists(path) and _is_in(path, inputs.get(read)):
             raise UserError(f"{name} {path!r} is a file of {read} {inputs[read]!r}; choose another file")
+    for read, source in inputs.items():
+        if os.path.lexists(path) and read.startswith(("data.train", "data.eval")) and _is_meant(path, source):
+            raise UserError(f"{name} {path!r} is a file of {read} {source!r}; choose another file")
+
+
+def _is_meant(path: str, data: str) -> bool:
+    """Whether a data set reads a file: of a folder in the library's own format it may read any."""
+    try:
+        files = find_files(Path(data))
+    except UserError:
+        return _is_in(path, data)
+    return os.path.realpath(path) in map(os.path.realpath, files)
 
 
 def _is_in(path: str, folder: str | None) -> bool:

@@ -3,14 +3,15 @@
 `docs/metrics.md` says what every key means.
 """
 
+import math
 import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from mmfn.parallel.planning.devices import peak_flops
 from mmfn.train.build.run import Run
 from mmfn.train.data import Agreed
 from mmfn.train.data.skips import count_kinds
+from mmfn.train.data.step_lines import read_lines
 from mmfn.train.gradients import Metrics
 
 RATE_STEPS = 20  # rates are measured over so many steps
@@ -30,6 +32,25 @@ OF_MACHINE = (
 )
 """The keys of a record that another run of the same config has other values of."""
 StepRecord = dict[str, Any]  # what `train` says of a step
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What a rank holds of the steps of a run, however many there are; the rest is in metrics.jsonl.
+
+    `num_steps` since the run began or went on and their `num_tokens`. `last`: the newest records; on the first rank
+    those of before as well.
+    """
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    last: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=RATE_STEPS))
+
+    def add(self, record: StepRecord) -> None:
+        """The next record."""
+        self.num_steps += 1
+        self.num_tokens += record["tokens"]
+        self.last.append(record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,4 +234,10 @@ def numbers_of(metrics: Metrics) -> dict[str, float]:
 
 def is_finite(record: StepRecord) -> bool:
     """Whether loss and gradient norm of a step are numbers."""
-    return isfinite(record["loss"]) and isfinite(record["grad_norm"])
+    return math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+
+
+def read_records(path: Path, behind: int = 0, until: int = sys.maxsize) -> Iterator[StepRecord]:
+    """The records in a metrics.jsonl of the steps behind `behind` up to `until`, one by one."""
+    for numbers in read_lines(path, behind, until):
+        yield {name: math.nan if value is None else value for name, value in numbers.items()}

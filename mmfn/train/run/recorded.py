@@ -11,13 +11,14 @@ from pathlib import Path
 
 from mmfn.train.build.run import Run
 from mmfn.train.config.load import describe
-from mmfn.train.data.skips import Ledger, cut_lines
+from mmfn.train.data.skips import Ledger
+from mmfn.train.data.step_lines import cut_lines
 from mmfn.train.run import folder as run_folder
 from mmfn.train.run.keeper import Keeper
 from mmfn.train.run.loop import Task, WriteSkips, ignore, train
 from mmfn.train.run.modes import collected, deterministic
 from mmfn.train.run.progress import Progress
-from mmfn.train.run.record import StepRecord, notes
+from mmfn.train.run.record import RATE_STEPS, StepRecord, Tally, notes, read_records
 from mmfn.train.run.resume import Start
 from mmfn.train.run.save import kinds_of
 from mmfn.train.run.tasks import tasks_of
@@ -28,12 +29,10 @@ from mmfn.train.watch import Watch
 Emit = Callable[[StepRecord], None]
 
 
-def train_recorded(
-    run: Run, folder: Path, progress: Progress, records: list[StepRecord], start: Start, watch: Watch
-) -> State:
-    """Take all steps from `start` on; their records are added to `records`, and shown and written by the first rank."""
-    section = run.loaded.config.train
-    logs = _logs(run, folder, progress, start) if run.place.is_first else _no_logs()
+def train_recorded(run: Run, folder: Path, progress: Progress, start: Start, watch: Watch) -> tuple[State, Tally]:
+    """Take all steps from `start` on, and count them; the first rank shows and writes their records."""
+    section, tally = run.loaded.config.train, Tally()
+    logs = _logs(run, folder, progress, start, tally) if run.place.is_first else _no_logs()
     with (
         logs as (write, write_skips),
         _keeper(run, folder, start, watch) as keep,
@@ -43,22 +42,26 @@ def train_recorded(
 
         def emit(record: StepRecord) -> None:
             write(record)
-            records.append(record)
+            tally.add(record)
 
         tasks: list[Task] = [*collections, *tasks_of(run, folder, start.cursor, watch)]
-        return train(run, emit, write_skips, start=start.cursor, keep=keep, tasks=tasks, watch=watch)
+        return train(run, emit, write_skips, start=start.cursor, keep=keep, tasks=tasks, watch=watch), tally
 
 
 @contextmanager
-def _logs(run: Run, folder: Path, progress: Progress, start: Start) -> Iterator[tuple[Emit, WriteSkips]]:
-    """What writes a step's record and its skips into the run folder, which is made or cut to where the run begins."""
+def _logs(run: Run, folder: Path, progress: Progress, start: Start, tally: Tally) -> Iterator[tuple[Emit, WriteSkips]]:
+    """What writes a step's record and its skips into the run folder, which is made or cut to where the run begins.
+
+    The records before are the first of the `tally`.
+    """
     has_previous = False
-    if start.records is None:
+    if not start.has_run:
         has_previous = run_folder.make_room(folder)
     else:
         run_folder.drop_results(folder, kinds_of(run.loaded.config))
         for name in ("metrics.jsonl", run_folder.ANSWERS):
             cut_lines(folder / name, start.cursor.step)
+        tally.last.extend(read_records(folder / "metrics.jsonl", start.cursor.step - RATE_STEPS))
         run_folder.keep_settings(folder, start.cursor.step, start.earlier)
     run_folder.write_text(folder / "config.yaml", describe(run.loaded))
     ledger = Ledger(folder / "skipped.jsonl", start.cursor.step)
@@ -90,4 +93,4 @@ def _no_logs() -> Iterator[tuple[Emit, WriteSkips]]:
 
 def _keeper(run: Run, folder: Path, start: Start, watch: Watch) -> Keeper:
     """Of a run whose folder is the one it goes on in, or a new one."""
-    return Keeper.of(run, folder, start.cursor.step if start.records is not None else 0, watch)
+    return Keeper.of(run, folder, start.cursor.step if start.has_run else 0, watch)

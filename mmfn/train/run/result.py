@@ -5,8 +5,11 @@ from pathlib import Path
 
 from mmfn.errors import UserError
 from mmfn.model import Model
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.host_values import gather_values
+from mmfn.train.report.log import RunLog
 from mmfn.train.run.evaluate import Evaluation
-from mmfn.train.run.record import StepRecord, is_finite
+from mmfn.train.run.record import Tally, is_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,31 +17,39 @@ class Result:
     """What a run left behind. `train_s`: time of its steps, without preparation and evaluation.
 
     `model`: with this rank's shards, of one process with whole parameters. `saved`: where the trained parameters are,
-    by kind: "checkpoint", "adapter". `num_resumed`: how many of the `records` are of steps before the run went on.
+    by kind: "checkpoint", "adapter". `tally`: of its steps, whose records are in its metrics.jsonl.
     """
 
     folder: Path
     saved: dict[str, Path]
     model: Model
-    records: list[StepRecord]
+    tally: Tally
     evaluation: Evaluation | None
     train_s: float
-    num_resumed: int = 0
 
-    def check_usable(self) -> None:
-        """Raise ValueError for a run that is complete but of no use.
+    def check_usable(self, log: RunLog | None, world: Axis) -> None:
+        """Raise ValueError on all ranks, which all call it, for a run that is complete but of no use.
+
+        `log`: what the first rank has read of the run's steps.
+        """
+        if fault := gather_values("" if log is None else self._fault(log), world, "results")[0]:
+            raise UserError(fault)
+        if self.evaluation is not None:
+            self.evaluation.check_finite()
+
+    def _fault(self, log: RunLog) -> str:
+        """What makes steps useless, "" where nothing does.
 
         A step that was taken was finite, and one that was skipped left the parameters as they were, so a few that are
         not finite at the end say nothing about them: it takes more of those than steps that were taken before.
         """
         fix = f"lower optimizer.lr or check weights and data (the run is in {str(self.folder)!r})"
-        last, num_taken = self.records[-1], sum(not record["skipped"] for record in self.records)
+        last, num_taken = self.tally.last[-1], log.num_steps - log.sums["skipped"]
         if num_taken == 0:
-            raise UserError(f"all {len(self.records)} steps were skipped, their loss or gradients not finite; {fix}")
+            return f"all {log.num_steps} steps were skipped, their loss or gradients not finite; {fix}"
         if last["in_a_row"] > num_taken and not is_finite(last):
-            raise UserError(
+            return (
                 f"the training diverged, the loss of the last step is {last['loss']:.4g} and its gradient norm "
-                f"{last['grad_norm']:.4g}, and {num_taken} of {len(self.records)} steps were taken; {fix}"
+                f"{last['grad_norm']:.4g}, and {num_taken} of {log.num_steps} steps were taken; {fix}"
             )
-        if self.evaluation is not None:
-            self.evaluation.check_finite()
+        return ""

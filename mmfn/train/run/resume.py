@@ -1,10 +1,10 @@
 """Where a run begins: at its first step, or behind a checkpoint of its own or of another (`checkpoint.resume`)."""
 
-import json
 import math
 import os
 import secrets
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mmfn.train.data.cursor import START, Cursor
 from mmfn.train.run import folder as run_folder
 from mmfn.train.run.folder import STATE
 from mmfn.train.run.keeper import LOGS, without_optimizer
-from mmfn.train.run.record import StepRecord
+from mmfn.train.run.record import read_records
 from mmfn.train.run.source import Source
 from mmfn.train.step import init_state
 
@@ -32,12 +32,12 @@ from mmfn.train.step import init_state
 class Start:
     """Where a run begins: behind the steps of `cursor`.
 
-    `records`: of those steps, where the same run took them, whose folder then stays; None: it is to be made anew.
+    `has_run`: whether the same run took them, whose folder then stays; else it is to be made anew.
     `notes`: what is said of it. `earlier`: the settings of its steps so far, where the run goes on with others.
     """
 
     cursor: Cursor = START
-    records: list[StepRecord] | None = None
+    has_run: bool = False
     notes: tuple[str, ...] = ()
     earlier: str = ""
 
@@ -59,8 +59,8 @@ def resume_(run: Run, folder: Path) -> Start:
     checkpoint, notes = _restore_(run, source)
     facts = checkpoint.manifest.facts
     cursor = run.loader.resume(dict(facts.cursor)) if source.cursor else START
-    records = records_of(folder / LOGS[0], cursor.step) if source.has_run else None
-    check_steps_left(checkpoint, config.train.num_steps, cursor.step, are_taken=bool(records))
+    are_taken = source.has_run and has_records(folder, cursor.step)
+    check_steps_left(checkpoint, config.train.num_steps, cursor.step, are_taken=are_taken)
     if source.has_run and cursor.step == config.train.num_steps:
         _check_idle(run, folder, checkpoint)
     wait_for_all(world, "resumed")  # before the first rank cuts the logs
@@ -68,7 +68,7 @@ def resume_(run: Run, folder: Path) -> Start:
         _set_damaged_aside(source.root, cursor.step)
     earlier = facts.config if source.has_run and changes(facts.config, run.loaded) else ""
     notes.append(f"resumed from {checkpoint.folder}")
-    return Start(cursor=cursor, records=records, notes=tuple(notes), earlier=earlier)
+    return Start(cursor=cursor, has_run=source.has_run, notes=tuple(notes), earlier=earlier)
 
 
 def check_steps_left(checkpoint: Checkpoint, num_steps: int, step: int, *, are_taken: bool) -> None:
@@ -104,18 +104,9 @@ def is_finished(loaded: Loaded, world: Axis) -> bool:
     return bool(gather_values(found, world, "finished")[0])
 
 
-def records_of(path: Path, num_steps: int) -> list[StepRecord]:
-    """The records of the first steps. A last line that a kill has cut short is of a step that is taken again."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if record["step"] > num_steps:
-            break
-        records.append({name: math.nan if value is None else value for name, value in record.items()})
-    return records
+def has_records(folder: Path, num_steps: int) -> bool:
+    """Whether the log of a run has any of its first steps."""
+    return any(True for _ in read_records(folder / LOGS[0], until=num_steps))
 
 
 def _restore_(run: Run, source: Source) -> tuple[Checkpoint, list[str]]:
@@ -204,7 +195,8 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _has_all_steps(folder: Path, loaded: Loaded) -> bool:
-    records, num_steps = records_of(folder / LOGS[0], 2**62), loaded.config.train.steps
+    num_steps = loaded.config.train.steps or 0  # unknown: none
     text = (folder / "config.yaml").read_text(encoding="utf-8")
-    is_last = bool(records) and records[-1]["step"] == num_steps and math.isfinite(records[-1]["loss"])
+    last = [*islice(read_records(folder / LOGS[0], num_steps - 1), 2)]
+    is_last = [record["step"] for record in last] == [num_steps] and math.isfinite(last[0]["loss"])
     return is_last and not changes(text, loaded, is_whole=True)

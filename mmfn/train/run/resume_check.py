@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
+from mmfn import tree
+from mmfn.errors import UserError
 from mmfn.train.checkpoint import Checkpoint, newest
+from mmfn.train.checkpoint.read import check_shapes
 from mmfn.train.config.changes import changes, refuse
 from mmfn.train.config.load import Loaded
 from mmfn.train.config.schema import Config
@@ -10,10 +13,10 @@ from mmfn.train.data import Dataset
 from mmfn.train.data.cursor import START, from_state
 from mmfn.train.data.loader import order_facts
 from mmfn.train.run import folder as run_folder
-from mmfn.train.run.keeper import LOGS
-from mmfn.train.run.resume import check_steps_left, is_finished, is_restored, records_of, too_late
+from mmfn.train.run.resume import check_steps_left, has_records, is_finished, is_restored, too_late
 from mmfn.train.run.source import Source
-from mmfn.train.run.stored import ALONE
+from mmfn.train.run.stored import ALONE, PARAMS
+from mmfn.tree import Tree
 
 LENGTH = ("train.steps", "train.epochs")
 
@@ -36,20 +39,27 @@ def find_origin(loaded: Loaded) -> tuple[Source, Checkpoint] | str:
     return source, search.checkpoint
 
 
-def check_origin(source: Source, checkpoint: Checkpoint, loaded: Loaded, order: Mapping[str, int | str]) -> str:
-    """What the run goes on from, in words. `order`: of `Loader.fingerprint` what is known.
+def check_origin(
+    source: Source, checkpoint: Checkpoint, loaded: Loaded, order: Mapping[str, int | str], specs: Tree
+) -> str:
+    """What the run goes on from, in words. `order`: of `Loader.fingerprint` what is known. `specs`: its parameters.
 
-    Raises ValueError for settings that cannot change, other data or another order, and where no step is left to take.
+    Raises ValueError for settings that cannot change, another model, other data or another order, and where no step is
+    left to take.
     """
     folder, facts, steps = checkpoint.folder, checkpoint.manifest.facts, loaded.config.train.steps
     changed = changes(facts.config, loaded)
     if steps is None:  # the data say how many
         changed = [change for change in changed if change.setting not in LENGTH]
     refuse(changed, folder, has_optimizer=source.optimizer)
+    try:
+        check_shapes({f"{PARAMS}{path}": spec.shape for path, spec in tree.items(specs)}, checkpoint)
+    except UserError as error:
+        raise UserError(f"{folder} cannot be resumed from: {error}") from error
     cursor = from_state(dict(facts.cursor), order) if source.cursor else START
     if steps is not None and cursor.step >= steps:
         run = run_folder.locate(loaded.config.output.path)
-        are_taken = source.has_run and bool(records_of(run / LOGS[0], steps))
+        are_taken = source.has_run and has_records(run, steps)
         check_steps_left(checkpoint, steps, cursor.step, are_taken=are_taken)
         if changed and run_folder.is_complete(run):
             raise too_late(run, steps, changed)

@@ -1,12 +1,19 @@
 """Where the checkpoints lie that a run goes on from, or begins from (`checkpoint.resume`)."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmfn.errors import UserError
+from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.host_values import gather_values
 from mmfn.train.checkpoint.format import step_of
+from mmfn.train.checkpoint.read import names, open_manifest
+from mmfn.train.config.load import Loaded
 from mmfn.train.config.schema import CheckpointSection
+from mmfn.train.data.cursor import State
+from mmfn.train.run import folder as run_folder
 from mmfn.train.run.folder import STATE
 from mmfn.train.run.stored import find_state
 
@@ -39,3 +46,20 @@ class Source:
         fix = "set output.overwrite=true to begin anew" if self.has_run else "set checkpoint.resume to another"
         where = self.root if self.name is None else self.root / self.name
         return UserError(f"{where} holds no checkpoint that is whole ({reason}); {fix}")
+
+
+def stored_cursor(loaded: Loaded, world: Axis) -> State | None:
+    """The cursor in the newest readable manifest that a run begins behind; all ranks call it, the first one reads.
+
+    The checkpoint may turn out not to be whole: it says what a run of these data has counted, not where this one is.
+    """
+    found: State | None = None
+    if world.index == 0:
+        run = run_folder.locate(loaded.config.output.path)
+        source = Source.of(loaded.config.checkpoint, run, has_run=run_folder.resumes_itself(loaded))
+        for name in names(source.root) if source.name is None else [source.name]:
+            with suppress(UserError):
+                found = dict(open_manifest(source.root / name).manifest.facts.cursor)
+                break
+    first: State | None = gather_values(found, world, "counted")[0]
+    return first

@@ -10,6 +10,7 @@ from mmfn.parallel.weights.hosted import to_device
 from mmfn.train.build.forward import build_forward
 from mmfn.train.build.run import Run
 from mmfn.train.optim import ema_params
+from mmfn.train.report.log import read_steps
 from mmfn.train.report.run_report import render_run
 from mmfn.train.run import folder as run_folder
 from mmfn.train.run.evaluate import Evaluation, evaluate, to_json
@@ -43,10 +44,8 @@ def run_training(run: Run, progress: Progress, watch: Watch | None = None) -> Re
 def _train(run: Run, folder: Path, progress: Progress, watch: Watch) -> Result:
     config = run.loaded.config
     start = resume_(run, folder)
-    records = list(start.records or [])
-    num_resumed = len(records)
     began = time.perf_counter()
-    state = train_recorded(run, folder, progress, records, start, watch)
+    state, tally = train_recorded(run, folder, progress, start, watch)
     watch.enter("saving the model")
     train_s = time.perf_counter() - began
     params = to_device(state["params"], run.place.device)  # where they may not lie (`layout.offload`)
@@ -61,16 +60,16 @@ def _train(run: Run, folder: Path, progress: Progress, watch: Watch) -> Result:
         folder=folder,
         saved=saved,
         model=model,
-        records=records,
+        tally=tally,
         evaluation=evaluation,
         train_s=train_s,
-        num_resumed=num_resumed,
     )
-    if run.place.is_first:
+    log = read_steps(folder) if run.place.is_first else None
+    if log is not None:
         if evaluation is not None:
             run_folder.write_text(folder / "eval.json", to_json(evaluation))
-        run_folder.write_text(folder / "report.html", render_run(run, result))
-    result.check_usable()
+        run_folder.write_text(folder / "report.html", render_run(run, result, log))
+    result.check_usable(log, run.place.host["world"])
     if run.place.is_first:
         run_folder.drop_previous(folder)
     return result

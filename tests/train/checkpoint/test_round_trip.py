@@ -255,7 +255,9 @@ def test_leaves_must_be_the_same(tmp_path: Path) -> None:
     del less["step"]
     assert "its leaf step has no place in the run" in attempt(lambda: fill_(less, checkpoint, ALONE))
     other = empty_state("small", one) | {"step": torch.zeros(3)}
-    assert "its step is I64 [] but the run's is F32 [3]" in attempt(lambda: fill_(other, checkpoint, ALONE))
+    assert "its step has the shape [] but the run's [3]; resume" in attempt(lambda: fill_(other, checkpoint, ALONE))
+    other = empty_state("small", one) | {"step": torch.zeros(())}
+    assert "its step is I64 but the run's is F32; resume" in attempt(lambda: fill_(other, checkpoint, ALONE))
 
 
 def test_dtypes_that_no_file_holds(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from mmfn.errors import UserError
 from mmfn.train.config import changes as settings
 from mmfn.train.config.load import Loaded, describe
-from mmfn.train.run.record import OF_MACHINE
+from mmfn.train.run.record import OF_MACHINE, StepRecord
 from mmfn.train.run.replay.compare import Change, changes
 from mmfn.train.run.replay.history import History, Number, first_step_apart, numbers_of_step
 from mmfn.train.run.replay.other import LeafError, gradient_errors
@@ -61,8 +61,7 @@ class Against:
 
 def logs_apart(one: History, other: History) -> list[Number]:
     """The numbers that differ in the first step whose records do, but for those of the machine: `one`'s as found."""
-    steps = sorted(one.records.keys() & other.records.keys())
-    pairs = ((other.records[step], one.records[step]) for step in steps)
+    pairs = _of_same_steps(other.records(), one.records())
     comparable = ((logged, {name: x for name, x in mine.items() if _is_of_run(name, x)}) for logged, mine in pairs)
     return first_step_apart((numbers_of_step(logged, mine) for logged, mine in comparable), 0.0)
 
@@ -89,6 +88,16 @@ def beside(
         params=list(changes(mine, theirs)),
         gradients=gradient_errors(one[0].grads, other[0].grads),
     )
+
+
+def _of_same_steps(one: Iterator[StepRecord], other: Iterator[StepRecord]) -> Iterator[tuple[StepRecord, StepRecord]]:
+    """The records of the steps that both logs have."""
+    waiting: StepRecord | None = next(other, None)
+    for record in one:
+        while waiting is not None and waiting["step"] < record["step"]:
+            waiting = next(other, None)
+        if waiting is not None and waiting["step"] == record["step"]:
+            yield record, waiting
 
 
 def _is_of_run(name: str, value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +13,18 @@ from mmfn.train.checkpoint.format import folder_name
 from mmfn.train.checkpoint.read import names
 from mmfn.train.run.folder import STATE, earlier_settings
 from mmfn.train.run.keeper import LOGS
-from mmfn.train.run.record import StepRecord
-from mmfn.train.run.resume import records_of
+from mmfn.train.run.record import StepRecord, read_records
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A run's folder. `records`: by step, those of its log."""
+    """A run's folder."""
 
     folder: Path
-    records: Mapping[int, StepRecord]
+
+    def records(self, behind: int = 0, until: int = sys.maxsize) -> Iterator[StepRecord]:
+        """Those in its log of the steps behind `behind` up to `until`, one by one."""
+        return read_records(self.folder / LOGS[0], behind, until)
 
     @property
     def config(self) -> Path:
@@ -67,8 +69,7 @@ def read_history(folder: Path) -> History:
     """The run in a folder. Raises ValueError for a folder that no run has written."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{str(folder)!r} has no config.yaml, so it is no run's folder; give the output.path of a run")
-    records = records_of(folder / LOGS[0], sys.maxsize)
-    return History(folder=folder, records={record["step"]: record for record in records})
+    return History(folder=folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,12 +86,13 @@ def see(mesh: Mesh, loaded: Loaded, history: History, step: int, look: Look) -> 
     if checkpoint is None and (later := history.newest(world)) is not None:
         run.loader.resume(dict(later.manifest.facts.cursor))  # which refuses other data
     seen = Observation(start=str(checkpoint.folder) if checkpoint else "its first step", notes=notes)
+    records = {record["step"]: record for record in history.records(start.cursor.step, step)}
     for taken in take(run, run.state, start.cursor, step):
         expected = _look(run, taken, look, seen) if taken.step == step else {}
         found = taken.go()
         if expected and not found["skipped"]:
             seen.updates = update_errors(taken.state, expected)
-        seen.steps.append(numbers_of_step(history.records.get(taken.step), found, taken.facts))
+        seen.steps.append(numbers_of_step(records.get(taken.step), found, taken.facts))
         state = taken.state
     if loaded.config.train.compile == "none":
         twice = numbers_of_step({"step": step, **found}, seen.numbers)
