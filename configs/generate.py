@@ -118,7 +118,7 @@ def choose(size: Size, device_name: str, measures: Measures, *, is_lora: bool) -
             budgets=[Budget(tokens=tokens, towers=towers)],
         )
         try:
-            return suggest(space, lambda config: measures.plan(config, device_name))[0]
+            return suggest(space, lambda config, _: measures.plan(config, device_name))[0]
         except UserError as error:
             reason = error
     raise UserError(f"{size.model} on {device_name}: {reason}")

@@ -24,6 +24,7 @@ from mmfn.ops.kernel import Kernel, Operators, Whole
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_CHANNELS = 256
+GRAD_ROWS = 128  # that the gradient's sums have for a segment beside its own: a block of queries
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -198,6 +199,20 @@ def _backward_body(
         return dq_THC, dk_SKC.masked_fill_(is_behind_S11, 0), dv_SKC.masked_fill_(is_behind_S11, 0)
 
     return backward
+
+
+def grad_workspace(q_THC: Tensor, k_SKC: Tensor, offsets_N: Tensor) -> list[Tensor]:
+    """What FlashAttention's gradient holds, for a plan: sums of dq and of do * o in float32, with rows between
+    segments, and where heads are grouped dk and dv of every query head. Source: `mha_varlen_bwd` of FlashAttention 2.
+    """
+    (T, H, C), S = q_THC.shape, k_SKC.shape[0]
+    rows, multiple = T + GRAD_ROWS * (len(offsets_N) - 1), 32 if C <= 128 else 64
+    widths = -(-C // multiple) * multiple, 1
+    expanded = range(2 if k_SKC.shape[1] < H else 0)
+    return [
+        *(q_THC.new_empty(rows, H, width, dtype=torch.float32) for width in widths),
+        *(k_SKC.new_empty(S, H, C) for _ in expanded),
+    ]
 
 
 def is_behind(x_THC: Tensor, offsets_N: Tensor) -> Tensor:

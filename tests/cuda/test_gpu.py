@@ -11,6 +11,9 @@ from torch import Tensor
 from mmfn import ops as tables
 from mmfn.batch import Segments
 from mmfn.ops import Ops, table
+from mmfn.ops.cuda.attention import KERNELS
+from mmfn.parallel.planning.fake_tensors import freeze
+from mmfn.parallel.planning.trace import workspace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,6 +94,21 @@ def test_blocks() -> None:
     check_close([o, lse[has_keys]], [o_wide, lse_wide[has_keys]])
     expected = REFERENCE.attention_block_grad(wide[0], *wide, o_wide, lse_wide, segments, keys, is_causal=False)
     check_close(list(found), list(expected))
+
+
+@pytest.mark.parametrize("channels", [64, 80, 128])
+def test_what_a_plan_counts_of_the_gradient(channels: int) -> None:
+    """The memory of the kernel beside arguments and results, which a plan has from its workspace."""
+    segments = segments_of(3000, 1, 1095)
+    q, k = drawn(4096, 8, channels), drawn(4096, 2, channels)
+    o, lse = table("cuda").attention_block(q, k, k, segments, is_causal=True)
+    args = [q, q, k, k, o, lse, segments.offsets_N, segments.host_N, True, None, None]
+    (formula,) = (x for name, x in KERNELS["attention_block_grad"].operators.items() if name.endswith("_grad"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = formula.body(*args)
+    held = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in found)
+    assert workspace(formula.body, freeze(args)) == pytest.approx(held, rel=0.02)
 
 
 @pytest.mark.parametrize("counts", [[130, 0, 64, 1], [0, 0, 0, 7], [1, 1, 1, 1]], ids=str)

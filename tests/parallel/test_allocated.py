@@ -26,7 +26,7 @@ def undefined_memory() -> Any:
 
 
 @pytest.mark.parametrize("dp", [1, 2])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_peak_of_every_family(name: str, remat: str, dp: int) -> None:
     """Models so small that the buffers of attention's kernel are up to 2 % of the peak."""

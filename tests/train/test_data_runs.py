@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from mmfn.parallel.mesh.axis import Axis
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.mesh.layout import Mesh
 from mmfn.parallel.mesh.virtual import virtual
+from mmfn.train.build import data as build_data
 from mmfn.train.build.run import Run, prepare
 from mmfn.train.config.load import load_config
 from mmfn.train.data import Dataset, load_processor
+from mmfn.train.data.agree import gather_skips
+from mmfn.train.data.skips import SHOWN, Skip
 from mmfn.train.run.progress import Progress
 from mmfn.train.run.training import run_training
 from tests.train.rank_cases import MakeConfig, train
@@ -95,6 +99,37 @@ def test_a_check_of_all_names_what_is_bad_at_once(make_config: MakeConfig, fault
         assert fragment in text, text
     with pytest.raises(ValueError, match=r"3 of 96 samples cannot be used, more than data.max_bad_share 0.02 allows"):
         prepare(load_config(make_config(settings(faulty, data__check="all", data__max_bad_share=0.02))), said.append)
+
+
+def test_no_rank_of_a_check_holds_what_all_of_them_leave_out(
+    make_config: MakeConfig, faulty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a data set that is bad throughout each names as many samples as are shown, and says what one rank says."""
+    entries = json.loads(faulty.read_text())
+    for entry in entries[10:]:
+        entry["messages"] = entry["messages"][:1]
+    faulty.write_text(json.dumps(entries))
+    path = make_config(settings(faulty, data__check="all", data__max_bad_share=1.0))
+    named: list[int] = []
+
+    def gather(skips: list[Skip], axis: Axis) -> tuple[Skip, ...]:
+        named.append(len(skips))
+        return gather_skips(skips, axis)
+
+    monkeypatch.setattr(build_data, "gather_skips", gather)
+
+    def work(mesh: Mesh) -> list[str]:
+        said: list[str] = []
+        prepare(loaded, said.append, Place(device=torch.device("cpu"), mesh=mesh, host=mesh))
+        return [line for line in said if "sample" in line and "checking" not in line]
+
+    loaded = load_config(path)
+    (alone,) = virtual(loaded.config.layout.sizes, work)
+    assert len(alone) == 4
+    assert " of 96 training samples cannot be used" in alone[0]
+    loaded = load_config(path, ("layout.dp=2",))
+    assert virtual(loaded.config.layout.sizes, work) == [alone] * 2
+    assert named == [SHOWN] * 3
 
 
 def test_a_budget_of_tokens_trains_alike_on_ranks(make_config: MakeConfig, faulty: Path) -> None:

@@ -101,7 +101,7 @@ def test_ranks_agree_on_the_number_of_microbatches(make_config: MakeConfig) -> N
     assert empty.counts.tokens == empty.counts.samples == empty.counts.supervised_tokens == 0
 
 
-def test_evaluation_is_divided_and_complete_everywhere(make_config: MakeConfig) -> None:
+def test_evaluation_is_divided_and_its_answers_are_the_first_ranks(make_config: MakeConfig) -> None:
     run = prepare(load_config(make_config()), lambda text: None)
     settings: Any = {"max_new_tokens": 3, "eos_token_ids": run.eos_token_ids}
     alone = evaluate(Forward.of(run.model), run.held_out, batch_samples=24, **settings)
@@ -111,8 +111,8 @@ def test_evaluation_is_divided_and_complete_everywhere(make_config: MakeConfig) 
         forward = replace(Forward.of(run.model), axis=mesh["world"])
         return evaluate(forward, run.held_out, batch_samples=4, on_batch=done.append, **settings)
 
-    for found in virtual(Layout(dp=5), work):  # 24 entries: ranks have 5 or 4
-        assert found.answers == alone.answers
+    for rank, found in enumerate(virtual(Layout(dp=5), work)):  # 24 entries: ranks have 5 or 4
+        assert found.answers == (alone.answers if rank == 0 else ())  # a rank does not hold what the others answered
         assert found.num_tokens == alone.num_tokens
         assert found.loss_sum == pytest.approx(alone.loss_sum, rel=1e-5)
     assert sorted(done) == [4] * 6 + [5] * 4  # the last one computes an idle row
@@ -139,7 +139,7 @@ def test_ranks_write_what_one_device_writes(make_config: MakeConfig, tmp_path: P
     assert names[0] == names[1]
     assert all(isinstance(leaf, DTensor) for result in results for leaf in tree.leaves(result.model.params))
     assert [result.saved for result in results] == [{"checkpoint": several / "checkpoint"}] * 2
-    assert results[1].evaluation.answers == results[0].evaluation.answers
+    assert [len(result.evaluation.answers) for result in results] == [24, 0]
 
 
 @pytest.mark.parametrize(

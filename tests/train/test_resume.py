@@ -14,11 +14,14 @@ from mmfn.train.build.run import prepare
 from mmfn.train.checkpoint import read
 from mmfn.train.checkpoint.format import MANIFEST
 from mmfn.train.config.load import load_config
+from mmfn.train.data.reader import Reader
 from mmfn.train.data.windows import ByTokens
 from mmfn.train.run.progress import Progress
+from mmfn.train.run.resume import is_restored
+from mmfn.train.run.stored import ALONE
 from mmfn.train.run.training import run_training
 from tests.train.rank_cases import MakeConfig
-from tests.train.resume_cases import STEPS, Stopped, check_same, config_of, metrics, run
+from tests.train.resume_cases import STEPS, Stopped, Stopping, check_same, config_of, metrics, run
 
 CASES = {
     "adamw": (),
@@ -73,6 +76,57 @@ def test_steps_of_epochs_are_counted_once(config: Path, tmp_path: Path, monkeypa
     check_same(tmp_path / "broken", tmp_path / "whole", num_steps=len(metrics(tmp_path / "whole")))
     run(load_config(config, (*epochs, "train.epochs=2", broken)))
     assert counted == [samples, samples, 2 * samples]
+
+
+def test_what_is_counted_is_said_and_outlives_a_run_by_steps(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring all samples may take hours: it is said where it is done, and a run by steps hands on what was found."""
+    measured: list[str] = []
+    monkeypatch.setattr(ByTokens, "count_steps", lambda source, num: measured.append("measured") or 8)
+    tokens = ("data.batch_tokens=768", "data.window_samples=24", f"output.path={tmp_path / 'run'}")
+
+    def begin(*changes: str, stop: int) -> list[str]:
+        loaded, said = load_config(config, (*tokens, *changes)), list[str]()
+        progress = Stopping(num_steps=STEPS, log_every=100, stream=io.StringIO())
+        progress.stop = stop
+        measured.clear()
+        with pytest.raises(Stopped):
+            run_training(prepare(loaded, said.append, is_restored=is_restored(loaded, ALONE)), progress)
+        return [*measured, *(line for line in said if line.startswith("measuring"))]
+
+    one, both = ("train.steps=null", "train.epochs=1"), ["measured", "measuring 96 samples, to know how many steps"]
+    assert begin(*one, stop=3)[0] == "measured"
+    assert begin("train.steps=8", stop=5) == []
+    assert begin(*one, stop=7) == []  # the newest checkpoint is of the run by steps
+    found = begin("train.steps=null", "train.epochs=2", stop=8)
+    assert [line.partition(" 2 epochs")[0] for line in found] == both
+
+
+def test_data_are_checked_once(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.check: all` prepares every sample: not again where a run goes on, unless other samples are left out."""
+    checked: list[int] = []
+    check = Reader.check
+    monkeypatch.setattr(Reader, "check", lambda reader, index: checked.append(index) or check(reader, index))
+    whole, broken = (("data.check=all", f"output.path={tmp_path / name}") for name in ("whole", "broken"))
+    run(load_config(config, whole))
+    size, checked[:] = len(checked), []
+    with pytest.raises(Stopped):
+        run(load_config(config, broken), 4)
+    assert sorted(checked) == [*range(size)]
+    checked.clear()
+    with pytest.raises(Stopped):
+        run(load_config(config, broken), 6)
+    run(load_config(config, broken))
+    assert checked == []
+    check_same(tmp_path / "broken", tmp_path / "whole")
+    said: list[str] = []
+    for other in ("train.steps=9", "data.long_samples=cut"):
+        prepare(load_config(config, (*broken, other)), said.append, is_restored=True)
+    assert sorted(checked) == [*range(size)]
+    first, second = (line for line in said if line.startswith("checking "))
+    assert first == f"checking 0 held-out samples; the {size} training samples were checked when the run began"
+    assert second == f"checking {size} training and 0 held-out samples"
 
 
 def test_a_complete_run_is_completed_again(config: Path, tmp_path: Path) -> None:

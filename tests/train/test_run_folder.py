@@ -10,7 +10,6 @@ import pytest
 
 from mmfn.errors import UserError
 from mmfn.train.config.load import Loaded, load_config
-from mmfn.train.data.step_lines import cut_lines
 from mmfn.train.run import folder as run_folder
 
 CONFIG = """\
@@ -148,13 +147,10 @@ def test_where_there_are_no_locks_a_folder_is_claimed_without(tmp_path: Path, mo
         assert (tmp_path / "run").is_dir()
 
 
-@pytest.mark.parametrize("replace", [lambda path: run_folder.write_text(path, "new"), lambda path: cut_lines(path, 1)])
-def test_what_takes_the_place_of_a_file_is_durable_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Callable[[Path], None]
-) -> None:
+def test_what_takes_the_place_of_a_file_is_durable_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name may be durable before what is in the file: behind a loss of power that file would be empty."""
-    path, durable, moved = tmp_path / "metrics.jsonl", list[int](), list[bool]()
-    path.write_text('{"step": 1}\n{"step": 2}\n')
+    path, durable, moved = tmp_path / "config.yaml", list[int](), list[bool]()
+    path.write_text("old")
     fsync, rename = os.fsync, os.replace
 
     def noted_fsync(number: int) -> None:
@@ -167,8 +163,8 @@ def test_what_takes_the_place_of_a_file_is_durable_before(
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
-    replace(path)
-    assert path.read_text() in ("new", '{"step": 1}\n')
+    run_folder.write_text(path, "new")
+    assert path.read_text() == "new"
     assert moved == [True]
 
 
@@ -248,3 +244,11 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=r"^--out '.*a.yaml' is there and was not written by this command"):
             run_folder.check_replaced("--out", str(path), "# mine: ")
+
+
+def test_earlier_settings_are_in_the_order_of_steps(tmp_path: Path) -> None:
+    """A step is looked for in the first of them that it is not behind, also among ten million steps."""
+    ends = [4, 9_999_999, 10_000_000, 25_000_000]
+    for end in ends:
+        run_folder.keep_settings(tmp_path, end, f"{end}")
+    assert list(run_folder.earlier_settings(tmp_path)) == ends

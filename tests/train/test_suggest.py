@@ -13,18 +13,16 @@ import pytest
 
 from mmfn import cli
 from mmfn.errors import UserError
+from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.planning import devices
 from mmfn.parallel.planning.plan import Plan
-from mmfn.train.commands.suggest import budgets_of, mean_tokens, of_samples, typical_tokens
+from mmfn.train.build.model import check_model, find_family
 from mmfn.train.config.load import Settings, load_config
 from mmfn.train.config.schema import Config
-from mmfn.train.planning.choice import OFFLOADS, Budget, Choice, Space
-from mmfn.train.planning.suggest import BEAM, Measures, suggest
-from mmfn.train.survey.counts import Counts
-from mmfn.train.survey.fill import Fill
-from mmfn.train.survey.given_batches import grown, plan_within
-from mmfn.train.survey.survey import Survey
+from mmfn.train.planning.choice import OFFLOADS, Budget, Choice, Space, step_of
+from mmfn.train.planning.suggest import BEAM, Measures, planner, suggest
 from tests.parallel.plan_cases import hf_config
+from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[2]
 KIB = 1024
@@ -92,8 +90,8 @@ def test_the_first_choice_is_about_the_best(
     measures = Measures(64)
     small(1e9)
 
-    def plan(config: Config) -> Plan:
-        return measures.plan(config, "small")
+    def plan(config: Config, micro_batches: int | None = None) -> Plan:
+        return measures.plan(config, "small", micro_batches)
 
     def best() -> Choice:
         """Of those that can be planned."""
@@ -129,7 +127,7 @@ def test_what_alone_fits_is_found_behind_what_is_faster(
     assert len(layouts) > BEAM
     any_plan = Measures(64).plan(space.config(budget, layouts[0]), "small")
 
-    def plan(config: Config) -> Plan:
+    def plan(config: Config, micro_batches: int | None = None) -> Plan:
         sizes = config.layout.model_dump()
         place = next(i for i, layout in enumerate(layouts) if layout.items() <= sizes.items())
         fits = place == len(layouts) - 1 and set(config.layout.offload) >= set(offload)
@@ -151,7 +149,7 @@ def test_what_keeps_more_may_fit_on_the_host_where_less_does_not(
     ((_, layout),) = space.layouts()
     any_plan = Measures(64).plan(space.config(budget, layout), "small")
 
-    def plan(config: Config) -> Plan:
+    def plan(config: Config, micro_batches: int | None = None) -> Plan:
         remat, offload = config.layout.remat, config.layout.offload
         fits = remat == "full" or (remat, offload) == ("none", ("activations",))
         time = replace(any_plan.time, total_s={"full": 3.0, "selective": 2.0, "none": 1.0}[remat])
@@ -166,12 +164,12 @@ def test_what_is_given_is_kept(tmp_path: Path, small: Callable[[float], None]) -
     layout = {"cp": 2, "kind": "ulysses", "remat": "full", "offload": []}
     budgets = [Budget(tokens=64, towers={"vision": 32})]
     space = space_of(tmp_path, hf_config(), 2, budgets, layout=layout, data={"train": "x", "batch_tokens": 128})
-    choices = suggest(space, lambda config: Measures(64).plan(config, "small"))
+    choices = suggest(space, lambda config, _: Measures(64).plan(config, "small"))
     assert {(c.config.layout.cp, c.config.layout.dp, c.config.layout.remat) for c in choices} == {(2, 1, "full")}
     assert {c.config.data.batch_tokens for c in choices} == {128}
     impossible = space_of(tmp_path, hf_config(), 2, budgets, layout={"cp": 3})
     with pytest.raises(ValueError, match="no layout of 2 ranks can be planned"):
-        suggest(impossible, lambda config: Measures(64).plan(config, "small"))
+        suggest(impossible, lambda config, _: Measures(64).plan(config, "small"))
 
 
 def test_a_given_bucket_decides_on_the_batch(tmp_path: Path, small: Callable[[float], None]) -> None:
@@ -188,6 +186,20 @@ def test_a_given_bucket_decides_on_the_batch(tmp_path: Path, small: Callable[[fl
     assert data_of(batch_samples=6) == ((64,), None, 6)
     assert data_of(batch_samples=8) == ((64,), None, 8)
     assert data_of(max_tokens=64, window_samples=9) == ((64,), 128, 8)
+
+
+def test_towers_that_are_not_given_have_the_batch_s(tmp_path: Path, small: Callable[[float], None]) -> None:
+    """A model that sees and hears, with buckets for one of the two, loads as it is written."""
+    small(1e9)
+    layout = {"replicate": 2, "dp": 1, "cp": 1, "ep": 1}
+    budget = Budget(tokens=64, towers={"vision": 32, "audio": 100})
+    for given in ({"vision": [16, 48]}, {"audio": [300]}, {}):
+        data = {"train": "x", "tower_buckets": given}
+        config = space_of(tmp_path, TINY["omni"](2), 2, [budget], data=data).config(budget, layout)
+        expected = {"vision": (32,), "audio": (100,)} | {name: tuple(sizes) for name, sizes in given.items()}
+        assert config.data.tower_buckets == expected
+        family, cfg = find_family(config.model)
+        check_model(config, family, cfg)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +227,9 @@ def test_given_sizes_are_those_of_all_layouts(
         ({"dp": 3, "replicate": 2}, r"layout.replicate 2 \* layout.dp 3 does not divide them"),
         ({"replicate": 1, "dp": 1, "cp": 1}, r"layout.replicate 1 \* layout.dp 1 \* layout.cp 1 is 1; change one"),
         ({"ep": 3}, r"layout.ep 3 must divide the ranks of a copy of the model and its experts"),
+        ({"kind": "ring", "cp": 1}, r"layout.kind has no effect with cp 1"),
+        ({"remat_save": ["exchange"]}, r"layout.remat_save 'exchange' has no effect with ep 1"),
+        ({"remat_layers": 9}, r"layout.remat_layers is 9 but more than the 2 layers there are has no effect"),
     ],
 )
 def test_why_there_is_no_layout(
@@ -223,7 +238,19 @@ def test_why_there_is_no_layout(
     small(1e9)
     space = space_of(tmp_path, hf_config(), 3, [Budget(tokens=64)], layout=given)
     with pytest.raises(ValueError, match=f"no layout of 3 ranks can be planned: {reason}"):
-        suggest(space, lambda config: Measures(64).plan(config, "small"))
+        suggest(space, lambda config, _: Measures(64).plan(config, "small"))
+
+
+def test_a_refusal_is_said_before_what_a_small_layout_idles(tmp_path: Path, small: Callable[[float], None]) -> None:
+    small(1e9)
+    space = space_of(tmp_path, hf_config(), 2, [Budget(tokens=64)], layout={"kind": "usp"})
+    assert next(sizes["cp"] for _, sizes in space.layouts()) == 1
+    with pytest.raises(ValueError, match=r"'usp'\) over cp 2 \(ulysses 1\) needs 1 < ulysses < cp"):
+        suggest(space, lambda config, _: Measures(64).plan(config, "small"))
+    budget = Budget(tokens=64, towers={"vision": 32})
+    heads = space_of(tmp_path, hf_config(), 4, [budget], layout={"ulysses": 2, "cp": 4})
+    ((_, layout),) = heads.layouts()
+    assert heads.config(budget, layout).layout.sizes == Layout(cp=4, ulysses=2)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +260,8 @@ def test_why_there_is_no_layout(
         ({"reshard_after_forward": True}, ["none"]),
         ({"reshard_after_forward": False}, ["none", "selective", "selective", "full"]),
         ({"keep_gathered": True}, ["selective", "selective", "full"]),
+        ({"remat_layers": 2}, ["block", "uniform"]),
+        ({"remat_layers": 2, "reshard_after_forward": True}, ["block"]),
         ({"remat": "uniform", "remat_layers": 2}, [None]),
     ],
 )
@@ -245,54 +274,44 @@ def test_what_is_computed_again_suits_what_is_given(
     assert [policy.get("remat") for policy in policies] == kinds
 
 
-def test_batches_within_given_towers() -> None:
-    """A batch has room for one image of 4 units; longer samples, and those of more, are left out."""
-    sizes = [{"tokens": 40, "vision": 4}, {"tokens": 20, "vision": 0}, {"tokens": 90, "vision": 0}] * 3
-    plan = plan_within({"tokens": 64, "vision": 4})
-    batches = plan([*sizes, {"tokens": 50, "vision": 8}], 128)
-    assert {i for batch in batches for i in batch} <= {0, 1, 3, 4, 6, 7}
-    assert len(batches) == 3
-    assert all(sum(sizes[i]["vision"] for i in batch) <= 4 for batch in batches)
-    assert plan([{"tokens": 50, "vision": 8}], 128) == []
+@pytest.mark.parametrize(
+    ("samples", "layout", "expected"),
+    [
+        (8, {"dp": 4}, (1, 200 / 1000)),
+        (8, {"replicate": 2, "dp": 2}, (1, 200 / 1000)),
+        (8, {"cp": 4}, (1, 800 / 1000)),  # one batch of all ranks
+        (8, {"dp": 2, "cp": 2}, (1, 400 / 1000)),
+        (12, {"cp": 4}, (2, 1200 / 2000)),
+        (10, {"dp": 4}, (1, 250 / 1000)),  # 3, 3, 2 and 2 samples
+        (38, {"dp": 4}, (2, 950 / 2000)),  # 10 do not fit one batch, of which 98 % are real
+        (4 * 98, {"dp": 4}, (10, 0.98)),
+    ],
+)
+def test_a_step_of_samples(
+    tmp_path: Path, small: Callable[[float], None], samples: int, layout: dict[str, int], expected: tuple[int, float]
+) -> None:
+    """Samples of 100 tokens each, in batches of 1000."""
+    small(1e9)
+    budget = Budget(tokens=1000, fill=0.98, sample_tokens=100)
+    space = space_of(tmp_path, hf_config(), 4, [budget], data={"train": "x", "batch_samples": samples})
+    assert step_of(space.config(budget, {"replicate": 1, "dp": 1, **layout}), budget) == pytest.approx(expected)
+    by_tokens = space_of(tmp_path, hf_config(), 4, [budget]).config(budget, {"replicate": 1, "dp": 1, **layout})
+    assert step_of(by_tokens, budget) == (None, 0.98)
 
 
-def test_a_step_of_few_samples_fills_no_batch() -> None:
-    budget = Budget(tokens=1000, fill=0.98)
-    assert of_samples(budget, 400).fill == pytest.approx(0.4)
-    assert of_samples(budget, 1200).fill == pytest.approx(0.6)
-    assert of_samples(budget, 98_000).fill == pytest.approx(0.98)
-
-
-def test_rows_that_are_less_than_a_given_bucket() -> None:
-    """As many more as the data has, of what fits the bucket and given towers."""
-    seen = Fill(budget=512, batches=1, tokens=500, samples=10, units={"vision": 40})
-    large = grown(seen, 4096, {}, times=100.0)
-    assert (large.budget, large.tokens, large.units) == (4096, 4096, {"vision": 328})
-    assert grown(seen, 4096, {}, times=2.0).share == pytest.approx(1000 / 4096)
-    assert grown(seen, 4096, {"vision": 4}, times=2.0).share == pytest.approx(50 / 4096)
-
-
-def test_batches_suit_the_data() -> None:
-    """Of sizes that the samples fit, those of which an epoch has enough steps; the smallest where none has."""
-    counts = Counts(rows=1000)
-    counts.tokens.update({500: 900, 3000: 100})
-    fills = [
-        Fill(budget=2048, batches=9, tokens=9 * 2000, samples=900, too_long=100, units={"vision": 300}),
-        Fill(budget=4096, batches=9, tokens=9 * 4000, samples=1000, units={"vision": 600}),
-        Fill(budget=8192, batches=9, tokens=9 * 8100, samples=1000, units={"vision": 1000}),
-        Fill(budget=16_384, batches=9, tokens=9 * 16_300, samples=1000, units={"vision": 2000}),
-        Fill(budget=32_768),
-    ]
-    seen = Survey(counts=counts, fills=fills, inputs={"vision": 4})
-    assert (mean_tokens(seen), typical_tokens(seen)) == (750, 1500)
-    assert [b.tokens for b in budgets_of(seen, 1_000_000, world=16)] == [4096, 8192, 16_384]
-    assert [b.tokens for b in budgets_of(seen, 5_000, world=16)] == [4096]
-    assert [b.tokens for b in budgets_of(seen, 10_000, world=1)] == [4096, 8192, 16_384]
-    (first, *_) = budgets_of(seen, 10_000, world=1)
-    assert first.towers == {"vision": 640 * 4}
-    assert first.fill == pytest.approx(4000 / 4096)
-    with pytest.raises(ValueError, match="the data has no sample that can be used; see mmfn data check"):
-        budgets_of(Survey(counts=Counts(), fills=[Fill(budget=64)]), 10, world=1)
+def test_a_step_of_samples_is_planned_as_it_is(tmp_path: Path, small: Callable[[float], None]) -> None:
+    """Its micro-batches, and memory for two, which a step of longer samples takes."""
+    small(1e9)
+    budget = Budget(tokens=64, towers={"vision": 32}, sample_tokens=32)
+    space = space_of(tmp_path, hf_config(), 1, [budget], data={"train": "x", "batch_samples": 2})
+    config = space.config(budget, {"replicate": 1, "dp": 1, "cp": 1, "ep": 1})
+    with planner("small", 1, 64) as (plan, _):
+        one, two, three, usual = (plan(config, n) for n in (1, 2, 3, None))
+    alone = Measures(64).plan(config, "small", 1)
+    assert (one.tokens, two.tokens, three.tokens, usual.tokens) == (64, 128, 192, 128)
+    assert (one.time, one.peak_bytes) == (alone.time, two.peak_bytes)
+    assert alone.peak_bytes < two.peak_bytes == usual.peak_bytes
+    assert one.time.total_s < two.time.total_s < three.time.total_s
 
 
 def test_of_the_demo(small_demo: Path, full_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,6 +359,7 @@ def test_of_the_demo_by_lora_on_another_device(
         ("data.tower_buckets={vision: [16]}", (2048, {"vision": (16,)}, 2048, 0.05)),
         ("data.token_buckets=[4096]", (4096, {"vision": (1408,)}, 4096, 1.0)),
         ("data.token_buckets=[8]", None),
+        ("data.batch_samples=8", (2048, {"vision": (704,)}, None, 0.19)),
     ],
 )
 def test_of_the_demo_with_given_buckets(
@@ -356,6 +376,7 @@ def test_of_the_demo_with_given_buckets(
         return
     section = load_config(out).config.data
     real = int(out.read_text().split("% are real")[0].rpartition(" ")[2]) / 100
+    assert "\n# Planned with samples of 48 tokens each, " in out.read_text()
     tokens, towers, step, most = expected
     assert (section.token_buckets, section.tower_buckets, section.batch_tokens) == ((tokens,), towers, step)
     assert 0 < real <= most

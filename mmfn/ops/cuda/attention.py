@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmfn.ops.varlen import check_kernel, varlen
+from mmfn.ops.varlen import check_kernel, grad_workspace, varlen
 
 _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward
@@ -47,7 +47,9 @@ def _attend_grad(
     tensors, bounds = (do_THC, q_THC, k_SKC, v_SKC, o_THC, lse_HT), (offsets_N, key_offsets_N, longest, longest_key)
     seed = torch.zeros(2, dtype=torch.uint64, device=q_THC.device)  # of dropout, of which there is none
     nothing, scale = q_THC.new_empty(0), q_THC.shape[2] ** -0.5
+    held = grad_workspace(q_THC, k_SKC, offsets_N) if q_THC.is_meta else []
     dq_THC, dk_SKC, dv_SKC = _backward(*tensors, *bounds, 0.0, is_causal, seed, nothing, scale=scale)
+    del held
     return dq_THC, dk_SKC, dv_SKC
 
 

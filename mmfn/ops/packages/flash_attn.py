@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from mmfn.ops.packages.package import Package, Refusal, Span
-from mmfn.ops.varlen import check_kernel, varlen
+from mmfn.ops.varlen import check_kernel, grad_workspace, varlen
 
 MODULE = "flash_attn.flash_attn_interface"
 NO_WINDOW = (-1, -1)
 DEFAULTS: dict[str, Any] = {"softcap": 0.0, "alibi_slopes": None}
-BLOCK = 128
-"""Rows that the gradient's sums are padded to."""
 
 
 def _attend(
@@ -70,7 +68,7 @@ def _attend_grad(
     dq_THC, dk_SKC, dv_SKC = map(torch.empty_like, (q_THC, k_SKC, v_SKC))
     (left, right), scale = NO_WINDOW, q_THC.shape[2] ** -0.5
     if q_THC.is_meta:
-        _grad_workspace(q_THC, k_SKC, len(offsets_N))
+        grad_workspace(q_THC, k_SKC, offsets_N)
         return dq_THC, dk_SKC, dv_SKC
     import_module(MODULE)._flash_attn_varlen_backward(
         do_THC,
@@ -95,15 +93,6 @@ def _attend_grad(
         **DEFAULTS,
     )
     return dq_THC, dk_SKC, dv_SKC
-
-
-def _grad_workspace(q_THC: Tensor, k_SKC: Tensor, num_offsets: int) -> list[Tensor]:
-    """What the gradient holds: sums of dq in float32, and with grouped heads dk and dv of every query head."""
-    H, C = q_THC.shape[1:]
-    rows = len(q_THC) + BLOCK * (num_offsets - 1)
-    sums = [q_THC.new_empty(rows, H, C, dtype=torch.float32), q_THC.new_empty(rows, H, dtype=torch.float32)]
-    heads = [k_SKC.new_empty(k_SKC.shape[0], H, C) for _ in range(2)]
-    return [*sums, *(heads if k_SKC.shape[1] < H else [])]
 
 
 check = partial(check_kernel, owner="flash-attn", cure="remove 'flash-attn' from model.kernel_packages")

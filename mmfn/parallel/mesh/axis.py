@@ -205,7 +205,7 @@ def _(x: Tensor, out_sizes: Sequence[int], in_sizes: Sequence[int], transport: s
     return _calling[transport].move(x, out_sizes, in_sizes, site)
 
 
-MOVE = torch.ops.mmfn.all_to_all.default  # that operator, as dispatch modes see it
+ALL_TO_ALL = torch.ops.mmfn.all_to_all.default  # that operator, as dispatch modes see it
 
 
 def psum(x: Tensor, axis: Axis, site: str) -> Tensor:

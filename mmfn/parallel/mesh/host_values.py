@@ -1,7 +1,7 @@
 """What ranks tell each other as plain values, over an axis on the CPU."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,13 +14,15 @@ T = TypeVar("T")
 
 def gather_values(value: Any, axis: Axis, site: str) -> list[Any]:
     """The values of all ranks, in their order. A value is anything JSON holds; tuples arrive as lists."""
+    return [value] if axis.size == 1 else [json.loads(text) for text in _gather_texts(value, axis, site)]
+
+
+def gather_to_first(value: Any, axis: Axis, site: str) -> list[Any]:
+    """The values of all ranks, in their order, on the first of them; [] on the others, which make nothing of them."""
     if axis.size == 1:
         return [value]
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = axis.all_gather(torch.tensor([text.numel()]), site).tolist()
-    padded = torch.nn.functional.pad(text, (0, max(sizes) - text.numel()))
-    rows = axis.all_gather(padded[None], site)
-    return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    texts = _gather_texts(value, axis, site)
+    return [json.loads(text) for text in texts] if axis.index == 0 else []
 
 
 def wait_for_all(axis: Axis, site: str) -> None:
@@ -48,6 +50,15 @@ def on_all(work: Callable[[], T], axis: Axis, what: str, *, wraps_alone: bool = 
         more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
         raise UserError(f"{what} failed on {failed[0]}{more}") from error
     return [one["value"] for one in everyone]
+
+
+def _gather_texts(value: Any, axis: Axis, site: str) -> Iterator[bytes]:
+    """The values of all ranks as JSON; when this returns the collectives are done."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = axis.all_gather(torch.tensor([text.numel()]), site).tolist()
+    padded = torch.nn.functional.pad(text, (0, max(sizes) - text.numel()))
+    rows = axis.all_gather(padded[None], site)
+    return (row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=True))
 
 
 def _sentence(error: Exception) -> str:

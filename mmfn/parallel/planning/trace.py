@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from mmfn.ops import Ops, flops, kernels
 from mmfn.ops.kernel import Formula, Whole
-from mmfn.parallel.mesh.axis import MOVE
+from mmfn.parallel.mesh.axis import ALL_TO_ALL
 from mmfn.parallel.planning import fake_tensors as shapes
 from mmfn.parallel.planning.account import Account, Entry
 from mmfn.parallel.weights.host_memory import HOST
@@ -177,14 +177,14 @@ class Recorder(EagerMode):
         """Run one operator and note what it did."""
         kwargs = kwargs or {}
         self._turn()
-        is_shaped = self.is_fake and func is not MOVE  # a transport's own work: noted by it, at every call
+        is_shaped = self.is_fake and func is not ALL_TO_ALL  # a transport's own work: noted by it, at every call
         out = shapes.run(func, types, args, kwargs) if is_shaped else func(*args, **kwargs)
         formula = None if types else self._formula(func)
         work = formula(*args, **kwargs, out_val=out) if formula is not None else 0
         if work:
             self.flops[self.phase, self.site] += work * self._times[0] // self._times[1]
             self._num_worked += 1
-        site = args[2] if func is _COUNTED else "exchanged" if func is MOVE else None
+        site = args[2] if func is _COUNTED else "exchanged" if func is ALL_TO_ALL else None
         for x in (out,) if isinstance(out, Tensor) else out if isinstance(out, Sequence) else ():
             if isinstance(x, Tensor):
                 self.allocate(x, site)

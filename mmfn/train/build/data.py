@@ -1,6 +1,7 @@
 """From a config to data: data sets, loader, and the checks that find broken samples before training."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from mmfn.models import Family
 from mmfn.packing import Sizes
 from mmfn.parallel.context.token_order import segment_multiple
 from mmfn.parallel.mesh.axis import Axis
+from mmfn.parallel.mesh.host_values import gather_values
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.program import Program
 from mmfn.train.build.step import build_objective
@@ -19,7 +21,7 @@ from mmfn.train.data import Dataset, Loader, Processor, Workers, prefetch
 from mmfn.train.data.agree import gather_skips
 from mmfn.train.data.dataset import Subset
 from mmfn.train.data.sizes import flop_rates
-from mmfn.train.data.skips import SHOWN, check_share, count_kinds
+from mmfn.train.data.skips import KINDS, SHOWN, Skip, check_share
 from mmfn.train.flops import model_work
 
 CHECKED_AHEAD = 64  # samples of a check that are under way
@@ -93,13 +95,18 @@ def _pack(samples: Sequence[Sample], sizes: Sizes, *, family: Family, cfg: Any) 
 
 
 def check_data(
-    config: Config, loader: Loader, held_out: Dataset | None, place: Place, say: Callable[[str], None]
+    config: Config,
+    loader: Loader,
+    held_out: Dataset | None,
+    place: Place,
+    say: Callable[[str], None],
+    before: Mapping[str, int | str] | None = None,
 ) -> None:
     """Prepare samples once, as `data.check` says, so that broken files are found before training and not in the middle.
 
-    Of all samples each rank prepares its part. The prepared samples stay in the cache. What cannot be used is said at
-    once, counted, and the first of it named. Raises ValueError when it is more than `data.max_bad_share` allows, and
-    for held-out data that cannot be answered.
+    Of all samples each rank prepares its part, and a run that goes on, from the cursor `before`, does not do it again.
+    The prepared samples stay in the cache. What cannot be used is said at once, counted, and the first of it named.
+    Raises ValueError when it is more than `data.max_bad_share` allows, and for held-out data that cannot be answered.
     """
     if config.data.check == "first":
         for agreed in loader.steps(1, workers=Workers(number=0)):
@@ -109,16 +116,30 @@ def check_data(
         return
     world, size = place.host["world"], len(loader.dataset)
     num_held_out = len(held_out) if held_out is not None else 0
-    say(f"checking {size} training and {num_held_out} held-out samples")
     workers = Workers(number=max(1, config.data.workers), ahead=CHECKED_AHEAD)
-    found = prefetch(loader.reader.check, range(world.index, size, world.size), workers)
-    skips = gather_skips([skip for skip in found if skip is not None], world)
-    if skips:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in count_kinds(skips).items() if count)
-        say(f"{len(skips)} of {size} training samples cannot be used ({kinds}):")
-        for skip in skips[:SHOWN]:
-            say(f"  {skip}")
-    check_share(skips, len(skips), size, size, config.data.max_bad_share)
+    if loader.has_checked(before):
+        say(f"checking {num_held_out} held-out samples; the {size} training samples were checked when the run began")
+    else:
+        say(f"checking {size} training and {num_held_out} held-out samples")
+        counts, first = _check_samples(loader, world, workers)
+        if num_bad := sum(counts.values()):
+            kinds = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+            say(f"{num_bad} of {size} training samples cannot be used ({kinds}):")
+            for skip in first:
+                say(f"  {skip}")
+        check_share(first, num_bad, size, size, config.data.max_bad_share)
+    loader.note_checked()
     if held_out is not None:
         for _ in prefetch(held_out.prompt, range(world.index, num_held_out, world.size), workers):
             pass
+
+
+def _check_samples(loader: Loader, world: Axis, workers: Workers) -> tuple[Counter[str], list[Skip]]:
+    """How many samples of each kind all ranks leave out, and the first few of them: no rank holds all."""
+    counts, first = Counter[str](), list[Skip]()
+    for skip in prefetch(loader.reader.check, range(world.index, len(loader.dataset), world.size), workers):
+        if skip is not None:
+            counts[skip.kind] += 1
+            first += [skip][: SHOWN - len(first)]
+    total = sum((Counter(one) for one in gather_values(counts, world, "skips")), Counter[str]())
+    return total, list(gather_skips(first, world)[:SHOWN])

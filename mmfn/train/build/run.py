@@ -100,16 +100,16 @@ def prepare(
     for note in (*idle, *program.notes, *loss_notes(model, objective)):
         say(note)
     loader = build_loader(config, train_set, model, program, place.host["batch"], world)
+    before = stored_cursor(loaded, world) if is_restored else None
     if config.train.steps is None:
-        before = stored_cursor(loaded, world) if is_restored else None
-        if before is None and config.data.batch_tokens is not None:
+        if config.data.batch_tokens is not None and not loader.has_counted(config.train.epochs or 0, before):
             say(f"measuring {len(train_set):,} samples, to know how many steps {config.train.epochs} epochs take")
         loaded = with_steps(loaded, loader, before)
         config = loaded.config
         check_model(config, family, cfg)  # what rules say of steps
         say(f"{loaded.origins['train.steps']} of {len(train_set)} samples: {config.train.steps} steps")
     step, state = build_step(config, model, program, place.device)
-    check_data(config, loader, held_out, place, say)
+    check_data(config, loader, held_out, place, say, before)
     wait_for_all(world, "ready")
     return Run(
         loaded=loaded,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
@@ -48,30 +49,42 @@ class Retention:
         return [step for _, _, step in sorted(known)[: self.num_best]]
 
 
-def whole_in(root: Path, retention: Retention) -> dict[int, float | None]:
+def whole_in(
+    root: Path, retention: Retention, known: Mapping[int, float | None] = MappingProxyType({})
+) -> dict[int, float | None]:
     """The steps of whole checkpoints, and the held-out loss of each that has one.
 
-    Unless the best are asked for, those that stay for ever behind the newest are not looked at: a run has ever more.
+    Those that stay for ever behind the newest are not looked at, as a run has ever more: unless the best are asked for
+    they do not count, and then each is as it was `known` to be before.
     """
     found: dict[int, float | None] = {}
     for name in read.names(root):
-        has_newest = len(found) >= retention.num_newest and not retention.num_best
-        if has_newest and retention.is_forever(step_of(name) or 0):
-            continue
+        step = step_of(name) or 0
+        if len(found) >= retention.num_newest and retention.is_forever(step):
+            if not retention.num_best:
+                continue
+            if step in known:
+                found[step] = known[step]
+                continue
         with suppress(UserError):
             facts = read.open_checkpoint(root / name).manifest.facts
             found[facts.step] = facts.loss
     return found
 
 
-def remove_old(root: Path, retention: Retention, world: Axis) -> list[str]:
+def remove_old(
+    root: Path, retention: Retention, world: Axis, known: dict[int, float | None] | None = None
+) -> list[str]:
     """Delete the whole checkpoints that need not stay; returns their names. All ranks call it behind a save.
 
+    `known`: losses of whole ones by step, as the first rank found them before, and what it finds is added (`whole_in`).
     Raises ValueError on all of them where one cannot be deleted. Damaged ones stay, and do not count.
     """
 
     def remove() -> list[str]:
-        losses = whole_in(root, retention) if world.index == 0 else {}
+        losses = whole_in(root, retention, known or {}) if world.index == 0 else {}
+        if known is not None:
+            known.update({step: loss for step, loss in losses.items() if retention.is_forever(step)})
         old = [folder_name(step) for step in sorted(losses.keys() - retention.stay(losses))]
         for name in old:
             delete(root, name)

@@ -28,7 +28,8 @@ class Saver:
 
     `world`: all ranks, on the CPU, in no other use (the axis "saves"). `logs`: files of the first rank that are durable
     before a checkpoint counts. `is_asynchronous` False: a call returns when the checkpoint is durable. `reads_back`:
-    what the disk has is compared before it counts. `on_failure`: called by the thread whose save has failed, on each
+    what the disk has is compared before it counts. `losses`: of the checkpoints that stay for ever, where they are
+    known: see `whole_in`. `on_failure`: called by the thread whose save has failed, on each
     rank when it learns of it, which are different moments: a run agrees on one at which all of them `wait`.
     """
 
@@ -39,6 +40,7 @@ class Saver:
     is_asynchronous: bool = True
     reads_back: bool = False
     on_failure: Callable[[], None] = lambda: None
+    losses: dict[int, float | None] = field(default_factory=dict)
     memory: HostMemory = field(default_factory=HostMemory)
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
@@ -85,7 +87,7 @@ class Saver:
 
     def _write(self, part: Part, facts: Facts) -> None:
         publish(self.root, part, facts, self.world, logs=self.logs, reads_back=self.reads_back)
-        remove_old(self.root, self.retention, self.world)
+        remove_old(self.root, self.retention, self.world, self.losses)
 
 
 def _copy(pieces: Mapping[str, Tensor], memory: HostMemory) -> tuple[dict[str, Tensor], Arrival]:

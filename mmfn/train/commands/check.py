@@ -45,12 +45,13 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         raise UserError(checks.summary)
     family, cfg = found
     specs = checks.make("training", lambda: check_training(config, family, cfg), lambda x: _training_text(config, x))
+    specs = family.specs(cfg) if specs is None else specs
     if config.model.init == "load":
         checks.make("weights", lambda: check_weights(config, family, cfg), str)
     if args.no_files:
         say("left   tokenizer, data and resume: --no-files")
     else:
-        _check_files(checks, loaded, family.specs(cfg) if specs is None else specs)
+        _check_files(checks, loaded, specs)
     checks.make("layout", lambda: _check_layout(config, family, cfg, specs, args.world), str)
     device = args.device or USUAL.get(config.model.device.partition(":")[0])
     if device is None:
@@ -127,12 +128,12 @@ def _training_text(config: Config, specs: Tree) -> str:
     return f"{note}, by {config.optimizer.kind} and {config.objective.name}"
 
 
-def _check_layout(config: Config, family: Family, cfg: Any, specs: Tree | None, world: int | None) -> str:
+def _check_layout(config: Config, family: Family, cfg: Any, specs: Tree, world: int | None) -> str:
     """The program of the layout, and that it has the ranks that will be started."""
     layout = config.layout.sizes
     if world is not None:
         layout.check_world(world)
     mesh = recording_mesh(layout, 0)
-    program = build_program(config, family, cfg, mesh, specs or family.specs(cfg), planned_ops(config))
+    program = build_program(config, family, cfg, mesh, specs, planned_ops(config))
     ranks = f", {layout.world} ranks" if layout.world > 1 else ""
     return "; ".join((f"{layout}{ranks}", *program.notes))

@@ -72,7 +72,8 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         if args.out is not None and place.is_first:
             write_text(Path(args.out), to_json(evaluation))
         wait_for_all(place.host["world"], "results")  # what the first rank cannot write ends all
-    say(summary(evaluation))
+    if place.is_first:  # which has the answers
+        say(summary(evaluation))
     evaluation.check_finite()
 
 

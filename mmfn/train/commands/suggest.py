@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mmfn.train.build.processor import load_model_processor
 from mmfn.train.config.load import Settings, load_section
 from mmfn.train.config.schema import DataSection, ModelSection
 from mmfn.train.data import Dataset
-from mmfn.train.planning.choice import Budget, Space
+from mmfn.train.planning.choice import Budget, Choice, Space
 from mmfn.train.planning.config_text import config_text
 from mmfn.train.planning.device_file import planned_device
 from mmfn.train.planning.suggest import planner, suggest
@@ -43,17 +44,15 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         check_file("--out", args.out, given)
     seen, num_rows = _survey(args, given)
     budgets = budgets_of(seen, num_rows, args.world)
-    if (samples := given.values["data"].get("batch_samples")) is not None:
-        budgets = [of_samples(budget, -(-samples // args.world) * mean_tokens(seen)) for budget in budgets]
     jobs = args.jobs or os.cpu_count() or 1
     with planner(args.device, jobs, typical_tokens(seen)) as (plan, together):
         space = Space(settings=given, world=args.world, device=args.device, budgets=budgets)
         choices = [choice for choice in suggest(space, plan, together, say) if choice.fits]
-    typical = typical_tokens(seen)
-    say(f"planned with samples of {typical:,} tokens, as the data have; mmfn check says what longer ones take")
+    assumed = _assumed(seen, choices[0])
+    say(assumed)
     say("\n".join([f"best: {choices[0]}", *(f"next: {choice}" for choice in choices[1:4])]))
     name = args.out or "suggested.yaml"
-    text = config_text(_head(args, choices[0].fill), choices[0], name)
+    text = config_text([*_head(args, choices[0].fill), assumed], choices[0], name)
     if args.out is None:
         say(f"\n{text.rstrip()}")
     else:
@@ -93,15 +92,14 @@ def budgets_of(seen: Survey, num_rows: int, world: int) -> list[Budget]:
     tokens = mean_tokens(seen) * num_rows
     suiting = [fill for fill in fitting if fill.budget * world * EPOCH_STEPS <= tokens] or fitting[:1]
     return [
-        Budget(tokens=fill.budget, towers=tower_sizes(fill, seen.inputs), fill=fill.share)
+        Budget(
+            tokens=fill.budget,
+            towers=tower_sizes(fill, seen.inputs),
+            fill=fill.share,
+            sample_tokens=mean_tokens(seen),
+        )
         for fill in suiting[-MOST_BUDGETS:]
     ]
-
-
-def of_samples(budget: Budget, tokens: float) -> Budget:
-    """The budget where a step gives each rank samples of so many `tokens`, which may fill no batch."""
-    batches = max(1, -int(-tokens // (budget.tokens * budget.fill)))
-    return replace(budget, fill=min(budget.fill, tokens / (batches * budget.tokens)))
 
 
 def mean_tokens(seen: Survey) -> float:
@@ -113,6 +111,14 @@ def typical_tokens(seen: Survey) -> int:
     """The length of which all samples would cost attention what they do: the sum of squares over the sum."""
     squares = sum(tokens * tokens * count for tokens, count in seen.counts.tokens.items())
     return max(1, round(squares / max(1, total(seen.counts.tokens))))
+
+
+def samples_within(seen: Survey, longest: int | None) -> Survey:
+    """A survey in which samples of more tokens than that are skipped."""
+    if longest is None:
+        return seen
+    tokens = Counter({length: count for length, count in seen.counts.tokens.items() if length <= longest})
+    return replace(seen, counts=replace(seen.counts, tokens=tokens))
 
 
 def _usual(args: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
@@ -148,6 +154,7 @@ def _survey(args: argparse.Namespace, given: Settings) -> tuple[Survey, int]:
     if seen.counts.tokens and not any(fill.batches for fill in seen.fills):
         names = [f"data.{n}" for n in ("token_buckets", "tower_buckets", "max_tokens") if n in given.values["data"]]
         raise UserError(f"no sample fits {', '.join(names)}; raise or remove what is too small (mmfn data check)")
+    seen = samples_within(seen, section.max_tokens or bucket)
     is_free = not given.values["data"].keys() & {"token_buckets", "max_tokens"}
     times = len(dataset) / max(1, len(rows))
     fills = [
@@ -155,6 +162,15 @@ def _survey(args: argparse.Namespace, given: Settings) -> tuple[Survey, int]:
         for fill in seen.fills
     ]
     return replace(seen, fills=fills), len(dataset)
+
+
+def _assumed(seen: Survey, choice: Choice) -> str:
+    """What the plan of a choice takes for samples."""
+    length = min(typical_tokens(seen), choice.config.data.token_buckets[-1])
+    return (
+        f"Planned with samples of {length:,} tokens each, whose attention costs as much as that of the data's; "
+        "mmfn check and mmfn plan take another length, and say which."
+    )
 
 
 def _head(args: argparse.Namespace, fill: float) -> list[str]:

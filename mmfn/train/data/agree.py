@@ -148,7 +148,8 @@ def gather_skips(skips: Sequence[Skip], axis: Axis) -> tuple[Skip, ...]:
 def gather_sizes(own: Sequence[Size | None], num_sizes: int, axis: Axis) -> tuple[Ints, Ints]:
     """What ranks measured, dealt out again: value i of rank r comes i * ranks + r-th.
 
-    sizes_WD: int64[W, D] and costs_WE: int64[W, D], `num_sizes` (D) of both for a sample; -1 where there is none.
+    sizes_WD and costs_WD, int64[W, D]: tokens and units of each tower, and FLOPs of the decoder and each tower, D being
+    `num_sizes`; -1 where there is none.
     """
     most = int(axis.all_gather(torch.tensor([len(own)]), "sizes").max())
     no_size = [-1] * (2 * num_sizes)

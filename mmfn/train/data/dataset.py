@@ -81,7 +81,7 @@ class Dataset:
         self._roots = [Path(one.root or media_folder(one.path)).resolve() for one in self.subsets]
         self._cache: dict[int, Sample] = {}
         self._cache_room = cache_bytes
-        self._lock = threading.Lock()
+        self._lock, self._last = threading.Lock(), threading.local()
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -90,11 +90,11 @@ class Dataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """A process that it is sent to begins with an empty cache and a lock of its own."""
-        return {**self.__dict__, "_cache": {}, "_lock": None}
+        return {**self.__dict__, "_cache": {}, "_lock": None, "_last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `__getstate__`."""
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _last=threading.local())
 
     def __len__(self) -> int:
         return len(self.records)
@@ -127,8 +127,11 @@ class Dataset:
         """
         sample = self._cache.get(index)
         if sample is None:
-            sample = self._load(index)
-            self._keep(index, sample)
+            held, sample = getattr(self._last, "sample", (-1, None))
+            if held != index or sample is None:
+                sample = self._load(index)
+                self._keep(index, sample)
+                self._last.sample = index, sample  # of this thread, which asks for its parts next
         return sample
 
     def measure(self, index: int) -> Sample:

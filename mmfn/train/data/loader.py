@@ -29,6 +29,7 @@ from mmfn.train.watch import Watch
 
 DIGEST_PLACES = 256  # of the order of data, by which two are told apart
 COUNTED = ("counted_samples", "counted_steps")  # in a checkpoint: so many steps take so many samples
+CHECKED = "checked"  # in a checkpoint: all samples were prepared once, and what decided whether they can be used
 ALONE = Axis(name="batch")
 Pack = Callable[[Sequence[Sample], Sizes], Batch]  # (samples, static sizes) -> batch; `Family.pack` of a config
 Split = Callable[[Batch], Batch]
@@ -170,7 +171,7 @@ class Loader:
         )
         self.reader, self.axis, self.world, self.work = reader, axis, world or axis, work
         self.split, self.seed = split, seed
-        self.max_bad_share, self.workers, self._counted = max_bad_share, workers, dict[str, int]()
+        self.max_bad_share, self.workers, self._found = max_bad_share, workers, dict[str, int | str]()
         self.source: BySamples | ByTokens
         if batch_tokens is None:
             if batch_samples is None or batch_samples < axis.size:
@@ -218,21 +219,44 @@ class Loader:
         num_samples = epochs * len(self.dataset)
         if isinstance(self.source, BySamples):
             return self.source.count_steps(num_samples)
-        facts = {**self.fingerprint, COUNTED[0]: num_samples}
-        if before is not None and facts.items() <= before.items():
-            num_steps = int(before[COUNTED[1]])
+        if self.has_counted(epochs, before):
+            num_steps = int((before or {})[COUNTED[1]])
         else:
             num_steps = self.source.count_steps(num_samples)
-        self._counted = dict(zip(COUNTED, (num_samples, num_steps), strict=True))
+        self._found |= dict(zip(COUNTED, (num_samples, num_steps), strict=True))
         return num_steps
+
+    def has_counted(self, epochs: int, before: Mapping[str, int | str] | None) -> bool:
+        """Whether a checkpoint's state says how many steps so many epochs of these data take."""
+        facts = {**self.fingerprint, COUNTED[0]: epochs * len(self.dataset)}
+        return facts.items() <= (before or {}).items()
+
+    def note_checked(self) -> None:
+        """Keep for checkpoints that all samples were prepared once (`data.check`)."""
+        self._found[CHECKED] = self._policy
+
+    def has_checked(self, before: Mapping[str, int | str] | None) -> bool:
+        """Whether a checkpoint's state says so of these data and what is left out of them."""
+        facts = {**self.fingerprint, CHECKED: self._policy}
+        return facts.items() <= (before or {}).items()
+
+    @property
+    def _policy(self) -> str:
+        buckets = self.reader.buckets
+        return f"largest {buckets.largest}, max_tokens {buckets.max_tokens}, long_samples {self.reader.long_samples}"
 
     def state(self, cursor: Cursor) -> State:
         """A cursor for a checkpoint: integers and strings."""
-        return {**to_state(cursor, self.fingerprint), **self._counted}
+        return {**to_state(cursor, self.fingerprint), **self._found}
 
     def resume(self, state: State) -> Cursor:
-        """The cursor of a checkpoint. Raises ValueError where data or settings were others."""
-        return from_state(state, self.fingerprint)
+        """The cursor of a checkpoint. Raises ValueError where data or settings were others.
+
+        What was counted and checked of these data stays known, whether or not this run does it again.
+        """
+        cursor = from_state(state, self.fingerprint)
+        self._found = {name: state[name] for name in (*COUNTED, CHECKED) if name in state} | self._found
+        return cursor
 
     def steps(
         self, stop: int, cursor: Cursor | None = None, workers: Workers | None = None, watch: Watch | None = None

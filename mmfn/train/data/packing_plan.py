@@ -6,14 +6,12 @@ Legend: W samples, D sizes (tokens, then units of each tower), E loads (the same
 G groups.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from mmfn import rng
-from mmfn.balance import spread_by_cost
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -75,14 +73,6 @@ def plan_window(sizes_WD: Ints, costs_WE: Floats, bins: Bins, seed: int, start: 
     else:
         raise AssertionError("a sample does not fit a bin")
     return Plan(num_samples=num, steps=_steps(bin_W, costs_WE[:num].sum(1), bins.per_step, num_bins, seed, start))
-
-
-def spread_bins(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """The bins of a step -> those of each rank, equally many: the dearest first, each to the cheapest rank with room.
-
-    A rank computes its dearest bin first, as the others do theirs.
-    """
-    return spread_by_cost(costs, num_ranks, room=-(-len(costs) // num_ranks))
 
 
 def _fill(sizes_WD: Ints, costs_WE: Floats, bins: Bins, num_bins: int) -> Ints | None:

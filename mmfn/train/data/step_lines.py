@@ -1,13 +1,12 @@
 """Files of one JSON object a line, each with the "step" it is of, by step: what grows while a run goes on.
 
 A place in them is found by bisection, so of a run of a million steps only the lines that are asked for are read. A last
-line that a kill has cut short is of a step that is taken again.
+line that a kill has cut short is of a step that is taken again; one that is damaged further ahead is passed over.
 """
 
 import bisect
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,34 +20,29 @@ def read_lines(path: Path, behind: int = 0, until: int = sys.maxsize) -> Iterato
     with open(path, "rb") as file:
         file.seek(_end_of(file, behind))
         for line in file:
-            try:
-                found = json.loads(line)
-            except ValueError:
-                return
+            found = _parse(line)
+            if found is None:
+                continue
             if found["step"] > until:
                 return
             yield found
 
 
 def cut_lines(path: Path, num_steps: int) -> None:
-    """Remove the lines of steps behind the first `num_steps`, in one go."""
+    """Remove the lines of steps behind the first `num_steps`, in one go; what stays is not written again."""
     if not path.exists():
         return
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:
         end = _end_of(file, num_steps)
         file.seek(max(0, end - 1))
         has_end = end == 0 or file.read(1) == b"\n"
-    if has_end and end == path.stat().st_size:
-        return
-    scratch = path.with_name(f".{path.name}.cut")
-    shutil.copyfile(path, scratch)
-    with open(scratch, "r+b") as file:
+        if has_end and end == path.stat().st_size:
+            return
         file.truncate(end)
         file.seek(end)
         file.write(b"" if has_end else b"\n")
         file.flush()
-        os.fsync(file.fileno())  # or a loss of power behind the rename leaves an empty file
-    os.replace(scratch, path)
+        os.fsync(file.fileno())
 
 
 def _end_of(file: BinaryIO, num_steps: int) -> int:
@@ -56,7 +50,7 @@ def _end_of(file: BinaryIO, num_steps: int) -> int:
 
     def step_from(place: int) -> int:
         _seek_line(file, place)
-        return _step_of(file.readline())
+        return next((found["step"] for found in map(_parse, file) if found is not None), sys.maxsize)
 
     size = file.seek(0, os.SEEK_END)
     return _seek_line(file, bisect.bisect_right(range(size), num_steps, key=step_from))
@@ -70,10 +64,10 @@ def _seek_line(file: BinaryIO, place: int) -> int:
     return file.tell()
 
 
-def _step_of(line: bytes) -> int:
-    """The step of a line; one behind all others where it holds no object."""
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The object of a line, None where it holds none of a step."""
     try:
-        step: int = json.loads(line)["step"]
+        found = json.loads(line)
     except ValueError:
-        return sys.maxsize
-    return step
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mmfn.balance import spread_by_cost
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
 from mmfn.train.data.agree import gather_sizes, gather_skips
 from mmfn.train.data.cursor import Cursor, digest_of
-from mmfn.train.data.packing_plan import Bins, Floats, Ints, Plan, num_steps, plan_window, spread_bins
+from mmfn.train.data.packing_plan import Bins, Floats, Ints, Plan, num_steps, plan_window
 from mmfn.train.data.reader import Reader
 from mmfn.train.data.sizes import Size
 from mmfn.train.data.skips import Skip
@@ -156,7 +157,8 @@ class ByTokens:
     def _job(self, window: _Window, i: int, measure: tuple[int, ...], cursor: Cursor) -> Job:
         bins = window.plan.steps[i]
         costs = [float(window.costs_W[list(samples)].sum()) for samples in bins]
-        own = spread_bins(costs, self.axis.size)[self.axis.index]
+        # equally many for each rank, which divide bins; a rank computes its dearest first, as the others do theirs
+        own = spread_by_cost(costs, self.axis.size, room=len(bins) // self.axis.size)[self.axis.index]
         places = [tuple(window.start + sample for sample in bins[b]) for b in own]
         sizes = {place: tuple(window.sizes_WD[place - window.start].tolist()) for group in places for place in group}
         says_skips = i == 0 and self.axis.index == 0

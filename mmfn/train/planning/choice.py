@@ -7,7 +7,7 @@ larger batch hides more of what ranks send, a fuller one has fewer tokens that a
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import gcd, prod
+from math import ceil, gcd, prod
 from typing import Any
 
 from mmfn.errors import UserError
@@ -37,16 +37,24 @@ REMAT = {"remat_save", "remat_every", "remat_layers", "remat_stacks", "keep_gath
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The size of a batch: its tokens, inputs of each tower, and the share of its tokens that are real."""
+    """The size of a batch: its tokens, inputs of each tower, and the share of its tokens that are real.
+
+    `sample_tokens`: the mean of the data, by which steps of `data.batch_samples` are planned; None: not known.
+    """
 
     tokens: int
     towers: Mapping[str, int] = field(default_factory=dict)
     fill: float = 1.0
+    sample_tokens: float | None = None
+
+
+class IdleError(UserError):
+    """A setting that is given has no effect in a layout, but has one in a larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A config and its plan. `fill`: that of its budget."""
+    """A config and its plan. `fill`: the share of a step's tokens that are real."""
 
     config: Config
     plan: Plan
@@ -85,6 +93,22 @@ def describe_memory(config: Config) -> str:
     return f"remat {layout.remat}{saved}{released}{offload}"
 
 
+def step_of(config: Config, budget: Budget) -> tuple[int | None, float]:
+    """Micro-batches of a rank's step, and the share of their tokens that are real.
+
+    `data.batch_samples` are those of all ranks, of which the `replicate * dp` with data of their own have a part each:
+    8 samples of 50 tokens on 4 ranks are 100 of a batch's tokens with dp 4, 200 with dp 2 and cp 2. None where
+    `data.batch_tokens` says how many micro-batches there are, or the length of samples is not known.
+    """
+    data, layout = config.data, config.layout
+    if data.batch_tokens is not None or budget.sample_tokens is None:
+        return None, budget.fill
+    num_ranks, bucket = layout.replicate * layout.dp, data.token_buckets[-1]
+    most = -(-data.batch_samples // num_ranks) * budget.sample_tokens  # of the ranks that have a sample more
+    micro_batches = max(1, ceil(most / (bucket * budget.fill)))
+    return micro_batches, data.batch_samples * budget.sample_tokens / (num_ranks * micro_batches * bucket)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """All that is chosen from, for a model on so many ranks of a device. `settings`: what is given, which is kept."""
@@ -95,17 +119,21 @@ class Space:
     budgets: Sequence[Budget]
 
     def config(self, budget: Budget, layout: Mapping[str, Any]) -> Config:
-        """The checked config of a batch and a layout. Raises ValueError for one that is refused."""
+        """The checked config of a batch and a layout; towers whose buckets are not given have the batch's. Raises
+        ValueError for one that is refused, `IdleError` where that layout idles what is given."""
+        towers = {name: [inputs] for name, inputs in budget.towers.items()}
         data = {
             "token_buckets": [budget.tokens],
-            "tower_buckets": {name: [inputs] for name, inputs in budget.towers.items()},
             **self._data,
+            "tower_buckets": {**towers, **self._data.get("tower_buckets", {})},
         }
         if not self._data.keys() & {"batch_tokens", "batch_samples"}:
             data["batch_tokens"] = data["token_buckets"][-1] * layout["replicate"] * layout["dp"]
         loaded = check(self.settings.having("layout", **{**layout, **self._layout}).having("data", **data))
-        if loaded.notes or loaded.config.layout.world != self.world:
-            raise UserError(next(iter(loaded.notes), f"the layout has not {self.world} ranks"))
+        if loaded.notes:
+            raise IdleError(loaded.notes[0])
+        if loaded.config.layout.world != self.world:
+            raise UserError(f"the layout has not {self.world} ranks")
         return loaded.config
 
     def layouts(self) -> Iterator[tuple[Budget, dict[str, Any]]]:
@@ -127,6 +155,7 @@ class Space:
             cps = (given["cp"],)
         elif {"replicate", "dp"} <= given.keys():
             cps = (max(1, self.world // (given["replicate"] * given["dp"])),)
+        kind = "usp" if given.get("ulysses", 1) > 1 else "ulysses"
         for budget, copies in product(self.budgets, numbers):
             shards = self.world // copies
             fits = not is_open or copies == 1 or self._state_fits(num_params(specs), num_trained(specs), shards)
@@ -134,7 +163,7 @@ class Space:
                 sizes = {"replicate": copies, "dp": shards // cp, "cp": cp, "ep": ep}
                 is_whole = self.world % copies == shards % cp == shards % ep == experts % ep == 0
                 if fits and is_whole and all(given.get(k, n) == n for k, n in sizes.items()):
-                    yield budget, {**sizes, **({"kind": "ulysses"} if cp > 1 else {})}
+                    yield budget, {**sizes, **({"kind": kind} if cp > 1 else {})}
 
     def no_layout(self) -> str:
         """Why there are no layouts: which of the given sizes does not divide the ranks."""
@@ -150,7 +179,8 @@ class Space:
     def policies(self, layout: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """What may be computed again, from nothing to all: what costs most for its memory is kept longest. Before
         anything is, whole weights are gathered again, where there are ranks to gather them from outside of graphs.
-        Where settings of remat are given without it, those that suit them."""
+        Where settings of remat are given without it, those that suit them; where none does, those that only the layout
+        idles."""
         if "remat" in self._layout:
             return [{}]
         family, cfg = find_family(self._bare.model)
@@ -161,14 +191,16 @@ class Space:
         is_open = self.world > 1 and self.settings.values.get("train", {}).get("compile") != "step"
         released = [{"remat": "none", "reshard_after_forward": True}] if is_open else []
         kept = ({"remat": "selective", "remat_save": save} for save in saves)
-        policies: list[Mapping[str, Any]] = [{"remat": "none"}, *released, *kept, FULL]
+        grouped = [{"remat": "block"}, {"remat": "uniform"}] if "remat_layers" in self._layout else []
+        policies: list[Mapping[str, Any]] = [{"remat": "none"}, *released, *kept, *grouped, FULL]
         if not self._layout.keys() & REMAT:
             return policies
-        suiting: list[Mapping[str, Any]] = []
+        reasons: list[tuple[Mapping[str, Any], UserError | None]] = []
         for policy in ({k: v for k, v in policy.items() if k not in self._layout} for policy in policies):
-            if policy not in suiting and any(self._is_config(budget, {**layout, **policy}) for budget in self.budgets):
-                suiting.append(policy)
-        return suiting or policies
+            if policy not in (other for other, _ in reasons):
+                reasons.append((policy, self._refusal({**layout, **policy})))
+        suiting = [policy for policy, reason in reasons if reason is None]
+        return suiting or [policy for policy, reason in reasons if isinstance(reason, IdleError)] or policies
 
     def offloads(self) -> tuple[tuple[str, ...], ...]:
         """What may lie on the host."""
@@ -193,12 +225,17 @@ class Space:
         values = {**self.settings.values, "layout": {}, "data": least}
         return check(replace(self.settings, values=values), is_plan=True).config
 
-    def _is_config(self, budget: Budget, layout: Mapping[str, Any]) -> bool:
-        try:
-            self.config(budget, layout)
-        except UserError:
-            return False
-        return True
+    def _refusal(self, layout: Mapping[str, Any]) -> UserError | None:
+        """Why no batch can have a layout; None where one can."""
+        refusals = []
+        for budget in self.budgets:
+            try:
+                self.config(budget, layout)
+            except UserError as error:
+                refusals.append(error)
+            else:
+                return None
+        return min(refusals, key=lambda error: not isinstance(error, IdleError))
 
     def _state_fits(self, params: int, trained: int, shards: int) -> bool:
         """Whether parameters, gradients and AdamW's state can lie on a device, cut into so many parts."""

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby, islice
 from math import inf
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 from mmfn.errors import UserError
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.train.config.schema import Config
-from mmfn.train.planning.choice import Budget, Choice, Space
+from mmfn.train.planning.choice import Budget, Choice, IdleError, Space, step_of
 from mmfn.train.planning.device_file import planned_device
-from mmfn.train.planning.request import measure_config, run_request
+from mmfn.train.planning.request import Request, measure_config, run_request
 from mmfn.train.planning.search import planners
 from mmfn.train.planning.step_plan import Measured
 
@@ -25,7 +26,8 @@ BEAM = 4  # layouts of each size of batch that go on
 
 Start = tuple[Budget, Mapping[str, Any]]  # a batch and a layout
 Offload = tuple[str, ...]
-Planner = Callable[[Config], Plan]  # Raises ValueError for a layout that cannot be planned
+Planner = Callable[[Config, int | None], Plan]
+"""(config, micro-batches of a step; None: as the config says) -> plan. Raises ValueError where there is none."""
 Together = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # `map`, or one on several threads
 
 
@@ -34,15 +36,16 @@ def suggest(
 ) -> list[Choice]:
     """All choices that were planned, the best first. Raises ValueError where none can be planned or none fits."""
 
-    def choose(budget: Budget, layout: Mapping[str, Any]) -> Choice | str:
+    def choose(budget: Budget, layout: Mapping[str, Any]) -> Choice | UserError:
         try:
             config = space.config(budget, layout)
-            return Choice(config=config, plan=plan(config), fill=budget.fill)
+            micro_batches, fill = step_of(config, budget)
+            return Choice(config=config, plan=plan(config, micro_batches), fill=fill)
         except UserError as error:
-            return str(error)
+            return error
 
-    def begin(starts: Iterable[Start], offload: Sequence[str]) -> list[Choice | str]:
-        def one(start: Start) -> Choice | str:
+    def begin(starts: Iterable[Start], offload: Sequence[str]) -> list[Choice | UserError]:
+        def one(start: Start) -> Choice | UserError:
             budget, layout = start
             return choose(budget, {**layout, **space.policies(layout)[-1], **_moved(offload)})
 
@@ -55,7 +58,8 @@ def suggest(
     begun = begin(starts, space.offloads()[0])
     planned = [(start, first) for start, first in zip(starts, begun, strict=True) if isinstance(first, Choice)]
     if not planned:
-        reason = next(first for first in begun if isinstance(first, str))
+        reasons = [first for first in begun if isinstance(first, UserError)]
+        reason = min(reasons, key=lambda error: isinstance(error, IdleError))  # what another layout may heal comes last
         raise UserError(f"no layout of {space.world} ranks can be planned: {reason}")
     choices, fitting = _fit(planned, space.offloads(), begin)
     fitting.sort(key=lambda item: (item[0][0].tokens, item[2].rank))
@@ -76,7 +80,7 @@ def suggest(
 def _fit(
     planned: Sequence[tuple[Start, Choice]],
     offloads: Sequence[Offload],
-    begin: Callable[[Iterable[Start], Offload], list[Choice | str]],
+    begin: Callable[[Iterable[Start], Offload], list[Choice | UserError]],
 ) -> tuple[list[Choice], list[tuple[Start, Offload, Choice]]]:
     """All that was planned, and what fits of it, with as little on the host as does it.
 
@@ -109,7 +113,7 @@ def _climb(
     space: Space,
     start: Start,
     offload: Offload,
-    choose: Callable[[Budget, Mapping[str, Any]], Choice | str],
+    choose: Callable[[Budget, Mapping[str, Any]], Choice | UserError],
 ) -> Iterator[Choice]:
     """Choices of a batch, a layout and what lies on the host, less and less of which is computed again."""
     budget, layout = start
@@ -149,14 +153,17 @@ class Measures:
         self._sample_tokens = sample_tokens
         self._known: dict[str, Measured] = {}
 
-    def plan(self, config: Config, device_name: str) -> Plan:
-        """The plan of a config, with its own largest buckets, on a device. Raises ValueError where there is none."""
+    def plan(self, config: Config, device_name: str, micro_batches: int | None = None) -> Plan:
+        """The plan of a config, with its own largest buckets, on a device. Raises ValueError where there is none.
+
+        `micro_batches`: of a step; None: as the config says (`workload.largest_workload`).
+        """
         names = {"layout", "data", "lora", "freeze", "optimizer", "objective"}
         sections = config.model_dump(mode="json", include=names)
-        key = json.dumps([config.model.path, config.model.dtype, config.model.table, config.train.compile, sections])
+        model = [config.model.path, config.model.dtype, config.model.table, config.train.compile]
+        key = json.dumps([*model, sections, micro_batches])
         if key not in self._known:
-            request = run_request(config, device_name, sample_tokens=self._sample_tokens)
-            self._known[key] = measure_config(request)
+            self._known[key] = measure_config(_request(config, device_name, self._sample_tokens, micro_batches))
         return self._known[key].on(planned_device(device_name))
 
 
@@ -168,14 +175,38 @@ def planner(device_name: str, jobs: int, sample_tokens: int) -> Iterator[tuple[P
     """
     if jobs == 1:
         measures = Measures(sample_tokens)
-        yield lambda config: measures.plan(config, device_name), map
+
+        def measured(config: Config, micro_batches: int | None) -> Plan:
+            return measures.plan(config, device_name, micro_batches)
+
+        yield _with_room_for_two(measured), map
         return
     with ThreadPoolExecutor(2 * jobs, thread_name_prefix="mmfn-suggest") as threads, planners(jobs) as submit:
 
-        def plan(config: Config) -> Plan:
-            found = submit(run_request(config, device_name, sample_tokens=sample_tokens)).result()
+        def plan(config: Config, micro_batches: int | None) -> Plan:
+            found = submit(_request(config, device_name, sample_tokens, micro_batches)).result()
             if isinstance(found, str):
                 raise UserError(found)
             return found
 
-        yield plan, threads.map
+        yield _with_room_for_two(plan), threads.map
+
+
+def _request(config: Config, device_name: str, sample_tokens: int, micro_batches: int | None) -> Request:
+    request = run_request(config, device_name, sample_tokens=sample_tokens)
+    if micro_batches is None:
+        return request
+    return replace(request, workload=replace(request.workload, micro_batches=micro_batches))
+
+
+def _with_room_for_two(plan: Planner) -> Planner:
+    """The same, but a step that counts samples has memory for two micro-batches: where most steps have one, one of
+    longer samples may not."""
+
+    def planned(config: Config, micro_batches: int | None) -> Plan:
+        if micro_batches != 1:
+            return plan(config, micro_batches)
+        one = plan(config, 1)
+        return replace(plan(config, 2), time=one.time, tokens=one.tokens)
+
+    return planned

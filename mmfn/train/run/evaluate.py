@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from mmfn.batch import IGNORE, Sample
 from mmfn.errors import UserError
 from mmfn.parallel.mesh.axis import Axis
-from mmfn.parallel.mesh.host_values import gather_values
+from mmfn.parallel.mesh.host_values import gather_to_first, gather_values
 from mmfn.train.data import Dataset, prefetch
 from mmfn.train.data.records import plain_text
 from mmfn.train.forward import Forward
@@ -44,7 +45,10 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All answers in the order of the data, the cross entropy summed over `num_tokens` supervised tokens, the time."""
+    """All answers in the order of the data, the cross entropy summed over `num_tokens` supervised tokens, the time.
+
+    `answers`, and what is counted of them, are the first rank's alone: another one has none.
+    """
 
     answers: tuple[Answer, ...]
     loss_sum: float
@@ -84,17 +88,18 @@ def evaluate(
     """Answer every entry of `dataset` and compare with its last assistant turn, `batch_samples` entries at once.
 
     The truth is that turn's tokens behind the prompt: `truth_tokens` of `Dataset.answer`. The ranks of `forward` divide
-    the entries; all of them get all answers. `on_batch(num_done)` is called behind every batch of this rank. Raises
-    ValueError as `Dataset.prompt` does, naming the sample.
+    the entries; the first one gets all answers, batch by batch, and all of them the loss. `on_batch(num_done)` is
+    called behind every batch of this rank. Raises ValueError as `Dataset.prompt` does, naming the sample.
     """
-    tokenizer, start = dataset.processor.chat.tokenizer, time.perf_counter()
+    tokenizer, axis, start = dataset.processor.chat.tokenizer, forward.axis, time.perf_counter()
     answers: list[Answer] = []
-    loss_sum, num_tokens = 0.0, 0
+    loss_sum, num_tokens, num_done = 0.0, 0, 0
 
     def read(indices: Sequence[int]) -> list[_Entry]:
         return [_Entry(i, dataset.prompt(i)[0], dataset.sample(i), dataset.answer(i)) for i in indices]
 
-    for entries in prefetch(read, shares(len(dataset), batch_samples, forward.axis), AHEAD):
+    for entries in prefetch(read, shares(len(dataset), batch_samples, axis), AHEAD):
+        own: list[Answer] = []
         prompts = [entry.prompt for entry in entries]
         rows = generate(
             forward,
@@ -107,13 +112,15 @@ def evaluate(
         for entry, row in zip(entries, rows, strict=False):  # an idle row is nobody's answer
             truth = truth_tokens(entry.answer, entry.prompt)
             both = [text_of(tokens, tokenizer, eos_token_ids) for tokens in (row, truth)]
-            answers.append(_answer(dataset, entry.row, entry.prompt, *both))
+            own.append(_answer(dataset, entry.row, entry.prompt, *both))
         for value, weight in forward.loss_sums([entry.sample for entry in entries], [""] * len(entries)).values():
             loss_sum, num_tokens = loss_sum + value, num_tokens + weight
-        on_batch(len(answers))
-    answers, loss_sum, num_tokens = _gathered(answers, loss_sum, num_tokens, len(dataset), forward.axis)
+        answers += _gather_answers(own, axis)
+        num_done += len(own)
+        on_batch(num_done)
+    sums, counts = zip(*gather_values([loss_sum, num_tokens], axis, "answers"), strict=True)
     return Evaluation(
-        answers=tuple(answers), loss_sum=loss_sum, num_tokens=num_tokens, time_s=time.perf_counter() - start
+        answers=tuple(answers), loss_sum=sum(sums), num_tokens=sum(counts), time_s=time.perf_counter() - start
     )
 
 
@@ -159,17 +166,13 @@ def to_json(evaluation: Evaluation) -> str:
     return json.dumps({**totals, "answers": answers}, indent=1, ensure_ascii=False) + "\n"
 
 
-def _gathered(
-    answers: list[Answer], loss_sum: float, num_tokens: int, num_entries: int, axis: Axis
-) -> tuple[list[Answer], float, int]:
-    """What all ranks found, answers in the order of the data."""
+def _gather_answers(own: list[Answer], axis: Axis) -> list[Answer]:
+    """Those of a batch of all ranks on the first, in the order of the data; none on the others."""
     if axis.size == 1:
-        return answers, loss_sum, num_tokens
-    rows, sums, counts = zip(
-        *gather_values([[asdict(a) for a in answers], loss_sum, num_tokens], axis, "answers"), strict=True
-    )
-    ordered = [rows[i % axis.size][i // axis.size] for i in range(num_entries)]
-    return [Answer(**row | {"images": tuple(row["images"])}) for row in ordered], sum(sums), sum(counts)
+        return own
+    rows = gather_to_first([asdict(a) for a in own], axis, "answers")
+    ordered = [row for turn in zip_longest(*rows) for row in turn if row is not None]  # entry i is rank i % size's
+    return [Answer(**row | {"images": tuple(row["images"])}) for row in ordered]
 
 
 def _answer(dataset: Dataset, index: int, prompt: Sample, prediction: str, truth: str) -> Answer:

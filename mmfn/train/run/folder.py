@@ -130,7 +130,7 @@ def _is_meant(path: str, data: str) -> bool:
     """Whether a data set reads a file: of a folder in the library's own format it may read any."""
     try:
         files = find_files(Path(data))
-    except UserError:
+    except (UserError, OSError):
         return _is_in(path, data)
     return os.path.realpath(path) in map(os.path.realpath, files)
 
@@ -231,7 +231,8 @@ def keep_settings(folder: Path, step: int, text: str) -> None:
 
 def earlier_settings(folder: Path) -> dict[int, Path]:
     """The settings of steps that were taken with others than config.yaml has, by the last of these steps, in order."""
-    return {int(path.stem.removeprefix("until_")): path for path in sorted((folder / EARLIER).glob("until_*.yaml"))}
+    found = {int(path.stem.removeprefix("until_")): path for path in (folder / EARLIER).glob("until_*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def drop_previous(folder: Path) -> None:

@@ -54,6 +54,7 @@ class Keeper:
             logs=[folder / name for name in LOGS],
             is_asynchronous=section.asynchronous,
             reads_back=section.read_back,
+            losses=dict(losses),
             on_failure=partial((watch or Watch()).ask, USAGE_ERROR),
         )
         return Keeper(run=run, saver=saver, losses=losses, last_step=last_step)

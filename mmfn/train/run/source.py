@@ -58,7 +58,7 @@ def stored_cursor(loaded: Loaded, world: Axis) -> State | None:
         run = run_folder.locate(loaded.config.output.path)
         source = Source.of(loaded.config.checkpoint, run, has_run=run_folder.resumes_itself(loaded))
         for name in names(source.root) if source.name is None else [source.name]:
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 found = dict(open_manifest(source.root / name).manifest.facts.cursor)
                 break
     first: State | None = gather_values(found, world, "counted")[0]

@@ -8,7 +8,7 @@ import numpy as np
 
 from mmfn.batch import TowerKind
 from mmfn.train.data.packing_plan import Bins, plan_window
-from mmfn.train.data.sizes import units_of
+from mmfn.train.data.sizes import Buckets
 from mmfn.train.survey.fill import BUDGETS, Fill, Plan, Size
 
 
@@ -21,10 +21,12 @@ def limits_of(
 ) -> tuple[Size, Sequence[int]]:
     """The most that a sample has of tokens and a batch of units, and the sizes of batches in tokens.
 
-    `longest`: tokens of a sample that are allowed; `bucket`: the largest of batches; None where they are not given.
-    Raises ValueError as `units_of` does.
+    `tower_buckets`: of some towers, in inputs. `longest`: tokens of a sample that are allowed; `bucket`: the largest of
+    batches; None where they are not given. Raises ValueError as `Buckets.of` does.
     """
-    units = {name: sizes[-1] for name, sizes in units_of(tower_buckets, towers).items()}
+    every = {name: [kind.inputs] for name, kind in towers.items()} | dict(tower_buckets)
+    sizes = Buckets.of([1], every, towers).units
+    units = {name: sizes[name][-1] for name in tower_buckets}
     limits = units if longest is None else {"tokens": longest, **units}
     if bucket is not None:
         return limits, (bucket,)

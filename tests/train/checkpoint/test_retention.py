@@ -39,12 +39,13 @@ def test_what_need_not_stay_is_deleted(tmp_path: Path) -> None:
     assert whole_in(tmp_path, retention) == {7: None, 4: None, 2: 1.0}
 
 
+@pytest.mark.parametrize("num_best", [0, 1])
 def test_a_save_looks_at_no_more_checkpoints_the_more_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_best: int
 ) -> None:
     """Those that stay for ever are not read behind each save; a damaged one still counts for none of the newest."""
-    state, opened = state_at("small", single_mesh(), 1), list[str]()
-    retention, real = Retention(num_newest=2, every=2), read.open_checkpoint
+    state, opened, known = state_at("small", single_mesh(), 1), list[str](), dict[int, float | None]()
+    retention, real = Retention(num_newest=2, every=2, num_best=num_best), read.open_checkpoint
 
     def noted(folder: Path) -> read.Checkpoint:
         opened.append(folder.name)
@@ -52,13 +53,14 @@ def test_a_save_looks_at_no_more_checkpoints_the_more_there_are(
 
     monkeypatch.setattr(read, "open_checkpoint", noted)
     for step in range(1, 10):
-        save(tmp_path, state, Facts(step=step), ALONE)
+        save(tmp_path, state, Facts(step=step, loss=9.0 - step if step < 7 else None), ALONE)
         opened.clear()
-        remove_old(tmp_path, retention, ALONE)
+        remove_old(tmp_path, retention, ALONE, known)
         assert len(opened) <= 3
+    assert known.keys() <= {2, 4, 6, 8}
     assert [step_of(name) for name in read.names(tmp_path)] == [9, 8, 6, 4, 2]
     (tmp_path / "iter_0000009" / MANIFEST).unlink()
     save(tmp_path, state, Facts(step=11), ALONE)
-    assert remove_old(tmp_path, retention, ALONE) == []
+    assert remove_old(tmp_path, retention, ALONE, known) == []
     assert [step_of(name) for name in read.names(tmp_path)] == [11, 9, 8, 6, 4, 2]
-    assert whole_in(tmp_path, retention).keys() == {11, 8}
+    assert whole_in(tmp_path, retention).keys() == ({11, 8, 6, 4, 2} if num_best else {11, 8})

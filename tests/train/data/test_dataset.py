@@ -218,6 +218,19 @@ def test_cache_is_bounded_and_changes_nothing(digits, processor, monkeypatch):
         assert torch.equal(one.images[0].inputs_UF, three.images[0].inputs_UF)
 
 
+def test_the_parts_of_a_sample_are_decoded_once(digits, processor, monkeypatch):
+    """Those that evaluation asks for one after the other, also where the cache has no room left."""
+    decoded = []
+    monkeypatch.setattr(media, "decode_image", lambda path, limits: decoded.append(path) or decode_image(path))
+    data = Dataset(digits / "eval.json", processor, cache_bytes=0)
+    for index in range(3):
+        parts = data.prompt(index)[0], data.sample(index), data.answer(index)
+        assert len(decoded) == index + 1
+        assert len({part.images[0].inputs_UF.data_ptr() for part in parts}) == 1
+    data.sample(0)
+    assert len(decoded) == 4
+
+
 def test_samples_from_threads_equal_samples_in_turn(digits, processor):
     data = Dataset(digits / "eval.json", processor, cache_bytes=200_000)
     gate = threading.Barrier(4)

@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mmfn.train.data.packing_plan import Bins, num_steps, plan_window, spread_bins
+from mmfn.balance import spread_by_cost
+from mmfn.train.data.packing_plan import Bins, num_steps, plan_window
 
 
 def llava_like(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +144,7 @@ def test_time_grows_with_the_window_and_not_with_its_square():
 def test_ranks_get_equally_many_bins_of_like_cost(seed):
     draw = np.random.default_rng(seed)
     costs = (draw.random(6) * 9 + 1).tolist()
-    ranks = spread_bins(costs, 3)
+    ranks = spread_by_cost(costs, 3, room=2)
     assert sorted(itertools.chain(*ranks)) == list(range(6))
     assert [len(rank) for rank in ranks] == [2, 2, 2]
     best = min(

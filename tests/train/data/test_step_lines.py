@@ -1,6 +1,7 @@
 """Files of a line for each step: found by bisection is what is found by reading all of it."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,43 @@ def test_no_file_has_no_lines(tmp_path: Path) -> None:
     assert list(read_lines(tmp_path / "none")) == []
     cut_lines(tmp_path / "none", 3)
     assert list(tmp_path.iterdir()) == []
+
+
+DAMAGED = ("\0" * 40, "", '{"step": 9, "te', "7", "[]", "null", '{"place": 3}', '{"step": "9"}', "\udcff\udcfe")
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("at", [0, 7, 28, 29])
+def test_a_damaged_line_takes_no_others_along(write: Write, damage: str, at: int) -> None:
+    """What a disk or an editor did to one line: those of the steps before and behind it stay."""
+    for behind in (0, 1, 6, 7, 8, 15, 28, 29, 30):
+        path = write(*range(1, 30))
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines.insert(at, damage.encode(errors="surrogateescape") + b"\r\n")
+        path.write_bytes(b"".join(lines))
+        assert [found["step"] for found in read_lines(path, behind)] == list(range(behind + 1, 30))
+        cut_lines(path, behind)
+        assert [found["step"] for found in read_lines(path)] == list(range(1, min(behind, 29) + 1))
+        num = min(behind, 29)
+        assert path.read_bytes() == b"".join(lines[: num + (at < num)])
+
+
+def test_what_stays_is_not_written_again(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its size: a log of a million steps is some hundred MB, and the cut is durable."""
+    path, durable, fsync = write(*range(1, 2001), end='{"step": 2001, "te'), list[tuple[int, int]](), os.fsync
+
+    def noted(number: int) -> None:
+        fsync(number)
+        durable.append((os.fstat(number).st_ino, os.fstat(number).st_size))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    before = path.stat().st_ino
+    cut_lines(path, 1990)
+    assert durable == [(before, path.stat().st_size)]
+    assert [found["step"] for found in read_lines(path, 1988)] == [1989, 1990]
+    changed = path.stat().st_mtime_ns
+    cut_lines(path, 1990)
+    assert path.stat().st_mtime_ns == changed
 
 
 def test_few_lines_are_read_of_many(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,17 +26,17 @@ def test_sizes_come_back_in_order(num_ranks: int, number: int) -> None:
         axis = mesh["batch"]
         return gather_sizes(values[axis.index :: axis.size], 2, axis)
 
-    for sizes_WD, costs_WE in virtual(Layout(dp=num_ranks), on_rank):
-        assert sizes_WD.dtype == costs_WE.dtype == np.int64
+    for sizes_WD, costs_WD in virtual(Layout(dp=num_ranks), on_rank):
+        assert sizes_WD.dtype == costs_WD.dtype == np.int64
         assert sizes_WD[:number].tolist() == [[-1, -1] if value is None else [*value.sizes] for value in values]
-        assert costs_WE[:number].tolist() == [[-1, -1] if value is None else [*value.costs] for value in values]
+        assert costs_WD[:number].tolist() == [[-1, -1] if value is None else [*value.costs] for value in values]
         assert (sizes_WD[number:] == -1).all()
 
 
 def test_nothing_good_on_any_rank_and_nothing_at_all() -> None:
     for own, num in (([None, None], 2), ([], 0)):
-        for sizes_WD, costs_WE in virtual(Layout(dp=2), lambda mesh, own=own: gather_sizes(own, 3, mesh["batch"])):
-            assert sizes_WD.tolist() == costs_WE.tolist() == [[-1] * 3] * (2 * num)
+        for sizes_WD, costs_WD in virtual(Layout(dp=2), lambda mesh, own=own: gather_sizes(own, 3, mesh["batch"])):
+            assert sizes_WD.tolist() == costs_WD.tolist() == [[-1] * 3] * (2 * num)
 
 
 def test_a_cursor_is_bound_to_sizes_as_ever() -> None:
