@@ -165,3 +165,28 @@ def test_a_row_is_read_in_no_time_wherever_it_is(tmp_path: Path) -> None:
 
 def _bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split("\n")[0].split()[1])
+
+
+@pytest.mark.parametrize("kind", ["beside", "cache", "read-only"])
+def test_many_small_files_are_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Read whole once, and never again where an index of theirs can be written; few of them have none."""
+    monkeypatch.setattr(index, "SMALL_BYTES", 2**20)
+    parts = [write(tmp_path / f"part-{i}.jsonl", 40) for i in range(3)]
+    total = sum(part.stat().st_size for part in parts)
+    cache, pattern = tmp_path / "cache" if kind == "cache" else None, tmp_path / "part-*.jsonl"
+    monkeypatch.setattr(index, "MANY_BYTES", total + 1)
+    few = open_source(pattern, cache)
+    assert sorted(tmp_path.iterdir()) == parts
+    monkeypatch.setattr(index, "MANY_BYTES", total)
+    if kind == "read-only":
+        monkeypatch.setattr(index, "_publish", refuse)
+    many, written = open_source(pattern, cache), []
+    monkeypatch.setattr(index, "_write", lambda *args, write=index._write: written.append(args) or write(*args))
+    again, copy = open_source(pattern, cache), pickle.loads(pickle.dumps(many))
+    assert len(written) == (2 * len(parts) if kind == "read-only" else 0)
+    assert numbers(few) == numbers(many) == numbers(again) == numbers(copy) == 3 * list(range(40))
+    assert len({source.fingerprint for source in (few, many, again, copy)}) == 1
+
+
+def refuse(*args: object) -> None:
+    raise PermissionError(13, "Permission denied")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from mmfn.errors import UserError
 from mmfn.train.data.entries import show
 from mmfn.train.data.sources.arrow import ArrowSource, is_saved
+from mmfn.train.data.sources.index import Home
 from mmfn.train.data.sources.parquet import ParquetSource
 from mmfn.train.data.sources.shards import Shards, find_files
 from mmfn.train.data.sources.tar import TarSource
@@ -76,7 +77,8 @@ def _open_files(path: Path, cache: Path | None) -> Source:
         )
     if kinds[0] == "parquet":
         return ParquetSource(path, files)
-    parts = [(TarSource if kinds[0] == "tar" else TextSource)(file, cache) for file in files]
+    home = Home.of(files, cache)
+    parts = [(TarSource if kinds[0] == "tar" else TextSource)(file, home) for file in files]
     return parts[0] if files == [path] else Shards(path, parts)
 
 

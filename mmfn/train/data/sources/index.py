@@ -1,14 +1,14 @@
 """Indexes of large files: made once in one pass, published whole, and mapped into memory ever after.
 
 An index is a header (one line of JSON, padded to `HEADER` bytes) and a body. Small files are indexed anew, in memory,
-each time they are opened.
+each time they are opened, unless there are many of them.
 """
 
 import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from mmfn.errors import UserError
 from mmfn.train.data.sources.pieces import Stamp
 
 SMALL_BYTES = 16 * 2**20  # what takes less is indexed in memory
+MANY_BYTES = 256 * 2**20  # unless it is one of files that take so much together
 INDEX_SUFFIX = ".index"
 HEADER = 512
 VERSION = 1
@@ -38,24 +39,40 @@ class Index:
     body_B: npt.NDArray[np.uint8]
 
 
-def open_index(path: Path, kind: str, write: Writer, cache: Path | None = None) -> Index:
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """Where indexes lie: beside their files, or in the folder `cache`. `has_small`: those of small files as well."""
+
+    cache: Path | None = None
+    has_small: bool = False
+
+    @staticmethod
+    def of(files: Sequence[Path], cache: Path | None) -> "Home":
+        """Of the files of a data set."""
+        return Home(cache=cache, has_small=sum(file.stat().st_size for file in files) >= MANY_BYTES)
+
+    def names(self, path: Path) -> list[Path]:
+        """Where the index of a file may lie; a new one is written to the last."""
+        names = [path.with_name(f"{path.name}{INDEX_SUFFIX}")]
+        if self.cache is not None:
+            digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+            names.append(self.cache / f"{path.name}-{digest}{INDEX_SUFFIX}")
+        return names
+
+
+def open_index(path: Path, kind: str, write: Writer, home: Home) -> Index:
     """The index of a file: the one that lies there if it was made of this very file, or else a new one.
 
-    It lies beside the file or in the folder `cache`. Of several processes the first writes it and the others wait.
-    Raises ValueError where its folder cannot be written, and what `write` raises.
+    Of several processes the first writes it and the others wait. Raises ValueError where the folder of a large file's
+    cannot be written, and what `write` raises.
     """
     with open(path, "rb") as file:
         identity = _identity(file, kind)
         stamp = Stamp.of(file.fileno())
-        if identity["size"] < SMALL_BYTES:
-            memory = io.BytesIO()
-            _write(file, identity, write, memory)
-            return _parse(np.frombuffer(memory.getvalue(), np.uint8), stamp)
-        names = [path.with_name(f"{path.name}{INDEX_SUFFIX}")]
-        if cache is not None:
-            names.append(
-                cache / f"{path.name}-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]}{INDEX_SUFFIX}"
-            )
+        is_small = identity["size"] < SMALL_BYTES
+        if is_small and not home.has_small:
+            return _in_memory(file, identity, write, stamp)
+        names = home.names(path)
         if (index := _find(names, identity, stamp)) is not None:
             return index
         try:
@@ -64,6 +81,8 @@ def open_index(path: Path, kind: str, write: Writer, cache: Path | None = None) 
                 if (index := _find(names, identity, stamp)) is None:  # no other process has written it meanwhile
                     _publish(file, identity, write, names[-1])
         except OSError as error:
+            if is_small:
+                return _in_memory(file, identity, write, stamp)
             raise UserError(
                 f"the index {str(names[-1])!r} of dataset {str(path)!r} cannot be written ({error.strerror}); set "
                 "data.index_folder to a folder with room for it"
@@ -72,6 +91,13 @@ def open_index(path: Path, kind: str, write: Writer, cache: Path | None = None) 
     if index is None:
         raise UserError(f"dataset {str(path)!r} changed while it was read; start again when it is complete")
     return index
+
+
+def _in_memory(file: IO[bytes], identity: dict[str, Any], write: Writer, stamp: Stamp) -> Index:
+    file.seek(0)
+    memory = io.BytesIO()
+    _write(file, identity, write, memory)
+    return _parse(np.frombuffer(memory.getvalue(), np.uint8), stamp)
 
 
 def _identity(file: IO[bytes], kind: str) -> dict[str, Any]:

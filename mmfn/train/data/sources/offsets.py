@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmfn.errors import UserError
-from mmfn.train.data.sources.index import open_index
+from mmfn.train.data.sources.index import Home, open_index
 from mmfn.train.data.sources.pieces import Stamp
 from mmfn.train.data.sources.scan import scan_lines, scan_list
 
@@ -38,7 +38,7 @@ class Offsets:
         return row + 1 + (int(self._gaps_G2[place - 1, 1]) if place else 0)
 
 
-def open_offsets(path: Path, *, is_list: bool, cache: Path | None = None) -> Offsets:
+def open_offsets(path: Path, home: Home, *, is_list: bool) -> Offsets:
     """The offsets of the elements of a JSON list, or of the lines of a file that are not blank.
 
     Raises ValueError for a list that does not end, and where the index cannot be written.
@@ -50,7 +50,7 @@ def open_offsets(path: Path, *, is_list: bool, cache: Path | None = None) -> Off
         except UserError as error:
             raise UserError(f"dataset {str(path)!r} is not valid JSON ({error}); repair the file") from None
 
-    index = open_index(path, "list" if is_list else "lines", write, cache)
+    index = open_index(path, "list" if is_list else "lines", write, home)
     values_V = index.body_B.view("<i8")
     num = index.facts["rows"] + 1
     return Offsets(index.facts["digest"], index.stamp, values_V[:num], values_V[num:].reshape(-1, 2))

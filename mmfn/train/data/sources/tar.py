@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from mmfn.errors import UserError
-from mmfn.train.data.sources.index import open_index
+from mmfn.train.data.sources.index import Home, open_index
 from mmfn.train.data.sources.pieces import check_row_bytes, decode_row, read_piece, reopen
 
 _NO_FILE = -1  # the offset of a link or device
@@ -25,10 +25,10 @@ _NO_FILE = -1  # the offset of a link or device
 class TarSource:
     """The samples of one shard."""
 
-    def __init__(self, path: Path, cache: Path | None = None) -> None:
+    def __init__(self, path: Path, home: Home) -> None:
         """Raises ValueError for what is no uncompressed tar file, one that is cut off, and one without samples."""
-        self.path, self._cache = path, cache
-        index = open_index(path, "tar", partial(_write_index, path), cache)
+        self.path, self._home = path, home
+        index = open_index(path, "tar", partial(_write_index, path), home)
         num, members, body_B = index.facts["rows"], index.facts["members"], index.body_B
         self._stamp = index.stamp
         self.fingerprint: str = index.facts["digest"]
@@ -37,7 +37,7 @@ class TarSource:
         self._names_B = body_B[8 * (num + 1) + 32 * members :]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return reopen, (TarSource, (self.path, self._cache), self.fingerprint)
+        return reopen, (TarSource, (self.path, self._home), self.fingerprint)
 
     def __len__(self) -> int:
         return len(self._first_N) - 1

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mmfn.train.data.sources.index import Home
 from mmfn.train.data.sources.offsets import open_offsets
 from mmfn.train.data.sources.pieces import check_row_bytes, decode_row, read_piece, reopen
 from mmfn.train.data.sources.scan import BOM
@@ -13,19 +14,19 @@ _WHITE = b" \t\r\n"
 class TextSource:
     """The elements of one JSON list, or the lines of a JSONL file. A file whose first character is [ is a list."""
 
-    def __init__(self, path: Path, cache: Path | None = None) -> None:
+    def __init__(self, path: Path, home: Home) -> None:
         """Raises ValueError for a list that does not end, and for an index that cannot be written."""
         with open(path, "rb") as file:
             head = file.read(2**16).removeprefix(BOM).lstrip(_WHITE)
-        self.path, self._cache = path, cache
+        self.path, self._home = path, home
         self._is_list = head[:1] == b"["
-        self._offsets = open_offsets(path, is_list=self._is_list, cache=cache)
+        self._offsets = open_offsets(path, home, is_list=self._is_list)
         self.fingerprint = self._offsets.digest
         is_bare = self._is_list and len(self._offsets) == 1 and self._read(0) == b""  # [ ]
         self._num = 0 if is_bare else len(self._offsets)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return reopen, (TextSource, (self.path, self._cache), self.fingerprint)
+        return reopen, (TextSource, (self.path, self._home), self.fingerprint)
 
     def __len__(self) -> int:
         return self._num
