@@ -9,7 +9,7 @@ from mmfn import __version__
 from mmfn.errors import UserError
 
 BENCHMARKS = ("ai2d", "chartqa", "docvqa", "mmmu", "choice", "exact")
-DEVICE = "910b, a3, a100, h100, h200, b200, gb200, cpu, or a file of mmfn calibrate (default 910b)"
+DEVICE = "910b, a3, a100, h100, h200, b200, gb200, cpu, or a file of mmfn calibrate"
 KERNELS = ("portable", "reference", "cuda", "npu")
 
 
@@ -68,7 +68,7 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file (docs/config.md), or a model's config.json")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     sub.add_argument("--world", type=int, metavar="N", help="ranks; dp is set to make them (default: the layout's)")
-    sub.add_argument("--device", default="910b", help=DEVICE)
+    sub.add_argument("--device", help=f"{DEVICE} (default: by model.device; of a config.json, 910b)")
     own = "of a run's file those of its largest buckets, else"
     sub.add_argument("--tokens", type=int, metavar="N", help=f"per rank and micro-batch ({own} 16384)")
     sub.add_argument("--sample-tokens", type=int, metavar="N", help="of one sample (4096)")
@@ -92,7 +92,7 @@ def _add_suggest(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint; its weights are not read")
     sub.add_argument("data", metavar="DATA", help="file, pattern of files, or folder (docs/data.md)")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that are kept (docs/config.md)")
-    sub.add_argument("--device", default="910b", help=DEVICE)
+    sub.add_argument("--device", default="910b", help=f"{DEVICE} (default 910b)")
     sub.add_argument("--world", type=int, required=True, metavar="N", help="ranks")
     sub.add_argument("--lora", action="store_true", help="train adapters, in place of all parameters")
     sub.add_argument("--out", metavar="FILE", help="write the config to this file (default: print it)")

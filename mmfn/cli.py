@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfn.arguments import COMMANDS, parse
+from mmfn.console import print_line
 from mmfn.errors import FAULT, INTERRUPTED, LOST, USAGE_ERROR, Stop, UserError
 from mmfn.parallel.mesh import launch
 
@@ -146,7 +147,7 @@ def _complain(sentence: str, what: str = "error") -> None:
 
 
 def _say(*values: Any, end: str = "\n") -> None:
-    print(*values, end=end, flush=True)
+    print_line(*values, end=end)
 
 
 def _say_nothing(*values: Any, end: str = "\n") -> None:

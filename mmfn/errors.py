@@ -1,4 +1,7 @@
-"""The exceptions that are no fault of the program, and the codes a process ends with (docs/running.md)."""
+"""The exceptions that are no fault of the program, what their sentences count, and the codes a process ends with.
+
+The codes are listed in docs/running.md.
+"""
 
 FAULT, USAGE_ERROR, LOST, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 
@@ -13,6 +16,12 @@ class UserError(ValueError):
 
 class MissingPackageError(UserError):
     """An optional package is not installed. What a run learns must not depend on that: it is no `BadSample`."""
+
+
+def spell_count(number: int, noun: str) -> str:
+    """A number of things in words: `1 rank`, `2 ranks`, `0 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{ending}"
 
 
 class Stop(Exception):  # noqa: N818  # it is no error

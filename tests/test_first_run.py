@@ -30,6 +30,7 @@ SMALL = {  # changes of the page's numbers
 }
 PROGRAMS = {
     "python": [sys.executable],
+    "rm": ["rm"],
     "mmfn": [sys.executable, "-m", "mmfn"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
 }

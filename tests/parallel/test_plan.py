@@ -307,6 +307,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
     assert cli.main(["plan", "--diff", out, out]) == 0
     assert capsys.readouterr().out == "the plans are equal\n"
+    assert cli.main(["plan", path, *small[:-2]]) == 0  # a model alone says no device
+    assert "predicted step on 910b" in capsys.readouterr().out
     assert cli.main(["plan", path, "layout.cp=3", "--world", "4", *small]) == 2
     assert "world 4 is no multiple of replicate * cp = 3" in capsys.readouterr().err
     other = str(tmp_path / "other.json")

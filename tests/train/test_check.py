@@ -123,6 +123,17 @@ def test_without_files(call: Callable[..., tuple[int, str, str]]) -> None:
     assert "it fits h200" in call("--no-files", "model.device=mps", "--device", "h200")[1]
 
 
+@pytest.mark.parametrize(("kind", "device"), [("cpu", "cpu"), ("cuda", "h100"), ("npu", "910b")])
+def test_a_plan_is_for_the_device_of_the_run(
+    make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str], kind: str, device: str
+) -> None:
+    """As the memory of a check; none is taken for another kind."""
+    assert cli.main(["plan", str(make_config({"model.device": kind, "model.kernels": "portable"}))]) == 0
+    assert f"predicted step on {device}" in capsys.readouterr().out
+    assert cli.main(["plan", str(make_config({"model.device": "mps"}))]) == 2
+    assert capsys.readouterr().err == "mmfn: error: no plan knows 'mps'; name one by --device\n"
+
+
 def test_buckets_of_towers_are_of_whole_features(
     call: Callable[..., tuple[int, str, str]], make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +159,10 @@ def test_what_a_run_goes_on_from(
     assert cli.main(["train", config, *saved]) == 0
     capsys.readouterr()
     newest, before = run / "state" / "iter_0000002", {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    code, out, _ = call(*saved, "output.overwrite=false")
+    assert code == cli.main(["train", config, *saved, "output.overwrite=false"]) == 0
+    assert f"ok     output: {str(run)!r} holds this run, finished\n" in out
+    capsys.readouterr()
     assert f"ok     resume: the run in {str(run)!r} has taken its 2 steps: nothing is left to train" in call(*saved)[1]
     on = [*saved, "train.steps=3"]
     assert f"ok     resume: goes on from {newest}; settings that changed since: train.steps 2 -> 3\n" in call(*on)[1]

@@ -1,12 +1,14 @@
 """The configuration: precedence, origins, and one clear sentence for every mistake."""
 
 import ast
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mmfn.train.config.load import describe, known_keys, load_config
+from mmfn.train.config.load import describe, known_keys, load_config, load_text
 from mmfn.train.config.schema import DataSection
 
 ROOT = Path(__file__).parents[2]
@@ -118,8 +120,13 @@ def test_dtypes_with_effect_are_taken(config_file: Path) -> None:
         ("train=3", "unknown key 'train'"),
         ("train.steps=many", "override: train.steps is 'many' but input should be a valid integer"),
         ("train.steps=1.5", "train.steps is 1.5"),
-        ("train.steps=true", "train.steps is True"),
+        ("train.steps=true", "train.steps is true but input should be a valid integer"),
         ("train.steps=", "train.steps and train.epochs: one of the two says how long the run is"),
+        ("train.epochs=1", "the other follows; set one, and the other to null"),
+        ("train.seed=null", "train.seed is null but input should be a valid integer; correct the value"),
+        ("data.ignore=[a, null]", "data.ignore is ['a', null] but"),
+        ("data.tags={a: null, b: false}", "data.tags is {'a': null, 'b': false} but"),
+        ("data.batch_samples=null", "data.batch_samples and data.batch_tokens are both null, but one of the two says"),
         ("train.steps=0", "input should be greater than 0"),
         ("optimizer.lr=.nan", "finite"),
         ("train.compile=all", "train.compile is 'all' but input should be 'none', 'layer' or 'step'"),
@@ -154,7 +161,7 @@ def test_dtypes_with_effect_are_taken(config_file: Path) -> None:
         ),
         ("optimizer.no_decay=['.*bias']", "no_decay has no effect with weight_decay 0"),
         ("optimizer.ema_decay=0.9", "optimizer.ema_decay has no effect with output.weights 'last'"),
-        ("train.spike_window=10000", "train.spike_window 10000 has no effect in"),
+        ("train.spike_window=10000", "train.spike_window 10000 has no effect with"),
         ("layout.compute_dtype=float32", "layout.compute_dtype has no effect beside an equal model.dtype"),
         ("layout.dp=0", "layout.dp is 0 but input should be greater than 0"),
         ("layout.tp=2", "unknown key 'layout.tp'; the nearest known key is 'layout.dp'"),
@@ -250,6 +257,15 @@ def test_fixed_capacity_needs_one_size_of_batch(config_file: Path) -> None:
     assert load_config(config_file, [*changes, "data.token_buckets=[128]"]).config.layout.capacity == 1.5
 
 
+def test_tokens_in_place_of_samples_on_the_command_line(config_file: Path) -> None:
+    config_file.write_text(MINIMAL.replace("train.json", "train.json\n  batch_samples: 4"))
+    with pytest.raises(ValueError, match=r"data.batch_tokens are both set; set one of them to null"):
+        load_config(config_file, ["data.batch_tokens=256"])
+    loaded = load_config(config_file, ["data.batch_samples=null", "data.batch_tokens=256", "data.window_samples=9"])
+    assert (loaded.config.data.batch_samples, loaded.config.data.batch_tokens) == (None, 256)
+    assert load_text(describe(loaded), "again").config == loaded.config
+
+
 def test_final_scale_without_effect_is_refused(config_file: Path) -> None:
     with pytest.raises(ValueError, match="final_scale has no effect with kind 'constant'"):
         load_config(config_file, ["schedule.kind=constant", "schedule.final_scale=0.1"])
@@ -278,3 +294,12 @@ def test_every_setting_is_read() -> None:
 
 def test_demo_config_is_valid() -> None:
     assert load_config(ROOT / "configs" / "demo.yaml").config.train.compile == "none"
+
+
+def test_the_commands_of_the_page_that_show_or_train_the_demo_are_taken() -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    commands = re.findall(r"^(?:torchrun .* -m )?mmfn (?:train|config show|check) (configs/.*)$", page, re.MULTILINE)
+    assert len(commands) > 3
+    for command in commands:
+        path, *rest = shlex.split(command, comments=True)
+        assert load_config(ROOT / path, [text for text in rest if "=" in text]).notes == ()

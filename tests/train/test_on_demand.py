@@ -87,6 +87,9 @@ def test_one_signal_saves_once_though_ranks_hear_it_at_two_steps() -> None:
     with pytest.raises(Stop, match="behind step 8, which is saved; start it again to go on") as caught:
         answer(INTERRUPTED, {}, Cursor(step=8))
     assert (caught.value.code, saved) == (INTERRUPTED, [4, 7, 8])
+    overwriting = OnDemand(keeping(saved), Cursor(), Watch(), "start it again with output.overwrite=false")
+    with pytest.raises(Stop, match=r"which is saved; start it again with output\.overwrite=false to go on"):
+        overwriting(INTERRUPTED, {}, Cursor(step=9))
 
 
 def keeping(saved: list[int]) -> Any:

@@ -118,6 +118,23 @@ def test_a_search_says_what_is_beyond_its_reach(tmp_path: Path) -> None:
     assert said == []
 
 
+def test_a_search_says_once_what_overrides_idle(tmp_path: Path) -> None:
+    """It is no reason against a layout."""
+    (tmp_path / "config.json").write_text(json.dumps(hf_config()))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{path: {tmp_path}}}\ndata: {{train: t, eval: e, token_buckets: [64], tower_buckets: {{}}}}\n"
+        "optimizer: {lr: 1e-3}\ntrain: {steps: 9}\neval: {batch_samples: 4}\noutput: {path: o}\n"
+    )
+    said: list[str] = []
+    assert (
+        len(list(plan_search.candidates(request.read(str(path), ["data.eval=null", "layout.ep=1"]), 2, said.append)))
+        > 1
+    )
+    notes = [line for line in said if line.startswith("note")]
+    assert notes == ["note: eval.batch_samples has no effect without data.eval: it is left out"]
+
+
 def test_a_layout_that_fails_is_left_out(call: Call) -> None:
     """Of 63 tokens per rank two ranks have 126, which chunks of four do not divide."""
     odd = ["--tokens", "63", *SMALL[2:], "--search", "--world", "2", "layout.remat=full"]
@@ -133,9 +150,8 @@ def test_a_layout_that_fails_is_left_out(call: Call) -> None:
 
 
 def test_targets_are_checked_first(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("model: {path: 1.7}\n")
     cases = {
-        "1.7/config.json": "is the config file itself",
+        "1.7/config.json": "is there and was not written by this command",
         "no/plan": "lies in a folder that does not exist",
         "1.7": "is a folder; give the path of a file",
     }
@@ -143,9 +159,8 @@ def test_targets_are_checked_first(call: Call, tmp_path: Path) -> None:
         for option in ("--json", "--html"):
             found = sentence(call("1.7/config.json", *SMALL, option, target))
             assert f"{option} {target!r} {expected}" in found
-    assert "is the model's config.json" in sentence(call("run.yaml", "model.path='1.7'", "--json", "1.7/config.json"))
     assert "are both 'a'" in sentence(call("1.7/config.json", *SMALL, "--json", "a", "--html", "./a"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.7", "run.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.7"]
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {

@@ -74,6 +74,9 @@ def test_steps_of_epochs_are_counted_once(config: Path, tmp_path: Path, monkeypa
     run(load_config(config, (*epochs, broken)))
     assert counted == [samples] * 2
     check_same(tmp_path / "broken", tmp_path / "whole", num_steps=len(metrics(tmp_path / "whole")))
+    with pytest.raises(UserError, match=r"batch_tokens 768 but this one has 1536"):
+        run(load_config(config, (*epochs, "data.batch_tokens=1536", broken)))
+    assert counted == [samples] * 2  # it was refused before
     run(load_config(config, (*epochs, "train.epochs=2", broken)))
     assert counted == [samples, samples, 2 * samples]
 
@@ -95,12 +98,14 @@ def test_what_is_counted_is_said_and_outlives_a_run_by_steps(
             run_training(prepare(loaded, said.append, is_restored=is_restored(loaded, ALONE)), progress)
         return [*measured, *(line for line in said if line.startswith("measuring"))]
 
-    one, both = ("train.steps=null", "train.epochs=1"), ["measured", "measuring 96 samples, to know how many steps"]
+    one, both = (
+        ("train.steps=null", "train.epochs=1"),
+        ["measured", "measuring 96 samples, to know how many steps train.epochs=2 takes"],
+    )
     assert begin(*one, stop=3)[0] == "measured"
     assert begin("train.steps=8", stop=5) == []
     assert begin(*one, stop=7) == []  # the newest checkpoint is of the run by steps
-    found = begin("train.steps=null", "train.epochs=2", stop=8)
-    assert [line.partition(" 2 epochs")[0] for line in found] == both
+    assert begin("train.steps=null", "train.epochs=2", stop=8) == both
 
 
 def test_data_are_checked_once(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from mmfn import models
 from mmfn.train.build.model import check_model
-from mmfn.train.config.load import load_config
+from mmfn.train.config.load import describe, load_config, load_text
 from mmfn.train.config.rule import Stack, Subject
 from mmfn.train.config.rules import RULES, breaches
 from mmfn.train.config.schema import Config
@@ -74,7 +74,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"layout.remat_layers": 2}, "layout.remat_layers has no effect with remat 'none'"),
     (
         {"layout.remat": "full", "layout.remat_every": 5},
-        "layout.remat_every is 5 but more than the 4 layers there are has no effect; use at most 4",
+        "layout.remat_every is 5 but has no effect above the 4 layers of the deepest stack; use at most 4",
     ),
     (
         {"layout.remat": "selective", "layout.remat_save": ["matmul", "experts"]},
@@ -123,7 +123,11 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"data.max_tokens": 65}, "data.max_tokens 65 is above the largest token bucket of (64,); lower it"),
     (
         {"data.batch_samples": 4, "data.batch_tokens": 64},
-        "data.batch_samples and data.batch_tokens are both set; remove",
+        "data.batch_samples and data.batch_tokens are both set; set one of them to null",
+    ),
+    (
+        {"data.batch_samples": None},
+        "data.batch_samples and data.batch_tokens are both null, but one of the two says how large a step is; set one",
     ),
     ({"data.window_samples": 100}, "data.window_samples has no effect without data.batch_tokens"),
     (
@@ -162,9 +166,9 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ({"eval.max_new_tokens": 2}, "eval.max_new_tokens has no effect without data.eval"),
     ({"output.report_images": 2}, "output.report_images has no effect without data.eval"),
     ({"eval.prompts": ["a"]}, "eval.prompts has no effect without eval.every"),
-    ({"eval.every": 9, "data.eval": "a"}, "eval.every has no effect in 8 steps"),
-    ({"output.export_every": 8}, "output.export_every has no effect in 8 steps, behind which the run is saved"),
-    ({"objective.chunk_size": 8, "objective.total_chunk_size": 8}, "are both set; remove one of them"),
+    ({"eval.every": 9, "data.eval": "a"}, "eval.every has no effect with train.steps 8"),
+    ({"output.export_every": 8}, "output.export_every has no effect with train.steps 8, behind which the run is saved"),
+    ({"objective.chunk_size": 8, "objective.total_chunk_size": 8}, "are both set; set one of them to null"),
     ({"optimizer.kind": "sgd", "optimizer.betas": (0.1, 0.2)}, "optimizer.betas has no effect with kind 'sgd'"),
     ({"optimizer.kind": "sgd", "optimizer.eps": 1.0}, "optimizer.eps has no effect with kind 'sgd'"),
     ({"optimizer.kind": "sgd", "optimizer.moments_dtype": "bfloat16"}, "optimizer.moments_dtype has no effect with"),
@@ -185,7 +189,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"output.weights": "ema"}, "output.weights 'ema' needs averages; set optimizer.ema_decay or remove it"),
     ({"optimizer.ema_decay": 0.9}, "optimizer.ema_decay has no effect with output.weights 'last'"),
-    ({"train.epochs": 2}, "train.steps and train.epochs: one of the two says how long the run is"),
+    ({"train.epochs": 2}, "the other follows; set one, and the other to null"),
     ({"train.profile": (2, 9)}, "train.profile ends with step 9 but train.steps is 8; end it earlier"),
     (
         {"schedule.groups": {"a": {"lr": 1.0, "warmup_steps": 8}}},
@@ -196,7 +200,7 @@ BREAKS: list[tuple[dict[str, Any], str]] = [
         "schedule.groups 'a'.final_scale has no effect with kind 'constant'",
     ),
     ({"train.spike_factor": 2.0}, "train.spike_factor has no effect with spike_window 0"),
-    ({"train.spike_window": 16}, "train.spike_window 16 has no effect in 8 steps"),
+    ({"train.spike_window": 16}, "train.spike_window 16 has no effect with train.steps 8"),
     ({"lora.alpha": 1.0}, "lora.alpha has no effect without rank"),
     ({"lora.targets": ["a"]}, "lora.targets has no effect without rank"),
     ({"lora.rslora": True}, "lora.rslora has no effect without rank"),
@@ -312,6 +316,48 @@ def test_a_config_for_many_ranks_can_be_tried_on_one(tmp_path: Path) -> None:
     assert loaded.config.layout.sizes.world == 1
 
 
+def test_a_setting_of_the_file_that_an_override_idles_is_left_out(tmp_path: Path) -> None:
+    """It is said. What has no effect by the file alone, or stands on the command line itself, is refused as ever."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: m}\n"
+        "data: {train: t, eval: e, token_buckets: [64], tower_buckets: {vision: [32]}}\n"
+        "optimizer: {lr: 1e-3, betas: [0.9, 0.95]}\nschedule: {final_scale: 0.1}\n"
+        "train: {steps: 100, spike_window: 64, spike_factor: 5}\nlora: {rank: 4, alpha: 8}\n"
+        "layout: {remat: block, remat_layers: 2}\ncheckpoint: {every: 5, keep_best: 2}\n"
+        "eval: {every: 10, batch_samples: 4, prompts: [a]}\noutput: {path: o, adapter: merged}\n"
+    )
+
+    def left_out(*overrides: str) -> dict[str, str]:
+        loaded = load_config(path, overrides)
+        assert not {note.split()[0] for note in loaded.notes} & loaded.origins.keys()
+        again = load_text(describe(loaded), "again")  # what a run folder keeps is a config
+        assert again.config == loaded.config
+        assert again.notes == ()
+        return {note.split()[0]: note for note in loaded.notes}
+
+    assert left_out() == {}
+    assert left_out("train.seed=3") == {}
+    notes = left_out("data.eval=null")
+    assert list(notes) == ["eval.every", "eval.batch_samples", "checkpoint.keep_best", "eval.prompts"]
+    assert notes["eval.batch_samples"] == "eval.batch_samples has no effect without data.eval: it is left out"
+    assert list(left_out("train.steps=9")) == [
+        *("eval.every", "train.spike_window", "checkpoint.keep_best", "eval.prompts", "train.spike_factor")
+    ]
+    assert list(left_out("lora.rank=null")) == ["lora.alpha", "output.adapter"]
+    assert list(left_out("optimizer.kind=sgd")) == ["optimizer.betas"]
+    assert list(left_out("schedule.kind=constant")) == ["schedule.final_scale"]
+    assert list(left_out("layout.remat=none")) == ["layout.remat_layers"]
+    with pytest.raises(ValueError, match=r"override: eval.batch_samples has no effect without data.eval; remove it"):
+        load_config(path, ["data.eval=null", "eval.batch_samples=3"])
+    with pytest.raises(ValueError, match=r"override: layout.remat_layers has no effect with remat 'full'"):
+        load_config(path, ["layout.remat=full", "layout.remat_layers=3"])
+    path.write_text(path.read_text().replace("eval: e, ", ""))
+    for overrides in ([], ["train.seed=3"], ["data.eval=null"]):
+        with pytest.raises(ValueError, match=r"run.yaml:9: eval.every has no effect without data.eval; remove it"):
+            load_config(path, overrides)
+
+
 def test_settings_of_one_stack() -> None:
     def breach(stacks: dict[str, Stack] = DENSE, **policy: Any) -> str:
         (found,) = said({"layout.dp": 2, "layout.ep": 2, "layout.remat_stacks": {"vision": policy}}, stacks)
@@ -320,7 +366,7 @@ def test_settings_of_one_stack() -> None:
     spelt = "layout.remat_stacks: vision"
     assert breach(kind="full", save=["matmul"]).startswith(f"{spelt}.save has no effect with remat 'full'")
     assert breach(kind="full", layers=2).startswith(f"{spelt}.layers has no effect with remat 'full'")
-    assert breach(kind="block", layers=3).startswith(f"{spelt}.layers is 3 but more than the 2 layers there are")
+    assert breach(kind="block", layers=3).startswith(f"{spelt}.layers is 3 but has no effect above the 2 layers")
     for op in ("experts", "exchange"):
         expected = f"{spelt}.save {op!r} has no effect, there are no experts; remove it"
         assert breach(EXPERTS, kind="selective", save=["attention", op]) == expected
@@ -331,7 +377,7 @@ def test_settings_of_one_stack() -> None:
 def test_a_policy_for_all_stacks_but_one_is_as_deep_as_the_others() -> None:
     chosen = {"layout.remat": "block", "layout.remat_layers": 3, "layout.remat_stacks": {"text": {"kind": "none"}}}
     (found,) = said(chosen)
-    assert found[0].startswith("layout.remat_layers is 3 but more than the 2 layers there are")
+    assert found[0].startswith("layout.remat_layers is 3 but has no effect above the 2 layers")
 
 
 def test_a_tower_the_model_does_not_have() -> None:

@@ -205,25 +205,39 @@ def test_places_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_file_to_write(tmp_path: Path) -> None:
-    settings = loaded(tmp_path, f"data.eval={tmp_path / 'eval.json'}")
-    (tmp_path / "eval.json").write_text("[]")
-    run_folder.check_file("--out", str(tmp_path / "new.json"), settings)
-    cases = {"": "is a folder", "eval.json": "is data.eval itself", "c.yaml": "is the config file itself"}
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    settings = loaded(tmp_path, f"data.eval={tmp_path / 'eval.json'}", f"model.path={tmp_path / 'model'}")
-    (tmp_path / "model" / "model.safetensors").write_text("weights")
-    cases["model/config.json"] = "is the model's config.json itself"
-    cases["model/model.safetensors"] = "is a file of model.path"
-    (tmp_path / "alias").symlink_to(tmp_path / "model")
-    cases["alias/model.safetensors"] = "is a file of model.path"
-    run_folder.check_file("--out", str(tmp_path / "model" / "new.json"), settings)
-    with pytest.raises(ValueError, match=r"^--out '~/x.json' begins with '~'"):
-        run_folder.check_file("--out", "~/x.json", settings)
-    cases |= {"no/a.json": "lies in a folder that does not exist", "a" * 300: "File name too long"}
+    run_folder.check_file("--out", str(tmp_path / "new.json"), "{")
+    cases = {"": "is a folder", "no/a.json": "lies in a folder that does not exist", "a" * 300: "File name too long"}
     for path, expected in cases.items():
         with pytest.raises(ValueError, match=f"^--out '.*{expected}"):
-            run_folder.check_file("--out", str(tmp_path / path), settings)
+            run_folder.check_file("--out", str(tmp_path / path), "{")
+    with pytest.raises(ValueError, match=r"^--out '~/x.json' begins with '~'"):
+        run_folder.check_file("--out", "~/x.json", "{")
+
+
+@pytest.mark.parametrize("text", [None, "", "# min", "train: {steps: 1}"])
+def test_what_a_command_did_not_write_is_not_replaced(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("# mine: 3")
+    run_folder.check_file("--out", str(path), "# mine: ")
+    if text is None:
+        path.unlink()
+        path.symlink_to(tmp_path / "gone")
+    else:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"^--out '.*a.yaml' is there and was not written by this command"):
+        run_folder.check_file("--out", str(path), "# mine: ")
+
+
+def test_a_text_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a.txt").write_text("before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"a.txt' cannot be written \(No space left on device\); make room or choose"):
+        run_folder.write_text(tmp_path / "a.txt", "after")
+    assert names(tmp_path) == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "before"
 
 
 @pytest.mark.parametrize("key", ["output.path", "model.path", "data.train", "data.index_folder"])
@@ -233,17 +247,6 @@ def test_a_home_that_no_shell_expanded(tmp_path: Path, key: str) -> None:
             loaded(tmp_path, output="~/x") if key == "output.path" else loaded(tmp_path, f"{key}=~/x")
         )
     run_folder.check_output(loaded(tmp_path, output="./~x"))
-
-
-def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    run_folder.check_replaced("--out", str(path), "# mine: ")
-    path.write_text("# mine: 3")
-    run_folder.check_replaced("--out", str(path), "# mine: ")
-    for text in ("", "# min", "train: {steps: 1}"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"^--out '.*a.yaml' is there and was not written by this command"):
-            run_folder.check_replaced("--out", str(path), "# mine: ")
 
 
 def test_earlier_settings_are_in_the_order_of_steps(tmp_path: Path) -> None:

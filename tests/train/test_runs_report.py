@@ -220,9 +220,9 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["nowhere"], "'nowhere' holds no metrics.jsonl, so it is no run"),
-        (["run", "--out", "run"], "--out 'run' is a folder or lies in none"),
-        (["run", "--out", "gone/page.html"], "is a folder or lies in none"),
-        (["run", "--out", "run/metrics.jsonl"], "--out 'run/metrics.jsonl' is a file of the run 'run' itself"),
+        (["run", "--out", "run"], "--out 'run' is a folder; give the path of a file"),
+        (["run", "--out", "gone/page.html"], "lies in a folder that does not exist; make the folder first"),
+        (["run", "--out", "run/metrics.jsonl"], "--out 'run/metrics.jsonl' is there and was not written by this"),
     ],
 )
 def test_mistakes(

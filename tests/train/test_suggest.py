@@ -229,7 +229,7 @@ def test_given_sizes_are_those_of_all_layouts(
         ({"ep": 3}, r"layout.ep 3 must divide the ranks of a copy of the model and its experts"),
         ({"kind": "ring", "cp": 1}, r"layout.kind has no effect with cp 1"),
         ({"remat_save": ["exchange"]}, r"layout.remat_save 'exchange' has no effect with ep 1"),
-        ({"remat_layers": 9}, r"layout.remat_layers is 9 but more than the 2 layers there are has no effect"),
+        ({"remat_layers": 9}, r"layout.remat_layers is 9 but has no effect above the 2 layers"),
     ],
 )
 def test_why_there_is_no_layout(

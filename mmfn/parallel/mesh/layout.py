@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mmfn import torch_private
-from mmfn.errors import UserError
+from mmfn.errors import UserError, spell_count
 from mmfn.parallel.mesh.axis import Axis, Group, Transport
 
 AXES = {
@@ -91,8 +91,8 @@ class Layout:
         """Raise ValueError unless the sizes multiply to `world`."""
         if self.world != world:
             raise UserError(
-                f"layout {self}: replicate * dp * cp = {self.world} but there are {world} ranks; change the layout, or "
-                f"start {self.world} ranks"
+                f"layout {self}: replicate * dp * cp = {self.world} but there {'is' if world == 1 else 'are'} "
+                f"{spell_count(world, 'rank')}; change the layout, or start {spell_count(self.world, 'rank')}"
             )
 
     def partition(self, name: str) -> Partition:

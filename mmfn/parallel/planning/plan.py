@@ -17,6 +17,8 @@ from mmfn.parallel.planning.trace import CATEGORIES, Trace
 from mmfn.parallel.weights.sharding import local, sharding_of
 from mmfn.tree import Tree
 
+BEGINNING = '{\n "title": '  # of a plan as JSON
+
 
 @dataclass(frozen=True, kw_only=True)
 class Leaf:
@@ -138,7 +140,7 @@ class Plan:
         return sum(getattr(leaf, f"{name}_bytes") for leaf in self.leaves)
 
     def to_json(self) -> str:
-        """The plan as text that `from_json` reads."""
+        """The plan as text that `from_json` reads; it begins with `BEGINNING`."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """From a config to data: data sets, loader, and the checks that find broken samples before training."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,17 +95,12 @@ def _pack(samples: Sequence[Sample], sizes: Sizes, *, family: Family, cfg: Any) 
 
 
 def check_data(
-    config: Config,
-    loader: Loader,
-    held_out: Dataset | None,
-    place: Place,
-    say: Callable[[str], None],
-    before: Mapping[str, int | str] | None = None,
+    config: Config, loader: Loader, held_out: Dataset | None, place: Place, say: Callable[[str], None]
 ) -> None:
     """Prepare samples once, as `data.check` says, so that broken files are found before training and not in the middle.
 
-    Of all samples each rank prepares its part, and a run that goes on, from the cursor `before`, does not do it again.
-    The prepared samples stay in the cache. What cannot be used is said at once, counted, and the first of it named.
+    Of all samples each rank prepares its part, and a run that goes on does not do so again. The prepared samples stay
+    in the cache. What cannot be used is said at once, counted, and the first of it named.
     Raises ValueError when it is more than `data.max_bad_share` allows, and for held-out data that cannot be answered.
     """
     if config.data.check == "first":
@@ -117,7 +112,7 @@ def check_data(
     world, size = place.host["world"], len(loader.dataset)
     num_held_out = len(held_out) if held_out is not None else 0
     workers = Workers(number=max(1, config.data.workers), ahead=CHECKED_AHEAD)
-    if loader.has_checked(before):
+    if loader.has_checked:
         say(f"checking {num_held_out} held-out samples; the {size} training samples were checked when the run began")
     else:
         say(f"checking {size} training and {num_held_out} held-out samples")

@@ -3,7 +3,7 @@
 Nothing is written. A run folder is made only after `prepare` has returned.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,16 +100,14 @@ def prepare(
     for note in (*idle, *program.notes, *loss_notes(model, objective)):
         say(note)
     loader = build_loader(config, train_set, model, program, place.host["batch"], world)
-    before = stored_cursor(loaded, world) if is_restored else None
+    if is_restored and (before := stored_cursor(loaded, world)) is not None:
+        loader.resume(before)  # other data are refused before they are looked at whole
     if config.train.steps is None:
-        if config.data.batch_tokens is not None and not loader.has_counted(config.train.epochs or 0, before):
-            say(f"measuring {len(train_set):,} samples, to know how many steps {config.train.epochs} epochs take")
-        loaded = with_steps(loaded, loader, before)
+        loaded = with_steps(loaded, loader, say)
         config = loaded.config
         check_model(config, family, cfg)  # what rules say of steps
-        say(f"{loaded.origins['train.steps']} of {len(train_set)} samples: {config.train.steps} steps")
     step, state = build_step(config, model, program, place.device)
-    check_data(config, loader, held_out, place, say, before)
+    check_data(config, loader, held_out, place, say)
     wait_for_all(world, "ready")
     return Run(
         loaded=loaded,
@@ -127,14 +125,14 @@ def prepare(
     )
 
 
-def with_steps(loaded: Loaded, loader: Loader, before: Mapping[str, int | str] | None = None) -> Loaded:
-    """The config with the number of steps in place of `train.epochs`. All ranks call it.
-
-    `before`: the cursor of a checkpoint that the run goes on from.
-    """
-    train = loaded.config.train
+def with_steps(loaded: Loaded, loader: Loader, say: Callable[[str], None]) -> Loaded:
+    """The config with the number of steps in place of `train.epochs`. All ranks call it."""
+    train, num = loaded.config.train, len(loader.dataset)
     assert train.epochs is not None, "a rule asks for steps or epochs"
-    section = train.model_copy(update={"steps": loader.count_steps(train.epochs, before), "epochs": None})
+    if loaded.config.data.batch_tokens is not None and not loader.has_counted(train.epochs):
+        say(f"measuring {num:,} samples, to know how many steps train.epochs={train.epochs} takes")
+    section = train.model_copy(update={"steps": loader.count_steps(train.epochs), "epochs": None})
     origins = {**loaded.origins, "train.steps": f"train.epochs={train.epochs}"}
     origins.pop("train.epochs", None)
+    say(f"train.epochs={train.epochs} of {num} samples: {section.num_steps} steps")
     return replace(loaded, config=loaded.config.model_copy(update={"train": section}), origins=origins)

@@ -22,7 +22,9 @@ from mmfn.train.config.schema import Config
 from mmfn.train.data import Processor
 from mmfn.train.planning.request import check_fits
 from mmfn.train.run.folder import check_output
+from mmfn.train.run.resume import is_finished
 from mmfn.train.run.resume_check import check_origin, find_origin, known_order
+from mmfn.train.run.stored import ALONE
 from mmfn.tree import Tree
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     for note in loaded.notes:
         say(f"note   settings: {note}")
     config = loaded.config
-    checks.make("output", lambda: check_output(loaded), lambda _: f"{config.output.path!r} can be written")
+    checks.make("output", lambda: _check_output(loaded), str)
     found = checks.make(
         "model",
         lambda: find_family(config.model),
@@ -87,6 +89,14 @@ class _Checks:
     def summary(self) -> str:
         """What is said of all that is wrong, at the end."""
         return f"{len(self.wrong)} of {self.num} checks failed, the first: {self.wrong[0]}"
+
+
+def _check_output(loaded: Loaded) -> str:
+    path = repr(loaded.config.output.path)
+    if is_finished(loaded, ALONE):
+        return f"{path} holds this run, finished"
+    check_output(loaded)
+    return f"{path} can be written"
 
 
 def _settings_text(loaded: Loaded) -> str:

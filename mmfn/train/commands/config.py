@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmfn.train.config.json_schema import schema_text
 from mmfn.train.config.load import describe, load_config
-from mmfn.train.run.folder import check_file, check_replaced, write_text
+from mmfn.train.run.folder import check_file, write_text
 
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
@@ -20,7 +20,6 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         say(schema_text().rstrip("\n"))
     else:
         text = schema_text()
-        check_file("--out", args.out)
-        check_replaced("--out", args.out, "".join(text.splitlines(keepends=True)[:3]))  # as far as the title
+        check_file("--out", args.out, "".join(text.splitlines(keepends=True)[:3]))  # as far as the title
         write_text(Path(args.out), text)
         say(f"wrote {args.out}")

@@ -37,10 +37,7 @@ def convert(args: argparse.Namespace, say: Callable[..., None]) -> None:
     check_dialect(dialect)
     _check_out(out)
     records = Records(open_source(source, args.index_folder), dialect)
-    try:
-        write_text(out, _lines(records))
-    except OSError as error:
-        raise UserError(f"OUT {args.out!r} cannot be written ({error.strerror}); choose another place") from error
+    write_text(out, _lines(records))
     say(f"wrote {len(records)} entries to {args.out}")
     root = media_folder(source)
     if out.parent.resolve() != root.resolve():

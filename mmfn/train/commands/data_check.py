@@ -11,7 +11,7 @@ from mmfn.errors import UserError
 from mmfn.train.build.data import open_dataset
 from mmfn.train.build.model import find_family
 from mmfn.train.build.processor import load_model_processor
-from mmfn.train.config.load import Settings, load_section
+from mmfn.train.config.load import load_section
 from mmfn.train.config.schema import DataSection, ModelSection
 from mmfn.train.data import Dataset
 from mmfn.train.data.bad import BadSample
@@ -21,7 +21,7 @@ from mmfn.train.report.picture import data_url
 from mmfn.train.run.folder import check_file, write_text
 from mmfn.train.survey import excerpt, text
 from mmfn.train.survey.fill import BUDGETS, plan_batches
-from mmfn.train.survey.page import Excerpt, render_page
+from mmfn.train.survey.page import HEAD, Excerpt, render_page
 from mmfn.train.survey.survey import survey
 
 SHOWN_S = 0.5  # between two numbers of the progress
@@ -37,8 +37,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     section: DataSection = load_section("data", values, args.overrides)
     check_dialect(section.dialect)
     if args.html is not None:
-        given = Settings(values={"model": {"path": args.model}, "data": values}, path=Path("(options)"), origins={})
-        check_file("--html", args.html, given.overridden(args.overrides))
+        check_file("--html", args.html, HEAD)
     processor = load_model_processor(args.model, section.chat, section.media_settings)
     model, cfg = find_family(ModelSection(path=args.model, init="random"))
     dataset = open_dataset(section, section.train, processor, section.max_samples)
@@ -52,12 +51,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     if args.html is not None:
         subtitle = f"{model.name}, {args.model}"
         page = render_page(seen, samples, title=args.source, subtitle=subtitle)
-        try:
-            write_text(Path(args.html), page)
-        except OSError as error:
-            raise UserError(
-                f"--html {args.html!r} cannot be written ({error.strerror}); choose another place"
-            ) from error
+        write_text(Path(args.html), page)
         say(f"\nwrote {args.html}")
 
 

@@ -18,7 +18,7 @@ from mmfn.train.build.shards import load_shards
 from mmfn.train.commands import benchmark
 from mmfn.train.config.inference import for_inference
 from mmfn.train.config.load import load_config
-from mmfn.train.run.evaluate import Evaluation, evaluate, to_json
+from mmfn.train.run.evaluate import BEGINNING, Evaluation, evaluate, to_json
 from mmfn.train.run.folder import check_file, write_text
 from mmfn.train.run.watchdog import watched
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     if config.data.eval is None:
         raise UserError("mmfn eval needs data.eval, the held-out set; set it in the file or as data.eval=FILE")
     if args.out is not None:
-        check_file("--out", args.out, loaded)
+        check_file("--out", args.out, BEGINNING)
     build_ops(config.model)  # refused before a weight is read
     if config.model.init == "random":
         say("note: model.init is random, so nothing was learned; model.init=load model.path=RUN/checkpoint is a run's")

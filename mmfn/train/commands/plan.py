@@ -6,15 +6,17 @@ from pathlib import Path
 
 from mmfn.errors import UserError
 from mmfn.parallel.planning import plan as plans
+from mmfn.parallel.planning.devices import USUAL
 from mmfn.train.build.model import find_family
 from mmfn.train.config.load import Settings
 from mmfn.train.config.schema import Config
-from mmfn.train.planning.picture import render
+from mmfn.train.planning.picture import HEAD, render
 from mmfn.train.planning.request import Request, plan_config, read, with_world
 from mmfn.train.planning.search import candidates, search, summary
 from mmfn.train.planning.workload import Workload, largest_workload
 from mmfn.train.run.folder import check_file, write_text
 
+BARE_DEVICE = "910b"
 SIZES = {"tokens": 16_384, "sample_tokens": 4096, "image_side": 32, "micro_batches": 1}
 
 
@@ -28,15 +30,19 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     if args.search and args.world is None:
         raise UserError("mmfn plan --search needs --world N, the number of ranks")
     settings = read(args.config, args.overrides)
-    for name, target in (("--json", args.json), ("--html", args.html)):
+    for name, target, beginning in (("--json", args.json, plans.BEGINNING), ("--html", args.html, HEAD)):
         if target is not None:
-            check_file(name, target, settings)
+            check_file(name, target, beginning)
     if args.json is not None and args.html is not None and Path(args.json).resolve() == Path(args.html).resolve():
         raise UserError(f"--json and --html are both {args.json!r}; choose two files")
 
     def request(config: Config, workload: Workload) -> Request:
         return Request(
-            config=config, device=args.device, workload=workload, title=args.config, all_layers=args.all_layers
+            config=config,
+            device=_device(args, config),
+            workload=workload,
+            title=args.config,
+            all_layers=args.all_layers,
         )
 
     if args.search:
@@ -53,6 +59,15 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         write_text(Path(args.json), ranked[0].to_json())
     if args.html is not None:
         write_text(Path(args.html), render(ranked))
+
+
+def _device(args: argparse.Namespace, config: Config) -> str:
+    """The device to plan for: of a model alone, whose settings say none, the first of those that are known."""
+    kind = config.model.device.partition(":")[0]
+    device: str | None = args.device or (BARE_DEVICE if args.config.endswith(".json") else USUAL.get(kind))
+    if device is None:
+        raise UserError(f"no plan knows {config.model.device!r}; name one by --device")
+    return device
 
 
 def _checked(settings: Settings, world: int | None, say: Callable[..., None]) -> Config:

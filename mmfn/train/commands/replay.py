@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 from mmfn.errors import UserError
-from mmfn.train.config.load import read_settings
 from mmfn.train.run.folder import check_file, write_text
-from mmfn.train.run.replay.history import read_history
 from mmfn.train.run.replay.replay import SIZES, Request, replay
+from mmfn.train.run.replay.report import BEGINNING
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         against=None if args.against is None else Path(args.against),
     )
     if args.json is not None:
-        check_file("--json", args.json, read_settings(read_history(request.folder).config))
+        check_file("--json", args.json, BEGINNING)
     found = replay(request)
     if args.json is not None:
         write_text(Path(args.json), found.to_json())

@@ -29,6 +29,7 @@ from mmfn.train.survey.text import tower_sizes
 
 EPOCH_STEPS = 50  # steps that an epoch should have: a batch of many ranks may be larger than the data suits
 MOST_BUDGETS = 4  # sizes of batches that are planned
+COMMAND = "mmfn suggest"  # what the head of a config begins with
 LORA = {"rank": 16, "alpha": 32}
 
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
         raise UserError(f"--jobs {args.jobs} must be positive; raise it")
     given = Settings(values=_usual(args), path=Path("(options)"), origins={}).overridden(args.overrides)
     if args.out is not None:
-        check_file("--out", args.out, given)
+        check_file("--out", args.out, f"# {COMMAND} ")
     seen, num_rows = _survey(args, given)
     budgets = budgets_of(seen, num_rows, args.world)
     jobs = args.jobs or os.cpu_count() or 1
@@ -176,6 +177,6 @@ def _assumed(seen: Survey, choice: Choice) -> str:
 def _head(args: argparse.Namespace, fill: float) -> list[str]:
     lora = " --lora" if args.lora else ""
     return [
-        f"mmfn suggest {args.model} {args.data} --device {args.device} --world {args.world}{lora}",
+        f"{COMMAND} {args.model} {args.data} --device {args.device} --world {args.world}{lora}",
         f"Of the tokens of a batch {fill:.0%} are real.",
     ]

@@ -4,11 +4,12 @@ import argparse
 import shlex
 from collections.abc import Callable
 
+from mmfn.errors import spell_count
 from mmfn.parallel.mesh import launch
 from mmfn.train.build.model import find_device
 from mmfn.train.build.run import prepare
 from mmfn.train.commands.evaluate import summary
-from mmfn.train.config.load import describe, load_config
+from mmfn.train.config.load import Loaded, describe, load_config
 from mmfn.train.run import folder as run_folder
 from mmfn.train.run import progress
 from mmfn.train.run.allocator import retain_freed_memory
@@ -48,16 +49,22 @@ def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
     if result is not None:
         _conclude(result, say)
     else:
-        say(
-            f"the run in {config.output.path} is finished: it has taken its {loaded.config.train.num_steps} steps with "
-            "these settings; raise train.steps or train.epochs to go on, or set output.overwrite=true to train anew"
-        )
+        say(_finished_text(loaded))
+
+
+def _finished_text(loaded: Loaded) -> str:
+    """What is said of a run that is asked for again."""
+    config = loaded.config
+    return (
+        f"the run in {config.output.path} is finished: it has taken its {spell_count(config.train.num_steps, 'step')} "
+        "with these settings; raise train.steps or train.epochs to go on, or set output.overwrite=true to train anew"
+    )
 
 
 def _conclude(result: Result, say: Callable[..., None]) -> None:
     """The last lines of a training run."""
     rate = f"{result.tally.num_tokens / result.train_s:,.0f} tokens/s"
-    say(f"trained {result.tally.num_steps} steps in {format_duration(result.train_s)}, {rate}")
+    say(f"trained {spell_count(result.tally.num_steps, 'step')} in {format_duration(result.train_s)}, {rate}")
     for name, path in result.saved.items():
         say(f"{name}: {path}")
     if result.evaluation is not None:

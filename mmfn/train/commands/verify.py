@@ -1,6 +1,7 @@
 """`mmfn verify`: run a card's stages, compare with what it expects, and write it filled in."""
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -10,9 +11,9 @@ from mmfn.errors import UserError
 from mmfn.train.evidence import stages
 from mmfn.train.evidence.bench import Bench
 from mmfn.train.evidence.card import EqualityStage, Stage, read_card
-from mmfn.train.evidence.findings import Findings, Line, lines_of
+from mmfn.train.evidence.findings import BEGINNING, Findings, Line, lines_of
 from mmfn.train.evidence.machine import machine, versions
-from mmfn.train.run.folder import write_text
+from mmfn.train.run.folder import check_file, write_text
 
 
 def run(args: argparse.Namespace, say: Callable[..., None]) -> None:
@@ -90,8 +91,11 @@ def _select(bench: Bench, only: list[str]) -> list[tuple[str, Stage]]:
 def _check_out(out: Path, *, is_default: bool) -> None:
     if out.suffix != ".md":
         raise UserError(f"--out {str(out)!r} must end in .md; its values go to the same name with .yaml")
-    if not is_default and not out.parent.is_dir():
-        raise UserError(f"--out {str(out)!r} lies in a folder that does not exist; make the folder first")
+    if not is_default:
+        values = out.with_suffix(".yaml")
+        check_file("--out", str(values), BEGINNING)
+        if os.path.lexists(out) and not values.exists():
+            raise UserError(f"--out {str(out)!r} is there and was not written by this command; choose another file")
 
 
 def _write(findings: Findings, out: Path, say: Callable[..., None]) -> None:

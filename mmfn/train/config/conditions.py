@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mmfn.errors import UserError
+from mmfn.errors import UserError, spell_count
 from mmfn.ops.packages import PACKAGES
 from mmfn.parallel.context.token_order import token_multiple
 from mmfn.train.config.layout import RematStack
@@ -142,10 +142,11 @@ def batch_tokens(subject: Subject) -> Iterator[str]:
         return
     num_ranks = layout.replicate * layout.dp
     least = data.token_buckets[-1] * num_ranks
+    of_ranks = f" times {num_ranks} ranks with their own data" if num_ranks > 1 else ""
     if data.batch_tokens % least:
         yield (
-            f"data.batch_tokens is {data.batch_tokens} but must be a multiple of {least}, the largest token bucket "
-            f"times {num_ranks} ranks with their own data; use {max(1, round(data.batch_tokens / least)) * least}"
+            f"data.batch_tokens is {data.batch_tokens} but must be a multiple of {least}, the largest token bucket"
+            f"{of_ranks}; use {max(1, round(data.batch_tokens / least)) * least}"
         )
 
 
@@ -195,8 +196,8 @@ def deep_policies(subject: Subject) -> Iterator[str]:
             value = getattr(policy, name)
             if depth and policy.is_changed(name) and value > depth:
                 yield (
-                    f"{spelling.format(name)} is {value} but more than the {depth} layers there are has no effect; use "
-                    f"at most {depth}"
+                    f"{spelling.format(name)} is {value} but has no effect above the {spell_count(depth, 'layer')} of "
+                    f"the deepest stack; use at most {depth}"
                 )
 
 

@@ -4,8 +4,9 @@ Unknown keys are refused by name, values of the wrong type are never converted, 
 from. Relative paths mean the current directory. The settings themselves are declared in `mmfn.train.config.schema`.
 """
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -23,11 +24,15 @@ from mmfn.train.config.section import ConfigSection
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was given, not yet checked: `values[section][key]`, what it is from, and origins as those of `Loaded`."""
+    """What was given, not yet checked: `values[section][key]`, what it is from, and origins as those of `Loaded`.
+
+    `before`: the values without overrides, where there are any.
+    """
 
     values: Mapping[str, Mapping[str, Any]]
     path: Path
     origins: Mapping[str, str]
+    before: Mapping[str, Mapping[str, Any]] | None = None
 
     def having(self, section: str, **values: Any) -> "Settings":
         """The same with some values of a section replaced."""
@@ -35,14 +40,24 @@ class Settings:
 
     def overridden(self, overrides: Sequence[str]) -> "Settings":
         """The same after `key=value` overrides in order. Raises ValueError for one that is none."""
-        return _with(self, map(_read_override, overrides))
+        before = self.values if overrides and self.before is None else self.before
+        return replace(_with(self, map(_read_override, overrides)), before=before)
+
+    def without(self, keys: Collection[str]) -> "Settings":
+        """The same without some dotted keys."""
+        values = {
+            section: {name: value for name, value in named.items() if f"{section}.{name}" not in keys}
+            for section, named in self.values.items()
+        }
+        origins = {key: origin for key, origin in self.origins.items() if key not in keys}
+        return replace(self, values=values, origins=origins)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """A checked config, the file it is from, and where every dotted key that was set is: "FILE:LINE" or "override".
 
-    `notes`: settings that this layout idles.
+    `notes`: settings that this layout idles, and those of the file that were left out as overrides idle them.
     """
 
     config: Config
@@ -122,17 +137,37 @@ def check(settings: Settings, *, is_plan: bool = False) -> Loaded:
 
     `is_plan`: nothing will be run (see `rules.Subject`).
     """
+    settings, left_out = leave_idle_out(settings)
     values, path, origins = settings.values, settings.path, settings.origins
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_sentence(error, str(path), values, origins)) from error
-    notes = []
+    notes = list(left_out)
     for breach in breaches(Subject(config=config, is_plan=is_plan)):
         if not breach.warns:
             raise UserError(f"{origins.get(breach.setting, path)}: {breach.sentence}")
         notes.append(breach.sentence)
     return Loaded(config=config, path=path, origins=origins, notes=tuple(notes))
+
+
+def leave_idle_out(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """The settings without those of the file that overrides idle, and a note for each.
+
+    Over a file with `data.eval` and `eval.batch_samples` the override `data.eval=null` leaves the second one out. What
+    has no effect by the file alone, or is an override itself, stays and is refused.
+    """
+    of_file = {key for key, origin in settings.origins.items() if origin != "override"}
+    if settings.before is None or not of_file:
+        return settings, ()
+    before, now = _idle_settings(settings.before), _idle_settings(settings.values)
+    if before is None or now is None:
+        return settings, ()
+    idled = {key: reason for key, reason in now.items() if key in of_file and key not in before}
+    if not idled:
+        return settings, ()
+    rest, notes = leave_idle_out(settings.without(idled))
+    return rest, (*(f"{reason}: it is left out" for reason in idled.values()), *notes)
 
 
 def load_section(name: str, values: Mapping[str, Any], overrides: Sequence[str]) -> Any:
@@ -205,6 +240,16 @@ def _read_file(text: str, source: str) -> list[_Setting]:
     return settings
 
 
+def _idle_settings(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str] | None:
+    """Settings that are refused as having no effect, each with a sentence; None where values are missing or wrong."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError:
+        return None
+    found = [breach for breach in breaches(Subject(config=config)) if breach.is_idle and not breach.warns]
+    return {breach.setting: breach.sentence.rpartition("; ")[0] for breach in found}
+
+
 def _entries(mapping: yaml.MappingNode, source: str, prefix: str = "") -> list[tuple[str, yaml.Node, str]]:
     """`(key, value node, "FILE:LINE")` of a YAML mapping. A repeated key is an error, not a silent last wins."""
     entries: dict[str, tuple[str, yaml.Node, str]] = {}
@@ -246,6 +291,15 @@ def _unknown(key: str, where: str) -> str:
     return f"{where}: unknown key {key!r}; the nearest known key is {max(candidates, key=likeness)!r}"
 
 
+def _spell(value: Any) -> str:
+    """A value as YAML spells it where Python does otherwise: null, true, false."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_spell, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_spell(key)}: {_spell(item)}' for key, item in value.items())}}}"
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
 def _sentence(
     error: ValidationError,
     source: str,
@@ -263,4 +317,6 @@ def _sentence(
     if first["type"] == "missing":
         message = "it has too few entries"
     where = origins.get(key, source)
-    return f"{where}: {key} is {values[section][name]!r} but {message[:1].lower()}{message[1:]}; correct the value"
+    return (
+        f"{where}: {key} is {_spell(values[section][name])} but {message[:1].lower()}{message[1:]}; correct the value"
+    )

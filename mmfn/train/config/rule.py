@@ -39,20 +39,25 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One row. `find`: a sentence for every breach. `warns`: a breach is said and the run goes on."""
+    """One row. `find`: a sentence for every breach. `warns`: a breach is said and the run goes on.
+
+    `idles`: a sentence that begins with a setting says that this one has no effect, by the config alone.
+    """
 
     settings: tuple[str, ...]
     find: Callable[[Subject], Iterator[str]]
     warns: bool = False
+    idles: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Breach:
-    """A rule that a config breaks, and how. `setting`: the first one it is about."""
+    """A rule that a config breaks, and how. `setting`: the first one it is about. `is_idle`: it has no effect."""
 
     setting: str
     sentence: str
     warns: bool
+    is_idle: bool = False
 
 
 def idle(setting: str, condition: Callable[[Config], bool], reason: str, *, warns: bool = False) -> Rule:
@@ -63,20 +68,22 @@ def idle(setting: str, condition: Callable[[Config], bool], reason: str, *, warn
         if c.is_changed(setting) and condition(c):
             yield f"{setting} has no effect {reason.format(c=c)}; remove it or change that"
 
-    return Rule(settings=(setting,), find=find, warns=warns)
+    return Rule(settings=(setting,), find=find, warns=warns, idles=True)
 
 
-def refused(settings: str, condition: Callable[[Config], bool], sentence: str, *, runs: bool = False) -> Rule:
+def refused(
+    settings: str, condition: Callable[[Config], bool], sentence: str, *, runs: bool = False, idles: bool = False
+) -> Rule:
     """Settings (divided by spaces) that do not go together where `condition` holds. `sentence`: a template over `c`.
 
-    `runs`: a plan may have them.
+    `runs`: a plan may have them. `idles`: as of `Rule`.
     """
 
     def find(subject: Subject) -> Iterator[str]:
         if condition(subject.config) and not (runs and subject.is_plan):
             yield sentence.format(c=subject.config)
 
-    return Rule(settings=tuple(settings.split()), find=find)
+    return Rule(settings=tuple(settings.split()), find=find, idles=idles)
 
 
 def asked(settings: str, check: Callable[[Config], object]) -> Rule:

@@ -1,8 +1,9 @@
 """What settings mean to each other: one list of rules, each a row (settings, condition, sentence).
 
 A setting that can never have an effect is refused, so that nobody believes in it. One that only a smaller layout idles
-is said and goes on: a config for eight ranks can be tried on one with `layout.dp=1 layout.cp=1`. What a transform
-itself refuses is asked of it (`asked`) and not said again here.
+is said and goes on: a config for eight ranks can be tried on one with `layout.dp=1 layout.cp=1`. So does one in the
+file that an override idles (`load.leave_idle_out`). What a transform itself refuses is asked of it (`asked`) and not
+said again here.
 """
 
 import math
@@ -56,7 +57,11 @@ RULES = (
     idle("layout.reshard_after_forward", lambda c: c.gathers_in_graphs, IN_GRAPHS),
     idle("layout.prefetch", lambda c: c.gathers_in_graphs, IN_GRAPHS),
     idle("layout.sums_under_way", lambda c: c.gathers_in_graphs, IN_GRAPHS),
-    Rule(settings=("layout.remat_save", "layout.remat_every", "layout.remat_layers"), find=conditions.idle_policies),
+    Rule(
+        settings=("layout.remat_save", "layout.remat_every", "layout.remat_layers"),
+        find=conditions.idle_policies,
+        idles=True,
+    ),
     Rule(settings=("layout.remat_every", "layout.remat_layers"), find=conditions.deep_policies),
     Rule(settings=("layout.remat_save",), find=conditions.saved_experts),
     Rule(settings=("layout.remat_stacks",), find=conditions.remat_names),
@@ -115,8 +120,13 @@ RULES = (
     ),
     refused(
         "data.batch_samples data.batch_tokens",
-        lambda c: c.data.batch_tokens is not None and c.is_changed("data.batch_samples"),
-        "data.batch_samples and data.batch_tokens are both set; remove one of them",
+        lambda c: None not in (c.data.batch_tokens, c.data.batch_samples) and c.is_changed("data.batch_samples"),
+        "data.batch_samples and data.batch_tokens are both set; set one of them to null",
+    ),
+    refused(
+        "data.batch_samples data.batch_tokens",
+        lambda c: c.data.batch_samples is None and c.data.batch_tokens is None,
+        "data.batch_samples and data.batch_tokens are both null, but one of the two says how large a step is; set one",
     ),
     idle("data.window_samples", lambda c: c.data.batch_tokens is None, "without data.batch_tokens"),
     *(
@@ -129,7 +139,7 @@ RULES = (
     Rule(settings=("data.batch_tokens", "data.token_buckets"), find=conditions.batch_tokens),
     refused(
         "data.batch_samples layout.replicate layout.dp",
-        lambda c: c.data.batch_tokens is None and c.data.batch_samples < c.layout.replicate * c.layout.dp,
+        lambda c: c.data.batch_tokens is None and (c.data.batch_samples or math.inf) < c.layout.replicate * c.layout.dp,
         "data.batch_samples is {c.data.batch_samples} but must be at least replicate {c.layout.replicate} * dp "
         "{c.layout.dp}, one for each rank with its own data; raise it",
         runs=True,
@@ -147,18 +157,18 @@ RULES = (
     idle(
         "eval.every",
         lambda c: c.train.steps is not None and (c.eval.every or 0) > c.train.steps,
-        "in {c.train.steps} steps",
+        "with train.steps {c.train.steps}",
     ),
     idle(
         "output.export_every",
         lambda c: c.train.steps is not None and (c.output.export_every or 0) >= c.train.steps,
-        "in {c.train.steps} steps, behind which the run is saved",
+        "with train.steps {c.train.steps}, behind which the run is saved",
     ),
     # objective, optimizer, schedule
     refused(
         "objective.chunk_size objective.total_chunk_size",
         lambda c: None not in (c.objective.chunk_size, c.objective.total_chunk_size),
-        "objective.chunk_size and objective.total_chunk_size are both set; remove one of them",
+        "objective.chunk_size and objective.total_chunk_size are both set; set one of them to null",
     ),
     *(
         idle(f"optimizer.{name}", lambda c: c.optimizer.kind == "sgd", "with kind 'sgd'")
@@ -192,7 +202,8 @@ RULES = (
     refused(
         "train.steps train.epochs",
         lambda c: (c.train.steps is None) == (c.train.epochs is None),
-        "train.steps and train.epochs: one of the two says how long the run is, and the other follows; set one",
+        "train.steps and train.epochs: one of the two says how long the run is, and the other follows; set one, and "
+        "the other to null",
     ),
     refused(
         "train.profile train.steps",
@@ -200,13 +211,18 @@ RULES = (
         "train.profile ends with step {c.train.profile[1]} but train.steps is {c.train.steps}; end it earlier",
     ),
     Rule(settings=("schedule.warmup_steps", "schedule.groups", "train.steps"), find=conditions.short_schedules),
-    Rule(settings=("schedule.final_scale", "schedule.groups", "schedule.kind"), find=conditions.constant_schedules),
+    Rule(
+        settings=("schedule.final_scale", "schedule.groups", "schedule.kind"),
+        find=conditions.constant_schedules,
+        idles=True,
+    ),
     idle("train.spike_factor", lambda c: c.train.spike_window == 0, "with spike_window 0"),
     refused(
         "train.spike_window train.steps",
         lambda c: c.train.steps is not None and c.train.spike_window >= 2 * c.train.steps,
-        "train.spike_window {c.train.spike_window} has no effect in {c.train.steps} steps: nothing is a spike before "
-        "half of it is filled; lower it",
+        "train.spike_window {c.train.spike_window} has no effect with train.steps {c.train.steps}: nothing is a spike "
+        "before half of it is filled; lower it",
+        idles=True,
     ),
     # adapters
     *(
@@ -274,4 +290,10 @@ def breaches(subject: Subject) -> Iterator[Breach]:
     """All breaches, in the order of the list."""
     for rule in RULES:
         for sentence in rule.find(subject):
-            yield Breach(setting=rule.settings[0], sentence=sentence, warns=rule.warns)
+            named = [setting for setting in rule.settings if sentence.startswith(f"{setting} ")]
+            yield Breach(
+                setting=(named or rule.settings)[0],
+                sentence=sentence,
+                warns=rule.warns,
+                is_idle=rule.idles and bool(named),
+            )

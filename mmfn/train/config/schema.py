@@ -92,7 +92,9 @@ class DataSection(ConfigSection):
     root: str | None = Field(
         default=None, description="folder that media paths resolve in; null: the data file's own folder"
     )
-    batch_samples: PositiveInt = Field(default=8, description="samples per step, over all micro-batches and ranks")
+    batch_samples: PositiveInt | None = Field(
+        default=8, description="samples per step, over all micro-batches and ranks; null: batch_tokens says them"
+    )
     batch_tokens: PositiveInt | None = Field(
         default=None,
         description="in place of batch_samples: tokens per step, in micro-batches of the largest token bucket",

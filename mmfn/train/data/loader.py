@@ -210,35 +210,31 @@ class Loader:
             "costs": str(self.reader.rates),
         }
 
-    def count_steps(self, epochs: int, before: Mapping[str, int | str] | None = None) -> int:
+    def count_steps(self, epochs: int) -> int:
         """Steps that take as many samples as there are, so often; ranks count together.
 
-        By tokens, all samples are measured, unless a checkpoint's state `before` has counted the same, as it has where
-        a run goes on.
+        By tokens, all samples are measured, unless a checkpoint's state says how many (`has_counted`).
         """
         num_samples = epochs * len(self.dataset)
         if isinstance(self.source, BySamples):
             return self.source.count_steps(num_samples)
-        if self.has_counted(epochs, before):
-            num_steps = int((before or {})[COUNTED[1]])
-        else:
+        if not self.has_counted(epochs):
             num_steps = self.source.count_steps(num_samples)
-        self._found |= dict(zip(COUNTED, (num_samples, num_steps), strict=True))
-        return num_steps
+            self._found |= dict(zip(COUNTED, (num_samples, num_steps), strict=True))
+        return int(self._found[COUNTED[1]])
 
-    def has_counted(self, epochs: int, before: Mapping[str, int | str] | None) -> bool:
-        """Whether a checkpoint's state says how many steps so many epochs of these data take."""
-        facts = {**self.fingerprint, COUNTED[0]: epochs * len(self.dataset)}
-        return facts.items() <= (before or {}).items()
+    def has_counted(self, epochs: int) -> bool:
+        """Whether it is known how many steps so many epochs take, as it is where a run by tokens goes on (`resume`)."""
+        return self._found.get(COUNTED[0]) == epochs * len(self.dataset)
 
     def note_checked(self) -> None:
         """Keep for checkpoints that all samples were prepared once (`data.check`)."""
         self._found[CHECKED] = self._policy
 
-    def has_checked(self, before: Mapping[str, int | str] | None) -> bool:
-        """Whether a checkpoint's state says so of these data and what is left out of them."""
-        facts = {**self.fingerprint, CHECKED: self._policy}
-        return facts.items() <= (before or {}).items()
+    @property
+    def has_checked(self) -> bool:
+        """Whether they were, and by what is left out today."""
+        return self._found.get(CHECKED) == self._policy
 
     @property
     def _policy(self) -> str:

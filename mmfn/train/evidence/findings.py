@@ -12,6 +12,9 @@ from mmfn.train.evidence.card import Bound, Card, Stage
 HEAD = "| stage | layout | figure | measured | expected | |\n|---|---|---|---|---|---|\n"
 
 
+BEGINNING = "passed: "  # of findings as YAML
+
+
 @dataclass(frozen=True, kw_only=True)
 class Line:
     """One figure of one stage. `layout`: of a stage of which there may be several. `expected`: "" of what informs only.
@@ -72,7 +75,7 @@ class Findings:
         return [line for line in self.lines if line.passed is False]
 
     def to_yaml(self) -> str:
-        """For programs: the whole card as it was read, then what was measured."""
+        """For programs, from `BEGINNING` on: the whole card as it was read, then what was measured."""
         values: dict[str, Any] = {
             "passed": not self.failures,
             "path": self.path,

@@ -101,7 +101,7 @@ def step_of(config: Config, budget: Budget) -> tuple[int | None, float]:
     `data.batch_tokens` says how many micro-batches there are, or the length of samples is not known.
     """
     data, layout = config.data, config.layout
-    if data.batch_tokens is not None or budget.sample_tokens is None:
+    if data.batch_samples is None or data.batch_tokens is not None or budget.sample_tokens is None:
         return None, budget.fill
     num_ranks, bucket = layout.replicate * layout.dp, data.token_buckets[-1]
     most = -(-data.batch_samples // num_ranks) * budget.sample_tokens  # of the ranks that have a sample more

@@ -8,12 +8,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from mmfn.errors import UserError
+from mmfn.page import page_head
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.parallel.planning.time_model import MODEL
 from mmfn.parallel.planning.trace import CATEGORIES
 
 WIDTH, HEIGHT, MARGIN = 640, 320, 48
+HEAD = page_head("mmfn plan")
 
 
 def render(plans: Sequence[Plan]) -> str:
@@ -25,6 +27,7 @@ def render(plans: Sequence[Plan]) -> str:
     first = plans[0]
     limit = first.memory_bytes
     return page.render(
+        head=HEAD,
         title=first.title,
         device=first.device,
         limit=size(limit),

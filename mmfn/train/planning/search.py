@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mmfn.errors import UserError
+from mmfn.errors import UserError, spell_count
 from mmfn.parallel.mesh.layout import Layout
 from mmfn.parallel.planning.alike import recording_mesh
 from mmfn.parallel.planning.plan import Plan, size
@@ -21,7 +21,7 @@ from mmfn.parallel.weights.sharding import sizes_over
 from mmfn.train.build.model import find_family
 from mmfn.train.build.program import build_program
 from mmfn.train.config.layout import LayoutSection
-from mmfn.train.config.load import Settings, check
+from mmfn.train.config.load import Settings, check, leave_idle_out
 from mmfn.train.config.schema import Config
 from mmfn.train.planning.device_file import planned_device
 from mmfn.train.planning.request import Request, plan_config, planned_step
@@ -44,7 +44,10 @@ def search(
     planned_device(requests[0].device)  # this and the next: what is wrong with any layout is found before work begins
     planned_step(requests[0])
     jobs = min(jobs or os.cpu_count() or 1, len(requests))
-    say(f"planning {len(requests)} layouts in {jobs} processes; layout settings that are given are kept")
+    say(
+        f"planning {spell_count(len(requests), 'layout')} in {spell_count(jobs, 'process')}; layout settings that are "
+        "given are kept"
+    )
     with planners(jobs) as submit:
         futures = [submit(request) for request in requests]
         results = [future.result() for future in futures]
@@ -64,6 +67,9 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
     that are refused, and those with the largest cp * ep where there are more than `MOST`. Raises ValueError where there
     is none.
     """
+    settings, left_out = leave_idle_out(settings)
+    for note in left_out:
+        say(f"note: {note}")
     fixed = {name: value for name, value in settings.values.get("layout", {}).items() if name != "dp"}
     bare = check(replace(settings, values={**settings.values, "layout": {}}), is_plan=True).config
     model_family, cfg = find_family(bare.model)
@@ -75,8 +81,8 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
         if len(seen) + len(group) > MOST and seen:
             rest = sum(len(layouts) for _, layouts in groups[i:])
             say(
-                f"left out {rest} layouts with cp * ep of {spread} and more: a search plans at most {MOST}; set "
-                "layout.cp, layout.ep or layout.replicate to look at them"
+                f"left out {spell_count(rest, 'layout')} with cp * ep of {spread} and more: a search plans at most "
+                f"{MOST}; set layout.cp, layout.ep or layout.replicate to look at them"
             )
             break
         for values in group:
@@ -97,11 +103,12 @@ def candidates(settings: Settings, world: int, say: Callable[[str], None] = lamb
     because = f", the first because {refusals[0]}" if refusals else ""
     if not seen:
         raise UserError(
-            f"no layout of {world} ranks fits this model and the layout settings that are given{because}; change one "
-            "of them"
+            f"no layout of {spell_count(world, 'rank')} fits this model and the layout settings that are given"
+            f"{because}; change one of them"
         )
     if refusals:
-        say(f"left out {len(refusals)} layouts that are refused{because}")
+        are = "is" if len(refusals) == 1 else "are"
+        say(f"left out {spell_count(len(refusals), 'layout')} that {are} refused{because}")
 
 
 def summary(plans: Sequence[Plan]) -> str:

@@ -13,7 +13,7 @@ from itertools import groupby, islice
 from math import inf
 from typing import Any
 
-from mmfn.errors import UserError
+from mmfn.errors import UserError, spell_count
 from mmfn.parallel.planning.plan import Plan, size
 from mmfn.train.config.schema import Config
 from mmfn.train.planning.choice import Budget, Choice, IdleError, Space, step_of
@@ -53,14 +53,14 @@ def suggest(
 
     starts = list(space.layouts())
     if not starts:
-        raise UserError(f"no layout of {space.world} ranks can be planned: {space.no_layout()}")
-    say(f"planning {len(starts)} layouts for {space.world} ranks of {space.device}")
+        raise UserError(f"no layout of {spell_count(space.world, 'rank')} can be planned: {space.no_layout()}")
+    say(f"planning {spell_count(len(starts), 'layout')} for {spell_count(space.world, 'rank')} of {space.device}")
     begun = begin(starts, space.offloads()[0])
     planned = [(start, first) for start, first in zip(starts, begun, strict=True) if isinstance(first, Choice)]
     if not planned:
         reasons = [first for first in begun if isinstance(first, UserError)]
         reason = min(reasons, key=lambda error: isinstance(error, IdleError))  # what another layout may heal comes last
-        raise UserError(f"no layout of {space.world} ranks can be planned: {reason}")
+        raise UserError(f"no layout of {spell_count(space.world, 'rank')} can be planned: {reason}")
     choices, fitting = _fit(planned, space.offloads(), begin)
     fitting.sort(key=lambda item: (item[0][0].tokens, item[2].rank))
     groups = groupby(fitting, key=lambda item: item[0][0].tokens)
@@ -71,8 +71,9 @@ def suggest(
     if not choices[0].fits:
         least = min(choices, key=lambda c: c.plan.peak_bytes)
         raise UserError(
-            f"nothing fits {space.world} ranks of {space.device}, the least is {size(least.plan.peak_bytes)} of "
-            f"{size(planned_device(space.device).memory_bytes)} a rank; use more ranks, or LoRA"
+            f"nothing fits {spell_count(space.world, 'rank')} of {space.device}, the least is "
+            f"{size(least.plan.peak_bytes)} of {size(planned_device(space.device).memory_bytes)} a rank; "
+            "use more ranks, or LoRA"
         )
     return choices
 

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from mmfn.errors import UserError
+from mmfn.page import page_head
 from mmfn.train.report.curves import charts
 from mmfn.train.report.log import Curves
 from mmfn.train.report.picture import data_url, is_tiny
@@ -40,6 +41,7 @@ def render_report(
     shown = choose(evaluation.answers, num_images) if evaluation else []
     return render(
         "page.html.jinja",
+        head=page_head("mmfn train"),
         title=title,
         subtitle=subtitle,
         tiles=tiles,

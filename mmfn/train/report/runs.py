@@ -6,11 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mmfn.page import page_head
 from mmfn.train.report.curves import charts, style
 from mmfn.train.report.log import RunLog
 from mmfn.train.report.template import render
 from mmfn.train.run.progress import format_duration
 
+HEAD = page_head("mmfn report")
 NOT_COMPARED = ("output.path", "output.overwrite")  # of no effect on what is learned, or different by their nature
 MOST_REASONS = 20
 
@@ -22,6 +24,7 @@ def render_runs(logs: Sequence[RunLog]) -> str:
     cuts = [step for step, _ in logs[0].resumed] if len(logs) == 1 else []
     return render(
         "runs.html.jinja",
+        head=HEAD,
         title=names[0] if len(names) == 1 else f"{len(names)} runs",
         runs=[(name, style(i)) for i, name in enumerate(names)],
         rows=_rows(runs),

@@ -22,6 +22,8 @@ from mmfn.train.generate import generate
 from mmfn.train.run.answer import text_of
 from mmfn.train.run.held_out import AHEAD, shares
 
+BEGINNING = '{\n "accuracy": '  # of an evaluation as JSON
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -153,7 +155,7 @@ def truth_tokens(sample: Sample, prompt: Sample) -> list[int]:
 
 
 def to_json(evaluation: Evaluation) -> str:
-    """The evaluation as JSON text: totals first, then every answer. A loss that is not finite is null."""
+    """The evaluation as JSON, from `BEGINNING` on: totals, then every answer. A loss that is not finite is null."""
     answers = [{**asdict(a), "is_correct": a.is_correct} for a in evaluation.answers]
     totals = {
         "accuracy": evaluation.accuracy,

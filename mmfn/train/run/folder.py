@@ -15,8 +15,8 @@ from typing import Any
 from mmfn.errors import UserError
 from mmfn.train.checkpoint.read import names as checkpoint_names
 from mmfn.train.config.load import Loaded, Settings
-from mmfn.train.data.sources.shards import find_files
 
+SETTINGS = "config.yaml"  # the first that a run writes
 STATE = "state"  # checkpoints of training
 EARLIER = "earlier"  # settings that steps before were taken with, where the run went on with others
 RESULTS = ("eval.json", "report.html", "adapter", "checkpoint")  # what is written behind the last step
@@ -27,7 +27,7 @@ ANSWERS = "answers.jsonl"  # to fixed prompts on the way: {"step", "prompt", "an
 PROFILE = "profile"
 EXPORTS = "exports"  # what was trained so far, behind some steps
 _ON_THE_WAY = (ANSWERS, *TRACKERS, STATE, EARLIER, STACKS, PROFILE, EXPORTS)
-RUN_FILES = ("config.yaml", "metrics.jsonl", "skipped.jsonl", *_ON_THE_WAY, *RESULTS)
+RUN_FILES = (SETTINGS, "metrics.jsonl", "skipped.jsonl", *_ON_THE_WAY, *RESULTS)
 PREVIOUS = "previous"  # the run that was overwritten, whole
 _MOVING = ".previous"  # the same while it is being moved there
 _SCRATCH = tuple(f".{name}." for name in RUN_FILES)  # prefixes of what a run killed while writing leaves behind
@@ -78,8 +78,15 @@ def check_output(loaded: Loaded) -> None:
 
 
 def strange_in(folder: Path) -> list[str]:
-    """Names in a folder, if it is one, that no run wrote: nothing there is touched."""
-    return sorted(name for name in os.listdir(folder) if not _is_ours(name)) if folder.is_dir() else []
+    """Names in a folder, if it is one, that no run wrote: nothing there is touched.
+
+    A run begins with config.yaml: without it `eval.json` is a file of the user's, and so are all that are named alike.
+    """
+    if not folder.is_dir():
+        return []
+    has_run = any(os.path.lexists(folder / name) for name in (SETTINGS, PREVIOUS, _MOVING))
+    ours = (*REQUESTS, *((*RUN_FILES, PREVIOUS, _MOVING) if has_run else ()))
+    return sorted(name for name in os.listdir(folder) if name not in ours and not name.startswith(_SCRATCH))
 
 
 def resumes_itself(loaded: Loaded) -> bool:
@@ -92,7 +99,8 @@ def resumes_itself(loaded: Loaded) -> bool:
 
 def is_complete(folder: Path) -> bool:
     """Whether a run has written all of its results: its report is the last, and then the run before it is dropped."""
-    return (folder / "report.html").exists() and not os.path.lexists(folder / PREVIOUS)
+    has_both = all((folder / name).exists() for name in (SETTINGS, "report.html"))
+    return has_both and not os.path.lexists(folder / PREVIOUS)
 
 
 def _begins_again(loaded: Loaded) -> bool:
@@ -102,10 +110,10 @@ def _begins_again(loaded: Loaded) -> bool:
     return config.checkpoint.resume != "none" and config.checkpoint.every is not None and not has_results
 
 
-def check_file(name: str, path: str, loaded: Loaded | Settings | None = None) -> None:
-    """Raise ValueError unless a file can be written at `path`, replacing nothing the command reads.
+def check_file(name: str, path: str, beginning: str) -> None:
+    """Raise ValueError unless a file can be written at `path`, in place of none or of one of the command's own.
 
-    In the folders of the model and its adapter no file is replaced, and none that a pattern or a folder of data means.
+    `beginning`: of what the command writes. A file that begins otherwise is the user's, whatever it is.
     """
     check_name(name, path)
     if not Path(path).parent.is_dir():
@@ -114,42 +122,16 @@ def check_file(name: str, path: str, loaded: Loaded | Settings | None = None) ->
         raise UserError(f"{name} {path!r} is a folder; give the path of a file")
     if not os.access(Path(path).parent, os.W_OK | os.X_OK):
         raise UserError(f"{name} {path!r} lies in a folder that may not be written; choose another")
-    inputs = input_paths(loaded) if loaded is not None else {}
-    for read, source in inputs.items():
-        if os.path.realpath(path) == os.path.realpath(source):
-            raise UserError(f"{name} {path!r} is {read} itself; choose another file")
-    for read in ("model.path", "model.adapter"):
-        if os.path.lexists(path) and _is_in(path, inputs.get(read)):
-            raise UserError(f"{name} {path!r} is a file of {read} {inputs[read]!r}; choose another file")
-    for read, source in inputs.items():
-        if os.path.lexists(path) and read.startswith(("data.train", "data.eval")) and _is_meant(path, source):
-            raise UserError(f"{name} {path!r} is a file of {read} {source!r}; choose another file")
+    if os.path.lexists(path) and not _begins(path, beginning.encode()):
+        raise UserError(f"{name} {path!r} is there and was not written by this command; choose another file")
 
 
-def _is_meant(path: str, data: str) -> bool:
-    """Whether a data set reads a file: of a folder in the library's own format it may read any."""
-    try:
-        files = find_files(Path(data))
-    except (UserError, OSError):
-        return _is_in(path, data)
-    return os.path.realpath(path) in map(os.path.realpath, files)
-
-
-def _is_in(path: str, folder: str | None) -> bool:
-    return folder is not None and os.path.realpath(Path(path).parent) == os.path.realpath(folder)
-
-
-def check_replaced(name: str, path: str, beginning: str) -> None:
-    """Raise ValueError where there is a file that begins otherwise than what the command writes: it is the user's."""
-    if not os.path.lexists(path):
-        return
+def _begins(path: str, beginning: bytes) -> bool:
     try:
         with open(path, "rb") as file:
-            is_same = file.read(len(beginning.encode())) == beginning.encode()
+            return file.read(len(beginning)) == beginning
     except OSError:
-        is_same = False
-    if not is_same:
-        raise UserError(f"{name} {path!r} is there and was not written by this command; choose another file")
+        return False
 
 
 @contextmanager
@@ -242,7 +224,19 @@ def drop_previous(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text, or its parts as they come, so that it appears whole or not at all: beside its place, then moved."""
+    """Write a text, or its parts as they come, so that it appears whole or not at all: beside its place, then moved.
+
+    Raises ValueError where it cannot be written.
+    """
+    try:
+        _write_text(path, text)
+    except OSError as error:
+        raise UserError(
+            f"{str(path)!r} cannot be written ({error.strerror}); make room or choose another place"
+        ) from error
+
+
+def _write_text(path: Path, text: str | Iterable[str]) -> None:
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
@@ -277,10 +271,6 @@ def _check_home(name: str, path: str) -> None:
         raise UserError(
             f"{name} {path!r} begins with '~', which only a shell expands; write the folder out, or as $HOME/..."
         )
-
-
-def _is_ours(name: str) -> bool:
-    return name in (*RUN_FILES, *REQUESTS, PREVIOUS, _MOVING) or name.startswith(_SCRATCH)
 
 
 def input_paths(source: Loaded | Settings) -> dict[str, str]:

@@ -67,7 +67,7 @@ def train(
     config, watch = run.loaded.config, watch or Watch()
     num_steps, batch_index = config.train.num_steps, run.place.host["batch"].index
     records = _Records(emit, Meter.of(run, start.step), config.train)
-    answer = OnDemand(keep, start, watch)
+    answer = OnDemand(keep, start, watch, "start it again" + " with output.overwrite=false" * config.output.overwrite)
     state, cursor = run.state, start
     shares = run.loader.steps(num_steps, start, watch=watch)
 

@@ -21,9 +21,9 @@ class Keep(Protocol):
 class OnDemand:
     """Saves and stops that the ranks have agreed they are asked for."""
 
-    def __init__(self, keep: Keep | None, start: Cursor, watch: Watch) -> None:
-        """`start`: behind which there is nothing to save yet."""
-        self.keep, self.start, self.watch = keep, start, watch
+    def __init__(self, keep: Keep | None, start: Cursor, watch: Watch, again: str = "start it again") -> None:
+        """`start`: behind which there is nothing to save yet. `again`: what makes a run go on that was stopped."""
+        self.keep, self.start, self.watch, self.again = keep, start, watch, again
         self.asked_at = -1
 
     def __call__(self, asked: int, state: State, cursor: Cursor) -> None:
@@ -42,5 +42,5 @@ class OnDemand:
             self.watch.enter("save", cursor.step)
             self.keep(state, cursor)
         if asked > SAVE:
-            saved = "" if self.keep is None else ", which is saved; start it again to go on"
+            saved = "" if self.keep is None else f", which is saved; {self.again} to go on"
             raise Stop(f"as asked, behind step {cursor.step}{saved}", asked)

@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from mmfn.console import print_line
+
 TIMES = {"step_time": "step_s", "wait": "wait_s", "compute": "compute_s"}
 
 
@@ -87,7 +89,7 @@ class Progress:
         if self.bar is not None:
             self.bar.write(text, file=self.stream)
         else:
-            print(text, file=self.stream, flush=True)
+            print_line(text, stream=self.stream)
 
 
 def standard(num_steps: int, log_every: int) -> Progress:

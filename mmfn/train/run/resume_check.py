@@ -72,5 +72,6 @@ def known_order(config: Config, dataset: Dataset | None) -> dict[str, int | str]
     data, seed = config.data, config.train.seed
     facts = {"seed": seed} if dataset is None else order_facts(dataset, seed)
     if data.batch_tokens is None:
+        assert data.batch_samples is not None, "a rule asks for one of the two"
         return {**facts, "batch_samples": data.batch_samples}
     return {**facts, "batch_tokens": data.batch_tokens, "long_samples": data.long_samples}

@@ -49,15 +49,17 @@ class Source:
 
 
 def stored_cursor(loaded: Loaded, world: Axis) -> State | None:
-    """The cursor in the newest readable manifest that a run begins behind; all ranks call it, the first one reads.
+    """The cursor in the newest readable manifest that a run goes on from; None where the order of data begins anew.
 
-    The checkpoint may turn out not to be whole: it says what a run of these data has counted, not where this one is.
+    All ranks call it, the first one reads. The checkpoint may turn out not to be whole: then the run goes on from an
+    earlier one, of the same data.
     """
     found: State | None = None
     if world.index == 0:
         run = run_folder.locate(loaded.config.output.path)
         source = Source.of(loaded.config.checkpoint, run, has_run=run_folder.resumes_itself(loaded))
-        for name in names(source.root) if source.name is None else [source.name]:
+        candidates = names(source.root) if source.name is None else [source.name]
+        for name in candidates if source.cursor else ():
             with suppress(UserError, OSError):
                 found = dict(open_manifest(source.root / name).manifest.facts.cursor)
                 break

@@ -7,11 +7,14 @@ from importlib import resources
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from mmfn.page import page_head
 from mmfn.train.report.chart import bar_chart
 from mmfn.train.survey import text
 from mmfn.train.survey.counts import histogram, total
 from mmfn.train.survey.excerpt import Span
 from mmfn.train.survey.survey import Survey
+
+HEAD = page_head("mmfn data check")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ def render_page(survey: Survey, excerpts: Sequence[Excerpt], *, title: str, subt
         Environment(autoescape=True, undefined=StrictUndefined)
         .from_string(source)
         .render(
+            head=HEAD,
             title=title,
             subtitle=subtitle,
             tiles=tiles,

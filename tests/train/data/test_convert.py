@@ -90,13 +90,15 @@ def test_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: st
 def test_a_disk_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path / ".out.jsonl.x"))
 
-    monkeypatch.setattr("mmfn.train.commands.data.write_text", fail)
+    monkeypatch.setattr("mmfn.train.run.folder.tempfile.NamedTemporaryFile", fail)
     (tmp_path / "in.json").write_text(json.dumps(SETS["llava"][0]))
     assert cli.main(["data", "convert", str(tmp_path / "in.json"), str(tmp_path / "out.jsonl")]) == 2
-    assert "out.jsonl' cannot be written (Permission denied); choose another place" in capsys.readouterr().err
+    assert (
+        "out.jsonl' cannot be written (Permission denied); make room or choose another place" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("args", [["data", "--debug", "convert"], ["data", "convert", "--debug"]])

@@ -12,6 +12,7 @@ from mmfn.train.run.replay.history import Number
 from mmfn.train.run.replay.other import LeafError
 from mmfn.train.run.replay.steps import Again, Observation
 
+BEGINNING = '{\n  "step": '  # of a replay as JSON
 SHOWN = 3  # of a list, in lines
 MEANING = {"lr": "the learning rate is another", "grad_norm": "the loss is the same: it is the backward pass"}
 
@@ -73,7 +74,7 @@ class Replay:
         return [*lines, *(self.against.lines() if self.against is not None else ())]
 
     def to_json(self) -> str:
-        """The same for a script."""
+        """The same for a script; it begins with `BEGINNING`."""
         one = self.seen[0]
         ops = [{"rank": rank, **asdict(f)} for rank, seen in enumerate(self.seen) for f in seen.findings]
         content = {
