@@ -273,6 +273,7 @@ def test_the_checkpoint_of_the_run_itself_is_kept(
 ) -> None:
     stored = tmp_path / "run" / "checkpoint"
     shutil.copytree(checkpoint, stored)
+    (tmp_path / "run" / "config.yaml").write_text("")
     changes = {"model.path": str(stored), "model.init": "load", "output.overwrite": True}
     assert "model.path" in complaint(changes)
     mmfn.load_hf(stored)

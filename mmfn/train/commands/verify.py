@@ -91,6 +91,8 @@ def _select(bench: Bench, only: list[str]) -> list[tuple[str, Stage]]:
 def _check_out(out: Path, *, is_default: bool) -> None:
     if out.suffix != ".md":
         raise UserError(f"--out {str(out)!r} must end in .md; its values go to the same name with .yaml")
+    if not is_default and not out.parent.is_dir():
+        raise UserError(f"--out {str(out)!r} lies in a folder that does not exist; make the folder first")
     if not is_default:
         values = out.with_suffix(".yaml")
         check_file("--out", str(values), BEGINNING)
