@@ -126,12 +126,12 @@ def test_data_are_checked_once(config: Path, tmp_path: Path, monkeypatch: pytest
     assert checked == []
     check_same(tmp_path / "broken", tmp_path / "whole")
     said: list[str] = []
-    for other in ("train.steps=9", "data.long_samples=cut"):
-        prepare(load_config(config, (*broken, other)), said.append, is_restored=True)
-    assert sorted(checked) == [*range(size)]
-    first, second = (line for line in said if line.startswith("checking "))
+    for other in ("data.workers=2", "data.long_samples=cut", "data.image_max_pixels=4096"):
+        prepare(load_config(config, (*broken, "train.steps=9", other)), said.append, is_restored=True)
+    assert sorted(checked) == sorted([*range(size)] * 2)
+    first, *others = (line for line in said if line.startswith("checking "))
     assert first == f"checking 0 held-out samples; the {size} training samples were checked when the run began"
-    assert second == f"checking {size} training and 0 held-out samples"
+    assert others == [f"checking {size} training and 0 held-out samples"] * 2
 
 
 def test_a_complete_run_is_completed_again(config: Path, tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def test_a_run_that_is_still_going(tmp_path: Path) -> None:
     assert log.last["step"] == log.num_steps == 8
     assert log.num_unreadable == 0
     render_runs([log])
+    whole = write(tmp_path / "whole", [record(i) for i in range(1, 9)], end=json.dumps(record(9)))
+    assert (read_log(whole).num_steps, read_log(whole).num_unreadable) == (9, 0)  # as a run that goes on reads it
     broken = write(tmp_path / "broken", [record(1)], end='nonsense\n[]\n{"loss": 1}\n' + json.dumps(record(2)) + "\n")
     assert (read_log(broken).num_unreadable, read_log(broken).num_steps) == (3, 2)
     assert "3 lines of metrics.jsonl could not be read" in render_runs([read_log(broken)])

@@ -15,15 +15,18 @@ from mmfn.parallel.mesh.host_values import gather_values
 from mmfn.parallel.mesh.launch import Place
 from mmfn.parallel.program import Program
 from mmfn.train.build.step import build_objective
+from mmfn.train.config.changes import FREE
 from mmfn.train.config.schema import Config, DataSection
 from mmfn.train.config.sets import SetSection, list_sets
 from mmfn.train.data import Dataset, Loader, Processor, Workers, prefetch
 from mmfn.train.data.agree import gather_skips
+from mmfn.train.data.cursor import digest_of
 from mmfn.train.data.dataset import Subset
 from mmfn.train.data.sizes import flop_rates
 from mmfn.train.data.skips import KINDS, SHOWN, Skip, check_share
 from mmfn.train.flops import model_work
 
+STEP_SETTINGS = {"eval", "batch_samples", "batch_tokens", "window_samples", "max_bad_share"}  # not of a sample
 CHECKED_AHEAD = 64  # samples of a check that are under way
 
 
@@ -112,7 +115,8 @@ def check_data(
     world, size = place.host["world"], len(loader.dataset)
     num_held_out = len(held_out) if held_out is not None else 0
     workers = Workers(number=max(1, config.data.workers), ahead=CHECKED_AHEAD)
-    if loader.has_checked:
+    digest = _digest_of_use(config.data)
+    if loader.has_checked(digest):
         say(f"checking {num_held_out} held-out samples; the {size} training samples were checked when the run began")
     else:
         say(f"checking {size} training and {num_held_out} held-out samples")
@@ -123,10 +127,17 @@ def check_data(
             for skip in first:
                 say(f"  {skip}")
         check_share(first, num_bad, size, size, config.data.max_bad_share)
-    loader.note_checked()
+    loader.note_checked(digest)
     if held_out is not None:
         for _ in prefetch(held_out.prompt, range(world.index, num_held_out, world.size), workers):
             pass
+
+
+def _digest_of_use(data: DataSection) -> str:
+    """Of the settings that decide which samples can be used, and how they are read."""
+    values = data.model_dump(mode="json")
+    idle = {name.removeprefix("data.") for name in FREE} | STEP_SETTINGS
+    return digest_of([(name, values[name]) for name in sorted(values.keys() - idle)])
 
 
 def _check_samples(loader: Loader, world: Axis, workers: Workers) -> tuple[Counter[str], list[Skip]]:

@@ -32,7 +32,7 @@ START = Cursor()
 
 
 def digest_of(value: object) -> str:
-    """A few letters that tell values apart, made of numbers in tuples and lists."""
+    """A few letters that tell plain values apart: numbers and texts, and tuples, lists and dicts of them."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 

@@ -29,7 +29,7 @@ from mmfn.train.watch import Watch
 
 DIGEST_PLACES = 256  # of the order of data, by which two are told apart
 COUNTED = ("counted_samples", "counted_steps")  # in a checkpoint: so many steps take so many samples
-CHECKED = "checked"  # in a checkpoint: all samples were prepared once, and what decided whether they can be used
+CHECKED = "checked"  # in a checkpoint: all samples were prepared once, by settings of this digest
 ALONE = Axis(name="batch")
 Pack = Callable[[Sequence[Sample], Sizes], Batch]  # (samples, static sizes) -> batch; `Family.pack` of a config
 Split = Callable[[Batch], Batch]
@@ -227,19 +227,13 @@ class Loader:
         """Whether it is known how many steps so many epochs take, as it is where a run by tokens goes on (`resume`)."""
         return self._found.get(COUNTED[0]) == epochs * len(self.dataset)
 
-    def note_checked(self) -> None:
-        """Keep for checkpoints that all samples were prepared once (`data.check`)."""
-        self._found[CHECKED] = self._policy
+    def note_checked(self, digest: str) -> None:
+        """Keep for checkpoints that all samples were prepared once (`data.check`), by settings of that digest."""
+        self._found[CHECKED] = digest
 
-    @property
-    def has_checked(self) -> bool:
-        """Whether they were, and by what is left out today."""
-        return self._found.get(CHECKED) == self._policy
-
-    @property
-    def _policy(self) -> str:
-        buckets = self.reader.buckets
-        return f"largest {buckets.largest}, max_tokens {buckets.max_tokens}, long_samples {self.reader.long_samples}"
+    def has_checked(self, digest: str) -> bool:
+        """Whether it is known that they were, by such settings, as it is where a run goes on (`resume`)."""
+        return self._found.get(CHECKED) == digest
 
     def state(self, cursor: Cursor) -> State:
         """A cursor for a checkpoint: integers and strings."""

@@ -20,7 +20,7 @@ def read_lines(path: Path, behind: int = 0, until: int = sys.maxsize) -> Iterato
     with open(path, "rb") as file:
         file.seek(_end_of(file, behind))
         for line in file:
-            found = _parse(line)
+            found = parse_line(line)
             if found is None:
                 continue
             if found["step"] > until:
@@ -50,7 +50,7 @@ def _end_of(file: BinaryIO, num_steps: int) -> int:
 
     def step_from(place: int) -> int:
         _seek_line(file, place)
-        return next((found["step"] for found in map(_parse, file) if found is not None), sys.maxsize)
+        return next((found["step"] for found in map(parse_line, file) if found is not None), sys.maxsize)
 
     size = file.seek(0, os.SEEK_END)
     return _seek_line(file, bisect.bisect_right(range(size), num_steps, key=step_from))
@@ -64,7 +64,7 @@ def _seek_line(file: BinaryIO, place: int) -> int:
     return file.tell()
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
     """The object of a line, None where it holds none of a step."""
     try:
         found = json.loads(line)

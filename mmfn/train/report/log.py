@@ -3,7 +3,6 @@
 A run that is still going can be read: the last line of a file may be half of one.
 """
 
-import json
 import re
 from array import array
 from collections import Counter
@@ -17,6 +16,7 @@ import yaml
 
 from mmfn.errors import UserError
 from mmfn.train.data.skips import KINDS
+from mmfn.train.data.step_lines import parse_line
 from mmfn.train.report.chart import Points
 
 CURVES = (
@@ -111,18 +111,14 @@ def read_steps(folder: Path) -> RunLog:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The objects of a file, None for a line that holds none; a last line without an end is left out."""
+    """The objects of a file, None for a line that holds none; one that is being written is left out."""
     if not path.is_file():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, "rb") as file:
         for line in file:
-            if not line.endswith("\n"):
-                return
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            yield value if isinstance(value, dict) and "step" in value else None
+            found = parse_line(line)
+            if found is not None or line.endswith(b"\n"):
+                yield found
 
 
 def _settings(path: Path) -> dict[str, Any]:
